@@ -1,0 +1,67 @@
+# Everything runs in .venv, which is built from the lock on first use.
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.complete
+
+# Python 3.11 is the tested version; `make PYTHON=... <target>` picks another one.
+PYTHON ?= $(shell for p in python3.11 python3; do \
+	if $$p -c "" 2>/dev/null; then echo $$p; break; fi; done)
+
+export TF_CPP_MIN_LOG_LEVEL ?= 3
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench format build-files clean
+
+help:
+	@echo "make demo         train 2-bit networks on real digits and print a table"
+	@echo "make test         run the tests"
+	@echo "make lint         check style and format"
+	@echo "make bench        list the benchmarks; NAME=<one> ARGS='...' runs it"
+	@echo "make format       rewrite the sources in the checked format"
+	@echo "make build-files  write the Bazel BUILD files anew"
+	@echo "make clean        remove .venv, caches and build output"
+
+# The stamp is written last: an interrupted build leaves none and is started over.
+$(STAMP): requirements.lock setup.py pyproject.toml
+	@$(PYTHON) -c "import sys; ok = (3, 11) <= sys.version_info[:2] <= (3, 13); \
+	  sys.exit(None if ok else 'Python 3.11 to 3.13 is needed (3.11 is tested). ' \
+	  'Received: ' + sys.version.split()[0] + '. Try: make PYTHON=python3.11')"
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest tests
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+ifdef NAME
+bench: $(STAMP)
+	$(BIN)/python benchmarks/$(NAME).py $(ARGS)
+else
+bench:
+	@for f in benchmarks/[!_]*.py; do \
+	  test -f "$$f" || { echo "There are no benchmarks yet."; break; }; \
+	  printf 'make bench NAME=%-20s %s\n' "$$(basename "$$f" .py)" \
+	    "$$(sed -n '1s/^[rR]*"""//;1s/"""$$//;1p' "$$f")"; \
+	done
+endif
+
+# Needs the standard library only, so it does not wait for .venv.
+build-files:
+	$(PYTHON) tools/build_files.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,349 @@
+"""What the example programs share: one training run, resumable, with its records.
+
+A run lives in a folder: `checkpoints/` (model, optimizer, stage and epoch),
+`log.csv`, `tensorboard/`, and at the end `model.h5` and `result.json`.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import json
+import os
+import platform
+import time
+import warnings
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import rich.progress
+from absl import logging
+
+import tf_lowbit as tfl
+from tf_lowbit import datasets
+from tf_lowbit.compat import keras, tf
+
+METHODS = ("plain", "ts", "pq", "ts+pq")
+_PACKAGES = (
+    "tensorflow",
+    "tf-keras",
+    "tensorflow-model-optimization",
+    "keras",
+    "numpy",
+)
+
+DataLoader = Callable[[int], datasets.Dataset]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        accuracy: top-1 on the test set after the last epoch, in [0, 1].
+        loss: test loss, weight decay included.
+        epochs: epochs trained, over all sittings.
+        seconds: wall time of this sitting's training.
+        cost: what the network costs at its final bits.
+    """
+
+    accuracy: float
+    loss: float
+    epochs: int
+    seconds: float
+    cost: tfl.Cost
+
+
+def quiet() -> None:
+    """Keeps the notes of TensorFlow and Keras off the screen; warnings stay."""
+    tf.get_logger().setLevel("WARNING")
+    logging.set_verbosity(logging.WARNING)
+    # Keras finds HDF5 old; TF-MOT's wrapped layers do not reload from .keras.
+    warnings.filterwarnings("ignore", message="You are saving your model as an HDF5")
+
+
+def stages_for(
+    method: str,
+    bits: tuple[int, int],
+    epochs: int,
+    learning_rate: float,
+    decay: str,
+    ladder: tuple[int, ...],
+) -> list[tfl.Stage]:
+    """The stages of a method, with a given total of epochs.
+
+    Args:
+        method: one of `METHODS`.
+        bits: final (weight, activation) bits.
+        epochs: total epochs, shared out evenly over the stages.
+        learning_rate: at the start of every stage.
+        decay: within a stage, as in `Stage`.
+        ladder: bit-widths of the progressive methods.
+
+    Raises:
+        ValueError: if the method is unknown or has more stages than epochs.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}. Received: {method!r}")
+    if method == "plain":
+        return [tfl.Stage(epochs, *bits, learning_rate, decay)]
+
+    def made(epochs_per_stage):
+        rate = {"learning_rate": learning_rate, "decay": decay}
+        if method == "ts":
+            return tfl.two_stage(bits, epochs_per_stage, **rate)
+        schedule = tfl.progressive if method == "pq" else tfl.two_stage_progressive
+        return schedule(bits, epochs_per_stage, ladder, **rate)
+
+    # How many stages a ladder comes to is known once they are made.
+    count = 2 if method == "ts" else len(made(1))
+    return made(tfl.split_epochs(epochs, count))
+
+
+def compile_model(model: keras.Model, learning_rate: float) -> None:
+    """Compiles as the method's authors train: SGD, momentum 0.9, Nesterov."""
+    model.compile(
+        optimizer=keras.optimizers.SGD(learning_rate, momentum=0.9, nesterov=True),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+
+
+def require_writable(folder: Path) -> Path:
+    """Makes a folder, or says before any training that it cannot be written.
+
+    Raises:
+        OSError: if the folder cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(
+            f"The output folder must be writable ({error.strerror}). "
+            f"Received: {str(folder)!r}"
+        ) from error
+    return folder
+
+
+def train(
+    model: keras.Model,
+    load_data: DataLoader,
+    stages: list[tfl.Stage],
+    folder: Path,
+    *,
+    resume: bool = False,
+    label: str | None = None,
+) -> Outcome:
+    """Trains a compiled model through its stages and leaves a full record.
+
+    Args:
+        model: compiled; quantized, or float with one stage for its learning rate.
+        load_data: gives the data set, its training part starting at an epoch.
+        stages: what to train when. Of a float model's stage only the epochs and the
+            learning rate count.
+        folder: where the record goes; must be writable.
+        resume: go on from the newest checkpoint in the folder, if there is one.
+        label: shows one progress bar under this name instead of Keras's own.
+
+    Returns:
+        The outcome, measured on the test set after the last epoch.
+
+    Raises:
+        FileExistsError: if the folder holds a run already and `resume` is False.
+        ValueError: if a test label is out of the model's range, or the loss is NaN.
+    """
+    epochs = sum(stage.epochs for stage in stages)
+    checkpoints = Checkpoints(folder / "checkpoints", model)
+    if checkpoints.exists() and not resume:
+        raise FileExistsError(
+            "The folder must not hold another run; go on with it (--resume) or choose "
+            f"another --output_dir. Received: {str(folder)!r}"
+        )
+    first_epoch = checkpoints.restore()
+    _drop_rows_from(folder / "log.csv", first_epoch)
+    data = load_data(first_epoch)
+    is_quantized = any(tfl.inspection.quantized_tensors(model))
+    callbacks = [
+        tfl.callbacks.StagedPrecision(stages, verbose=0 if label else 1)
+        if is_quantized
+        else _float_learning_rate(stages, data.steps_per_epoch, first_epoch),
+        keras.callbacks.TerminateOnNaN(),
+        keras.callbacks.CSVLogger(folder / "log.csv", append=first_epoch > 0),
+        keras.callbacks.TensorBoard(folder / "tensorboard", write_graph=False),
+        checkpoints,
+    ]
+    start = time.perf_counter()
+    if first_epoch < epochs:
+        with _progress(label, epochs, first_epoch) as bar:
+            history = model.fit(
+                data.train,
+                steps_per_epoch=data.steps_per_epoch,
+                initial_epoch=first_epoch,
+                epochs=epochs,
+                validation_data=data.test,
+                callbacks=callbacks + bar,
+                verbose=0 if label else 1,
+            )
+        if not all(map(_is_finite, history.history.get("loss", []))):
+            raise ValueError(
+                "The training loss must stay finite: lower the learning rate. "
+                f"Received: {history.history['loss']}"
+            )
+    seconds = time.perf_counter() - start
+    loss, accuracy = model.evaluate(data.test, verbose=0)
+    model_file = folder / "model.h5"
+    replace_file(model_file, lambda path: model.save(path, include_optimizer=False))
+    return Outcome(accuracy, loss, epochs, seconds, tfl.summary(model).cost)
+
+
+def write_result(folder: Path, outcome: Outcome, settings: dict) -> Path:
+    """Writes `result.json`: outcome, settings, versions and machine.
+
+    Args:
+        folder: the run's folder.
+        outcome: what `train` returned.
+        settings: JSON-ready; every flag that the run was started with.
+
+    Returns:
+        The file.
+    """
+    result = {
+        "test_accuracy": outcome.accuracy,
+        "test_loss": outcome.loss,
+        "epochs": outcome.epochs,
+        "seconds": round(outcome.seconds, 1),
+        "cost": outcome.cost.as_dict(),
+        "settings": settings,
+        "versions": {
+            "tf_lowbit": tfl.__version__,
+            "python": platform.python_version(),
+            **{package: metadata.version(package) for package in _PACKAGES},
+        },
+        "machine": {
+            "platform": platform.platform(),
+            "processor": platform.machine(),
+            "cpus": os.cpu_count(),
+            "devices": [d.device_type for d in tf.config.list_logical_devices()],
+        },
+    }
+    text = json.dumps(result, indent=2, sort_keys=True) + "\n"
+    path = folder / "result.json"
+    replace_file(path, lambda temporary: Path(temporary).write_text(text))
+    return path
+
+
+def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Writes under a temporary name, then renames: the file is whole or not there."""
+    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Checkpoints(keras.callbacks.Callback):
+    """Saves model, optimizer, stage and epoch at the end of each epoch.
+
+    Args:
+        folder: where the checkpoints go; the newest two are kept.
+        model: the compiled model.
+    """
+
+    def __init__(self, folder: Path, model: keras.Model):
+        super().__init__()
+        self._epochs_done = tf.Variable(0, dtype=tf.int64, trainable=False)
+        self._checkpoint = tf.train.Checkpoint(model=model, epochs=self._epochs_done)
+        self._manager = tf.train.CheckpointManager(
+            self._checkpoint, str(folder), max_to_keep=2
+        )
+
+    def exists(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+        return self._manager.latest_checkpoint is not None
+
+    def restore(self) -> int:
+        """Restores the newest checkpoint, if there is one.
+
+        Returns:
+            The epoch, from 0, to go on with.
+        """
+        if self.exists():
+            self._checkpoint.restore(self._manager.latest_checkpoint)
+        return int(self._epochs_done)
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Saves; a loss that is not finite is not worth keeping."""
+        if _is_finite((logs or {}).get("loss", 0.0)):
+            self._epochs_done.assign(epoch + 1)
+            self._manager.save()
+
+
+def _is_finite(value) -> bool:
+    return abs(float(value)) < float("inf")
+
+
+def _float_learning_rate(stages, steps_per_epoch, first_epoch):
+    """Follows the single stage of a float training, step by step."""
+    (stage,) = stages
+
+    class LearningRate(keras.callbacks.Callback):
+        epoch = first_epoch
+
+        def on_epoch_begin(self, epoch, logs=None):
+            self.epoch = epoch
+
+        def on_train_batch_begin(self, batch, logs=None):
+            progress = (self.epoch + batch / steps_per_epoch) / stage.epochs
+            self.model.optimizer.learning_rate = stage.learning_rate_at(progress)
+
+    return LearningRate()
+
+
+def _drop_rows_from(path: Path, epoch: int) -> None:
+    """Drops the log's rows of epochs that will be trained (again)."""
+    if not path.exists():
+        return
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    kept = [row for row in rows if int(row["epoch"]) < epoch]
+    if not kept:
+        path.unlink()
+        return
+
+    def write(temporary):
+        with open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(kept)
+
+    replace_file(path, write)
+
+
+@contextlib.contextmanager
+def _progress(label: str | None, epochs: int, first_epoch: int):
+    """Yields the callback that moves a progress bar, in a list; none without label."""
+    if label is None:
+        yield []
+        return
+    columns = (
+        rich.progress.TextColumn("{task.description:<18}"),
+        rich.progress.BarColumn(bar_width=20),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TextColumn("{task.fields[status]}"),
+    )
+    with rich.progress.Progress(*columns) as bar:
+        task = bar.add_task(label, total=epochs, completed=first_epoch, status="")
+
+        def advance(epoch, logs):
+            status = f"test accuracy {logs['val_accuracy']:.4f}"
+            if "weight_bits" in logs:
+                bits = f"W{logs['weight_bits']} A{logs['activation_bits']}"
+                status = f"{bits}, {status}"
+            bar.update(task, completed=epoch + 1, status=status)
+
+        yield [keras.callbacks.LambdaCallback(on_epoch_end=advance)]

@@ -1,0 +1,328 @@
+import numpy as np
+import pytest
+
+import tf_lowbit as tfl
+from tf_lowbit.callbacks import StagedPrecision
+from tf_lowbit.callbacks.staging import reset_optimizer
+from tf_lowbit.compat import keras, tf
+
+STEPS = 3
+
+
+def float_net():
+    keras.utils.set_random_seed(7)
+    layers = keras.layers
+    return keras.Sequential(
+        [
+            layers.Conv2D(4, 3, activation="relu", input_shape=(6, 6, 1), name="first"),
+            layers.Conv2D(6, 3, use_bias=False, name="middle"),
+            layers.BatchNormalization(),
+            layers.ReLU(name="relu"),
+            layers.Conv2D(6, 1, name="late"),
+            layers.Flatten(),
+            layers.Dense(3, name="head"),
+        ]
+    )
+
+
+def quantized_net(bits=(2, 2), rules=None, optimizer=None, loss="mse", **options):
+    rules = rules or [tfl.PrecisionRule(".*", *bits, **options)]
+    model = tfl.quantize(float_net(), rules)
+    model.compile(optimizer or keras.optimizers.SGD(0.05, momentum=0.9), loss)
+    return model
+
+
+def data(start_epoch=0, epochs=20):
+    """Batches that depend on the epoch, so that a resume at a wrong place shows."""
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(epochs, STEPS, 8, 6, 6, 1)).astype("f")
+    y = rng.normal(size=(epochs, STEPS, 8, 3)).astype("f")
+    flat = tf.data.Dataset.from_tensor_slices(
+        (
+            x[start_epoch:].reshape(-1, 8, 6, 6, 1),
+            y[start_epoch:].reshape(-1, 8, 3),
+        )
+    )
+    return flat.repeat()
+
+
+def fit(model, stages, callbacks=(), epochs=None, initial_epoch=0, **options):
+    staged = StagedPrecision(stages, **options)
+    return model.fit(
+        data(initial_epoch),
+        steps_per_epoch=STEPS,
+        epochs=epochs or sum(stage.epochs for stage in stages),
+        initial_epoch=initial_epoch,
+        callbacks=[staged, *callbacks],
+        verbose=0,
+    )
+
+
+class Recorder(keras.callbacks.Callback):
+    """What holds at the end of each epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.bits, self.rates, self.iterations = [], [], []
+
+    def on_epoch_end(self, epoch, logs=None):
+        tensors = list(tfl.inspection.quantized_tensors(self.model))
+        self.bits.append({t.name: t.bits for t in tensors})
+        self.rates.append(float(self.model.optimizer.learning_rate.numpy()))
+        self.iterations.append(int(self.model.optimizer.iterations.numpy()))
+
+
+def assert_same_weights(one, other):
+    for a, b in zip(one.weights, other.weights, strict=True):
+        np.testing.assert_array_equal(a.numpy(), b.numpy(), err_msg=a.name)
+
+
+def assert_same_optimizers(one, other):
+    for a, b in zip(one.optimizer.variables, other.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(a.numpy(), b.numpy(), err_msg=a.name)
+
+
+def test_two_stages_quantize_weights_then_activations():
+    model, seen = quantized_net(), Recorder()
+    history = fit(model, tfl.two_stage(2, (2, 1), learning_rate=(0.1, 0.01)), [seen])
+    weights = ["middle/kernel", "late/kernel"]
+    activations = ["first_relu/output", "relu/output"]
+    assert [[bits[n] for n in weights] for bits in seen.bits] == [[2, 2]] * 3
+    assert [[bits[n] for n in activations] for bits in seen.bits] == [
+        [32, 32],
+        [32, 32],
+        [2, 2],
+    ]
+    assert history.history["weight_bits"] == [2, 2, 2]
+    assert history.history["activation_bits"] == [32, 32, 2]
+    np.testing.assert_allclose(seen.rates, [0.1, 0.1, 0.01])
+
+
+def test_a_quantizer_never_goes_below_its_own_bits():
+    rules = [tfl.PrecisionRule("first|head", 8, 8), tfl.PrecisionRule(".*", 2, 2)]
+    model, seen = quantized_net(rules=rules), Recorder()
+    fit(model, tfl.progressive(2, 1, (32, 4)), [seen])
+    assert [bits["first/kernel"] for bits in seen.bits] == [32, 8, 8]
+    assert [bits["middle/kernel"] for bits in seen.bits] == [32, 4, 2]
+
+
+def test_none_means_each_quantizers_own_bits():
+    model = quantized_net((3, 5))
+    fit(model, [tfl.Stage(1, 8, 8), tfl.Stage(1)])
+    bits = {t.name: t.bits for t in tfl.inspection.quantized_tensors(model)}
+    assert bits["middle/kernel"] == 3
+    assert bits["relu/output"] == 5
+
+
+def test_stages_do_not_retrace():
+    traces = []
+
+    def loss(y, p):
+        traces.append(1)
+        return tf.reduce_mean(tf.square(y - p))
+
+    model = quantized_net(loss=loss)
+    fit(model, [tfl.Stage(1, 32, 32)], epochs=1)
+    after_first = len(traces)
+    fit(model, tfl.two_stage_progressive(2, 1, (8, 4, 2)))
+    assert after_first > 0
+    assert len(traces) == after_first
+
+
+def test_latent_weights_carry_over_between_stages():
+    model = quantized_net()
+    kernel = next(
+        t for t in tfl.inspection.quantized_tensors(model) if t.name == "middle/kernel"
+    )
+    held = []
+
+    class Hold(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            held.append(("begin", kernel.latent.numpy()))
+
+        def on_epoch_end(self, epoch, logs=None):
+            held.append(("end", kernel.latent.numpy()))
+
+    fit(model, tfl.progressive(2, 1, (8, 4, 2)), [Hold()])
+    for (when, before), (_, after) in zip(held[1:-1:2], held[2::2], strict=True):
+        assert when == "end"
+        np.testing.assert_array_equal(before, after)
+        # The latent weights, not their 2-bit values, are what goes on.
+        assert len(np.unique(after)) > 16
+    assert len(np.unique(kernel.quantized())) <= 4
+
+
+def test_a_new_stage_resets_momentum_and_step_count():
+    seen = Recorder()
+    fit(quantized_net(), tfl.two_stage(2, (2, 2)), [seen])
+    assert seen.iterations == [STEPS, 2 * STEPS, STEPS, 2 * STEPS]
+    seen = Recorder()
+    fit(quantized_net(), tfl.two_stage(2, (2, 2)), [seen], reset_optimizer=False)
+    assert seen.iterations == [STEPS, 2 * STEPS, 3 * STEPS, 4 * STEPS]
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        keras.optimizers.SGD(0.1, momentum=0.9),
+        keras.optimizers.Adagrad(0.1, initial_accumulator_value=0.25),
+    ],
+    ids=lambda o: o.name,
+)
+def test_reset_gives_the_state_of_a_fresh_optimizer(optimizer):
+    model = quantized_net(optimizer=optimizer)
+    model.fit(data(), steps_per_epoch=2, verbose=0)
+    assert int(model.optimizer.iterations) == 2
+    optimizer.learning_rate = 0.03
+    reset_optimizer(model)
+    fresh = type(optimizer).from_config(optimizer.get_config())
+    fresh.build(model.trainable_variables)
+    for old, new in zip(optimizer.variables, fresh.variables, strict=True):
+        np.testing.assert_array_equal(old.numpy(), new.numpy())
+    assert float(optimizer.learning_rate) == pytest.approx(0.03)
+
+
+def test_cosine_decays_within_each_stage_and_starts_anew():
+    rates = []
+
+    class Rates(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            rates.append(float(self.model.optimizer.learning_rate.numpy()))
+
+    stages = tfl.two_stage(2, (2, 1), learning_rate=(0.2, 0.1), decay="cosine")
+    fit(quantized_net(), stages, [Rates()])
+    first = [0.1 * (1 + np.cos(np.pi * i / 6)) for i in range(6)]
+    second = [0.05 * (1 + np.cos(np.pi * i / 3)) for i in range(3)]
+    np.testing.assert_allclose(rates, first + second, rtol=1e-6)
+
+
+def test_bits_are_in_the_progress_bar(capsys):
+    model = quantized_net()
+    staged = StagedPrecision([tfl.Stage(1, 2, 4)], verbose=1)
+    model.fit(data(), steps_per_epoch=2, epochs=1, callbacks=[staged], verbose=1)
+    printed = capsys.readouterr().out
+    assert "weight_bits: 2.0" in printed
+    assert "activation_bits: 4.0" in printed
+    assert "Stage 1/1: weights at 2 bits, activations at 4 bits, 1 epochs" in printed
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4], ids="epoch{}".format)
+@pytest.mark.parametrize("quantizer", ["dorefa", "lsq"])
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, stop, quantizer):
+    """Stops inside stages (1, 3, 4) and on the edge between two (2)."""
+    options = {"weight_quantizer": quantizer, "activation_quantizer": quantizer}
+    stages = tfl.two_stage(2, (2, 3), learning_rate=(0.05, 0.02), decay="cosine")
+    whole = quantized_net(**options)
+    fit(whole, stages)
+
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == stop:
+                raise KeyboardInterrupt
+
+    backup = keras.callbacks.BackupAndRestore(tmp_path, delete_checkpoint=False)
+    with pytest.raises(KeyboardInterrupt):
+        fit(quantized_net(**options), stages, [backup, Stop()])
+    resumed, seen = quantized_net(**options), Recorder()
+    staged = StagedPrecision(stages)
+    resumed.fit(
+        data(stop),
+        steps_per_epoch=STEPS,
+        epochs=5,
+        callbacks=[staged, keras.callbacks.BackupAndRestore(tmp_path), seen],
+        verbose=0,
+    )
+    assert len(seen.bits) == 5 - stop
+    assert_same_weights(whole, resumed)
+    assert_same_optimizers(whole, resumed)
+
+
+def test_a_stop_within_a_stages_first_epoch_is_not_reset_again(tmp_path):
+    stages = tfl.two_stage(2, (1, 2), learning_rate=0.05)
+    whole = quantized_net()
+    fit(whole, stages)
+
+    class Stop(keras.callbacks.Callback):
+        epoch = 0
+
+        def on_epoch_begin(self, epoch, logs=None):
+            self.epoch = epoch
+
+        def on_train_batch_begin(self, batch, logs=None):
+            if (self.epoch, batch) == (1, 2):
+                raise KeyboardInterrupt
+
+    def backup():
+        return keras.callbacks.BackupAndRestore(
+            tmp_path, save_freq=1, delete_checkpoint=False
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(quantized_net(), stages, [backup(), Stop()])
+    resumed = quantized_net()
+    # Two steps of epoch 1 are done: the data goes on with the third.
+    resumed.fit(
+        data(1).skip(2),
+        steps_per_epoch=STEPS,
+        epochs=3,
+        callbacks=[StagedPrecision(stages), backup()],
+        verbose=0,
+    )
+    assert_same_weights(whole, resumed)
+    assert_same_optimizers(whole, resumed)
+
+
+def test_a_second_training_starts_over():
+    model, seen = quantized_net(), Recorder()
+    stages = [tfl.Stage(2, 2, 2)]
+    fit(model, stages)
+    fit(model, stages, [seen])
+    assert seen.iterations == [STEPS, 2 * STEPS]
+
+
+def test_runs_on_two_replicas():
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    assert strategy.num_replicas_in_sync == 2
+    with strategy.scope():
+        model = quantized_net()
+    seen = Recorder()
+    fit(model, tfl.two_stage(2, (1, 1), learning_rate=0.1), [seen])
+    assert seen.iterations == [STEPS, STEPS]
+    assert seen.bits[-1]["relu/output"] == 2
+
+
+@pytest.mark.parametrize("stages", [[], [(1, 2, 2)], "abc"])
+def test_refuses_what_is_no_list_of_stages(stages):
+    with pytest.raises(ValueError, match=r"at least one Stage\. Received"):
+        StagedPrecision(stages)
+
+
+def test_refuses_epochs_that_do_not_sum_up():
+    with pytest.raises(ValueError, match=r"\[2, 3\] = 5 epochs, epochs=6"):
+        fit(quantized_net(), tfl.two_stage(2, (2, 3)), epochs=6)
+
+
+def test_refuses_a_float_model():
+    model = float_net()
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match=r"tf_lowbit.quantize made. Received"):
+        fit(model, [tfl.Stage(1)])
+
+
+def test_refuses_bits_that_no_quantizer_was_made_for():
+    with pytest.raises(ValueError, match=r"2-bit weights.*Received.*\[4\]"):
+        fit(quantized_net((4, 4)), tfl.progressive(2, 1, (4,)))
+
+
+def test_refuses_a_rate_where_the_optimizer_has_a_schedule():
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9)
+    model = quantized_net(optimizer=keras.optimizers.SGD(schedule))
+    with pytest.raises(ValueError, match="LearningRateSchedule"):
+        fit(model, [tfl.Stage(1, learning_rate=0.1)])
+    fit(model, [tfl.Stage(1)])
+
+
+def test_refuses_a_legacy_optimizer():
+    model = quantized_net(optimizer=keras.optimizers.legacy.SGD(0.1))
+    with pytest.raises(ValueError, match="legacy one"):
+        fit(model, [tfl.Stage(1)])

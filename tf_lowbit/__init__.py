@@ -1,0 +1,40 @@
+"""Train Keras networks with 1- to 8-bit weights and activations."""
+
+from tf_lowbit import callbacks, inspection, quantizers
+from tf_lowbit.api import quantize
+from tf_lowbit.calibration import calibrate
+from tf_lowbit.core.stages import (
+    Stage,
+    progressive,
+    split_epochs,
+    two_stage,
+    two_stage_progressive,
+)
+from tf_lowbit.report import Cost, Summary, cost, summary
+from tf_lowbit.saving import load_model
+from tf_lowbit.scheme.layout import QuantizationWarning
+from tf_lowbit.scheme.rules import PrecisionRule
+from tf_lowbit.scheme.scheme import LowBitScheme
+from tf_lowbit.version import __version__
+
+__all__ = [
+    "Cost",
+    "LowBitScheme",
+    "PrecisionRule",
+    "QuantizationWarning",
+    "Stage",
+    "Summary",
+    "__version__",
+    "calibrate",
+    "callbacks",
+    "cost",
+    "inspection",
+    "load_model",
+    "progressive",
+    "quantize",
+    "quantizers",
+    "split_epochs",
+    "summary",
+    "two_stage",
+    "two_stage_progressive",
+]

@@ -1,0 +1,112 @@
+"""`quantize`: a float Keras model in, a low-bitwidth one out."""
+
+from tf_lowbit import inspection
+from tf_lowbit.compat import keras, tfmot
+from tf_lowbit.scheme import graph, registry
+from tf_lowbit.scheme.scheme import LowBitScheme
+
+
+def quantize(model: keras.Model, rules=None, *, strict: bool = False) -> keras.Model:
+    """Makes a low-bitwidth network of a float one.
+
+    The layers that the rules name get weight quantizers, and the ReLUs that they
+    read become quantized ReLUs. Where a layer reads something that no ReLU puts out,
+    a signed quantizer is inserted (ours). Layer names stay; an `activation="relu"` of
+    a weight layer becomes a layer of its own behind it, `conv` -> `conv_relu`. A
+    quantized ReLU clips at its own range, also where a ReLU6 stood.
+
+    The float weights carry over as the latent weights, and learned weight steps start
+    from them. Learned or fixed activation ranges want `tf_lowbit.calibrate`. The
+    float model is not changed.
+
+    Args:
+        model: built Sequential or Functional model of `tf_keras`.
+        rules: `PrecisionRule`s, the first match wins; None for 2-bit weights and
+            activations everywhere but at the first and the last layer.
+        strict: raise where a rule matches nothing or a layer cannot be quantized,
+            instead of a `QuantizationWarning`.
+
+    Returns:
+        A new Functional model, not compiled.
+
+    Raises:
+        ValueError: if the model is subclassed, not built, nested or has no layer that
+            the rules quantize; and as `strict` says.
+    """
+    scheme = LowBitScheme(rules, strict)
+    annotated = _annotate(_functional(model))
+    applied = tfmot.quantization.keras.quantize_apply(
+        # No prefix: the user's layer names are what rules and hints go by.
+        annotated,
+        scheme=scheme,
+        quantized_layer_name_prefix="",
+    )
+    quantized = graph.clone(applied)
+    inspection.initialize_weight_ranges(quantized)
+    return quantized
+
+
+def _functional(model) -> keras.Model:
+    """The model as a Functional one, or an error that says why there is none."""
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            "model must be a tf_keras Sequential or Functional model (Keras 3 models "
+            "are not tf_keras models; set TF_USE_LEGACY_KERAS=1 before TensorFlow is "
+            f"imported). Received: {type(model).__module__}.{type(model).__name__}"
+        )
+    if isinstance(model, keras.Sequential) and not model.built:
+        raise ValueError(
+            "model must be built, so that its shapes are known: give the first layer "
+            "an input_shape or call model.build(shape). "
+            f"Received: unbuilt Sequential {model.name!r}"
+        )
+    if not model._is_graph_network:
+        raise ValueError(
+            "model must be Sequential or Functional: the graph of a subclassed model "
+            f"cannot be read. Received: {type(model).__name__}"
+        )
+    nested = [layer.name for layer in model.layers if isinstance(layer, keras.Model)]
+    if nested:
+        raise ValueError(
+            "model must not hold models as layers; flatten them first. "
+            f"Received: nested models {nested}"
+        )
+    wrapped = [
+        layer.name
+        for layer in model.layers
+        if isinstance(layer, tfmot.quantization.keras.QuantizeWrapper)
+    ]
+    if wrapped:
+        raise ValueError(
+            "model must be a float model. "
+            f"Received: layers that are quantized already: {wrapped[:5]}"
+        )
+    if isinstance(model, keras.Sequential):
+        return keras.Model(model.inputs, model.outputs, name=model.name)
+    return model
+
+
+def _annotate(model: keras.Model) -> keras.Model:
+    """Annotates what may be quantized; the scheme's layout decides what is."""
+    annotate = tfmot.quantization.keras.quantize_annotate_layer
+    found = [
+        layer.name
+        for layer in model.layers
+        if registry.kernels(layer) or registry.relu_kind(layer)
+    ]
+    if not any(registry.kernels(layer) for layer in model.layers):
+        raise ValueError(
+            "model must have a layer that can be quantized (Dense, Conv or a kind of "
+            f"it). Received: {[type(layer).__name__ for layer in model.layers]}"
+        )
+
+    def copy(layer):
+        fresh = graph.copy_layer(layer)
+        return annotate(fresh) if layer.name in found else fresh
+
+    copies = {layer.name: copy(layer) for layer in model.layers}
+    result = graph.rebuild(model, lambda n, a, k: copies[n.layer.name](*a, **k))
+    for layer in model.layers:
+        if layer.weights:
+            copies[layer.name].set_weights(layer.get_weights())
+    return result

@@ -1,0 +1,203 @@
+"""Carries a list of stages out inside one `model.fit`."""
+
+from collections.abc import Sequence
+
+from tf_lowbit import inspection
+from tf_lowbit.compat import keras, tf
+from tf_lowbit.core.stages import FLOAT_BITS, Stage, stage_at
+
+
+class StagedPrecision(keras.callbacks.Callback):
+    """Changes bits, learning rate and optimizer state from stage to stage.
+
+    At a stage's first epoch it assigns the bits (nothing is traced anew), resets the
+    optimizer's state (momentum and step count; ours) and sets the learning rate. The
+    latent float weights simply carry on. Each quantizer gets
+    `max(the stage's bits, its own)`, so that a first layer kept at 8 bits stays there.
+
+    `weight_bits` and `activation_bits`, the lowest in the model, are added to the logs:
+    put this callback ahead of loggers such as `CSVLogger`.
+
+    The position (stage, epochs done) is in variables that hang on the model as
+    `model.staging`, so that `keras.callbacks.BackupAndRestore` and
+    `tf.train.Checkpoint(model=...)` save it: a resumed run goes on in mid-stage,
+    without a second reset.
+
+    Args:
+        stages: list of `Stage`; `two_stage`, `progressive` and
+            `two_stage_progressive` make such lists. Their epochs must sum to
+            the `epochs` of `fit`.
+        reset_optimizer: whether each new stage starts with a fresh optimizer state.
+        verbose: 1 prints a line at each stage's start.
+
+    Raises:
+        ValueError: in the constructor, if `stages` is no list of stages; when training
+            begins, if the epochs do not sum up, the model is not quantized, the last
+            stage asks for fewer bits than any quantizer was made for, or a learning
+            rate is to be set and the optimizer follows a schedule of its own.
+    """
+
+    # Keras hands callbacks with this flag its own logs instead of a copy: that is
+    # how the bits reach the progress bar.
+    _supports_tf_logs = True
+
+    def __init__(
+        self, stages: Sequence[Stage], reset_optimizer: bool = True, verbose: int = 0
+    ):
+        super().__init__()
+        stages = list(stages)
+        if not stages or not all(isinstance(stage, Stage) for stage in stages):
+            raise ValueError(
+                f"stages must be a list of at least one Stage. Received: {stages!r}"
+            )
+        self.stages = stages
+        self.reset_optimizer = reset_optimizer
+        self.verbose = verbose
+        self._tensors: list[inspection.QuantizedTensor] = []
+        self._epoch = 0
+
+    def on_train_begin(self, logs=None):
+        """Checks that the stages fit the model and the training."""
+        del logs
+        self._tensors = inspection.require_quantized(self.model)
+        total = sum(stage.epochs for stage in self.stages)
+        if self.params.get("epochs") != total:
+            raise ValueError(
+                f"The stages' epochs must sum to fit's epochs. Received: stages of "
+                f"{[stage.epochs for stage in self.stages]} = {total} epochs, "
+                f"epochs={self.params.get('epochs')}"
+            )
+        self._check_reachable()
+        self._check_optimizer()
+        if not hasattr(self.model, "staging"):
+            # A tf.train.Checkpoint is tracked by checkpoints, yet its variables
+            # are no weights of the model, whose files keep their format.
+            self.model.staging = tf.train.Checkpoint(
+                stage=tf.Variable(-1, dtype=tf.int64, trainable=False),
+                epochs_done=tf.Variable(0, dtype=tf.int64, trainable=False),
+            )
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Enters the epoch's stage, if it is not the present one."""
+        del logs
+        self._epoch = epoch
+        index, start = stage_at(self.stages, epoch)
+        stage, position = self.stages[index], self.model.staging
+        # Having done more epochs than this one's number means a new training.
+        is_new_training = position.epochs_done.numpy() > epoch
+        if position.stage.numpy() != index or is_new_training:
+            self._assign_bits(stage)
+            if self.reset_optimizer and (index > 0 or is_new_training):
+                reset_optimizer(self.model)
+            position.stage.assign(index)
+        position.epochs_done.assign(epoch)
+        self._set_learning_rate(0)
+        if self.verbose and epoch == start:
+            print(f"Stage {index + 1}/{len(self.stages)}: {self._description(stage)}")
+
+    def on_train_batch_begin(self, batch, logs=None):
+        """Follows the stage's learning-rate decay, if it has one."""
+        del logs
+        if self._stage().decay != "constant":
+            self._set_learning_rate(batch)
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Adds the bits to the progress bar."""
+        del batch
+        self._log(logs)
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Adds the bits to the logs, and counts the epoch as done."""
+        self.model.staging.epochs_done.assign(epoch + 1)
+        self._log(logs)
+
+    def _stage(self) -> Stage:
+        return self.stages[stage_at(self.stages, self._epoch)[0]]
+
+    def _check_reachable(self):
+        last = self.stages[-1]
+        for role, wanted in (
+            ("weight", last.weight_bits),
+            ("activation", last.activation_bits),
+        ):
+            own = [t.quantizer.bits for t in self._tensors if t.role == role]
+            if wanted is not None and own and wanted < min(own):
+                raise ValueError(
+                    f"The last stage asks for {wanted}-bit {role}s, and no quantizer "
+                    f"was made for so few: quantize the model at {wanted} bits. "
+                    f"Received: {role} quantizers of {sorted(set(own))} bits"
+                )
+
+    def _check_optimizer(self):
+        optimizer = self.model.optimizer
+        if not isinstance(optimizer, keras.optimizers.Optimizer):
+            raise ValueError(
+                "The model must be compiled with a keras.optimizers.Optimizer (not a "
+                f"legacy one). Received: {type(optimizer).__name__}"
+            )
+        sets_rate = any(stage.learning_rate is not None for stage in self.stages)
+        rate = _innermost(optimizer).get_config()["learning_rate"]
+        if sets_rate and isinstance(rate, dict):
+            raise ValueError(
+                "A stage's learning_rate needs an optimizer with a plain number as "
+                "its own. Received: an optimizer with a LearningRateSchedule"
+            )
+
+    def _assign_bits(self, stage):
+        for tensor in self._tensors:
+            wanted = (
+                stage.weight_bits if tensor.role == "weight" else stage.activation_bits
+            )
+            tensor.assign_bits(max(wanted or 0, tensor.quantizer.bits))
+
+    def _set_learning_rate(self, batch):
+        index, start = stage_at(self.stages, self._epoch)
+        stage = self.stages[index]
+        within = batch / self.params["steps"] if self.params.get("steps") else 0.0
+        progress = (self._epoch - start + within) / stage.epochs
+        rate = stage.learning_rate_at(progress)
+        if rate is not None:
+            _innermost(self.model.optimizer).learning_rate = rate
+
+    def _log(self, logs):
+        if logs is not None:
+            for role in ("weight", "activation"):
+                logs[f"{role}_bits"] = self._lowest_bits(role)
+
+    def _lowest_bits(self, role) -> int:
+        bits = [tensor.bits for tensor in self._tensors if tensor.role == role]
+        return min(bits, default=FLOAT_BITS)
+
+    def _description(self, stage) -> str:
+        text = (
+            f"weights at {self._lowest_bits('weight')} bits, activations at "
+            f"{self._lowest_bits('activation')} bits, {stage.epochs} epochs"
+        )
+        if stage.learning_rate is not None:
+            text += f", learning rate {stage.learning_rate:g} ({stage.decay})"
+        return text
+
+
+def reset_optimizer(model: keras.Model) -> None:
+    """Puts a compiled model's optimizer back to its first state.
+
+    Step count, momenta and every other state take the values of a fresh optimizer of
+    the same configuration; the learning rate stays.
+
+    Args:
+        model: compiled model with a `keras.optimizers.Optimizer`.
+    """
+    optimizer = _innermost(model.optimizer)
+    variables = model.trainable_variables
+    with model.distribute_strategy.scope():
+        fresh = type(optimizer).from_config(optimizer.get_config())
+        fresh.build(variables)
+        optimizer.build(variables)
+    for old, new in zip(optimizer.variables, fresh.variables, strict=True):
+        if old is not optimizer.learning_rate:
+            old.assign(new)
+
+
+def _innermost(optimizer):
+    """The optimizer itself, where a loss scale (mixed_float16) wraps it."""
+    return getattr(optimizer, "inner_optimizer", optimizer)

@@ -1,0 +1,46 @@
+"""The one place that picks the Keras of this library, and meets its internals.
+
+TF-MOT works on Keras 2 (the `tf_keras` package) and picks it with the
+environment variable `TF_USE_LEGACY_KERAS`. Everything here imports `keras` from
+this module, so that there is one answer to "which Keras". What has no public
+name in TensorFlow or Keras is reached here and nowhere else.
+"""
+
+import os
+
+os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
+
+import tensorflow as tf
+import tensorflow_model_optimization as tfmot
+import tf_keras as keras
+from tensorflow.python.ops import control_flow_util
+from tf_keras.src.mixed_precision import autocast_variable
+
+__all__ = ["as_float32", "in_xla_context", "keras", "tf", "tfmot"]
+
+
+def as_float32(value):
+    """Reads a tensor or variable in float32, whatever the precision policy.
+
+    Under `mixed_float16` and `mixed_bfloat16` a Keras variable is cast when it is
+    read inside a layer. A quantizer must see the float32 value: a weight rounded
+    to 16 bits first can fall on the other side of a decision threshold.
+
+    Args:
+        value: tensor or variable of any floating dtype and any shape.
+
+    Returns:
+        A float32 tensor of the same shape. The gradient is the identity.
+    """
+    with autocast_variable.enable_auto_cast_variables(None):
+        tensor = tf.convert_to_tensor(value)
+    return tf.cast(tensor, tf.float32)
+
+
+def in_xla_context() -> bool:
+    """Whether the ops built now will be compiled by XLA (`jit_compile=True`)."""
+    if tf.executing_eagerly():
+        return False
+    return control_flow_util.GraphOrParentsInXlaContext(
+        tf.compat.v1.get_default_graph()
+    )

@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: grids, straight-through gradients and schedules."""

@@ -1,0 +1,282 @@
+"""Staging as data: what bits and which learning rate hold in which epochs.
+
+A `Stage` says how long it lasts and what it trains with; a schedule is a list of
+stages. `two_stage`, `progressive` and `two_stage_progressive` return such lists,
+after Zhuang et al., arXiv:1908.04680, and `tf_lowbit.callbacks.StagedPrecision`
+carries any list out. Nothing here touches TensorFlow.
+"""
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Sequence
+
+from tf_lowbit.core import grid
+
+DECAYS = ("constant", "cosine", "step")
+# Paper's ladder as recalled; `8 -> 4 -> 2` is the "shortened" one.
+DEFAULT_LADDER = (32, 16, 8, 4, 2)
+FLOAT_BITS = 32
+# The authors' CIFAR-100 recipe: x 0.1 at epochs 60 and 120 of 200.
+_STEP_MILESTONES = (0.3, 0.6)
+_STEP_FACTOR = 0.1
+
+Bits = int | tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of a training: so many epochs at these bits.
+
+    A quantizer never goes below the bits that its rule gave it: a stage asks for
+    `max(stage bits, the rule's bits)`.
+
+    Attributes:
+        epochs: length in epochs, at least 1.
+        weight_bits: bits of the weights, 1 to 8, or 16 or 32 for "not rounded";
+            None for each quantizer's own.
+        activation_bits: likewise for the activations. "Not rounded" activations are
+            still clipped.
+        learning_rate: at the stage's start; None leaves the optimizer's alone.
+        decay: "constant"; "cosine" from `learning_rate` to 0 over the stage; or "step":
+            x 0.1 after 30 % and after 60 % of it.
+
+    Raises:
+        ValueError: for a value outside of what is said above.
+    """
+
+    epochs: int
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+    learning_rate: float | None = None
+    decay: str = "constant"
+
+    def __post_init__(self):
+        _positive_integer(self.epochs, "epochs")
+        for name in ("weight_bits", "activation_bits"):
+            if getattr(self, name) is not None:
+                grid.validate_bits(getattr(self, name), name)
+        rate = self.learning_rate
+        is_rate = isinstance(rate, numbers.Real) and math.isfinite(rate) and rate > 0
+        if rate is not None and not is_rate:
+            raise ValueError(
+                "learning_rate must be a positive number or None. "
+                f"Received: learning_rate={rate!r}"
+            )
+        if self.decay not in DECAYS:
+            raise ValueError(
+                f"decay must be one of {DECAYS}. Received: decay={self.decay!r}"
+            )
+        if self.decay != "constant" and rate is None:
+            raise ValueError(
+                f"decay={self.decay!r} needs a learning_rate to start from. "
+                "Received: learning_rate=None"
+            )
+
+    def learning_rate_at(self, progress: float) -> float | None:
+        """The learning rate after a share of the stage.
+
+        >>> Stage(4, learning_rate=0.1, decay="cosine").learning_rate_at(0.5)
+        0.05
+
+        Args:
+            progress: share of the stage that has passed, in [0, 1].
+
+        Returns:
+            The learning rate, or None where the stage leaves it alone.
+        """
+        if self.learning_rate is None or self.decay == "constant":
+            return self.learning_rate
+        if self.decay == "step":
+            passed = sum(progress >= milestone for milestone in _STEP_MILESTONES)
+            return self.learning_rate * _STEP_FACTOR**passed
+        cosine = 0.5 * (1.0 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+        return self.learning_rate * cosine
+
+
+def two_stage(
+    bits: Bits,
+    epochs: Sequence[int],
+    learning_rate: float | Sequence[float] | None = None,
+    decay: str = "constant",
+) -> list[Stage]:
+    """TS: quantized weights first, then quantized activations too.
+
+    >>> [(s.weight_bits, s.activation_bits) for s in two_stage(2, (10, 10))]
+    [(2, 32), (2, 2)]
+
+    Args:
+        bits: final bits, one int or (weight, activation).
+        epochs: epochs of the two stages.
+        learning_rate: one for both, one each, or None.
+        decay: as in `Stage`.
+
+    Returns:
+        Two stages. In the first, activations are clipped and not rounded (ours).
+    """
+    weight_bits, activation_bits = _pair(bits)
+    pairs = [(weight_bits, FLOAT_BITS), (weight_bits, activation_bits)]
+    return _stages(pairs, epochs, learning_rate, decay)
+
+
+def progressive(
+    bits: Bits,
+    epochs: Sequence[int] | int,
+    ladder: Sequence[int] = DEFAULT_LADDER,
+    learning_rate: float | Sequence[float] | None = None,
+    decay: str = "constant",
+) -> list[Stage]:
+    """PQ: weights and activations together, from many bits down to few.
+
+    >>> [(s.weight_bits, s.activation_bits) for s in progressive(2, 5, (8, 4, 2))]
+    [(8, 8), (4, 4), (2, 2)]
+
+    Args:
+        bits: final bits, one int or (weight, activation).
+        epochs: epochs of each stage, or one int for every stage.
+        ladder: falling bit-widths. A rung below a final bit-width stands at it; the
+            final pair is appended where the ladder does not reach it.
+        learning_rate: one for all, one each, or None.
+        decay: as in `Stage`.
+
+    Returns:
+        One stage a rung.
+    """
+    return _stages(_rungs(_pair(bits), ladder), epochs, learning_rate, decay)
+
+
+def two_stage_progressive(
+    bits: Bits,
+    epochs: Sequence[int] | int,
+    ladder: Sequence[int] = DEFAULT_LADDER,
+    learning_rate: float | Sequence[float] | None = None,
+    decay: str = "constant",
+    last_only: bool = False,
+) -> list[Stage]:
+    """TS+PQ: at each rung of the ladder weights first, then activations.
+
+    The paper's abstract names the two together; their order within a rung is ours.
+
+    >>> [(s.weight_bits, s.activation_bits)
+    ...  for s in two_stage_progressive(2, 5, (4, 2))]
+    [(4, 32), (4, 4), (2, 4), (2, 2)]
+
+    Args:
+        bits: final bits, one int or (weight, activation).
+        epochs: epochs of each stage, or one int for every stage.
+        ladder: as in `progressive`.
+        learning_rate: one for all, one each, or None.
+        decay: as in `Stage`.
+        last_only: take weights and activations apart only at the last rung.
+
+    Returns:
+        Up to two stages a rung; a stage that would change nothing is left out.
+    """
+    rungs = _rungs(_pair(bits), ladder)
+    pairs: list[tuple[int, int]] = []
+    for weight_bits, activation_bits in rungs:
+        before = pairs[-1][1] if pairs else FLOAT_BITS
+        if not last_only or (weight_bits, activation_bits) == rungs[-1]:
+            pairs.append((weight_bits, before))
+        pairs.append((weight_bits, activation_bits))
+    return _stages(_without_repeats(pairs), epochs, learning_rate, decay)
+
+
+def split_epochs(total: int, parts: int) -> tuple[int, ...]:
+    """Shares `total` epochs out over `parts` stages, the rest to the last ones.
+
+    >>> split_epochs(20, 3)
+    (6, 7, 7)
+
+    Raises:
+        ValueError: if there are fewer epochs than parts.
+    """
+    _positive_integer(total, "total")
+    _positive_integer(parts, "parts")
+    if total < parts:
+        raise ValueError(
+            f"{parts} stages need at least {parts} epochs. Received: total={total}"
+        )
+    share, rest = divmod(total, parts)
+    return (share,) * (parts - rest) + (share + 1,) * rest
+
+
+def stage_at(stages: Sequence[Stage], epoch: int) -> tuple[int, int]:
+    """Which stage an epoch belongs to.
+
+    >>> stage_at([Stage(3), Stage(2)], 3)
+    (1, 3)
+
+    Args:
+        stages: the stages.
+        epoch: epoch, from 0.
+
+    Returns:
+        The stage's index and the epoch at which it starts.
+
+    Raises:
+        ValueError: if the stages end before `epoch`.
+    """
+    start = 0
+    for index, stage in enumerate(stages):
+        if epoch < start + stage.epochs:
+            return index, start
+        start += stage.epochs
+    raise ValueError(
+        f"epoch must be below the stages' total of {start} epochs. "
+        f"Received: epoch={epoch}"
+    )
+
+
+def _positive_integer(value, name):
+    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not is_integer or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1. Received: {name}={value!r}")
+
+
+def _pair(bits: Bits) -> tuple[int, int]:
+    pair = bits if isinstance(bits, tuple | list) else (bits, bits)
+    if len(pair) != 2:
+        raise ValueError(
+            f"bits must be one integer or a pair (weight, activation). "
+            f"Received: bits={bits!r}"
+        )
+    return grid.validate_bits(pair[0]), grid.validate_bits(pair[1])
+
+
+def _rungs(final: tuple[int, int], ladder: Sequence[int]) -> list[tuple[int, int]]:
+    ladder = [grid.validate_bits(rung, "ladder") for rung in ladder]
+    if not ladder or sorted(ladder, reverse=True) != ladder:
+        raise ValueError(f"ladder must be falling bit-widths. Received: {ladder}")
+    pairs = [(max(rung, final[0]), max(rung, final[1])) for rung in ladder]
+    return _without_repeats([*pairs, final])
+
+
+def _without_repeats(pairs):
+    kept = pairs[:1]
+    for pair in pairs[1:]:
+        if pair != kept[-1]:
+            kept.append(pair)
+    return kept
+
+
+def _each(values, count: int, name: str) -> list:
+    if values is None or isinstance(values, numbers.Number):
+        return [values] * count
+    if len(values) != count:
+        raise ValueError(
+            f"{name} must be one value or one for each of the {count} stages. "
+            f"Received: {name}={values!r}"
+        )
+    return list(values)
+
+
+def _stages(pairs, epochs, learning_rate, decay) -> list[Stage]:
+    epochs = _each(epochs, len(pairs), "epochs")
+    rates = _each(learning_rate, len(pairs), "learning_rate")
+    return [
+        Stage(count, weight_bits, activation_bits, rate, decay)
+        for (weight_bits, activation_bits), count, rate in zip(
+            pairs, epochs, rates, strict=True
+        )
+    ]

@@ -1,0 +1,304 @@
+"""Quantization with stated straight-through gradients (`tf.custom_gradient`).
+
+Each function here has a forward that lies exactly on a grid of
+`tf_lowbit.core.grid` and a gradient that its docstring states. `bits` is always a
+scalar int32 tensor, read from its variable *before* the call: inside a
+`custom_gradient`, eager mode would ask for the variable's own gradient.
+"""
+
+from tf_lowbit.compat import in_xla_context, tf
+from tf_lowbit.core import grid
+
+IMPLEMENTATIONS = ("auto", "fused", "composed")
+
+# FakeQuantWithMinMaxArgsGradient needs some num_bits; its mask does not depend on it.
+_ANY_BITS = 8
+
+
+def validate_implementation(implementation: str) -> str:
+    """Returns `implementation`, or raises an error that says what is allowed.
+
+    Raises:
+        ValueError: if it is not "auto", "fused" or "composed".
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be one of {IMPLEMENTATIONS}. "
+            f"Received: implementation={implementation!r}"
+        )
+    return implementation
+
+
+def choose_implementation(implementation: str = "auto") -> str:
+    """Resolves "auto" to "fused" or "composed".
+
+    The fused kernels exist for CPU and GPU. XLA fuses the composed form by itself,
+    and other devices (TPU) have no kernel: there "auto" is "composed".
+
+    Args:
+        implementation: "auto", "fused" or "composed".
+
+    Raises:
+        ValueError: for any other value.
+    """
+    validate_implementation(implementation)
+    if implementation != "auto":
+        return implementation
+    kinds = {device.device_type for device in tf.config.list_logical_devices()}
+    if in_xla_context() or not kinds <= {"CPU", "GPU"}:
+        return "composed"
+    return "fused"
+
+
+def _fused_unsigned(inputs, limit, bits):
+    return tf.raw_ops.QuantizeAndDequantizeV3(
+        input=inputs,
+        input_min=0.0,
+        input_max=limit,
+        num_bits=grid.effective_bits(bits),
+        signed_input=False,
+        range_given=True,
+        narrow_range=False,
+        axis=-1,
+    )
+
+
+def _composed_unsigned(inputs, limit, bits):
+    codes = grid.unsigned_codes(inputs, limit, bits)
+    return codes * grid.unsigned_step(limit, bits)
+
+
+def unsigned_forward(inputs, limit, bits, implementation: str = "auto"):
+    """Values of the unsigned grid on [0, limit], without a gradient of its own.
+
+    Args:
+        inputs: float32 tensor of any shape.
+        limit: scalar, positive.
+        bits: scalar int32 tensor.
+        implementation: as in `choose_implementation`.
+
+    Returns:
+        Float32 tensor of the same shape; equal, bit for bit, in both forms.
+    """
+    if choose_implementation(implementation) == "fused":
+        return _fused_unsigned(inputs, limit, bits)
+    return _composed_unsigned(inputs, limit, bits)
+
+
+def _inside(inputs, low, high):
+    return tf.logical_and(inputs >= low, inputs <= high)
+
+
+def _masked(upstream, inputs, low, high):
+    # Select, not a product with the mask: 0 * inf would be NaN.
+    return tf.where(_inside(inputs, low, high), upstream, tf.zeros_like(upstream))
+
+
+def clip_round(inputs, limit: float, bits, implementation: str = "auto"):
+    """A quantized ReLU with a fixed clip: `step * round(clip(x, 0, limit) / step)`.
+
+    Gradient: `dy/dx = 1` where `0 <= x <= limit`, else 0. This is DoReFa's
+    activation quantizer (Zhou et al., arXiv:1606.06160) at `limit = 1`.
+
+    Args:
+        inputs: float32 tensor of any shape. NaN stays NaN; +inf becomes `limit`.
+        limit: Python float, positive: the clip.
+        bits: scalar int32 tensor.
+        implementation: "fused" is one kernel each way; "composed" is made of plain
+            ops and gives the same values and gradients; "auto" picks.
+
+    Returns:
+        Float32 tensor of the same shape, on the unsigned grid of [0, limit].
+    """
+    fused = choose_implementation(implementation) == "fused"
+
+    @tf.custom_gradient
+    def quantize(x):
+        def gradient(upstream):
+            if not fused:
+                return _masked(upstream, x, 0.0, limit)
+            return tf.raw_ops.FakeQuantWithMinMaxArgsGradient(
+                gradients=upstream, inputs=x, min=0.0, max=limit, num_bits=_ANY_BITS
+            )
+
+        forward = _fused_unsigned if fused else _composed_unsigned
+        return forward(x, limit, bits), gradient
+
+    return quantize(inputs)
+
+
+def learned_clip_round(inputs, limit, bits, implementation: str = "auto"):
+    """A quantized ReLU with a learned clip (PACT).
+
+    Gradients: `dy/dx = 1` where `0 <= x <= limit`, else 0; `dy/dlimit = 1` where
+    `x > limit`, else 0. Choi et al., PACT, arXiv:1805.06085.
+
+    Args:
+        inputs: float32 tensor of any shape.
+        limit: scalar float32 tensor, positive: the clip, "alpha" in the paper.
+        bits: scalar int32 tensor.
+        implementation: as in `clip_round`.
+
+    Returns:
+        Float32 tensor of the same shape, on the unsigned grid of [0, limit].
+    """
+    fused = choose_implementation(implementation) == "fused"
+
+    @tf.custom_gradient
+    def quantize(x, alpha):
+        def gradient(upstream):
+            if fused:
+                d_x, _, d_alpha = tf.raw_ops.QuantizeAndDequantizeV4Grad(
+                    gradients=upstream,
+                    input=x,
+                    input_min=0.0,
+                    input_max=alpha,
+                    axis=-1,
+                )
+                return d_x, tf.reshape(d_alpha, tf.shape(alpha))
+            above = tf.where(x > alpha, upstream, tf.zeros_like(upstream))
+            return _masked(upstream, x, 0.0, alpha), tf.reduce_sum(above)
+
+        forward = _fused_unsigned if fused else _composed_unsigned
+        return forward(x, alpha, bits), gradient
+
+    return quantize(inputs, limit)
+
+
+def normalized_round(weights, bits, max_gradient: bool = True):
+    """DoReFa's weight quantizer: tanh, division by the largest, odd grid.
+
+    `t = tanh(w)`, `u = t / (2 max|t|) + 1/2`, `y = (2 round(n u) - n) / n`; the
+    maximum is over the whole tensor. Zhou et al., arXiv:1606.06160, as the code of
+    arXiv:1908.04680 trains it (no rescale by mean|w|).
+
+    Gradient: rounding counts as the identity, so `dy/dw` is that of `t / max|t|`,
+    the maximum included: with `m = max|t|`,
+    `dL/dt = g / m - s [|t| = m] sum(g t) / m^2`, where `s = sign(t)` and tied maxima
+    share; then `dL/dw = dL/dt (1 - t^2)`.
+
+    Args:
+        weights: float32 tensor of any shape: the latent weights. One NaN makes the
+            whole result NaN. All zeros are allowed.
+        bits: scalar int32 tensor.
+        max_gradient: False leaves the maximum out of the gradient (ours; an
+            ablation of what the authors' code does).
+
+    Returns:
+        Float32 tensor of the same shape, on the odd grid of [-1, 1].
+    """
+
+    @tf.custom_gradient
+    def quantize(w):
+        t = tf.tanh(w)
+        magnitude = tf.abs(t)
+        # The floor only serves an all-zero tensor, where u = 1/2 is meant.
+        largest = tf.maximum(tf.reduce_max(magnitude), 1e-30)
+        codes = grid.odd_codes(t / (2.0 * largest) + 0.5, bits)
+
+        def gradient(upstream):
+            d_t = upstream / largest
+            if max_gradient:
+                at_max = tf.cast(tf.equal(magnitude, largest), t.dtype)
+                share = at_max * tf.sign(t) / tf.maximum(tf.reduce_sum(at_max), 1.0)
+                d_t -= share * (tf.reduce_sum(upstream * t) / tf.square(largest))
+            return tf.raw_ops.TanhGrad(y=t, dy=d_t)
+
+        return codes * grid.odd_step(bits), gradient
+
+    return quantize(weights)
+
+
+def stepped_round(
+    inputs,
+    step,
+    bits,
+    *,
+    signed: bool,
+    narrow_range: bool = False,
+    gradient_scale=1.0,
+    implementation: str = "auto",
+):
+    """A quantizer with a learned step (LSQ): `step * round(clip(x / step))`.
+
+    Gradients (Esser et al., LSQ, arXiv:1902.08153): `dy/dx = 1` inside the range,
+    else 0; `dy/dstep = round(x / step) - x / step` inside, the clipped code outside,
+    summed over the elements that share a step and times `gradient_scale`. With
+    `y = step * code` that sum is `(sum(g y) - sum(g x [inside])) / step`.
+
+    Args:
+        inputs: float32 tensor of any shape.
+        step: float32 tensor, positive, scalar or broadcastable to `inputs`.
+        bits: scalar int32 tensor.
+        signed: the signed grid; False for the unsigned one (then scalar `step`).
+        narrow_range: signed grid only: leave the lowest code out.
+        gradient_scale: scalar factor on the step's gradient, "g" in the paper.
+        implementation: as in `clip_round`; the signed grid is always composed.
+
+    Returns:
+        Float32 tensor of the same shape as `inputs`.
+    """
+
+    @tf.custom_gradient
+    def quantize(x, s):
+        if signed:
+            negative, positive = grid.signed_limits(bits, narrow_range)
+            low, high = -negative * s, positive * s
+            y = grid.signed_codes(x / s, bits, narrow_range) * s
+        else:
+            low, high = 0.0, unsigned_range(s, bits)
+            y = unsigned_forward(x, high, bits, implementation)
+
+        def gradient(upstream):
+            d_x = _masked(upstream, x, low, high)
+            d_step = _sum_to_shape(upstream * y - d_x * x, s) / s
+            return d_x, d_step * gradient_scale
+
+        return y, gradient
+
+    return quantize(inputs, step)
+
+
+def unsigned_range(step, bits):
+    """The clip `step * n` of an unsigned grid with a learned step.
+
+    Args:
+        step: scalar float32 tensor.
+        bits: scalar int32 tensor. "Not rounded" keeps the range of 8 bits: the clip
+            stays and only the rounding goes.
+
+    Returns:
+        Scalar float32 tensor.
+    """
+    return step * grid.unsigned_limit(tf.minimum(bits, grid.MAX_BITS))
+
+
+def scaled_round(inputs, scale, bits, *, narrow_range: bool):
+    """Signed rounding with a given scale: `scale * round(clip(x / scale))`.
+
+    Gradient: `dy/dx = 1` inside the range, else 0; none for `scale`.
+
+    Args:
+        inputs: float32 tensor of any shape.
+        scale: float32 tensor, positive, scalar or broadcastable to `inputs`.
+        bits: scalar int32 tensor.
+        narrow_range: leave the lowest code out.
+
+    Returns:
+        Float32 tensor of the same shape.
+    """
+    return stepped_round(
+        inputs,
+        tf.stop_gradient(scale),
+        bits,
+        signed=True,
+        narrow_range=narrow_range,
+    )
+
+
+def _sum_to_shape(values, like):
+    """Sums `values` over the axes along which `like` was broadcast."""
+    extra = values.shape.rank - like.shape.rank
+    stretched = [extra + i for i, size in enumerate(like.shape) if size == 1]
+    total = tf.reduce_sum(values, axis=[*range(extra), *stretched])
+    return tf.reshape(total, like.shape)

@@ -1,0 +1,216 @@
+"""What a loaded data set is: its pipelines, its sizes, its normalisation."""
+
+import dataclasses
+import numbers
+
+import numpy as np
+
+from tf_lowbit.compat import tf
+
+# Seeds enter the stateless operations as int64.
+_SEED_LIMIT = 2**63
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalization:
+    """From stored pixels to network inputs, channel by channel.
+
+    `inputs = (pixels / scale - mean) / deviation`
+
+    Attributes:
+      scale: the largest stored pixel value; 255 for 8-bit images.
+      mean: channel means of `pixels / scale`, in [0, 1].
+      deviation: channel standard deviations of `pixels / scale`, above 0.
+    """
+
+    scale: float
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+
+    def __post_init__(self):
+        if not self.scale > 0.0:
+            raise ValueError(f"scale must be positive. Received: scale={self.scale}")
+        if len(self.mean) != len(self.deviation):
+            raise ValueError(
+                "mean and deviation must have a value per channel each. "
+                f"Received: mean={self.mean}, deviation={self.deviation}"
+            )
+        if not all(value > 0.0 for value in self.deviation):
+            raise ValueError(
+                f"deviation must be positive. Received: deviation={self.deviation}"
+            )
+
+    @classmethod
+    def of(cls, images: np.ndarray, scale: float) -> "Normalization":
+        """Measures the normalisation of stored images.
+
+        Args:
+          images: number array [N, H, W, C], stored pixels.
+          scale: the largest stored pixel value.
+
+        Returns:
+          The normalisation that gives each channel of `images` mean 0 and
+          deviation 1.
+
+        Raises:
+          ValueError: a channel is constant.
+        """
+        pixels = images.astype(np.float64) / scale
+        return cls(
+            scale=float(scale),
+            mean=tuple(float(value) for value in pixels.mean(axis=(0, 1, 2))),
+            deviation=tuple(float(value) for value in pixels.std(axis=(0, 1, 2))),
+        )
+
+    def __call__(self, images) -> tf.Tensor:
+        """Normalises images.
+
+        Args:
+          images: number tensor [..., C], stored pixels in [0, scale].
+
+        Returns:
+          float32, same shape.
+        """
+        images = tf.cast(images, tf.float32)
+        # One multiplication and one addition per pixel: the constants are folded
+        # here in float64, not in the graph in float32.
+        factor = 1.0 / (self.scale * np.asarray(self.deviation, np.float64))
+        offset = -np.asarray(self.mean, np.float64) / np.asarray(self.deviation)
+        return images * factor.astype(np.float32) + offset.astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineOptions:
+    """What a caller of `load` may choose for any data set.
+
+    Attributes:
+      batch_size: images in a batch; the last batch of an epoch may be smaller.
+      seed: seeds the order and the augmentation, in [0, 2**63).
+      augment: whether training images are augmented.
+      validation_fraction: part of the training set to hold out, in [0, 1).
+      start_epoch: the epoch that the training pipeline starts with, from 0.
+      limit: at most this many training and this many test examples are used;
+        None for all.
+
+    Raises:
+      ValueError: a value is out of the range given above.
+    """
+
+    batch_size: int
+    seed: int = 0
+    augment: bool = True
+    validation_fraction: float = 0.0
+    start_epoch: int = 0
+    limit: int | None = None
+
+    def __post_init__(self):
+        _require_integer("batch_size", self.batch_size, at_least=1)
+        _require_integer("seed", self.seed, at_least=0)
+        if self.seed >= _SEED_LIMIT:
+            raise ValueError(f"seed must be below 2**63. Received: seed={self.seed}")
+        _require_integer("start_epoch", self.start_epoch, at_least=0)
+        if self.limit is not None:
+            _require_integer("limit", self.limit, at_least=1)
+        if not 0.0 <= self.validation_fraction < 1.0:
+            raise ValueError(
+                "validation_fraction must be in [0, 1). "
+                f"Received: validation_fraction={self.validation_fraction}"
+            )
+
+    def limited(self, size: int) -> int:
+        """Returns how many of `size` examples are used."""
+        return size if self.limit is None else min(size, self.limit)
+
+    def held_out(self, size: int) -> int:
+        """Returns how many of `size` training examples are held out.
+
+        Args:
+          size: the number of training examples, before any is held out.
+
+        Returns:
+          0 if `validation_fraction` is 0, else a count in [1, size - 1].
+
+        Raises:
+          ValueError: one of the two parts would be empty.
+        """
+        if self.validation_fraction == 0.0:
+            return 0
+        count = round(self.validation_fraction * size)
+        if not 1 <= count < size:
+            raise ValueError(
+                "validation_fraction must leave at least one example in each part "
+                f"of the {size} training examples. "
+                f"Received: validation_fraction={self.validation_fraction}"
+            )
+        return count
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A data set, ready for training and evaluation.
+
+    A batch is a pair of images, float32 [B, H, W, C], normalised, and labels,
+    int64 [B], in [0, classes).
+
+    `train` never ends. An epoch is `steps_per_epoch` batches, of which the last may
+    be smaller, and holds each training example exactly once; the order and the
+    augmentation of epoch e are a pure function of (seed, e). Hence
+
+    ```python
+    data = datasets.load("digits", batch_size=32, start_epoch=epoch)
+    model.fit(
+        data.train,
+        steps_per_epoch=data.steps_per_epoch,
+        initial_epoch=epoch,
+        epochs=100,
+        validation_data=data.test,
+    )
+    ```
+
+    feeds a run that resumes at `epoch` exactly what it would have seen without the
+    interruption. Each new iterator over `train` starts again at `start_epoch`.
+    `test` and `validation` are one pass, in stored order, never augmented.
+
+    Attributes:
+      name: the name it was loaded by.
+      train: infinite pipeline of training batches.
+      test: finite pipeline of test batches.
+      validation: finite pipeline of the held-out part of the training set, or None.
+      input_shape: (H, W, C).
+      classes: number of classes.
+      train_size: training examples in an epoch, without the held-out ones.
+      test_size: test examples.
+      validation_size: held-out examples; 0 if `validation` is None.
+      batch_size: images in a full batch.
+      normalization: from stored pixels to the images in a batch.
+    """
+
+    name: str
+    train: tf.data.Dataset
+    test: tf.data.Dataset
+    validation: tf.data.Dataset | None
+    input_shape: tuple[int, int, int]
+    classes: int
+    train_size: int
+    test_size: int
+    validation_size: int
+    batch_size: int
+    normalization: Normalization
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in an epoch of `train`, counting a smaller last one."""
+        return batches(self.train_size, self.batch_size)
+
+
+def batches(size: int, batch_size: int) -> int:
+    """Returns how many batches hold `size` examples, counting a smaller last one."""
+    return -(-size // batch_size)
+
+
+def _require_integer(name: str, value, *, at_least: int) -> None:
+    if not isinstance(value, numbers.Integral) or value < at_least:
+        raise ValueError(
+            f"{name} must be an integer of at least {at_least}. "
+            f"Received: {name}={value!r}"
+        )

@@ -1,0 +1,89 @@
+"""Fashion-MNIST, from its IDX files or as prepared by TensorFlow Datasets.
+
+Xiao, Rasul, Vollgraf, Fashion-MNIST, arXiv:1708.07747.
+"""
+
+import pathlib
+
+import numpy as np
+
+from tf_lowbit.datasets import augmentation, idx, tfds_source
+from tf_lowbit.datasets.dataset import Normalization
+from tf_lowbit.datasets.pipeline import Examples, InMemorySource
+
+# Where the Debian package dataset-fashion-mnist puts the files.
+DEBIAN_FOLDER = "/usr/share/datasets/fashion-mnist"
+
+_CLASSES = 10
+_PREFIXES = ("train", "t10k")
+_KINDS = ("images-idx3-ubyte", "labels-idx1-ubyte")
+# Mean and deviation of the 60,000 training images.
+_NORMALIZATION = Normalization(255.0, (0.2860,), (0.3530,))
+
+
+def read(*, data_dir: str | None = None) -> InMemorySource:
+    """Reads Fashion-MNIST: 60000 and 10000 images, 28x28x1, 10 classes.
+
+    Args:
+      data_dir: a folder with the four IDX files, raw or compressed (.gz), or a
+        folder of TensorFlow Datasets. None for the folder of the Debian package
+        dataset-fashion-mnist, and then the default of TensorFlow Datasets.
+
+    Raises:
+      FileNotFoundError: it is in neither place, or one of the IDX files is missing.
+      ValueError: an IDX file is malformed.
+    """
+    folder = pathlib.Path(DEBIAN_FOLDER if data_dir is None else data_dir)
+    parts = _read_folder(folder) or _read_prepared(data_dir)
+    if parts is None:
+        raise FileNotFoundError(
+            "fashion_mnist must be on this machine: install the Debian package "
+            "dataset-fashion-mnist, or name the folder that holds its IDX files, or "
+            "that TensorFlow Datasets prepared it in, with --data_dir. "
+            f"Received: data_dir={data_dir!r}, nothing in {folder}"
+        )
+    train, test = parts
+    return InMemorySource(
+        name="fashion_mnist",
+        train=train,
+        test=test,
+        classes=_CLASSES,
+        normalization=_NORMALIZATION,
+        augmentation=augmentation.crop_and_flip(padding=2),
+    )
+
+
+def _read_folder(folder: pathlib.Path) -> tuple[Examples, Examples] | None:
+    """Reads the four files, or returns None where there is none of them."""
+    names = [f"{prefix}-{kind}" for prefix in _PREFIXES for kind in _KINDS]
+    found = {name: _raw_or_compressed(folder / name) for name in names}
+    missing = [name for name, path in found.items() if path is None]
+    if len(missing) == len(names):
+        return None
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} must hold the files {names}, raw or compressed (.gz). "
+            f"Received: a folder without {missing}"
+        )
+    parts = []
+    for prefix in _PREFIXES:
+        images, labels = idx.read_pair(
+            *(found[f"{prefix}-{kind}"] for kind in _KINDS), classes=_CLASSES
+        )
+        parts.append(Examples(images[..., np.newaxis], labels.astype(np.int64)))
+    return parts[0], parts[1]
+
+
+def _raw_or_compressed(path: pathlib.Path) -> pathlib.Path | None:
+    for candidate in (path, path.with_name(path.name + ".gz")):
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+def _read_prepared(data_dir: str | None) -> tuple[Examples, Examples] | None:
+    try:
+        return tfds_source.read_train_and_test("fashion_mnist", data_dir)
+    except (ImportError, FileNotFoundError):
+        # The caller's message names both places to look in.
+        return None

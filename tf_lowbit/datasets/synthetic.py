@@ -1,0 +1,99 @@
+"""Generated images: a smooth pattern for each class, and noise.
+
+For tests and for trying things out where there is no data at all.
+"""
+
+import numpy as np
+
+from tf_lowbit.datasets import augmentation
+from tf_lowbit.datasets.dataset import Normalization
+from tf_lowbit.datasets.pipeline import Examples, InMemorySource
+
+# The examples are data, not part of a run: the seed of a run does not change them.
+_DATA_SEED = 20200102
+_FREQUENCIES = 4
+_GREY = 128.0
+# Grey levels per deviation of the pattern; with noise as strong as the pattern,
+# 2.5 deviations of both together fit in the 128 levels on each side of grey.
+_CONTRAST = 36.0
+
+
+def generate(
+    *,
+    image_shape: tuple[int, int, int] = (8, 8, 1),
+    classes: int = 10,
+    train_size: int = 1024,
+    test_size: int = 256,
+    noise: float = 1.0,
+) -> InMemorySource:
+    """Generates a data set; the same arguments give the same examples.
+
+    The pattern of a class is a random sum of the lowest cosines in both directions:
+    smooth, so that a shift by a pixel leaves it recognisable. Classes take turns, so
+    that the sizes of any two differ by one at most.
+
+    Args:
+      image_shape: (H, W, C), each at least 1, and H * W at least 2.
+      classes: number of classes, at least 2.
+      train_size: training examples, at least 1.
+      test_size: test examples, at least 1.
+      noise: deviation of the Gaussian noise on a pixel, in deviations of the pattern;
+        at least 0.
+
+    Raises:
+      ValueError: an argument is out of the range given above.
+    """
+    if len(image_shape) != 3 or min(image_shape) < 1 or np.prod(image_shape[:2]) < 2:
+        raise ValueError(
+            "image_shape must be (H, W, C) with at least two pixels. "
+            f"Received: image_shape={image_shape}"
+        )
+    for name, value, least in (
+        ("classes", classes, 2),
+        ("train_size", train_size, 1),
+        ("test_size", test_size, 1),
+        ("noise", noise, 0),
+    ):
+        if value < least:
+            raise ValueError(
+                f"{name} must be at least {least}. Received: {name}={value}"
+            )
+    # Streams of RandomState are frozen by NumPy, so the data are the same everywhere.
+    patterns = _patterns(np.random.RandomState(_DATA_SEED), classes, image_shape)
+    train, test = (
+        _draw(np.random.RandomState(_DATA_SEED + part), patterns, size, noise)
+        for part, size in ((1, train_size), (2, test_size))
+    )
+    return InMemorySource(
+        name="synthetic",
+        train=train,
+        test=test,
+        classes=classes,
+        normalization=Normalization.of(train.images, scale=255.0),
+        augmentation=augmentation.crop(padding=1),
+    )
+
+
+def _patterns(random, classes: int, image_shape: tuple[int, int, int]) -> np.ndarray:
+    """Returns float64 [classes, H, W, C] with mean 0 and deviation 1 per pattern."""
+    height, width, channels = image_shape
+    rows, columns = _cosines(height), _cosines(width)
+    weights = random.normal(size=(classes, len(rows), len(columns), channels))
+    # The constant term is the brightness, which the next line takes out anyway.
+    weights[:, 0, 0] = 0.0
+    patterns = np.einsum("nijc,ih,jw->nhwc", weights, rows, columns)
+    patterns -= patterns.mean(axis=(1, 2, 3), keepdims=True)
+    return patterns / patterns.std(axis=(1, 2, 3), keepdims=True)
+
+
+def _cosines(length: int) -> np.ndarray:
+    """Returns the lowest basis functions of the cosine transform, [K, length]."""
+    frequencies = np.arange(min(_FREQUENCIES, length))[:, np.newaxis]
+    return np.cos(np.pi * frequencies * (np.arange(length) + 0.5) / length)
+
+
+def _draw(random, patterns: np.ndarray, size: int, noise: float) -> Examples:
+    labels = random.permutation(np.arange(size, dtype=np.int64) % len(patterns))
+    values = patterns[labels] + noise * random.normal(size=(size, *patterns.shape[1:]))
+    images = np.clip(np.rint(_GREY + _CONTRAST * values), 0, 255).astype(np.uint8)
+    return Examples(images, labels)

@@ -1,0 +1,182 @@
+"""What is quantized in a model: the one reader of TF-MOT's private attributes.
+
+Callbacks, calibration, reports and export all ask here.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+from tf_lowbit.compat import keras, tf, tfmot
+from tf_lowbit.quantizers import ACTIVATION, WEIGHT, LowBitQuantizer
+from tf_lowbit.scheme import graph, registry
+
+_Wrapper = tfmot.quantization.keras.QuantizeWrapper
+# Quantizer variables that say how to train and are no part of the network.
+_STATE = ("bits", "calibrated")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedTensor:
+    """One quantizer in a model, with its variables.
+
+    Attributes:
+        layer: the model's layer: TF-MOT's wrapper.
+        role: "weight" or "activation".
+        attribute: name of the weight ("kernel", ...), or "output".
+        quantizer: the quantizer; `quantizer.bits` is what the rule asked for.
+        variables: its variables, by name; `variables["bits"]` is what holds now.
+        latent: the float weight variable that is trained; None for an activation.
+    """
+
+    layer: keras.layers.Layer
+    role: str
+    attribute: str
+    quantizer: LowBitQuantizer
+    variables: dict
+    latent: tf.Variable | None = None
+
+    @property
+    def name(self) -> str:
+        """A name that is unique in the model, such as `conv1/kernel`."""
+        return f"{self.layer.name}/{self.attribute}"
+
+    @property
+    def bits(self) -> int:
+        """The bits that the next step uses."""
+        return int(self.variables["bits"].numpy())
+
+    @property
+    def is_calibrated(self) -> bool:
+        """False only for a range that `calibrate` should set and has not."""
+        flag = self.variables.get("calibrated")
+        return flag is None or bool(flag.numpy())
+
+    def assign_bits(self, bits: int) -> None:
+        """Sets the bits of the next step, and what depends on them."""
+        self.quantizer.assign_bits(self.variables, bits)
+
+    def quantized(self):
+        """The quantized weight: float32, the shape of `latent`.
+
+        Raises:
+            ValueError: for an activation, which has no value of its own.
+        """
+        self._needs_latent()
+        return self.quantizer(self.latent, False, self.variables)
+
+    def codes(self):
+        """The integer codes of the weight: int32, the shape of `latent`."""
+        self._needs_latent()
+        return self.quantizer.codes(self.latent, self.variables)
+
+    def _needs_latent(self):
+        if self.latent is None:
+            raise ValueError(
+                f"Only weights have values of their own. Received: {self.name}"
+            )
+
+
+def quantized_tensors(model: keras.Model) -> Iterator[QuantizedTensor]:
+    """Yields every quantizer of this library in a model, in the layers' order.
+
+    Args:
+        model: a model that `quantize` made, or one built around such layers.
+    """
+    for layer in model.layers:
+        if not isinstance(layer, _Wrapper):
+            continue
+        for latent, quantizer, variables in layer._weight_vars:
+            if isinstance(quantizer, LowBitQuantizer):
+                attribute = latent.name.split(":")[0].split("/")[-1]
+                yield QuantizedTensor(
+                    layer, WEIGHT, attribute, quantizer, variables, latent
+                )
+        for quantizer in layer._output_quantizers[:1]:
+            if isinstance(quantizer, LowBitQuantizer):
+                yield QuantizedTensor(
+                    layer,
+                    ACTIVATION,
+                    "output",
+                    quantizer,
+                    layer._output_quantizer_vars,
+                )
+
+
+def require_quantized(model: keras.Model) -> list[QuantizedTensor]:
+    """The quantizers of a model, or an error where there is none.
+
+    Raises:
+        ValueError: if the model was not made by `quantize`.
+    """
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            f"model must be a tf_keras Model. Received: {type(model).__name__}"
+        )
+    found = list(quantized_tensors(model))
+    if not found:
+        raise ValueError(
+            "model must be one that tf_lowbit.quantize made. Received: "
+            f"{model.name!r}, in which nothing is quantized"
+        )
+    return found
+
+
+def wrapped_layer(layer: keras.layers.Layer) -> keras.layers.Layer:
+    """The user's layer: what TF-MOT's wrapper holds, or the layer itself."""
+    return layer.layer if isinstance(layer, _Wrapper) else layer
+
+
+def parameters(layer: keras.layers.Layer) -> list[tf.Variable]:
+    """The layer's weights that inference needs, latent ones for quantized ones.
+
+    Bits, flags and TF-MOT's step counter are state of the training and left out;
+    learned steps and clips are in.
+    """
+    state = set()
+    if isinstance(layer, _Wrapper):
+        state.add(layer.optimizer_step.ref())
+        tables = [variables for _, _, variables in layer._weight_vars]
+        tables += [layer._output_quantizer_vars] if layer._output_quantizers else []
+        state |= {table[k].ref() for table in tables for k in _STATE if k in table}
+    return [weight for weight in layer.weights if weight.ref() not in state]
+
+
+def input_activations(model: keras.Model) -> dict[str, list[QuantizedTensor | None]]:
+    """Which activation quantizers stand in front of each weight layer.
+
+    Args:
+        model: a functional model, quantized or not.
+
+    Returns:
+        Layer name -> the quantizers that its inputs come from, behind pooling,
+        padding, concatenation and the like; None for an input that is float.
+    """
+    by_layer = {
+        tensor.layer.name: tensor
+        for tensor in quantized_tensors(model)
+        if tensor.role == ACTIVATION
+    }
+    found: dict[str, list] = {}
+    for node in graph.calls(model):
+        if registry.kernels(wrapped_layer(node.layer)):
+            sources = found.setdefault(node.layer.name, [])
+            for source in _sources(node.keras_inputs[0], by_layer):
+                if source not in sources:
+                    sources.append(source)
+    return found
+
+
+def _sources(tensor, by_layer) -> list[QuantizedTensor | None]:
+    node = graph.producer(tensor)
+    if node.layer.name in by_layer:
+        return [by_layer[node.layer.name]]
+    if node.is_input or not registry.is_transparent(node.layer):
+        return [None]
+    return [s for t in node.keras_inputs for s in _sources(t, by_layer)]
+
+
+def initialize_weight_ranges(model: keras.Model) -> None:
+    """Starts learned weight steps from the weights that the model has now."""
+    for tensor in quantized_tensors(model):
+        if tensor.role == WEIGHT:
+            tensor.quantizer.initialize(tensor.latent, tensor.variables)

@@ -1,0 +1,22 @@
+"""The networks of the low-bitwidth papers, in float and ready to be quantized.
+
+Every network calls its first convolution "stem" and the dense layer that gives
+the logits "head"; every residual one calls its last activation "final_relu".
+These are what the papers' code leaves in full precision, so the rule
+"stem|head|final_relu" fits all of them (where a rule matches whole names).
+"""
+
+from tf_lowbit.models.alexnet import alexnet
+from tf_lowbit.models.imagenet_resnet import preact_resnet18, resnet18, resnet50
+from tf_lowbit.models.preact_resnet import preact_resnet
+from tf_lowbit.models.registry import get, names
+
+__all__ = [
+    "alexnet",
+    "get",
+    "names",
+    "preact_resnet",
+    "preact_resnet18",
+    "resnet18",
+    "resnet50",
+]

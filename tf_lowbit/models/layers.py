@@ -1,0 +1,220 @@
+"""The layers that every network of this package is made of.
+
+Each function here applies one Keras layer (or a padding and a layer) with the
+settings that the networks share: torch's padding geometry, the initializers of
+the reference recipes, and weight decay on every trainable variable.
+"""
+
+import numbers
+from collections.abc import Sequence
+
+from tf_lowbit.compat import keras
+
+
+def is_int(value: object) -> bool:
+    """Whether `value` is an integer, of Python or NumPy, and no bool."""
+    # bool is an Integral in Python, but width=True is a slip, not a width.
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def check_int(name: str, value: int, minimum: int) -> None:
+    """Refuses anything but an integer of at least `minimum`.
+
+    Args:
+        name: The argument's name, for the message.
+        value: The value to check.
+        minimum: The smallest accepted value.
+
+    Raises:
+        ValueError: If `value` is no integer, or is below `minimum`.
+    """
+    if not is_int(value) or value < minimum:
+        raise ValueError(
+            f"{name} must be an integer of at least {minimum}. "
+            f"Received: {name}={value!r}"
+        )
+
+
+def check_common(
+    *,
+    classes: int,
+    input_shape: Sequence[int],
+    weight_decay: float,
+    min_size: int = 1,
+) -> None:
+    """Checks the arguments that all networks take.
+
+    Args:
+        classes: Number of logits.
+        input_shape: (height, width, channels) of one image.
+        weight_decay: Coupled weight decay, in torch's convention.
+        min_size: The smallest height and width that the network can process.
+
+    Raises:
+        ValueError: If `classes` is below 2, `input_shape` is not three positive
+            integers with height and width of at least `min_size`, or
+            `weight_decay` is negative.
+    """
+    check_int("classes", classes, 2)
+    shape = tuple(input_shape) if isinstance(input_shape, Sequence) else ()
+    if (
+        len(shape) != 3
+        or not all(is_int(size) for size in shape)
+        or min(shape[:2]) < min_size
+        or shape[2] < 1
+    ):
+        raise ValueError(
+            "input_shape must be three integers (height, width, channels) with "
+            f"height and width of at least {min_size} and channels of at least 1. "
+            f"Received: input_shape={input_shape!r}"
+        )
+    # Written so that nan is refused as well.
+    if not weight_decay >= 0:
+        raise ValueError(
+            f"weight_decay must be at least 0. Received: weight_decay={weight_decay!r}"
+        )
+
+
+def decay(weight_decay: float):
+    """Returns the Keras regularizer that equals torch's coupled weight decay.
+
+    torch adds `weight_decay * w` to the gradient of `w`. Keras adds
+    `l2 * sum(w**2)` to the loss, whose gradient is `2 * l2 * w`: so l2 is half
+    the decay.
+
+    Args:
+        weight_decay: Coupled weight decay, in torch's convention.
+
+    Returns:
+        An L2 regularizer, or None where `weight_decay` is 0.
+    """
+    return keras.regularizers.L2(0.5 * weight_decay) if weight_decay else None
+
+
+def conv(
+    x,
+    filters: int,
+    kernel_size: int,
+    *,
+    name: str,
+    weight_decay: float,
+    strides: int = 1,
+    padding: int | None = None,
+    use_bias: bool = False,
+):
+    """A square convolution with the geometry of a torch convolution.
+
+    Kernels are drawn from a normal distribution of variance 2 / fan_out, not
+    truncated (He et al., arXiv:1502.01852, its backward form), biases start at 0.
+
+    Args:
+        x: Float tensor of shape (batch, height, width, channels).
+        filters: Number of output channels.
+        kernel_size: Height and width of the kernel.
+        name: Name of the convolution; a padding layer is called `<name>_pad`.
+        weight_decay: Coupled weight decay, in torch's convention.
+        strides: Step of the window in both directions.
+        padding: Zeros on each of the four sides; `kernel_size // 2` if None.
+        use_bias: Whether to add a bias.
+
+    Returns:
+        Float tensor of shape (batch, h, w, filters), where h is
+        `(height + 2 * padding - kernel_size) // strides + 1`, and w likewise.
+    """
+    if padding is None:
+        padding = kernel_size // 2
+    mode = "valid"
+    if strides == 1 and kernel_size == 2 * padding + 1:
+        mode = "same"  # The same zeros, and no layer in between.
+    elif padding:
+        # With a stride, Keras "same" pads an even-sized image on the right and
+        # bottom only, which shifts every window by a pixel from torch's.
+        x = keras.layers.ZeroPadding2D(padding, name=f"{name}_pad")(x)
+    return keras.layers.Conv2D(
+        filters,
+        kernel_size,
+        strides=strides,
+        padding=mode,
+        use_bias=use_bias,
+        kernel_initializer=keras.initializers.VarianceScaling(
+            2.0, mode="fan_out", distribution="untruncated_normal"
+        ),
+        kernel_regularizer=decay(weight_decay),
+        bias_regularizer=decay(weight_decay) if use_bias else None,
+        name=name,
+    )(x)
+
+
+def dense(x, units: int, *, name: str, weight_decay: float):
+    """A dense layer with bias, and without an activation.
+
+    Kernels are uniform within 1 / sqrt(fan_in), torch's default for a linear
+    layer. Biases start at 0, where torch draws them.
+
+    Args:
+        x: Float tensor of shape (batch, features).
+        units: Number of outputs.
+        name: Name of the layer.
+        weight_decay: Coupled weight decay, in torch's convention.
+
+    Returns:
+        Float tensor of shape (batch, units).
+    """
+    return keras.layers.Dense(
+        units,
+        # Keras draws within sqrt(3 * scale / fan_in), hence the third.
+        kernel_initializer=keras.initializers.VarianceScaling(
+            1 / 3, mode="fan_in", distribution="uniform"
+        ),
+        kernel_regularizer=decay(weight_decay),
+        bias_regularizer=decay(weight_decay),
+        name=name,
+    )(x)
+
+
+def batch_norm(x, *, name: str, weight_decay: float):
+    """Batch normalization with momentum 0.9 and epsilon 1e-5.
+
+    Keras's momentum is the weight of the old average: torch's 0.1.
+
+    Args:
+        x: Float tensor, normalized over all but its last axis.
+        name: Name of the layer.
+        weight_decay: Coupled weight decay of scale and offset, in torch's
+            convention.
+
+    Returns:
+        Float tensor of the shape of `x`.
+    """
+    return keras.layers.BatchNormalization(
+        momentum=0.9,
+        epsilon=1e-5,
+        gamma_regularizer=decay(weight_decay),
+        beta_regularizer=decay(weight_decay),
+        name=name,
+    )(x)
+
+
+def relu(x, *, name: str):
+    """A ReLU as a layer of its own, so that a rule can name and quantize it."""
+    return keras.layers.ReLU(name=name)(x)
+
+
+def image_input(input_shape: Sequence[int]):
+    """The input of a network, called "image"."""
+    return keras.Input(tuple(input_shape), name="image")
+
+
+def classifier(x, classes: int, *, weight_decay: float):
+    """Global average pooling, then the dense layer "head", which gives logits.
+
+    Args:
+        x: Float tensor of shape (batch, height, width, channels).
+        classes: Number of logits.
+        weight_decay: Coupled weight decay, in torch's convention.
+
+    Returns:
+        Float tensor of shape (batch, classes).
+    """
+    x = keras.layers.GlobalAveragePooling2D(name="avg_pool")(x)
+    return dense(x, classes, name="head", weight_decay=weight_decay)

@@ -1,0 +1,60 @@
+"""Networks by name, for programs that take one on the command line."""
+
+import functools
+import re
+from collections.abc import Callable
+
+from tf_lowbit.compat import keras
+from tf_lowbit.models.alexnet import alexnet
+from tf_lowbit.models.imagenet_resnet import preact_resnet18, resnet18, resnet50
+from tf_lowbit.models.preact_resnet import preact_resnet
+
+_NETWORKS: dict[str, Callable[..., keras.Model]] = {
+    # The depths in common use; `get` builds any other as well.
+    **{
+        f"preact_resnet{depth}": functools.partial(preact_resnet, depth)
+        for depth in (8, 14, 20, 32, 44, 56, 110)
+    },
+    "preact_resnet18": preact_resnet18,
+    "resnet18": resnet18,
+    "resnet50": resnet50,
+    "alexnet": alexnet,
+}
+
+
+def names() -> tuple[str, ...]:
+    """Returns names that `get` takes.
+
+    `get` takes "preact_resnet<depth>" for depths that are not listed, too.
+    """
+    return tuple(_NETWORKS)
+
+
+def get(name: str, **kwargs) -> keras.Model:
+    """Builds a network by name.
+
+    "preact_resnet<depth>" is the CIFAR network `preact_resnet(depth)` for every
+    depth of 6n+2; so "preact_resnet50" is a narrow CIFAR network, no relative of
+    "resnet50". The one exception is "preact_resnet18", the ImageNet network of that
+    name: 18 is not 6n+2, so nothing else could be meant.
+
+    Args:
+        name: One of `names()`, or "preact_resnet<depth>".
+        **kwargs: Arguments of the function that builds the network.
+
+    Returns:
+        The model, as that function returns it.
+
+    Raises:
+        ValueError: If the name is unknown, or an argument is refused.
+        TypeError: If the function has no such argument.
+    """
+    if name in _NETWORKS:
+        return _NETWORKS[name](**kwargs)
+    match = re.fullmatch(r"preact_resnet([0-9]+)", str(name))
+    if match:
+        return preact_resnet(int(match[1]), **kwargs)
+    raise ValueError(
+        f"name must be one of {', '.join(names())}, or preact_resnet<depth> with "
+        f"another depth of 6n+2. Received: name={name!r}"
+    )

@@ -1,0 +1,49 @@
+"""TF-MOT quantizers for 1 to 8 bits; one module a paper.
+
+They hold configuration, the layers hold the variables. `get` finds one by name.
+"""
+
+from tf_lowbit.quantizers.base import (
+    ActivationQuantizer,
+    LowBitQuantizer,
+    WeightQuantizer,
+)
+from tf_lowbit.quantizers.dorefa import (
+    DoReFaActivationQuantizer,
+    DoReFaWeightQuantizer,
+)
+from tf_lowbit.quantizers.lookup import (
+    ACTIVATION,
+    WEIGHT,
+    deserialize,
+    find,
+    get,
+    names,
+    serialize,
+)
+from tf_lowbit.quantizers.lsq import LSQActivationQuantizer, LSQWeightQuantizer
+from tf_lowbit.quantizers.pact import PACTActivationQuantizer
+from tf_lowbit.quantizers.uniform import (
+    UniformActivationQuantizer,
+    UniformWeightQuantizer,
+)
+
+__all__ = [
+    "ACTIVATION",
+    "WEIGHT",
+    "ActivationQuantizer",
+    "DoReFaActivationQuantizer",
+    "DoReFaWeightQuantizer",
+    "LSQActivationQuantizer",
+    "LSQWeightQuantizer",
+    "LowBitQuantizer",
+    "PACTActivationQuantizer",
+    "UniformActivationQuantizer",
+    "UniformWeightQuantizer",
+    "WeightQuantizer",
+    "deserialize",
+    "find",
+    "get",
+    "names",
+    "serialize",
+]

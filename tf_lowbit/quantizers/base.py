@@ -1,0 +1,220 @@
+"""What every quantizer of this library has in common."""
+
+import abc
+
+from tf_lowbit.compat import as_float32, keras, tf, tfmot
+from tf_lowbit.core import grid
+
+# The smallest learned step or clip. A step that reaches zero would divide by zero,
+# and one that turns negative would flip the grid (a known LSQ failure).
+SMALLEST_RANGE = 1e-6
+# While ranges are measured, nothing is to be clipped: far above what a normalised
+# network puts out, and fine enough (4096 / 2^24) not to be seen.
+OPEN_RANGE = 4096.0
+
+
+@keras.utils.register_keras_serializable(package="tf_lowbit")
+class KeptPositive(keras.constraints.Constraint):
+    """Keeps a learned step or clip at `SMALLEST_RANGE` or above after an update."""
+
+    def __call__(self, value):
+        """Returns `max(value, SMALLEST_RANGE)`."""
+        return tf.maximum(value, SMALLEST_RANGE)
+
+
+class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
+    """A TF-MOT `Quantizer` whose bit-width is a variable.
+
+    The object holds configuration; the layer holds the variables. `build` returns
+    them as a dict that comes back as `weights`: `bits` (scalar int32) always, and
+    what a subclass adds. Assigning `weights["bits"]` changes the next step and
+    never retraces; `assign_bits` does so and lets the quantizer adapt its range.
+
+    Arithmetic is float32 whatever the dtype of the inputs; the result has their
+    dtype.
+
+    Attributes:
+        bits: the bits that the quantizer is meant for, and its first ones.
+        signed: whether codes below zero exist.
+        narrow_range: whether the lowest signed code is left out.
+        per_axis: whether there is a step for each output channel.
+    """
+
+    signed = True
+    narrow_range = False
+    per_axis = False
+    needs_calibration = False
+    role: str
+
+    def __init__(self, bits: int):
+        self.bits = grid.validate_bits(bits)
+
+    def build(self, tensor_shape, name: str, layer) -> dict:
+        """Makes the variables on `layer`; `name` prefixes theirs."""
+        variables = {"bits": self._state(layer, f"{name}_bits", self.bits, tf.int32)}
+        self._build_range(tensor_shape, name, layer, variables)
+        return variables
+
+    def __call__(self, inputs, training, weights, **kwargs):
+        """Quantizes `inputs`; the same in training and inference."""
+        del training, kwargs
+        outputs = self.quantize(as_float32(inputs), weights)
+        return tf.cast(outputs, inputs.dtype)
+
+    @abc.abstractmethod
+    def quantize(self, inputs, variables: dict):
+        """Values on the grid, with the gradient that training uses.
+
+        Args:
+            inputs: float32 tensor.
+            variables: what `build` returned.
+
+        Returns:
+            Float32 tensor of the same shape.
+        """
+
+    @abc.abstractmethod
+    def codes(self, inputs, variables: dict):
+        """Integer codes: int32, the shape of `inputs`; `value = code * step`.
+
+        Args:
+            inputs: tensor of any floating dtype.
+            variables: what `build` returned, at 1 to 8 bits.
+        """
+
+    @abc.abstractmethod
+    def step(self, inputs, variables: dict):
+        """The step between neighbouring integers: float32, broadcastable.
+
+        Args:
+            inputs: the tensor to be quantized, on which some steps depend.
+            variables: what `build` returned.
+        """
+
+    def assign_bits(self, variables: dict, bits: int) -> None:
+        """Sets the bit-width that the next step uses.
+
+        Args:
+            variables: what `build` returned.
+            bits: 1 to 8, or 16 or 32 for "not rounded".
+
+        Raises:
+            ValueError: for any other value.
+        """
+        variables["bits"].assign(grid.validate_bits(bits))
+
+    def level_count(self, bits: int) -> int:
+        """How many levels the grid has at `bits` in [1, 8]."""
+        return grid.level_count(
+            bits, signed=self.signed, narrow_range=self.narrow_range
+        )
+
+    def get_config(self) -> dict:
+        """The constructor's arguments."""
+        return {"bits": self.bits}
+
+    def __eq__(self, other):
+        return type(self) is type(other) and self.get_config() == other.get_config()
+
+    def __hash__(self):
+        return hash((type(self), repr(self.get_config())))
+
+    def __repr__(self):
+        arguments = ", ".join(f"{k}={v!r}" for k, v in self.get_config().items())
+        return f"{type(self).__name__}({arguments})"
+
+    def _build_range(self, tensor_shape, name, layer, variables):
+        """Adds what the subclass needs to `variables`."""
+
+    @staticmethod
+    def _state(layer, name, value, dtype=tf.float32, shape=()):
+        """A non-trainable variable that is the same on every replica."""
+        return layer.add_weight(
+            name=name,
+            shape=shape,
+            dtype=dtype,
+            initializer=keras.initializers.Constant(value),
+            trainable=False,
+            experimental_autocast=False,
+            aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+        )
+
+    @staticmethod
+    def _learned(layer, name, value, shape=(), regularizer=None):
+        """A trainable, positive variable of `layer`."""
+        _list_layer_weights_first(layer)
+        return layer.add_weight(
+            name=name,
+            shape=shape,
+            dtype=tf.float32,
+            initializer=keras.initializers.Constant(value),
+            regularizer=regularizer,
+            constraint=KeptPositive(),
+            trainable=True,
+            experimental_autocast=False,
+        )
+
+
+class ActivationQuantizer(LowBitQuantizer):
+    """A quantizer of activations.
+
+    Attributes:
+        replaces_relu: the unsigned ones are quantized ReLUs by themselves.
+    """
+
+    role = "activation"
+    signed = False
+
+    @property
+    def replaces_relu(self) -> bool:
+        """Whether the quantizer clips at zero, and so stands for the ReLU."""
+        return not self.signed
+
+    def open_range(self, variables: dict) -> None:
+        """Neither rounds nor clips for now, so that `calibrate` sees real values.
+
+        Does nothing where the method fixes the range.
+        """
+
+    def calibrate(self, samples, variables: dict) -> None:
+        """Sets the range from data. Does nothing where the method fixes it.
+
+        Args:
+            samples: list of float32 NumPy arrays: the quantizer's inputs, one
+                array a batch.
+            variables: what `build` returned.
+        """
+
+
+class WeightQuantizer(LowBitQuantizer):
+    """A quantizer of weights."""
+
+    role = "weight"
+
+    def initialize(self, weights, variables: dict) -> None:
+        """Sets the range from the weights. Does nothing where there is none.
+
+        Args:
+            weights: the latent weight variable.
+            variables: what `build` returned.
+        """
+
+
+def channel_shape(tensor_shape, channel_axes) -> tuple[int, ...]:
+    """The shape of a step for each channel: 1 off the channel axes."""
+    rank = len(tensor_shape)
+    kept = {axis % rank for axis in channel_axes}
+    return tuple(int(d) if i in kept else 1 for i, d in enumerate(tensor_shape))
+
+
+def _list_layer_weights_first(wrapper) -> None:
+    """Puts the wrapped layer's weights ahead of the quantizer's own.
+
+    TF-MOT's wrapper lists the weights of a layer that is built already before the
+    quantizer's, and those of a fresh layer after them, so that a reload by order
+    (h5) meets another order. Listing them here makes both the same.
+    """
+    listed = {id(weight) for weight in wrapper._trainable_weights}
+    for weight in getattr(getattr(wrapper, "layer", None), "trainable_weights", ()):
+        if id(weight) not in listed:
+            wrapper._trainable_weights.append(weight)

@@ -1,0 +1,87 @@
+"""DoReFa quantizers, the ones that arXiv:1908.04680 trains.
+
+Zhou et al., DoReFa-Net, arXiv:1606.06160, in the form of the code released with
+"Effective Training of CNNs with Low-bitwidth Weights and Activations".
+"""
+
+from tf_lowbit.compat import as_float32, keras, tf
+from tf_lowbit.core import grid, ste
+from tf_lowbit.quantizers.base import ActivationQuantizer, WeightQuantizer
+
+
+@keras.utils.register_keras_serializable(package="tf_lowbit")
+class DoReFaWeightQuantizer(WeightQuantizer):
+    """Weights on the odd grid `{-n, -n + 2, ..., n} / n`, `n = 2^k - 1`.
+
+    `t = tanh(w)`, `u = t / (2 max|t|) + 1/2`, `w_q = (2 round(n u) - n) / n`. The
+    maximum is per tensor and part of the gradient (`ste.normalized_round`). There
+    is **no zero level**, and k bits need k + 1 bits of a two's complement integer.
+
+    Args:
+        bits: 1 to 8, or 16 or 32 for `2u - 1` unrounded.
+        max_gradient: False leaves the maximum out of the gradient (ours).
+    """
+
+    narrow_range = True
+
+    def __init__(self, bits: int = 2, max_gradient: bool = True):
+        super().__init__(bits)
+        self.max_gradient = max_gradient
+
+    def quantize(self, inputs, variables):
+        """See `LowBitQuantizer.quantize`."""
+        bits = tf.convert_to_tensor(variables["bits"])
+        return ste.normalized_round(inputs, bits, self.max_gradient)
+
+    def codes(self, inputs, variables):
+        """Odd int32 codes in [-n, n], the shape of `inputs`."""
+        values = self.quantize(as_float32(inputs), variables)
+        return tf.cast(tf.round(values / self.step(inputs, variables)), tf.int32)
+
+    def step(self, inputs, variables):
+        """`1 / n`, whatever the weights."""
+        return grid.odd_step(variables["bits"])
+
+    def level_count(self, bits):
+        """`2^k`: the odd grid has no zero and loses no level to symmetry."""
+        return grid.level_count(bits, signed=False)
+
+    def get_config(self):
+        """The constructor's arguments."""
+        return {**super().get_config(), "max_gradient": self.max_gradient}
+
+
+@keras.utils.register_keras_serializable(package="tf_lowbit")
+class DoReFaActivationQuantizer(ActivationQuantizer):
+    """A quantized ReLU: `round(n clip(x, 0, 1)) / n`, `n = 2^k - 1`.
+
+    Gradient: `dy/dx = 1` where `0 <= x <= 1`, else 0. It replaces the ReLU.
+
+    Args:
+        bits: 1 to 8, or 16 or 32 for the clip alone.
+        implementation: "auto", "fused" or "composed" (`ste.clip_round`).
+    """
+
+    clip = 1.0
+
+    def __init__(self, bits: int = 2, implementation: str = "auto"):
+        super().__init__(bits)
+        self.implementation = ste.validate_implementation(implementation)
+
+    def quantize(self, inputs, variables):
+        """See `LowBitQuantizer.quantize`."""
+        bits = tf.convert_to_tensor(variables["bits"])
+        return ste.clip_round(inputs, self.clip, bits, self.implementation)
+
+    def codes(self, inputs, variables):
+        """Int32 codes in [0, n], the shape of `inputs`."""
+        codes = grid.unsigned_codes(as_float32(inputs), self.clip, variables["bits"])
+        return tf.cast(codes, tf.int32)
+
+    def step(self, inputs, variables):
+        """`1 / n`."""
+        return grid.unsigned_step(self.clip, variables["bits"])
+
+    def get_config(self):
+        """The constructor's arguments."""
+        return {**super().get_config(), "implementation": self.implementation}

@@ -1,0 +1,109 @@
+"""Finds quantizers by name, and turns them into data and back."""
+
+from tf_lowbit.compat import keras
+from tf_lowbit.quantizers.base import LowBitQuantizer
+from tf_lowbit.quantizers.dorefa import (
+    DoReFaActivationQuantizer,
+    DoReFaWeightQuantizer,
+)
+from tf_lowbit.quantizers.lsq import LSQActivationQuantizer, LSQWeightQuantizer
+from tf_lowbit.quantizers.pact import PACTActivationQuantizer
+from tf_lowbit.quantizers.uniform import (
+    UniformActivationQuantizer,
+    UniformWeightQuantizer,
+)
+
+WEIGHT = "weight"
+ACTIVATION = "activation"
+
+_BY_ROLE = {
+    WEIGHT: {
+        "dorefa": DoReFaWeightQuantizer,
+        "lsq": LSQWeightQuantizer,
+        "uniform": UniformWeightQuantizer,
+    },
+    ACTIVATION: {
+        "dorefa": DoReFaActivationQuantizer,
+        "lsq": LSQActivationQuantizer,
+        "pact": PACTActivationQuantizer,
+        "uniform": UniformActivationQuantizer,
+    },
+}
+
+
+def names(role: str) -> tuple[str, ...]:
+    """The names that `get` takes for a role, sorted."""
+    return tuple(sorted(_role(role)))
+
+
+def find(name: str, role: str) -> type[LowBitQuantizer]:
+    """The quantizer class of a name.
+
+    Args:
+        name: a name such as "dorefa", "lsq", "pact" or "uniform".
+        role: "weight" or "activation".
+
+    Raises:
+        ValueError: if the role or the name is unknown; the names are listed.
+    """
+    table = _role(role)
+    if name not in table:
+        raise ValueError(
+            f"{role} quantizer must be one of {names(role)}. Received: {name!r}"
+        )
+    return table[name]
+
+
+def get(identifier, role: str, **arguments) -> LowBitQuantizer:
+    """A quantizer from whatever names one.
+
+    Args:
+        identifier: a quantizer (returned as it is, or remade with `arguments` in
+            place of its own), a name, or the dict of `serialize`.
+        role: "weight" or "activation".
+        **arguments: of the constructor.
+
+    Raises:
+        ValueError: if the name or role is unknown, or the identifier is of another
+            role or no quantizer at all.
+        TypeError: if the quantizer does not take an argument.
+    """
+    _role(role)
+    if isinstance(identifier, str):
+        return find(identifier, role)(**arguments)
+    if isinstance(identifier, dict):
+        identifier = deserialize(identifier)
+    if not isinstance(identifier, LowBitQuantizer):
+        raise ValueError(
+            f"A {role} quantizer must be a name in {names(role)}, a LowBitQuantizer "
+            f"or its serialized dict. Received: {identifier!r}"
+        )
+    if identifier.role != role:
+        raise ValueError(f"The quantizer must be for {role}s. Received: {identifier!r}")
+    if not arguments:
+        return identifier
+    return type(identifier).from_config({**identifier.get_config(), **arguments})
+
+
+def serialize(quantizer: LowBitQuantizer) -> dict:
+    """A quantizer as JSON-ready data: class name and constructor arguments."""
+    return keras.utils.legacy.serialize_keras_object(quantizer)
+
+
+def deserialize(data: dict) -> LowBitQuantizer:
+    """The quantizer that `serialize` made the data of.
+
+    Raises:
+        ValueError: if the class is unknown.
+    """
+    return keras.utils.legacy.deserialize_keras_object(
+        data, printable_module_name="quantizer"
+    )
+
+
+def _role(role: str) -> dict:
+    if role not in _BY_ROLE:
+        raise ValueError(
+            f"role must be one of {tuple(_BY_ROLE)}. Received: role={role!r}"
+        )
+    return _BY_ROLE[role]

@@ -1,0 +1,105 @@
+"""PACT: a quantized ReLU with a learned clip.
+
+Choi et al., PACT: Parameterized Clipping Activation for Quantized Neural
+Networks, arXiv:1805.06085.
+"""
+
+from tf_lowbit.compat import as_float32, keras, tf
+from tf_lowbit.core import grid, ste
+from tf_lowbit.quantizers import ranges
+from tf_lowbit.quantizers.base import (
+    OPEN_RANGE,
+    SMALLEST_RANGE,
+    ActivationQuantizer,
+)
+
+
+@keras.utils.register_keras_serializable(package="tf_lowbit")
+class PACTActivationQuantizer(ActivationQuantizer):
+    """`alpha / n * round(clip(x, 0, alpha) * n / alpha)`, alpha learned.
+
+    Gradients: `dy/dx = 1` where `0 <= x <= alpha`, else 0; `dy/dalpha = 1` where
+    `x > alpha`, else 0. Alpha is kept positive. It replaces the ReLU.
+
+    Args:
+        bits: 1 to 8, or 16 or 32 for the clip alone.
+        alpha: initial clip, in the unit of the activations; `calibrate` replaces it.
+        alpha_decay: the paper's L2 penalty on alpha, a Keras `l2` factor.
+        implementation: "auto", "fused" or "composed".
+
+    Raises:
+        ValueError: if `alpha` is not positive or `alpha_decay` is negative.
+    """
+
+    needs_calibration = True
+
+    def __init__(
+        self,
+        bits: int = 2,
+        alpha: float = 6.0,
+        alpha_decay: float = 0.0,
+        implementation: str = "auto",
+    ):
+        super().__init__(bits)
+        if not alpha > 0:
+            raise ValueError(f"alpha must be positive. Received: alpha={alpha!r}")
+        if not alpha_decay >= 0:
+            raise ValueError(
+                f"alpha_decay must be >= 0. Received: alpha_decay={alpha_decay!r}"
+            )
+        self.alpha = alpha
+        self.alpha_decay = alpha_decay
+        self.implementation = ste.validate_implementation(implementation)
+
+    def _build_range(self, tensor_shape, name, layer, variables):
+        penalty = keras.regularizers.l2(self.alpha_decay) if self.alpha_decay else None
+        variables["alpha"] = self._learned(
+            layer, f"{name}_alpha", self.alpha, regularizer=penalty
+        )
+        variables["calibrated"] = self._state(layer, f"{name}_calibrated", 0, tf.int32)
+
+    def quantize(self, inputs, variables):
+        """See `LowBitQuantizer.quantize`."""
+        bits = tf.convert_to_tensor(variables["bits"])
+        alpha = self._alpha(variables)
+        return ste.learned_clip_round(inputs, alpha, bits, self.implementation)
+
+    def codes(self, inputs, variables):
+        """Int32 codes in [0, n], the shape of `inputs`."""
+        codes = grid.unsigned_codes(
+            as_float32(inputs), self._alpha(variables), variables["bits"]
+        )
+        return tf.cast(codes, tf.int32)
+
+    def step(self, inputs, variables):
+        """`alpha / n`."""
+        return grid.unsigned_step(self._alpha(variables), variables["bits"])
+
+    def open_range(self, variables):
+        """See `ActivationQuantizer.open_range`."""
+        variables["bits"].assign(grid.UNROUNDED_BITS[-1])
+        variables["alpha"].assign(OPEN_RANGE)
+
+    def calibrate(self, samples, variables):
+        """Sets alpha to the clip of least squared error at `self.bits` (ours)."""
+        clip = ranges.least_error_clip(
+            samples,
+            lambda x, c: ste.unsigned_forward(x, c, tf.constant(self.bits)),
+            signed=False,
+        )
+        variables["alpha"].assign(clip)
+        variables["calibrated"].assign(1)
+
+    @staticmethod
+    def _alpha(variables):
+        # An optimizer that ignores constraints must not divide by zero.
+        return tf.maximum(as_float32(variables["alpha"]), SMALLEST_RANGE)
+
+    def get_config(self):
+        """The constructor's arguments."""
+        return {
+            **super().get_config(),
+            "alpha": self.alpha,
+            "alpha_decay": self.alpha_decay,
+            "implementation": self.implementation,
+        }

@@ -1,0 +1,168 @@
+"""Uniform symmetric quantizers, without anything learned (common practice)."""
+
+from tf_lowbit.compat import as_float32, keras, tf
+from tf_lowbit.core import grid, ste
+from tf_lowbit.quantizers import ranges
+from tf_lowbit.quantizers.base import (
+    OPEN_RANGE,
+    SMALLEST_RANGE,
+    ActivationQuantizer,
+    WeightQuantizer,
+    channel_shape,
+)
+
+
+@keras.utils.register_keras_serializable(package="tf_lowbit")
+class UniformWeightQuantizer(WeightQuantizer):
+    """`s * round(clip(w / s, -Q, Q))`, `Q = 2^(k-1) - 1`, `s = max|w| / Q`.
+
+    Narrow range, zero on the grid. At one bit: `{-s, +s}` with `s = mean|w|` (as in
+    XNOR-Net, arXiv:1603.05279), where the largest weight would be a poor scale.
+    At 2 bits most weights fall on zero, since `s` is the largest weight: prefer
+    LSQ or DoReFa there. Gradient: `dy/dw = 1` everywhere in range; none through `s`.
+
+    Args:
+        bits: 1 to 8, or 16 or 32 for "not rounded".
+        per_axis: one scale for each output channel.
+        channel_axes: the kernel's output-channel axes; the layer's config sets it.
+    """
+
+    narrow_range = True
+
+    def __init__(self, bits: int = 8, per_axis: bool = True, channel_axes=(-1,)):
+        super().__init__(bits)
+        self.per_axis = per_axis
+        self.channel_axes = tuple(channel_axes)
+
+    def quantize(self, inputs, variables):
+        """See `LowBitQuantizer.quantize`."""
+        bits = tf.convert_to_tensor(variables["bits"])
+        scale = self.step(inputs, variables)
+        return ste.scaled_round(inputs, scale, bits, narrow_range=True)
+
+    def codes(self, inputs, variables):
+        """Int32 codes in [-Q, Q], the shape of `inputs`."""
+        scaled = as_float32(inputs) / self.step(inputs, variables)
+        codes = grid.signed_codes(scaled, variables["bits"], narrow_range=True)
+        return tf.cast(codes, tf.int32)
+
+    def step(self, inputs, variables):
+        """The scale: `max|w| / Q`, or `mean|w|` at one bit."""
+        bits = tf.convert_to_tensor(variables["bits"])
+        magnitude = tf.abs(as_float32(inputs))
+        axes = None
+        if self.per_axis:
+            shape = channel_shape(inputs.shape, self.channel_axes)
+            axes = [i for i, size in enumerate(shape) if size == 1]
+        largest = tf.reduce_max(magnitude, axis=axes, keepdims=self.per_axis)
+        mean = tf.reduce_mean(magnitude, axis=axes, keepdims=self.per_axis)
+        highest = grid.signed_limits(bits, narrow_range=True)[1]
+        scale = tf.where(bits == 1, mean, largest / highest)
+        return tf.maximum(scale, SMALLEST_RANGE)
+
+    def get_config(self):
+        """The constructor's arguments."""
+        return {
+            **super().get_config(),
+            "per_axis": self.per_axis,
+            "channel_axes": list(self.channel_axes),
+        }
+
+
+@keras.utils.register_keras_serializable(package="tf_lowbit")
+class UniformActivationQuantizer(ActivationQuantizer):
+    """A fixed, calibrated range: [0, clip], or [-clip, clip] where signed.
+
+    Unsigned: `clip / n * round(clip(x, 0, clip) * n / clip)`, a quantized ReLU.
+    Signed: narrow range, `step = clip / Q`; {-clip, +clip} at one bit.
+    Gradient: `dy/dx = 1` in range, else 0; the clip is not learned. "Not rounded"
+    keeps the clip.
+
+    Args:
+        bits: 1 to 8, or 16 or 32 for the clip alone.
+        signed: for activations that are not behind a ReLU.
+        clip: initial clip, in the unit of the activations; `calibrate` replaces it.
+        implementation: "auto", "fused" or "composed"; signed is always composed.
+
+    Raises:
+        ValueError: if `clip` is not positive.
+    """
+
+    needs_calibration = True
+    narrow_range = True
+
+    def __init__(
+        self,
+        bits: int = 8,
+        signed: bool = False,
+        clip: float = 6.0,
+        implementation: str = "auto",
+    ):
+        super().__init__(bits)
+        if not clip > 0:
+            raise ValueError(f"clip must be positive. Received: clip={clip!r}")
+        self.signed = signed
+        self.clip = clip
+        self.implementation = ste.validate_implementation(implementation)
+
+    def _build_range(self, tensor_shape, name, layer, variables):
+        variables["clip"] = self._state(layer, f"{name}_clip", self.clip)
+        variables["calibrated"] = self._state(layer, f"{name}_calibrated", 0, tf.int32)
+
+    def quantize(self, inputs, variables):
+        """See `LowBitQuantizer.quantize`."""
+        bits = tf.convert_to_tensor(variables["bits"])
+        clip = tf.stop_gradient(as_float32(variables["clip"]))
+        return self._rounded(inputs, clip, bits)
+
+    def _rounded(self, inputs, clip, bits):
+        if not self.signed:
+            return ste.learned_clip_round(inputs, clip, bits, self.implementation)
+        step = self._signed_step(clip, bits)
+        return ste.scaled_round(inputs, step, bits, narrow_range=True)
+
+    @staticmethod
+    def _signed_step(clip, bits):
+        return clip / grid.signed_limits(bits, narrow_range=True)[1]
+
+    def codes(self, inputs, variables):
+        """Int32 codes, the shape of `inputs`."""
+        inputs, bits = as_float32(inputs), variables["bits"]
+        if self.signed:
+            scaled = inputs / self.step(inputs, variables)
+            codes = grid.signed_codes(scaled, bits, narrow_range=True)
+        else:
+            codes = grid.unsigned_codes(inputs, as_float32(variables["clip"]), bits)
+        return tf.cast(codes, tf.int32)
+
+    def step(self, inputs, variables):
+        """`clip / n`, or `clip / Q` where signed."""
+        clip, bits = as_float32(variables["clip"]), variables["bits"]
+        if self.signed:
+            return self._signed_step(clip, bits)
+        return grid.unsigned_step(clip, bits)
+
+    def open_range(self, variables):
+        """See `ActivationQuantizer.open_range`."""
+        variables["bits"].assign(grid.UNROUNDED_BITS[-1])
+        variables["clip"].assign(OPEN_RANGE)
+
+    def calibrate(self, samples, variables):
+        """Sets the clip to that of least squared error at `self.bits` (ours)."""
+        bits = tf.constant(self.bits)
+        clip = ranges.least_error_clip(
+            samples,
+            lambda x, c: self._rounded(x, tf.constant(c), bits),
+            signed=self.signed,
+        )
+        variables["clip"].assign(clip)
+        variables["calibrated"].assign(1)
+
+    def get_config(self):
+        """The constructor's arguments."""
+        return {
+            **super().get_config(),
+            "signed": self.signed,
+            "clip": self.clip,
+            "implementation": self.implementation,
+        }

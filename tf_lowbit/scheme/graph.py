@@ -1,0 +1,92 @@
+"""Walking and rebuilding a functional Keras graph.
+
+Keras gives the nodes of a model no public name; this module alone reads them.
+"""
+
+from collections.abc import Callable, Iterator
+
+from tf_lowbit.compat import keras, tf
+
+
+def nodes(model: keras.Model) -> Iterator:
+    """The model's nodes (calls of layers), each after those that it reads."""
+    for depth in sorted(model._nodes_by_depth, reverse=True):
+        yield from model._nodes_by_depth[depth]
+
+
+def calls(model: keras.Model) -> Iterator:
+    """The nodes without the inputs."""
+    return (node for node in nodes(model) if not node.is_input)
+
+
+def producer(tensor):
+    """The node that puts a Keras tensor out."""
+    history = tensor._keras_history
+    return history.layer._inbound_nodes[history.node_index]
+
+
+def outputs_of(node) -> list:
+    """The tensors that a node puts out, flat."""
+    return tf.nest.flatten(node.outputs)
+
+
+def copy_layer(layer: keras.layers.Layer) -> keras.layers.Layer:
+    """A new layer of the same configuration, not built yet."""
+    return type(layer).from_config(layer.get_config())
+
+
+def rebuild(
+    model: keras.Model,
+    call: Callable,
+    edge: Callable | None = None,
+) -> keras.Model:
+    """Builds a model of the same topology, calling something else at each node.
+
+    Args:
+        model: a functional model.
+        call: function (node, args, kwargs) -> outputs, of the node's structure.
+        edge: function (node, old tensor, new tensor) -> new tensor, asked for each
+            tensor that a node reads. None leaves them.
+
+    Returns:
+        The new model, under the same name.
+    """
+    made: dict[int, object] = {}
+
+    def new_input(tensor):
+        made[id(tensor)] = copy_layer(tensor._keras_history.layer).output
+        return made[id(tensor)]
+
+    inputs = tf.nest.map_structure(new_input, model._nested_inputs)
+    for node in calls(model):
+        # Keras pops one tensor for each place in which the node reads it.
+        read: dict[str, list] = {}
+        for tensor in node.keras_inputs:
+            new = made[id(tensor)]
+            new = new if edge is None else edge(node, tensor, new)
+            read.setdefault(str(id(tensor)), []).append(new)
+        args, kwargs = node.map_arguments(read)
+        result = call(node, args, kwargs)
+        for old, new in zip(outputs_of(node), tf.nest.flatten(result), strict=True):
+            made[id(old)] = new
+    outputs = tf.nest.map_structure(lambda t: made[id(t)], model._nested_outputs)
+    return keras.Model(inputs, outputs, name=model.name)
+
+
+def copy_weights(source: keras.Model, target: keras.Model) -> None:
+    """Copies the weights of all layers of `source` to those of the same name."""
+    for layer in source.layers:
+        if layer.weights:
+            target.get_layer(layer.name).set_weights(layer.get_weights())
+
+
+def clone(model: keras.Model) -> keras.Model:
+    """A copy with weights, in which each layer has only the calls of this model.
+
+    TF-MOT hands layers on from one intermediate model to the next, after which
+    `layer.output` is ambiguous; a copy has it back.
+    """
+    copies = {layer.name: copy_layer(layer) for layer in model.layers}
+    result = rebuild(model, lambda n, a, k: copies[n.layer.name](*a, **k))
+    copy_weights(model, result)
+    return result

@@ -1,0 +1,158 @@
+"""The layout transform: the graph as quantization wants it.
+
+Activations become layers of their own, quantized ReLUs take the place of ReLUs, and
+a signed quantizer is inserted in front of a layer whose input no ReLU puts out (a
+linear bottleneck, the model's input). BatchNormalization and Add stay where they are.
+"""
+
+import warnings
+
+from tf_lowbit.compat import keras, tfmot
+from tf_lowbit.scheme import graph, registry
+from tf_lowbit.scheme.configs import ActivationQuantizeConfig, WeightQuantizeConfig
+from tf_lowbit.scheme.plan import Plan, make_plan
+
+
+class QuantizationWarning(UserWarning):
+    """Something that the rules ask for was not done."""
+
+
+class LowBitLayout(tfmot.quantization.keras.QuantizeLayoutTransform):
+    """Rewrites the model and hands a config to each layer that is quantized.
+
+    Args:
+        rules: tuple of `PrecisionRule`.
+        strict: raise where the rules ask for something that cannot be done.
+    """
+
+    def __init__(self, rules, strict: bool = False):
+        self.rules = rules
+        self.strict = strict
+
+    def apply(self, model, layer_quantize_map):
+        """TF-MOT's hook.
+
+        Args:
+            model: functional model without annotations.
+            layer_quantize_map: layer name -> {"quantize_config": config or None} for
+                every annotated layer. A config given there is kept.
+
+        Returns:
+            The rewritten model and a map that holds a config for every layer that is
+            to be wrapped, and no other.
+
+        Raises:
+            ValueError: where `strict` and the plan has problems, if nothing is left to
+                quantize, or if a ReLU to be quantized is not annotated.
+        """
+        given = {
+            name: entry["quantize_config"]
+            for name, entry in layer_quantize_map.items()
+            if entry.get("quantize_config") is not None
+        }
+        eligible = set(layer_quantize_map) - set(given)
+        split = split_activations(model)
+        plan = make_plan(split, self.rules, eligible)
+        self._report(plan)
+        self._check_annotated(plan, model, layer_quantize_map)
+        placed = _place_quantizers(split, plan)
+        configs = {**_configs(plan, split), **given}
+        if not configs:
+            raise ValueError(
+                "The rules leave every layer in full precision. Received: "
+                f"rules={self.rules} for layers {[x.name for x in model.layers]}"
+            )
+        return placed, {n: {"quantize_config": c} for n, c in configs.items()}
+
+    def _report(self, plan: Plan) -> None:
+        problems = plan.problems()
+        if problems and self.strict:
+            raise ValueError(
+                "strict=True and the rules cannot be followed as given. Received:\n- "
+                + "\n- ".join(problems)
+            )
+        for problem in problems:
+            warnings.warn(problem, QuantizationWarning, stacklevel=2)
+
+    @staticmethod
+    def _check_annotated(plan: Plan, model, layer_quantize_map) -> None:
+        present = {layer.name for layer in model.layers}
+        missing = (set(plan.activations) & present) - set(layer_quantize_map)
+        if missing:
+            raise ValueError(
+                "A ReLU that a quantized layer reads must be annotated too. "
+                f"Received: {sorted(missing)} without quantize_annotate"
+            )
+
+
+def split_activations(model: keras.Model) -> keras.Model:
+    """Turns every `activation="relu"` of a weight layer into a ReLU layer behind it.
+
+    The new layer is named after its owner: `conv` gets `conv_relu`.
+
+    Args:
+        model: functional model.
+
+    Returns:
+        A model with the same function and the same weights.
+    """
+    copies, relus = {}, {}
+    for layer in model.layers:
+        kind = registry.own_relu(layer) if registry.kernels(layer) else None
+        copies[layer.name] = copy = graph.copy_layer(layer)
+        if kind is not None:
+            copy.activation = keras.activations.linear
+            relus[layer.name] = keras.layers.ReLU(
+                max_value=6.0 if kind == "relu6" else None,
+                name=f"{layer.name}_relu",
+                dtype=layer.dtype_policy,
+            )
+
+    def call(node, args, kwargs):
+        name = node.layer.name
+        outputs = copies[name](*args, **kwargs)
+        return relus[name](outputs) if name in relus else outputs
+
+    result = graph.rebuild(model, call)
+    graph.copy_weights(model, result)
+    return result
+
+
+def _identity(name: str, dtype) -> keras.layers.Layer:
+    return keras.layers.Activation("linear", name=name, dtype=dtype)
+
+
+def _place_quantizers(model: keras.Model, plan: Plan) -> keras.Model:
+    """Puts an identity layer wherever an activation quantizer is to be wrapped."""
+    copies = {}
+    for layer in model.layers:
+        if layer.name in plan.activations:
+            copies[layer.name] = _identity(layer.name, layer.dtype_policy)
+        else:
+            copies[layer.name] = graph.copy_layer(layer)
+    inserted: dict[str, object] = {}
+
+    def edge(node, old, new):
+        insertion = plan.insertions.get((id(node), id(old)))
+        if insertion is None:
+            return new
+        if insertion.name not in inserted:
+            layer = _identity(insertion.name, node.layer.dtype_policy)
+            inserted[insertion.name] = layer(new)
+        return inserted[insertion.name]
+
+    result = graph.rebuild(
+        model, lambda node, a, k: copies[node.layer.name](*a, **k), edge
+    )
+    graph.copy_weights(model, result)
+    return result
+
+
+def _configs(plan: Plan, model: keras.Model) -> dict:
+    configs = {name: WeightQuantizeConfig(q) for name, q in plan.weights.items()}
+    for name, quantizer in plan.activations.items():
+        kind = registry.relu_kind(model.get_layer(name))
+        configs[name] = ActivationQuantizeConfig(quantizer, kind)
+    for name, quantizer in plan.insertions.values():
+        configs[name] = ActivationQuantizeConfig(quantizer)
+    return configs

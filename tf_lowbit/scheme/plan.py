@@ -1,0 +1,227 @@
+"""From rules and a graph to decisions: which quantizer stands where."""
+
+import dataclasses
+from typing import NamedTuple
+
+from tf_lowbit import quantizers
+from tf_lowbit.compat import keras
+from tf_lowbit.scheme import graph, registry
+from tf_lowbit.scheme.rules import CATCH_ALL, PrecisionRule
+
+
+class Insertion(NamedTuple):
+    """A quantizer for a tensor that no ReLU puts out.
+
+    Attributes:
+        name: of the new layer.
+        quantizer: a signed activation quantizer.
+    """
+
+    name: str
+    quantizer: quantizers.ActivationQuantizer
+
+
+@dataclasses.dataclass
+class Plan:
+    """Where each quantizer stands.
+
+    Attributes:
+        weights: layer name -> (attribute name -> weight quantizer).
+        activations: name of a ReLU layer -> the quantizer that replaces it.
+        insertions: (id of the reading node, id of the tensor) -> quantizer between.
+        unused_rules: rules that decided nothing.
+        unsupported: names of layers that a rule reaches and that have weights which
+            cannot be quantized.
+        notes: what else a user should know.
+    """
+
+    weights: dict[str, dict] = dataclasses.field(default_factory=dict)
+    activations: dict[str, quantizers.ActivationQuantizer] = dataclasses.field(
+        default_factory=dict
+    )
+    insertions: dict[tuple[int, int], Insertion] = dataclasses.field(
+        default_factory=dict
+    )
+    unused_rules: list[PrecisionRule] = dataclasses.field(default_factory=list)
+    unsupported: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def problems(self) -> list[str]:
+        """What was asked for and not done, a line each."""
+        lines = [f"a rule matches no layer: {rule}" for rule in self.unused_rules]
+        lines += [f"layer {name} cannot be quantized" for name in self.unsupported]
+        return lines + self.notes
+
+
+def make_plan(
+    model: keras.Model, rules: tuple[PrecisionRule, ...], eligible: set[str]
+) -> Plan:
+    """Decides what is quantized in a functional model.
+
+    Args:
+        model: functional model whose ReLUs are layers of their own.
+        rules: the rules, in order.
+        eligible: names of the layers whose weights may be quantized.
+
+    Returns:
+        The plan.
+    """
+    return _Planner(model, rules, eligible).plan
+
+
+class _Planner:
+    """Builds one plan; its methods share the graph and the rules."""
+
+    def __init__(self, model, rules, eligible):
+        self.model = model
+        self.rules = rules
+        self.plan = Plan()
+        self._used: set[PrecisionRule] = set()
+        self._inserted: dict[tuple[int, str], Insertion] = {}
+        self._edges = edge_layers(model)
+        self._named_activations = self._plan_named_activations()
+        for layer in model.layers:
+            self._plan_layer(layer, eligible)
+        self.plan.unused_rules = [r for r in rules if r not in self._used]
+
+    def _rule(self, layer) -> PrecisionRule | None:
+        is_edge = layer.name in self._edges
+        rule = next((r for r in self.rules if r.matches(layer, is_edge)), None)
+        if rule is not None:
+            self._used.add(rule)
+        return rule
+
+    def _plan_named_activations(self) -> set[str]:
+        """Rules that name a ReLU layer itself go before its consumers' wishes."""
+        named = set()
+        specific = [r for r in self.rules if r.pattern != CATCH_ALL]
+        for layer in self.model.layers:
+            rule = next((r for r in specific if r.matches(layer)), None)
+            if registry.relu_kind(layer) is None or rule is None:
+                continue
+            self._used.add(rule)
+            named.add(layer.name)
+            if rule.activation_bits is not None:
+                self.plan.activations[layer.name] = _unsigned(rule)
+        return named
+
+    def _plan_layer(self, layer, eligible) -> None:
+        if registry.is_unsupported(layer):
+            rule = self._rule(layer)
+            if rule is not None and rule.weight_bits is not None:
+                self.plan.unsupported.append(layer.name)
+        if not registry.kernels(layer) or layer.name not in eligible:
+            return
+        rule = self._rule(layer)
+        if rule is None:
+            return
+        if rule.weight_bits is not None:
+            self.plan.weights[layer.name] = {
+                kernel.attribute: _weight_quantizer(rule, kernel)
+                for kernel in registry.kernels(layer)
+            }
+        if rule.activation_bits is not None:
+            for node in graph.calls(self.model):
+                if node.layer is layer:
+                    self._quantize_input(node, node.keras_inputs[0], rule)
+
+    def _quantize_input(self, node, tensor, rule) -> None:
+        source = graph.producer(tensor)
+        if registry.relu_kind(source.layer):
+            self._quantize_relu(source.layer, rule)
+        elif self._leads_to_relu(source):
+            for behind in source.keras_inputs:
+                self._quantize_input(source, behind, rule)
+        else:
+            self._insert(node, tensor, rule)
+
+    def _leads_to_relu(self, node) -> bool:
+        """Whether a ReLU lies behind layers that pass its grid on."""
+        if node.is_input or not registry.is_transparent(node.layer):
+            return False
+        sources = [graph.producer(tensor) for tensor in node.keras_inputs]
+        return any(
+            registry.relu_kind(s.layer) or self._leads_to_relu(s) for s in sources
+        )
+
+    def _quantize_relu(self, layer, rule) -> None:
+        if layer.name in self._named_activations:
+            return
+        wanted = _unsigned(rule)
+        present = self.plan.activations.setdefault(layer.name, wanted)
+        if present == wanted:
+            return
+        kept = max(present, wanted, key=lambda q: q.bits)
+        self.plan.activations[layer.name] = kept
+        self.plan.notes.append(
+            f"activation {layer.name} feeds layers of different precision: "
+            f"{kept!r} is taken of {present!r} and {wanted!r}"
+        )
+
+    def _insert(self, node, tensor, rule) -> None:
+        """One inserted quantizer serves all that read a tensor alike."""
+        quantizer = _signed(rule)
+        key = (id(tensor), repr(quantizer))
+        if key not in self._inserted:
+            source = tensor._keras_history.layer.name
+            taken = {insertion.name for insertion in self._inserted.values()}
+            name, count = f"{source}_quantizer", 1
+            while name in taken or name in {x.name for x in self.model.layers}:
+                count += 1
+                name = f"{source}_quantizer_{count}"
+            self._inserted[key] = Insertion(name, quantizer)
+        self.plan.insertions[id(node), id(tensor)] = self._inserted[key]
+
+
+def edge_layers(model: keras.Model) -> set[str]:
+    """Names of the first and the last weight layers.
+
+    First are those that no weight layer comes before on any path, last those that
+    none comes after: one each in a chain, several in a branched model.
+    """
+    # Name of a weight layer -> whether a weight layer lies before, and after, it.
+    before: dict[int, set[str]] = {}
+    with_earlier: set[str] = set()
+    with_later: set[str] = set()
+    weighted: set[str] = set()
+    for node in graph.calls(model):
+        earlier = set().union(*(before.get(id(t), set()) for t in node.keras_inputs))
+        if registry.kernels(node.layer):
+            weighted.add(node.layer.name)
+            if earlier:
+                with_earlier.add(node.layer.name)
+            with_later |= earlier
+            earlier = {node.layer.name}
+        for tensor in graph.outputs_of(node):
+            before[id(tensor)] = earlier
+    return (weighted - with_earlier) | (weighted - with_later)
+
+
+def _weight_quantizer(rule, kernel):
+    quantizer = quantizers.get(rule.weight_quantizer, quantizers.WEIGHT)
+    arguments = {"bits": rule.weight_bits}
+    if "channel_axes" in quantizer.get_config():
+        arguments["channel_axes"] = kernel.channel_axes
+    return quantizers.get(quantizer, quantizers.WEIGHT, **arguments)
+
+
+def _unsigned(rule):
+    return quantizers.get(
+        quantizers.get(rule.activation_quantizer, quantizers.ACTIVATION),
+        quantizers.ACTIVATION,
+        bits=rule.activation_bits,
+    )
+
+
+def _signed(rule):
+    """The signed quantizer that goes with a rule's unsigned one (ours)."""
+    learned = isinstance(
+        quantizers.get(rule.activation_quantizer, quantizers.ACTIVATION),
+        quantizers.LSQActivationQuantizer,
+    )
+    return quantizers.get(
+        "lsq" if learned else "uniform",
+        quantizers.ACTIVATION,
+        bits=rule.activation_bits,
+        signed=True,
+    )

@@ -1,0 +1,119 @@
+"""What the library knows about Keras layers: a table from type to meaning."""
+
+from typing import NamedTuple
+
+from tf_lowbit.compat import keras, tf, tfmot
+
+_layers = keras.layers
+
+
+class Kernel(NamedTuple):
+    """A weight that can be quantized.
+
+    Attributes:
+        attribute: the layer's attribute that holds it.
+        channel_axes: its output-channel axes, for a step for each channel.
+    """
+
+    attribute: str
+    channel_axes: tuple[int, ...] = (-1,)
+
+
+_KERNEL = (Kernel("kernel"),)
+# A depthwise kernel is (height, width, channels, multiplier): both last axes are
+# output channels. A transposed one is (height, width, out, in).
+_DEPTHWISE = Kernel("depthwise_kernel", (-2, -1))
+_KERNELS = {
+    _layers.Dense: _KERNEL,
+    _layers.Conv1D: _KERNEL,
+    _layers.Conv2D: _KERNEL,
+    _layers.Conv3D: _KERNEL,
+    _layers.Conv2DTranspose: (Kernel("kernel", (-2,)),),
+    _layers.DepthwiseConv2D: (_DEPTHWISE,),
+    _layers.SeparableConv1D: (_DEPTHWISE, Kernel("pointwise_kernel")),
+    _layers.SeparableConv2D: (_DEPTHWISE, Kernel("pointwise_kernel")),
+}
+
+# Layers that pass a grid on, or (average pooling) are folded with what follows: the
+# quantization point of their consumer lies in front of them.
+_TRANSPARENT = (
+    _layers.AveragePooling1D,
+    _layers.AveragePooling2D,
+    _layers.Concatenate,
+    _layers.Cropping1D,
+    _layers.Cropping2D,
+    _layers.Dropout,
+    _layers.Flatten,
+    _layers.GlobalAveragePooling1D,
+    _layers.GlobalAveragePooling2D,
+    _layers.GlobalMaxPooling1D,
+    _layers.GlobalMaxPooling2D,
+    _layers.MaxPooling1D,
+    _layers.MaxPooling2D,
+    _layers.Permute,
+    _layers.Reshape,
+    _layers.SpatialDropout1D,
+    _layers.SpatialDropout2D,
+    _layers.UpSampling1D,
+    _layers.UpSampling2D,
+    _layers.ZeroPadding1D,
+    _layers.ZeroPadding2D,
+)
+
+_RELU_FUNCTIONS = {
+    keras.activations.relu: "relu",
+    tf.nn.relu: "relu",
+    tf.nn.relu6: "relu6",
+}
+
+
+class LowBitRegistry(tfmot.quantization.keras.QuantizeRegistry):
+    """The table, behind TF-MOT's interface.
+
+    Placement needs the graph, so the layout hands every config out itself and
+    `get_quantize_config` has nothing to add.
+    """
+
+    def supports(self, layer) -> bool:
+        """Whether the layer has a weight that can be quantized."""
+        return bool(kernels(layer))
+
+    def get_quantize_config(self, layer):
+        """None: a layer without a config from the layout stays as it is."""
+        return None
+
+
+def kernels(layer) -> tuple[Kernel, ...]:
+    """The quantizable weights of a layer; empty if it has none.
+
+    The type must be exact: a subclass may use its kernel in another way.
+    """
+    return _KERNELS.get(type(layer), ())
+
+
+def is_transparent(layer) -> bool:
+    """Whether a quantization point may lie in front of the layer."""
+    return type(layer) in _TRANSPARENT
+
+
+def own_relu(layer) -> str | None:
+    """ "relu" or "relu6" if the layer ends in one by its `activation=`."""
+    return _RELU_FUNCTIONS.get(getattr(layer, "activation", None))
+
+
+def relu_kind(layer) -> str | None:
+    """ "relu" or "relu6" if the layer is nothing but one, else None."""
+    if type(layer) is _layers.Activation:
+        return own_relu(layer)
+    if type(layer) is not _layers.ReLU or layer.negative_slope or layer.threshold:
+        return None
+    return {None: "relu", 6.0: "relu6"}.get(layer.max_value)
+
+
+def is_unsupported(layer) -> bool:
+    """Whether the layer trains weights that this library cannot quantize.
+
+    BatchNormalization is no such layer: it is folded into an integer scale.
+    """
+    known = bool(kernels(layer)) or isinstance(layer, _layers.BatchNormalization)
+    return bool(layer.trainable_weights) and not known

@@ -1,0 +1,37 @@
+"""Our `QuantizeScheme`, for TF-MOT's `quantize_apply`."""
+
+from tf_lowbit.compat import tfmot
+from tf_lowbit.scheme.layout import LowBitLayout
+from tf_lowbit.scheme.registry import LowBitRegistry
+from tf_lowbit.scheme.rules import as_rules
+
+
+class LowBitScheme(tfmot.quantization.keras.QuantizeScheme):
+    """Low-bitwidth quantization after a list of rules.
+
+    `tf_lowbit.quantize` is the short way. The long one, with TF-MOT's own calls:
+
+        annotated = tfmot.quantization.keras.quantize_annotate_model(model)
+        quantized = tfmot.quantization.keras.quantize_apply(
+            annotated, scheme=tf_lowbit.LowBitScheme(rules))
+
+    Args:
+        rules: `PrecisionRule`s, the first match wins; None for W2A2.
+        strict: raise where a rule matches nothing or a layer cannot be quantized,
+            instead of a `QuantizationWarning`.
+
+    Raises:
+        ValueError: if `rules` is not a list of rules.
+    """
+
+    def __init__(self, rules=None, strict: bool = False):
+        self.rules = as_rules(rules)
+        self.strict = strict
+
+    def get_layout_transformer(self):
+        """The layout transform, which places the quantizers."""
+        return LowBitLayout(self.rules, self.strict)
+
+    def get_quantize_registry(self):
+        """The table of layers."""
+        return LowBitRegistry()

@@ -1,0 +1,1 @@
+"""Programs for working on the repository; no part of the library."""
