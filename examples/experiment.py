@@ -153,7 +153,8 @@ def train(
 
     Raises:
         FileExistsError: if the folder holds a run already and `resume` is False.
-        ValueError: if a test label is out of the model's range, or the loss is NaN.
+        ValueError: if the training loss is not finite; the checkpoints then end with
+            the last epoch whose loss was.
     """
     epochs = sum(stage.epochs for stage in stages)
     checkpoints = Checkpoints(folder / "checkpoints", model)

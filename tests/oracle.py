@@ -63,7 +63,8 @@ def lsq_gradients(x, step, upstream, k: int, *, signed: bool, narrow: bool = Fal
     step = np.asarray(step, np.float64)
     scaled = x / step
     if signed:
-        low, high = (a * b for a, b in zip(signed_limits(k, narrow), (-1, 1)))
+        negative, high = signed_limits(k, narrow)
+        low = -negative
         codes = signed_codes(x, step, k, narrow)
     else:
         low, high = 0, highest_unsigned(k)

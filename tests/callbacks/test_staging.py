@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pytest
 
@@ -213,6 +215,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, stop, quantizer):
     options = {"weight_quantizer": quantizer, "activation_quantizer": quantizer}
     stages = tfl.two_stage(2, (2, 3), learning_rate=(0.05, 0.02), decay="cosine")
     whole = quantized_net(**options)
+    tfl.calibrate(whole, data())
     fit(whole, stages)
 
     class Stop(keras.callbacks.Callback):
@@ -221,8 +224,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, stop, quantizer):
                 raise KeyboardInterrupt
 
     backup = keras.callbacks.BackupAndRestore(tmp_path, delete_checkpoint=False)
+    stopped = quantized_net(**options)
+    tfl.calibrate(stopped, data())
     with pytest.raises(KeyboardInterrupt):
-        fit(quantized_net(**options), stages, [backup, Stop()])
+        fit(stopped, stages, [backup, Stop()])
     resumed, seen = quantized_net(**options), Recorder()
     staged = StagedPrecision(stages)
     resumed.fit(
@@ -232,6 +237,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, stop, quantizer):
         callbacks=[staged, keras.callbacks.BackupAndRestore(tmp_path), seen],
         verbose=0,
     )
+    # Calibration is in the checkpoint: the resumed network was never calibrated.
     assert len(seen.bits) == 5 - stop
     assert_same_weights(whole, resumed)
     assert_same_optimizers(whole, resumed)
@@ -289,6 +295,16 @@ def test_runs_on_two_replicas():
     fit(model, tfl.two_stage(2, (1, 1), learning_rate=0.1), [seen])
     assert seen.iterations == [STEPS, STEPS]
     assert seen.bits[-1]["relu/output"] == 2
+
+
+def test_warns_of_ranges_that_were_never_calibrated():
+    model = quantized_net(activation_quantizer="pact")
+    with pytest.warns(tfl.QuantizationWarning, match=r"first_relu/output.*relu/output"):
+        fit(model, [tfl.Stage(1)])
+    tfl.calibrate(model, data())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", tfl.QuantizationWarning)
+        fit(model, [tfl.Stage(1)])
 
 
 @pytest.mark.parametrize("stages", [[], [(1, 2, 2)], "abc"])

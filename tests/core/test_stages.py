@@ -2,6 +2,7 @@
 
 import dataclasses
 import doctest
+import itertools
 import math
 
 import pytest
@@ -131,7 +132,7 @@ def test_bits_never_rise_and_no_stage_repeats_the_last(bits, ladder):
     for make in (progressive, two_stage_progressive):
         found = pairs(make(bits, 1, ladder))
         assert found[-1] == final
-        for before, after in zip(found, found[1:], strict=False):
+        for before, after in itertools.pairwise(found):
             assert before != after
             assert before[0] >= after[0]
             assert before[1] >= after[1]

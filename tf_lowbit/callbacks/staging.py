@@ -1,10 +1,12 @@
 """Carries a list of stages out inside one `model.fit`."""
 
+import warnings
 from collections.abc import Sequence
 
 from tf_lowbit import inspection
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.core.stages import FLOAT_BITS, Stage, stage_at
+from tf_lowbit.scheme.layout import QuantizationWarning
 
 
 class StagedPrecision(keras.callbacks.Callback):
@@ -29,6 +31,8 @@ class StagedPrecision(keras.callbacks.Callback):
             the `epochs` of `fit`.
         reset_optimizer: whether each new stage starts with a fresh optimizer state.
         verbose: 1 prints a line at each stage's start.
+
+    A `QuantizationWarning` names activation ranges that wait for `calibrate`.
 
     Raises:
         ValueError: in the constructor, if `stages` is no list of stages; when training
@@ -69,6 +73,7 @@ class StagedPrecision(keras.callbacks.Callback):
             )
         self._check_reachable()
         self._check_optimizer()
+        self._warn_of_open_ranges()
         if not hasattr(self.model, "staging"):
             # A tf.train.Checkpoint is tracked by checkpoints, yet its variables
             # are no weights of the model, whose files keep their format.
@@ -127,6 +132,16 @@ class StagedPrecision(keras.callbacks.Callback):
                     f"was made for so few: quantize the model at {wanted} bits. "
                     f"Received: {role} quantizers of {sorted(set(own))} bits"
                 )
+
+    def _warn_of_open_ranges(self):
+        waiting = [t.name for t in self._tensors if not t.is_calibrated]
+        if waiting:
+            warnings.warn(
+                "Call tf_lowbit.calibrate(model, data) before training: the range of "
+                f"{len(waiting)} activation quantizers is a mere default: {waiting}",
+                QuantizationWarning,
+                stacklevel=2,
+            )
 
     def _check_optimizer(self):
         optimizer = self.model.optimizer

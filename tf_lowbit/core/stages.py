@@ -215,8 +215,10 @@ def stage_at(stages: Sequence[Stage], epoch: int) -> tuple[int, int]:
         The stage's index and the epoch at which it starts.
 
     Raises:
-        ValueError: if the stages end before `epoch`.
+        ValueError: if `epoch` is negative or the stages end before it.
     """
+    if epoch < 0:
+        raise ValueError(f"epoch must be >= 0. Received: epoch={epoch}")
     start = 0
     for index, stage in enumerate(stages):
         if epoch < start + stage.epochs:

@@ -11,9 +11,6 @@ from tf_lowbit.core import grid
 
 IMPLEMENTATIONS = ("auto", "fused", "composed")
 
-# FakeQuantWithMinMaxArgsGradient needs some num_bits; its mask does not depend on it.
-_ANY_BITS = 8
-
 
 def validate_implementation(implementation: str) -> str:
     """Returns `implementation`, or raises an error that says what is allowed.
@@ -78,7 +75,7 @@ def unsigned_forward(inputs, limit, bits, implementation: str = "auto"):
         implementation: as in `choose_implementation`.
 
     Returns:
-        Float32 tensor of the same shape; equal, bit for bit, in both forms.
+        Float32 tensor of the same shape; equal in both forms, but for the sign of 0.
     """
     if choose_implementation(implementation) == "fused":
         return _fused_unsigned(inputs, limit, bits)
@@ -92,6 +89,17 @@ def _inside(inputs, low, high):
 def _masked(upstream, inputs, low, high):
     # Select, not a product with the mask: 0 * inf would be NaN.
     return tf.where(_inside(inputs, low, high), upstream, tf.zeros_like(upstream))
+
+
+def _fused_masked(upstream, inputs, low, high):
+    # The op promises gradients for its range too; they come back as zero (TF 2.21).
+    return tf.raw_ops.QuantizeAndDequantizeV4Grad(
+        gradients=upstream, input=inputs, input_min=low, input_max=high, axis=-1
+    ).input_backprop
+
+
+def _mask_function(fused: bool):
+    return _fused_masked if fused else _masked
 
 
 def clip_round(inputs, limit: float, bits, implementation: str = "auto"):
@@ -115,11 +123,7 @@ def clip_round(inputs, limit: float, bits, implementation: str = "auto"):
     @tf.custom_gradient
     def quantize(x):
         def gradient(upstream):
-            if not fused:
-                return _masked(upstream, x, 0.0, limit)
-            return tf.raw_ops.FakeQuantWithMinMaxArgsGradient(
-                gradients=upstream, inputs=x, min=0.0, max=limit, num_bits=_ANY_BITS
-            )
+            return _mask_function(fused)(upstream, x, 0.0, limit)
 
         forward = _fused_unsigned if fused else _composed_unsigned
         return forward(x, limit, bits), gradient
@@ -147,17 +151,10 @@ def learned_clip_round(inputs, limit, bits, implementation: str = "auto"):
     @tf.custom_gradient
     def quantize(x, alpha):
         def gradient(upstream):
-            if fused:
-                d_x, _, d_alpha = tf.raw_ops.QuantizeAndDequantizeV4Grad(
-                    gradients=upstream,
-                    input=x,
-                    input_min=0.0,
-                    input_max=alpha,
-                    axis=-1,
-                )
-                return d_x, tf.reshape(d_alpha, tf.shape(alpha))
-            above = tf.where(x > alpha, upstream, tf.zeros_like(upstream))
-            return _masked(upstream, x, 0.0, alpha), tf.reduce_sum(above)
+            masked = _mask_function(fused)
+            beyond = tf.math.nextafter(alpha, float("inf"))
+            above = masked(upstream, x, beyond, float("inf"))
+            return masked(upstream, x, 0.0, alpha), tf.reduce_sum(above)
 
         forward = _fused_unsigned if fused else _composed_unsigned
         return forward(x, alpha, bits), gradient
@@ -192,8 +189,9 @@ def normalized_round(weights, bits, max_gradient: bool = True):
     def quantize(w):
         t = tf.tanh(w)
         magnitude = tf.abs(t)
-        # The floor only serves an all-zero tensor, where u = 1/2 is meant.
-        largest = tf.maximum(tf.reduce_max(magnitude), 1e-30)
+        # An all-zero tensor has no scale: u = 1/2 everywhere.
+        largest = tf.reduce_max(magnitude)
+        largest = tf.where(tf.equal(largest, 0.0), 1.0, largest)
         codes = grid.odd_codes(t / (2.0 * largest) + 0.5, bits)
 
         def gradient(upstream):
@@ -201,7 +199,7 @@ def normalized_round(weights, bits, max_gradient: bool = True):
             if max_gradient:
                 at_max = tf.cast(tf.equal(magnitude, largest), t.dtype)
                 share = at_max * tf.sign(t) / tf.maximum(tf.reduce_sum(at_max), 1.0)
-                d_t -= share * (tf.reduce_sum(upstream * t) / tf.square(largest))
+                d_t -= share * (tf.reduce_sum(upstream * t / largest) / largest)
             return tf.raw_ops.TanhGrad(y=t, dy=d_t)
 
         return codes * grid.odd_step(bits), gradient
@@ -227,7 +225,8 @@ def stepped_round(
     `y = step * code` that sum is `(sum(g y) - sum(g x [inside])) / step`.
 
     Args:
-        inputs: float32 tensor of any shape.
+        inputs: float32 tensor of any shape. An infinite one is clipped, and makes the
+            step's gradient NaN, so that it stays visible.
         step: float32 tensor, positive, scalar or broadcastable to `inputs`.
         bits: scalar int32 tensor.
         signed: the signed grid; False for the unsigned one (then scalar `step`).
@@ -238,6 +237,7 @@ def stepped_round(
     Returns:
         Float32 tensor of the same shape as `inputs`.
     """
+    fused = not signed and choose_implementation(implementation) == "fused"
 
     @tf.custom_gradient
     def quantize(x, s):
@@ -250,7 +250,7 @@ def stepped_round(
             y = unsigned_forward(x, high, bits, implementation)
 
         def gradient(upstream):
-            d_x = _masked(upstream, x, low, high)
+            d_x = _mask_function(fused)(upstream, x, low, high)
             d_step = _sum_to_shape(upstream * y - d_x * x, s) / s
             return d_x, d_step * gradient_scale
 
@@ -287,13 +287,22 @@ def scaled_round(inputs, scale, bits, *, narrow_range: bool):
     Returns:
         Float32 tensor of the same shape.
     """
-    return stepped_round(
-        inputs,
-        tf.stop_gradient(scale),
-        bits,
-        signed=True,
-        narrow_range=narrow_range,
-    )
+    scale = tf.stop_gradient(scale)
+
+    @tf.custom_gradient
+    def quantize(x):
+        negative, positive = grid.signed_limits(bits, narrow_range)
+        y = grid.signed_codes(x / scale, bits, narrow_range) * scale
+
+        def gradient(upstream):
+            # The largest weight defines the scale; rounding of `scale * Q` must not
+            # put it out of range.
+            reach = scale * (1.0 + 2.0**-22)
+            return _masked(upstream, x, -negative * reach, positive * reach)
+
+        return y, gradient
+
+    return quantize(inputs)
 
 
 def _sum_to_shape(values, like):

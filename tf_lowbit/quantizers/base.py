@@ -55,6 +55,8 @@ class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
         self._build_range(tensor_shape, name, layer, variables)
         return variables
 
+    # Nothing below needs AutoGraph, and converting it makes tracing slower.
+    @tf.autograph.experimental.do_not_convert
     def __call__(self, inputs, training, weights, **kwargs):
         """Quantizes `inputs`; the same in training and inference."""
         del training, kwargs

@@ -41,8 +41,10 @@ class PACTActivationQuantizer(ActivationQuantizer):
         implementation: str = "auto",
     ):
         super().__init__(bits)
-        if not alpha > 0:
-            raise ValueError(f"alpha must be positive. Received: alpha={alpha!r}")
+        if not 0 < alpha < float("inf"):
+            raise ValueError(
+                f"alpha must be positive and finite. Received: alpha={alpha!r}"
+            )
         if not alpha_decay >= 0:
             raise ValueError(
                 f"alpha_decay must be >= 0. Received: alpha_decay={alpha_decay!r}"

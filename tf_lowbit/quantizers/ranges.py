@@ -12,7 +12,7 @@ _MOST_SAMPLES = 1 << 17
 
 
 def thinned(samples) -> np.ndarray:
-    """All samples in one float32 vector, evenly thinned to at most 2^17.
+    """All samples in one float32 vector, drawn down to at most 2^17 by a fixed seed.
 
     Args:
         samples: list of arrays of any shape.
@@ -29,8 +29,11 @@ def thinned(samples) -> np.ndarray:
             "Calibration needs finite values. Received: "
             f"{int((~np.isfinite(values)).sum())} of {values.size} are NaN or inf"
         )
-    stride = -(-values.size // _MOST_SAMPLES)
-    return values[::stride].astype(np.float32)
+    if values.size > _MOST_SAMPLES:
+        # Drawn, not strided: a stride could meet only some of the channels.
+        chosen = np.random.default_rng(0).integers(values.size, size=_MOST_SAMPLES)
+        values = values[chosen]
+    return values.astype(np.float32)
 
 
 def least_error_clip(samples, quantize, *, signed: bool) -> float:

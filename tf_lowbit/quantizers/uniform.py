@@ -99,8 +99,10 @@ class UniformActivationQuantizer(ActivationQuantizer):
         implementation: str = "auto",
     ):
         super().__init__(bits)
-        if not clip > 0:
-            raise ValueError(f"clip must be positive. Received: clip={clip!r}")
+        if not 0 < clip < float("inf"):
+            raise ValueError(
+                f"clip must be positive and finite. Received: clip={clip!r}"
+            )
         self.signed = signed
         self.clip = clip
         self.implementation = ste.validate_implementation(implementation)
