@@ -343,14 +343,15 @@ def test_one_nan_weight_makes_the_whole_tensor_nan(bits):
     assert np.isnan(d_w).any()
 
 
-def test_an_infinite_weight_counts_as_the_largest_and_leaves_no_trace():
-    """tanh(inf) = 1: the value saturates, all stays finite, no gradient reaches it."""
-    y, d_w = run(
-        lambda v: ste.normalized_round(v, tf.constant(2)), [np.inf, -np.inf, 0.1]
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_infinite_weight_stays_visible(compiled):
+    """tanh(inf) = 1 would hide it; graph rewriting must not remove what shows it."""
+    quantize = tf.function(
+        lambda v: ste.normalized_round(v, tf.constant(2)), jit_compile=compiled
     )
-    np.testing.assert_allclose(y, [1, -1, 1 / 3], rtol=1e-6)
-    np.testing.assert_allclose(d_w[:2], [0, 0])
-    assert np.isfinite(d_w).all()
+    y = quantize(tf.constant([np.inf, -np.inf, 0.1])).numpy()
+    # XLA's maximum passes over a NaN, so there the finite weight stays finite.
+    assert np.isnan(y if not compiled else y[:2]).all()
 
 
 # Learned steps.

@@ -170,8 +170,8 @@ def signed_codes(scaled, bits, narrow_range: bool):
     clipped = tf.clip_by_value(scaled, -negative, positive)
     fineness = tf.where(bits > MAX_BITS, _UNROUNDED_FINENESS, 1.0)
     rounded = tf.round(clipped * fineness) / fineness
-    # `clipped * 0` keeps a NaN visible where a comparison would hide it.
-    binary = tf.where(clipped >= 0.0, 1.0, -1.0) + clipped * 0.0
+    # Neither comparison holds for a NaN, which so stays what it is.
+    binary = tf.where(clipped >= 0.0, 1.0, tf.where(clipped < 0.0, -1.0, clipped))
     return tf.where(bits == 1, binary, rounded)
 
 

@@ -175,8 +175,9 @@ def normalized_round(weights, bits, max_gradient: bool = True):
     share; then `dL/dw = dL/dt (1 - t^2)`.
 
     Args:
-        weights: float32 tensor of any shape: the latent weights. One NaN makes the
-            whole result NaN. All zeros are allowed.
+        weights: float32 tensor of any shape: the latent weights. One NaN or infinity
+            makes the whole result NaN (under XLA only its own element). All zeros
+            are allowed.
         bits: scalar int32 tensor.
         max_gradient: False leaves the maximum out of the gradient (ours; an
             ablation of what the authors' code does).
@@ -187,7 +188,8 @@ def normalized_round(weights, bits, max_gradient: bool = True):
 
     @tf.custom_gradient
     def quantize(w):
-        t = tf.tanh(w)
+        # tanh would turn an infinite weight into an innocent 1.
+        t = tf.where(tf.math.is_finite(w), tf.tanh(w), float("nan"))
         magnitude = tf.abs(t)
         # An all-zero tensor has no scale: u = 1/2 everywhere.
         largest = tf.reduce_max(magnitude)
