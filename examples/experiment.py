@@ -8,6 +8,7 @@ import contextlib
 import csv
 import dataclasses
 import json
+import math
 import os
 import platform
 import time
@@ -153,8 +154,8 @@ def train(
 
     Raises:
         FileExistsError: if the folder holds a run already and `resume` is False.
-        ValueError: if the training loss is not finite; the checkpoints then end with
-            the last epoch whose loss was.
+        ValueError: if the model has fewer outputs than the data set has classes, or the
+            training diverges; the checkpoints then end with the last good epoch.
     """
     epochs = sum(stage.epochs for stage in stages)
     checkpoints = Checkpoints(folder / "checkpoints", model)
@@ -166,12 +167,13 @@ def train(
     first_epoch = checkpoints.restore()
     _drop_rows_from(folder / "log.csv", first_epoch)
     data = load_data(first_epoch)
+    _check_labels(model, data)
     is_quantized = any(tfl.inspection.quantized_tensors(model))
     callbacks = [
         tfl.callbacks.StagedPrecision(stages, verbose=0 if label else 1)
         if is_quantized
         else _float_learning_rate(stages, data.steps_per_epoch, first_epoch),
-        keras.callbacks.TerminateOnNaN(),
+        StayFinite(),
         keras.callbacks.CSVLogger(folder / "log.csv", append=first_epoch > 0),
         keras.callbacks.TensorBoard(folder / "tensorboard", write_graph=False),
         checkpoints,
@@ -179,7 +181,7 @@ def train(
     start = time.perf_counter()
     if first_epoch < epochs:
         with _progress(label, epochs, first_epoch) as bar:
-            history = model.fit(
+            model.fit(
                 data.train,
                 steps_per_epoch=data.steps_per_epoch,
                 initial_epoch=first_epoch,
@@ -187,11 +189,6 @@ def train(
                 validation_data=data.test,
                 callbacks=callbacks + bar,
                 verbose=0 if label else 1,
-            )
-        if not all(map(_is_finite, history.history.get("loss", []))):
-            raise ValueError(
-                "The training loss must stay finite: lower the learning rate. "
-                f"Received: {history.history['loss']}"
             )
     seconds = time.perf_counter() - start
     loss, accuracy = model.evaluate(data.test, verbose=0)
@@ -246,6 +243,33 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+class StayFinite(keras.callbacks.Callback):
+    """Ends a training that diverges, before its weights are measured or saved."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Checks the loss."""
+        if not math.isfinite(logs["loss"]):
+            self._fail(f"a loss of {logs['loss']} after batch {batch} of its epoch")
+
+    def on_test_begin(self, logs=None):
+        """Checks the weights, which the last step may have spoiled."""
+        for weight in self.model.trainable_variables:
+            if not tf.reduce_all(tf.math.is_finite(weight)):
+                self._fail(f"weights {weight.name} that are not finite")
+
+    def on_test_end(self, logs=None):
+        """Checks the test loss: finite weights can be too large to compute with."""
+        if not math.isfinite(logs["loss"]):
+            self._fail(f"a test loss of {logs['loss']}")
+
+    @staticmethod
+    def _fail(what):
+        raise ValueError(
+            "The training loss must stay finite: look for NaN in the data or lower the "
+            f"learning rate. Received: {what}"
+        )
+
+
 class Checkpoints(keras.callbacks.Callback):
     """Saves model, optimizer, stage and epoch at the end of each epoch.
 
@@ -277,14 +301,19 @@ class Checkpoints(keras.callbacks.Callback):
         return int(self._epochs_done)
 
     def on_epoch_end(self, epoch, logs=None):
-        """Saves; a loss that is not finite is not worth keeping."""
-        if _is_finite((logs or {}).get("loss", 0.0)):
-            self._epochs_done.assign(epoch + 1)
-            self._manager.save()
+        """Saves."""
+        del logs
+        self._epochs_done.assign(epoch + 1)
+        self._manager.save()
 
 
-def _is_finite(value) -> bool:
-    return abs(float(value)) < float("inf")
+def _check_labels(model, data):
+    outputs = model.output_shape[-1]
+    if outputs < data.classes:
+        raise ValueError(
+            f"The labels of {data.name} are in [0, {data.classes}), and the model must "
+            f"have an output for each. Received: {outputs} outputs"
+        )
 
 
 def _float_learning_rate(stages, steps_per_epoch, first_epoch):

@@ -50,7 +50,9 @@ flags.DEFINE_string(
     f"The network: one of {', '.join(models.names())}.",
 )
 flags.DEFINE_integer(
-    "width", None, "Channels of the first stage of a CIFAR ResNet; its default is 16."
+    "width",
+    None,
+    "Channels of a ResNet's first stage; 16 (CIFAR) or 64 (ImageNet) without it.",
 )
 flags.DEFINE_enum("method", "plain", experiment.METHODS, "How to lower the precision.")
 flags.DEFINE_integer("weight_bits", 2, "Bits of the weights, 1 to 8.")
@@ -114,6 +116,10 @@ def load_data(first_epoch: int) -> datasets.Dataset:
 def build_float_model(data: datasets.Dataset) -> keras.Model:
     """The flags' network, untrained."""
     arguments = {} if FLAGS.width is None else {"width": FLAGS.width}
+    if arguments and FLAGS.model == "alexnet":
+        raise ValueError(
+            f"--width is for residual networks. Received: --model={FLAGS.model}"
+        )
     return models.get(
         FLAGS.model,
         classes=data.classes,
@@ -154,31 +160,45 @@ def train_float(model: keras.Model, folder: Path) -> None:
     print(f"Float network: test accuracy {outcome.accuracy:.4f}")
 
 
-def train_quantized(model: keras.Model, folder: Path) -> experiment.Outcome:
-    """Quantizes the float model and trains the result."""
-    bits = (FLAGS.weight_bits, FLAGS.activation_bits)
-    stages = experiment.stages_for(
+def stages() -> list[tfl.Stage]:
+    """The flags' stages of the quantized training."""
+    if not all(rung.strip().isdigit() for rung in FLAGS.ladder):
+        raise ValueError(
+            "--ladder must be falling bit-widths, such as 8,4,2. "
+            f"Received: {','.join(FLAGS.ladder)!r}"
+        )
+    return experiment.stages_for(
         FLAGS.method,
-        bits,
+        (FLAGS.weight_bits, FLAGS.activation_bits),
         FLAGS.epochs,
         FLAGS.learning_rate,
         FLAGS.schedule,
         tuple(int(rung) for rung in FLAGS.ladder),
     )
-    quantized = tfl.quantize(model, rules())
+
+
+def train_quantized(
+    model: keras.Model,
+    precision: list[tfl.PrecisionRule],
+    schedule: list[tfl.Stage],
+    folder: Path,
+) -> experiment.Outcome:
+    """Quantizes the float model and trains the result."""
+    quantized = tfl.quantize(model, precision)
     tfl.calibrate(quantized, load_data(0).train)
     experiment.compile_model(quantized, FLAGS.learning_rate)
     outcome = experiment.train(
-        quantized, load_data, stages, folder, resume=FLAGS.resume
+        quantized, load_data, schedule, folder, resume=FLAGS.resume
     )
     print(tfl.summary(quantized))
     return outcome
 
 
 def settings() -> dict:
-    """Every flag of this program, by name."""
+    """The flags that say what was run; where it was written is no part of that."""
     own = FLAGS.get_key_flags_for_module(__name__)
-    return {flag.name: flag.value for flag in own}
+    where = ("output_dir", "resume")
+    return {flag.name: flag.value for flag in own if flag.name not in where}
 
 
 def main(argv):
@@ -186,11 +206,13 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Received: arguments that are no flags: {argv[1:]}")
     experiment.quiet()
+    # Made first: what is wrong with the flags is said before any training.
+    precision, schedule = rules(), stages()
     output = experiment.require_writable(Path(FLAGS.output_dir))
     keras.utils.set_random_seed(FLAGS.seed)
     model = build_float_model(load_data(0))
     train_float(model, output / "float")
-    outcome = train_quantized(model, output / "quantized")
+    outcome = train_quantized(model, precision, schedule, output / "quantized")
     path = experiment.write_result(output / "quantized", outcome, settings())
     print(f"Quantized network: test accuracy {outcome.accuracy:.4f}")
     print(f"Written: {path}")

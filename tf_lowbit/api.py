@@ -4,6 +4,7 @@ from tf_lowbit import inspection
 from tf_lowbit.compat import keras, tfmot
 from tf_lowbit.scheme import graph, registry
 from tf_lowbit.scheme.scheme import LowBitScheme
+from tf_lowbit.scheme.wrapper import LowBitWrapper
 
 
 def quantize(model: keras.Model, rules=None, *, strict: bool = False) -> keras.Model:
@@ -41,9 +42,18 @@ def quantize(model: keras.Model, rules=None, *, strict: bool = False) -> keras.M
         scheme=scheme,
         quantized_layer_name_prefix="",
     )
-    quantized = graph.clone(applied)
+    quantized = graph.clone(applied, _own_wrapper)
     inspection.initialize_weight_ranges(quantized)
+    for layer in model.layers:
+        quantized.get_layer(layer.name).trainable = layer.trainable
     return quantized
+
+
+def _own_wrapper(layer):
+    """A copy of the layer, in our wrapper where it is in TF-MOT's."""
+    if type(layer) is tfmot.quantization.keras.QuantizeWrapperV2:
+        return LowBitWrapper.from_config(layer.get_config())
+    return graph.copy_layer(layer)
 
 
 def _functional(model) -> keras.Model:
@@ -102,6 +112,7 @@ def _annotate(model: keras.Model) -> keras.Model:
 
     def copy(layer):
         fresh = graph.copy_layer(layer)
+        fresh.trainable = True  # TF-MOT orders the weights of frozen layers anew.
         return annotate(fresh) if layer.name in found else fresh
 
     copies = {layer.name: copy(layer) for layer in model.layers}

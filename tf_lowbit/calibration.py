@@ -7,6 +7,12 @@ from tf_lowbit import inspection
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.scheme import graph
 
+_DROPOUT = (
+    keras.layers.AlphaDropout,
+    keras.layers.Dropout,
+    keras.layers.GaussianDropout,
+)
+
 
 def calibrate(model: keras.Model, dataset, batches: int = 8) -> list[str]:
     """Sets the clips and steps of activation quantizers from data.
@@ -51,10 +57,13 @@ def calibrate(model: keras.Model, dataset, batches: int = 8) -> list[str]:
                 kept.extend(tf.cast(value, tf.float32).numpy() for value in values)
     if not samples[0]:
         raise ValueError("dataset must hold at least one batch. Received: none")
+    state = [(v, v.numpy()) for t in tensors for v in t.variables.values()]
     for tensor, kept in zip(tensors, samples, strict=True):
         try:
             tensor.quantizer.calibrate(kept, tensor.variables)
         except ValueError as error:
+            for variable, value in state:
+                variable.assign(value)
             raise ValueError(f"{tensor.name}: {error}") from error
     return [tensor.name for tensor in tensors]
 
@@ -73,7 +82,7 @@ def _inputs(model, layer) -> list:
 def _measuring(model, tensors):
     """Opens the ranges and turns dropout off; puts all state back afterwards."""
     layers = [inspection.wrapped_layer(layer) for layer in model.layers]
-    rates = [(x, x.rate) for x in layers if isinstance(x, keras.layers.Dropout)]
+    rates = [(x, x.rate) for x in layers if isinstance(x, _DROPOUT)]
     state = [(variable, variable.numpy()) for variable in _changing(model, tensors)]
     try:
         for tensor in tensors:

@@ -107,13 +107,15 @@ def mobilenet_like(width=8):
 
 
 def randomize(model, seed=0):
-    """Gives every float weight, BN statistics included, a value of its own."""
+    """Gives each weight of a float model, BN statistics included, a known value."""
     rng = np.random.default_rng(seed)
     for weight in model.weights:
-        value = weight.numpy() + rng.normal(0.0, 0.1, weight.shape)
-        if "variance" in weight.name:
-            value = np.abs(value)
-        weight.assign(value)
+        if weight.shape.rank > 1:
+            kept = 2 if "depthwise" in weight.name else -1
+            fan_in = np.prod(weight.shape[:kept])
+            weight.assign(rng.normal(0.0, np.sqrt(2.0 / fan_in), weight.shape))
+        else:  # Zeros or ones so far.
+            weight.assign(np.abs(weight.numpy() + rng.normal(0.0, 0.1, weight.shape)))
     return model
 
 
@@ -136,9 +138,8 @@ def used_weights(model, inputs):
 
 def outputs_of(model, names, inputs):
     """What the named layers put out, as arrays by name."""
-    names = list(names)
-    read = keras.Model(model.inputs, [model.get_layer(n).output for n in names])
-    return dict(zip(names, map(np.asarray, read(inputs, training=False)), strict=True))
+    read = keras.Model(model.inputs, {n: model.get_layer(n).output for n in names})
+    return {n: np.asarray(y) for n, y in read(inputs, training=False).items()}
 
 
 def train_step(model, inputs, targets, *, optimizer=None, eager=False):

@@ -30,7 +30,7 @@ class LayerCost:
         weight_bytes: size of its parameters: kernels at `weight_bits`, padded to whole
             bytes, everything else (bias, normalisation, steps) at float32.
         macs: multiply-accumulates for one example, over all its calls; None where a
-            size is open.
+            size is open or the layer's arithmetic is unknown (LSTM, attention).
         bops: bit operations, `macs * weight_bits * activation_bits`; None likewise.
     """
 
@@ -74,12 +74,12 @@ class Cost:
 
     @property
     def macs(self) -> int | None:
-        """Multiply-accumulates for one example; None where a size is open."""
+        """Multiply-accumulates for one example; None where one is unknown."""
         return _sum(layer.macs for layer in self.layers)
 
     @property
     def bops(self) -> int | None:
-        """Bit operations for one example; None where a size is open."""
+        """Bit operations for one example; None where one is unknown."""
         return _sum(layer.bops for layer in self.layers)
 
     def as_dict(self) -> dict:
@@ -137,29 +137,32 @@ def cost(model: keras.Model) -> Cost:
 def _layer_cost(layer, nodes, bits_by_attribute, read) -> LayerCost:
     inner = inspection.wrapped_layer(layer)
     kernels = registry.kernels(inner)
-    variables = {_short_name(v): v for v in inspection.parameters(layer)}
+    # A list: a composite layer may have several weights of one name.
+    weights = [(_short_name(v), v) for v in inspection.parameters(layer)]
+    shapes = {name: variable.shape for name, variable in weights}
     weight_bits = tuple(bits_by_attribute.get(k.attribute, FLOAT_BITS) for k in kernels)
     activation_bits = _activation_bits(inner, kernels, read.get(layer.name, []))
     macs = [
-        _sum(_macs(inner, variables[kernel.attribute].shape, node) for node in nodes)
+        _sum(_macs(inner, shapes[kernel.attribute], node) for node in nodes)
         for kernel in kernels
+    ]
+    bops = [
+        None if m is None else m * w * a
+        for m, w, a in zip(macs, weight_bits, activation_bits, strict=True)
     ]
     return LayerCost(
         name=layer.name,
         kind=type(inner).__name__,
         output_shape=tuple(graph.outputs_of(nodes[0])[0].shape[1:]),
-        parameters=sum(_size(v) for v in variables.values()),
+        parameters=sum(_size(v) for _, v in weights),
         weight_bits=weight_bits,
         activation_bits=activation_bits,
         weight_bytes=sum(
             math.ceil(_size(v) * bits_by_attribute.get(name, FLOAT_BITS) / 8)
-            for name, v in variables.items()
+            for name, v in weights
         ),
-        macs=_sum(macs),
-        bops=_sum(
-            None if m is None else m * w * a
-            for m, w, a in zip(macs, weight_bits, activation_bits, strict=True)
-        ),
+        macs=None if registry.is_unsupported(inner) else _sum(macs),
+        bops=None if registry.is_unsupported(inner) else _sum(bops),
     )
 
 

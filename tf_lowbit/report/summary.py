@@ -7,6 +7,7 @@ import textwrap
 import rich.box
 import rich.console
 import rich.table
+import rich.text
 
 from tf_lowbit.compat import keras
 from tf_lowbit.report.cost import Cost, LayerCost, cost
@@ -24,7 +25,7 @@ _COLUMNS = (
 )
 _TEXT_COLUMNS = 3
 # The table is as wide as its contents; the console must not make it narrower.
-_WIDTH = 400
+_WIDTH = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ def summary(model: keras.Model) -> Summary:
 def _table(total: Cost) -> rich.table.Table:
     share = total.weight_bytes / max(total.float_bytes, 1)
     table = rich.table.Table(
-        title=total.name,
+        title=rich.text.Text(total.name),
         box=rich.box.SIMPLE_HEAD,
         show_footer=True,
         caption=f"{share:.3f} of the {total.float_bytes:,} bytes at float32",
@@ -89,7 +90,8 @@ def _table(total: Cost) -> rich.table.Table:
         justify = "left" if index < _TEXT_COLUMNS else "right"
         table.add_column(column, footer=footer, justify=justify, no_wrap=True)
     for layer in total.layers:
-        table.add_row(*_row(layer))
+        # Text, not str: a name such as net[v1] is no markup.
+        table.add_row(*map(rich.text.Text, _row(layer)))
     return table
 
 

@@ -80,13 +80,13 @@ def copy_weights(source: keras.Model, target: keras.Model) -> None:
             target.get_layer(layer.name).set_weights(layer.get_weights())
 
 
-def clone(model: keras.Model) -> keras.Model:
+def clone(model: keras.Model, copy=copy_layer) -> keras.Model:
     """A copy with weights, in which each layer has only the calls of this model.
 
     TF-MOT hands layers on from one intermediate model to the next, after which
     `layer.output` is ambiguous; a copy has it back.
     """
-    copies = {layer.name: copy_layer(layer) for layer in model.layers}
+    copies = {layer.name: copy(layer) for layer in model.layers}
     result = rebuild(model, lambda n, a, k: copies[n.layer.name](*a, **k))
     copy_weights(model, result)
     return result

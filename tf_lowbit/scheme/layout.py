@@ -97,6 +97,7 @@ def split_activations(model: keras.Model) -> keras.Model:
         A model with the same function and the same weights.
     """
     copies, relus = {}, {}
+    taken = {layer.name for layer in model.layers}
     for layer in model.layers:
         kind = registry.own_relu(layer) if registry.kernels(layer) else None
         copies[layer.name] = copy = graph.copy_layer(layer)
@@ -104,7 +105,7 @@ def split_activations(model: keras.Model) -> keras.Model:
             copy.activation = keras.activations.linear
             relus[layer.name] = keras.layers.ReLU(
                 max_value=6.0 if kind == "relu6" else None,
-                name=f"{layer.name}_relu",
+                name=_free_name(f"{layer.name}_relu", taken),
                 dtype=layer.dtype_policy,
             )
 
@@ -116,6 +117,16 @@ def split_activations(model: keras.Model) -> keras.Model:
     result = graph.rebuild(model, call)
     graph.copy_weights(model, result)
     return result
+
+
+def _free_name(name: str, taken: set[str]) -> str:
+    """`name`, or with the first number that makes it new; added to `taken`."""
+    found, count = name, 1
+    while found in taken:
+        count += 1
+        found = f"{name}_{count}"
+    taken.add(found)
+    return found
 
 
 def _identity(name: str, dtype) -> keras.layers.Layer:

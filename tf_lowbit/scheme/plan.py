@@ -146,6 +146,10 @@ class _Planner:
 
     def _quantize_relu(self, layer, rule) -> None:
         if layer.name in self._named_activations:
+            if layer.name not in self.plan.activations:
+                note = f"a rule that names activation {layer.name} keeps it float"
+                if note not in self.plan.notes:
+                    self.plan.notes.append(note)
             return
         wanted = _unsigned(rule)
         present = self.plan.activations.setdefault(layer.name, wanted)

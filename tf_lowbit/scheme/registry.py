@@ -107,7 +107,9 @@ def relu_kind(layer) -> str | None:
         return own_relu(layer)
     if type(layer) is not _layers.ReLU or layer.negative_slope or layer.threshold:
         return None
-    return {None: "relu", 6.0: "relu6"}.get(layer.max_value)
+    if layer.max_value is None:
+        return "relu"
+    return "relu6" if float(layer.max_value) == 6.0 else None
 
 
 def is_unsupported(layer) -> bool:

@@ -1,0 +1,86 @@
+import json
+import re
+
+import pytest
+
+import tf_lowbit as tfl
+from tests.examples import programs
+
+# Label, folder, bits.
+NETWORKS = [
+    ("float", "float", "32 / 32"),
+    ("W2A2 plain", "w2a2-plain", "2 / 2"),
+    ("W2A2 two-stage", "w2a2-two-stage", "2 / 2"),
+    ("W2A2 progressive", "w2a2-progressive", "2 / 2"),
+    ("W4A4 plain", "w4a4-plain", "4 / 4"),
+]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """One tiny demo, over the leftovers of an earlier one."""
+    folder = tmp_path_factory.mktemp("demo")
+    stale = folder / "out" / "w2a2-plain" / "checkpoints" / "stale"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("")
+    arguments = ("--float_epochs=3", "--epochs=3", "--width=2", "--batch_size=256")
+    done = programs.run("demo.py", *arguments, "--output_dir=out", folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert not stale.exists()
+    return done.stdout, folder
+
+
+def result(folder, name):
+    return json.loads((folder / "out" / name / "result.json").read_text())
+
+
+def test_ends_with_a_table_of_all_networks(demo):
+    shown, folder = demo
+    table = shown[shown.index("scikit-learn digits") :]
+    for heading in ("network", "W / A bits", "test accuracy", "weight bytes"):
+        assert heading in table
+    for label, name, bits in NETWORKS:
+        pattern = (
+            rf"{label} +│ {bits} +│ +(\d+\.\d\d) % │ +([\d,]+) │ +(\d+) │ +(\d+) │"
+        )
+        match = re.search(pattern, table)
+        assert match, label
+        accuracy, size, epochs, seconds = match.groups()
+        written = result(folder, name)
+        assert float(accuracy) == pytest.approx(
+            100 * written["test_accuracy"], abs=0.01
+        )
+        assert int(size.replace(",", "")) == written["cost"]["weight_bytes"]
+        assert int(epochs) == written["epochs"] == 3
+        assert int(seconds) == pytest.approx(written["seconds"], abs=0.6)
+
+
+def test_says_where_the_files_are_and_leaves_them(demo):
+    shown, folder = demo
+    for _, name, _ in NETWORKS:
+        assert f"  out/{name}\n" in shown
+        assert sorted(path.name for path in (folder / "out" / name).iterdir()) == [
+            *("checkpoints", "log.csv", "model.h5", "result.json", "tensorboard")
+        ]
+    assert sorted(path.name for path in (folder / "out").iterdir()) == sorted(
+        name for _, name, _ in NETWORKS
+    )
+
+
+def test_shows_a_progress_bar_for_each_network(demo):
+    shown, _ = demo
+    for label, *_ in NETWORKS:
+        assert re.search(rf"^{label} .* 3/3 ", shown, re.M)
+
+
+def test_quantized_networks_are_smaller_and_at_their_bits(demo):
+    _, folder = demo
+    sizes = {
+        name: result(folder, name)["cost"]["weight_bytes"] for _, name, _ in NETWORKS
+    }
+    assert sizes["w2a2-plain"] == sizes["w2a2-two-stage"] == sizes["w2a2-progressive"]
+    assert sizes["w2a2-plain"] < sizes["w4a4-plain"] < sizes["float"]
+    for _, name, bits in NETWORKS[1:]:
+        model = tfl.load_model(folder / "out" / name / "model.h5", compile=False)
+        found = {tensor.bits for tensor in tfl.inspection.quantized_tensors(model)}
+        assert found == {int(bits[0])}

@@ -1,0 +1,309 @@
+"""`quantize`: what carries over, what stays, what is refused."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.scheme import nets
+from tf_lowbit import PrecisionRule, calibrate, inspection, quantize, quantizers
+from tf_lowbit.compat import keras, tf
+
+layers = keras.layers
+W2A2 = PrecisionRule(".*", weight_bits=2, activation_bits=2)
+LEARNED = PrecisionRule(
+    ".*", 2, 2, weight_quantizer="lsq", activation_quantizer="lsq", edges=True
+)
+
+
+@pytest.fixture
+def bfloat16():
+    keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    yield
+    keras.mixed_precision.set_global_policy("float32")
+
+
+def state_of(model):
+    return model.to_json(), nets.snapshot(model.weights), model(nets.images()).numpy()
+
+
+def test_the_float_model_is_not_changed():
+    model = nets.randomize(nets.chain())
+    config, weights, outputs = state_of(model)
+    quantized = quantize(model, LEARNED)
+    nets.train_step(quantized, nets.images(), nets.labels(), eager=True)
+    after = state_of(model)
+    assert after[0] == config
+    nets.assert_all_equal(after[1], weights)
+    np.testing.assert_array_equal(after[2], outputs)
+    assert not {id(v) for v in model.weights} & {id(v) for v in quantized.weights}
+    nets.train_step(model, nets.images(), nets.labels(), eager=True)
+
+
+def test_weights_carry_over():
+    model = nets.randomize(nets.every_layer())
+    quantized = quantize(model, W2A2)
+    for layer in model.layers:
+        expected = {w.name.split("/")[-1]: w.numpy() for w in layer.weights}
+        found = inspection.parameters(quantized.get_layer(layer.name))
+        actual = {w.name.split("/")[-1]: w.numpy() for w in found}
+        assert actual.keys() == expected.keys(), layer.name
+        for name, value in expected.items():
+            np.testing.assert_array_equal(actual[name], value)
+
+
+def test_statistics_of_batch_normalization_carry_over():
+    model = nets.randomize(nets.chain())
+    quantized = quantize(model, W2A2)
+    for name in ("bn1", "bn2", "bn3"):
+        nets.assert_all_equal(
+            quantized.get_layer(name).get_weights(), model.get_layer(name).get_weights()
+        )
+
+
+@pytest.mark.parametrize("build", [nets.chain, nets.every_layer, nets.perceptron])
+def test_unrounded_equals_float(build):
+    model = nets.randomize(build())
+    rule = PrecisionRule(
+        ".*",
+        weight_bits=32,
+        activation_bits=32,
+        weight_quantizer="uniform",
+        activation_quantizer=quantizers.UniformActivationQuantizer(clip=64.0),
+        edges=True,
+    )
+    inputs = nets.images(16, shape=model.input_shape[1:])
+    quantized = quantize(model, rule)
+    np.testing.assert_allclose(quantized(inputs), model(inputs), rtol=1e-4, atol=1e-4)
+
+
+def test_unrounded_equals_float_with_calibrated_ranges():
+    model = nets.randomize(nets.chain(batch_norm=False))
+    rule = PrecisionRule(
+        ".*", 32, 32, weight_quantizer="uniform", activation_quantizer="pact"
+    )
+    quantized = quantize(model, rule)
+    calibrate(quantized, [nets.images()])
+    np.testing.assert_allclose(
+        quantized(nets.images()), model(nets.images()), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_layer_names_and_outputs_stay():
+    model = nets.mobilenet_like()
+    quantized = quantize(model, LEARNED)
+    names = [layer.name for layer in quantized.layers]
+    assert len(set(names)) == len(names)
+    assert {layer.name for layer in model.layers} <= set(names)
+    assert quantized.name == model.name
+    outputs = {name: quantized.get_layer(name).output for name in names}
+    features = keras.Model(quantized.inputs, outputs)
+    shapes = {n: y.shape for n, y in features(nets.images(2, (16, 16, 3))).items()}
+    for layer in model.layers[1:]:
+        assert shapes[layer.name] == (2, *layer.output_shape[1:])
+        assert quantized.get_layer(layer.name).output_shape == layer.output_shape
+
+
+def test_the_result_is_functional_and_not_compiled():
+    model = nets.perceptron()
+    model.compile("sgd", "mse")
+    quantized = quantize(model, W2A2)
+    assert quantized._is_graph_network
+    assert not isinstance(quantized, keras.Sequential)
+    assert quantized.optimizer is None
+
+
+def test_the_default_is_two_bits_inside():
+    tensors = nets.by_name(quantize(nets.chain()))
+    assert {name: tensor.bits for name, tensor in tensors.items()} == {
+        "relu1/output": 2,
+        "mid/kernel": 2,
+        "relu2/output": 2,
+        "last/kernel": 2,
+    }
+
+
+def test_frozen_layers_stay_frozen():
+    model = nets.chain()
+    for name in ("mid", "bn2"):
+        model.get_layer(name).trainable = False
+    quantized = quantize(model, W2A2)
+    assert {x.name for x in quantized.layers if not x.trainable} == {"mid", "bn2"}
+    frozen = {w.name for w in model.non_trainable_weights if "mid" in w.name}
+    assert len(frozen) == 2
+    trained = {w.name for w in quantized.trainable_weights}
+    assert not {name for name in trained if name.startswith("mid/")}
+    before = quantized.get_layer("mid").get_weights()
+    nets.train_step(quantized, nets.images(), nets.labels(), eager=True)
+    nets.assert_all_equal(quantized.get_layer("mid").get_weights(), before)
+
+
+def test_a_layer_can_be_frozen_and_thawed_afterwards():
+    quantized = quantize(nets.chain(batch_norm=False), LEARNED)
+    count = len(quantized.trainable_weights)
+    quantized.get_layer("mid").trainable = False
+    # Kernel, bias and the learned step.
+    assert len(quantized.trainable_weights) == count - 3
+    quantized.get_layer("mid").trainable = True
+    assert len(quantized.trainable_weights) == count
+
+
+def test_regularization_is_counted_once():
+    model = nets.randomize(nets.chain(l2=0.01))
+    quantized = quantize(model, W2A2)
+    expected = sum(
+        0.01 * np.sum(np.square(model.get_layer(name).kernel.numpy()))
+        for name in ("stem", "mid", "last", "head")
+    )
+    assert float(sum(model.losses)) == pytest.approx(expected, rel=1e-5)
+    assert len(quantized.losses) == 4
+    assert float(sum(quantized.losses)) == pytest.approx(expected, rel=1e-5)
+    # Neither a call nor a change of bits adds to it.
+    quantized(nets.images())
+    nets.by_name(quantized)["mid/kernel"].assign_bits(1)
+    assert float(sum(quantized.losses)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_decay_of_alpha_is_a_loss():
+    pact = quantizers.PACTActivationQuantizer(alpha=3.0, alpha_decay=0.5)
+    rule = PrecisionRule(".*", 2, 2, activation_quantizer=pact)
+    quantized = quantize(nets.chain(), rule)
+    assert float(sum(quantized.losses)) == pytest.approx(2 * 0.5 * 9.0)
+
+
+@pytest.mark.parametrize(
+    ("weights", "activations"),
+    [("dorefa", "dorefa"), ("lsq", "lsq"), ("uniform", "pact"), ("lsq", "uniform")],
+)
+def test_every_trainable_variable_moves(weights, activations):
+    # Few bits, so that PACT's clip has values above it.
+    rule = PrecisionRule(
+        ".*", 2, 2, weight_quantizer=weights, activation_quantizer=activations
+    )
+    model = nets.randomize(nets.chain(batch_norm=False, width=6))
+    quantized = quantize(model, rule)
+    inputs = nets.images(8)
+    calibrate(quantized, [inputs])
+    quantized.compile(
+        keras.optimizers.SGD(0.1),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    names = [v.name for v in quantized.trainable_variables]
+    assert len(set(names)) == len(names)
+    before = nets.snapshot(quantized.trainable_variables)
+    quantized.fit(inputs, nets.labels(8), batch_size=8, verbose=0)
+    after = nets.snapshot(quantized.trainable_variables)
+    still = [
+        name
+        for name, b, a in zip(names, before, after, strict=True)
+        if np.array_equal(b, a)
+    ]
+    assert not still
+    learned = [n for n in names if "step" in n or "alpha" in n]
+    assert len(learned) == {"lsq": 2}.get(weights, 0) + {"lsq": 2, "pact": 2}.get(
+        activations, 0
+    )
+
+
+def test_bfloat16_keeps_the_latent_weights_in_float32(bfloat16):
+    quantized = quantize(nets.chain(), LEARNED)
+    assert quantized.get_layer("mid").compute_dtype == "bfloat16"
+    calibrate(quantized, [nets.images()])
+    before = nets.snapshot(quantized.trainable_variables)
+    loss = nets.train_step(quantized, nets.images(), nets.labels(), eager=True)
+    assert np.isfinite(loss)
+    assert {w.dtype for w in quantized.trainable_variables} == {tf.float32}
+    after = nets.snapshot(quantized.trainable_variables)
+    moved = [not np.array_equal(b, a) for b, a in zip(before, after, strict=True)]
+    assert np.mean(moved) > 0.8
+    assert quantized(nets.images()).dtype == tf.bfloat16
+    for tensor in nets.by_name(quantized).values():
+        if tensor.latent is not None:
+            assert tensor.latent.dtype == tf.float32
+            assert tensor.quantized().dtype == tf.float32
+            assert np.unique(tensor.quantized()).size <= 4
+
+
+def test_a_subclassed_model_is_refused():
+    class Subclassed(keras.Model):
+        def call(self, inputs):
+            return inputs
+
+    with pytest.raises(ValueError, match=r"Received: Subclassed"):
+        quantize(Subclassed(), W2A2)
+
+
+def test_an_unbuilt_model_is_refused():
+    model = keras.Sequential([layers.Dense(2)], name="later")
+    with pytest.raises(ValueError, match=r"Received: unbuilt Sequential 'later'"):
+        quantize(model, W2A2)
+
+
+def test_a_sequential_model_that_was_built_by_shape_is_taken():
+    model = keras.Sequential([layers.Dense(3, name=f"dense{i}") for i in range(3)])
+    model.build((None, 5))
+    assert set(nets.by_name(quantize(model, W2A2))) == {
+        "dense0_quantizer/output",
+        "dense1/kernel",
+    }
+
+
+def test_a_nested_model_is_refused():
+    inner = keras.Sequential([layers.Dense(3, input_shape=(4,))], name="inner")
+    model = keras.Sequential([inner, layers.Dense(2)])
+    with pytest.raises(ValueError, match=r"Received: nested models \['inner'\]"):
+        quantize(model, W2A2)
+
+
+@pytest.mark.parametrize("model", [None, "model.h5", 3, keras.layers.Dense(2)])
+def test_what_is_no_model_is_refused(model):
+    with pytest.raises(ValueError, match=r"must be a tf_keras .*Received: "):
+        quantize(model, W2A2)
+
+
+def test_a_keras_3_model_is_refused():
+    # TensorFlow has picked Keras 2 in this process.
+    program = """
+import keras, tf_lowbit
+model = keras.Sequential([keras.layers.Input((4,)), keras.layers.Dense(2)])
+try:
+    tf_lowbit.quantize(model)
+except ValueError as error:
+    print(error)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert "Received: keras.src.models.sequential.Sequential" in result.stdout, (
+        result.stderr
+    )
+
+
+def test_a_quantized_model_is_refused():
+    quantized = quantize(nets.perceptron(), W2A2)
+    with pytest.raises(ValueError, match=r"Received: .*quantized already: \['relu1'"):
+        quantize(quantized, W2A2)
+
+
+def test_a_model_without_weights_to_quantize_is_refused():
+    model = keras.Sequential([layers.ReLU(input_shape=(4,)), layers.Flatten()])
+    with pytest.raises(ValueError, match=r"Received: \['ReLU', 'Flatten'\]|InputLayer"):
+        quantize(model, W2A2)
+
+
+def test_rules_that_leave_everything_float_are_refused():
+    with pytest.raises(ValueError, match=r"full precision. Received: rules="):
+        quantize(nets.perceptron(), PrecisionRule(".*"))
+
+
+def test_two_layers_have_no_inside():
+    model = keras.Sequential([layers.Dense(3, input_shape=(4,)), layers.Dense(2)])
+    with pytest.raises(ValueError, match=r"full precision. Received: rules="):
+        quantize(model, W2A2)
+
+
+@pytest.mark.parametrize("rules", [[], "conv", [2]])
+def test_bad_rules_are_refused(rules):
+    with pytest.raises(ValueError, match=r"Received: "):
+        quantize(nets.perceptron(), rules)

@@ -1,0 +1,265 @@
+"""`calibrate` against NumPy, and what it leaves alone."""
+
+import numpy as np
+import pytest
+
+from tests.scheme import nets
+from tf_lowbit import PrecisionRule, calibrate, quantize, quantizers
+from tf_lowbit.compat import keras, tf
+
+layers = keras.layers
+BATCHES = [nets.images(16, (5,), seed) for seed in range(3)]
+
+
+def quantized_perceptron(quantizer, bits=3):
+    """Weights stay float: the activations can be computed by hand."""
+    rule = PrecisionRule(".*", activation_bits=bits, activation_quantizer=quantizer)
+    model = nets.randomize(nets.perceptron())
+    return model, quantize(model, rule)
+
+
+def first_activations(model, batches):
+    kernel, bias = model.get_layer("in").get_weights()
+    return np.concatenate([np.maximum(x @ kernel + bias, 0.0) for x in batches])
+
+
+def squared_error(values, clip, bits):
+    n = 2**bits - 1
+    rounded = np.round(np.minimum(values, clip) * n / clip) * clip / n
+    return np.mean(np.square(rounded - values))
+
+
+@pytest.mark.parametrize(("name", "variable"), [("pact", "alpha"), ("uniform", "clip")])
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_the_clip_of_least_squared_error(name, variable, bits):
+    model, quantized = quantized_perceptron(name, bits)
+    assert calibrate(quantized, BATCHES) == ["relu1/output"]
+    tensor = nets.by_name(quantized)["relu1/output"]
+    clip = float(tensor.variables[variable])
+    values = first_activations(model, BATCHES)
+    assert values.max() / 64 <= clip <= values.max() * 1.0001
+    best = min(
+        squared_error(values, share * values.max(), bits)
+        for share in np.geomspace(1 / 64, 1, 400)
+    )
+    assert squared_error(values, clip, bits) <= 1.05 * best
+    assert tensor.is_calibrated
+    assert tensor.bits == bits
+
+
+def test_the_first_step_of_lsq():
+    model, quantized = quantized_perceptron("lsq", 3)
+    calibrate(quantized, BATCHES)
+    step = float(nets.by_name(quantized)["relu1/output"].variables["step"])
+    mean = first_activations(model, BATCHES).mean()
+    assert step == pytest.approx(2 * mean / 7**0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_so_many_batches_are_used(batches):
+    model, quantized = quantized_perceptron("lsq", 2)
+    calibrate(quantized, BATCHES, batches=batches)
+    step = float(nets.by_name(quantized)["relu1/output"].variables["step"])
+    mean = first_activations(model, BATCHES[:batches]).mean()
+    assert step == pytest.approx(2 * mean / 3**0.5, rel=1e-5)
+
+
+def test_a_signed_range_sees_both_sides():
+    model = keras.Sequential(
+        [layers.Dense(6, name=f"dense{i}", input_shape=(5,)) for i in range(2)]
+    )
+    lsq = PrecisionRule("dense1", activation_bits=3, activation_quantizer="lsq")
+    quantized = quantize(nets.randomize(model), lsq)
+    calibrate(quantized, BATCHES)
+    step = float(nets.by_name(quantized)["dense0_quantizer/output"].variables["step"])
+    kernel, bias = model.get_layer("dense0").get_weights()
+    mean = np.abs(np.concatenate(BATCHES) @ kernel + bias).mean()
+    assert step == pytest.approx(2 * mean / 3**0.5, rel=1e-5)
+
+
+def test_later_layers_see_quantized_weights_and_batch_statistics():
+    rule = PrecisionRule(".*", 2, 2, activation_quantizer="lsq")
+    model = nets.randomize(nets.chain())
+    quantized = quantize(model, rule)
+    data = [nets.images(8, seed=seed) for seed in range(2)]
+    assert calibrate(quantized, data) == ["relu1/output", "relu2/output"]
+
+    def normalized(x, bn):
+        gamma, beta, _, _ = bn.get_weights()
+        scale = gamma / np.sqrt(x.var((0, 1, 2)) + bn.epsilon)
+        return np.maximum((x - x.mean((0, 1, 2))) * scale + beta, 0.0)
+
+    kernel, bias = model.get_layer("mid").get_weights()
+    tangent = np.tanh(kernel)
+    unit = tangent / (2 * np.abs(tangent).max()) + 0.5
+    kernel = (2 * np.round(3 * unit) - 3) / 3
+    seen = []
+    for x in data:
+        x = normalized(model.get_layer("stem")(x).numpy(), model.get_layer("bn1"))
+        x = tf.nn.conv2d(x, kernel.astype(np.float32), 1, "SAME").numpy() + bias
+        seen.append(normalized(x, model.get_layer("bn2")))
+    step = float(nets.by_name(quantized)["relu2/output"].variables["step"])
+    assert step == pytest.approx(2 * np.mean(seen) / 3**0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["pact", "lsq", "uniform"])
+def test_nothing_but_ranges_changes(name):
+    rule = PrecisionRule(".*", 2, 2, weight_quantizer="lsq", activation_quantizer=name)
+    model = quantize(nets.randomize(nets.chain(dropout=0.3)), rule)
+    nets.by_name(model)["relu1/output"].assign_bits(4)
+    nets.by_name(model)["last/kernel"].assign_bits(32)
+    ranges = {
+        variable.ref()
+        for tensor in nets.by_name(model).values()
+        if tensor.role == "activation"
+        for key, variable in tensor.variables.items()
+        if key != "bits"
+    }
+    others = [variable for variable in model.weights if variable.ref() not in ranges]
+    before = nets.snapshot(others)
+    calibrate(model, [nets.images()])
+    nets.assert_all_equal(nets.snapshot(others), before)
+    assert [model.get_layer(f"dropout{i}").rate for i in (1, 2, 3)] == [0.3] * 3
+    assert all(t.is_calibrated for t in nets.by_name(model).values())
+
+
+def test_dropout_is_off():
+    rule = PrecisionRule(".*", activation_bits=2, activation_quantizer="lsq")
+    plain = nets.randomize(nets.chain())
+    dropping = nets.randomize(nets.chain(dropout=0.9))
+    steps = []
+    for model in (plain, dropping):
+        quantized = quantize(model, rule)
+        calibrate(quantized, [nets.images()])
+        steps.append(float(nets.by_name(quantized)["relu2/output"].variables["step"]))
+    assert steps[0] == pytest.approx(steps[1], rel=1e-6)
+
+
+def test_calibrating_again_gives_the_same():
+    _, quantized = quantized_perceptron("pact")
+    calibrate(quantized, BATCHES)
+    before = nets.snapshot(quantized.weights)
+    calibrate(quantized, BATCHES)
+    nets.assert_all_equal(nets.snapshot(quantized.weights), before)
+
+
+def test_lsq_keeps_a_step_for_the_bits_that_hold():
+    model, quantized = quantized_perceptron("lsq", bits=2)
+    tensor = nets.by_name(quantized)["relu1/output"]
+    tensor.assign_bits(8)
+    calibrate(quantized, BATCHES)
+    mean = first_activations(model, BATCHES).mean()
+    expected = 2 * mean / 255**0.5
+    assert float(tensor.variables["step"]) == pytest.approx(expected, rel=1e-5)
+    tensor.assign_bits(2)
+    expected = 2 * mean / 3**0.5
+    assert float(tensor.variables["step"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_shared_relu_sees_all_its_calls():
+    inputs = keras.Input((5,), name="in")
+    relu = layers.ReLU(name="relu")
+    x = relu(layers.Dense(5, name="first")(inputs))
+    x = relu(10.0 * layers.Dense(5, name="mid")(x))
+    model = nets.randomize(keras.Model(inputs, layers.Dense(2, name="head")(x)))
+    rule = PrecisionRule(".*", activation_bits=2, activation_quantizer="lsq")
+    quantized = quantize(model, rule)
+    assert calibrate(quantized, BATCHES[:1]) == ["relu/output"]
+    both = keras.Model(inputs, [relu.get_output_at(0), relu.get_output_at(1)])
+    mean = np.mean(both(BATCHES[0]))
+    step = float(nets.by_name(quantized)["relu/output"].variables["step"])
+    assert step == pytest.approx(2 * mean / 3**0.5, rel=1e-4)
+
+
+def test_batches_of_a_dataset_with_labels():
+    model, quantized = quantized_perceptron("lsq")
+    data = np.concatenate(BATCHES)
+    dataset = tf.data.Dataset.from_tensor_slices((data, np.zeros(len(data)))).batch(16)
+    calibrate(quantized, dataset)
+    step = float(nets.by_name(quantized)["relu1/output"].variables["step"])
+    mean = first_activations(model, BATCHES).mean()
+    assert step == pytest.approx(2 * mean / 7**0.5, rel=1e-5)
+
+
+def test_a_dead_activation_gets_a_harmless_clip():
+    model, _ = quantized_perceptron("pact")
+    model.get_layer("in").set_weights([np.zeros((5, 6)), np.full(6, -1.0)])
+    rule = PrecisionRule(".*", activation_bits=2, activation_quantizer="pact")
+    quantized = quantize(model, rule)
+    calibrate(quantized, BATCHES)
+    assert float(nets.by_name(quantized)["relu1/output"].variables["alpha"]) == 1.0
+
+
+def test_dorefa_has_nothing_to_calibrate():
+    _, quantized = quantized_perceptron("dorefa")
+    before = nets.snapshot(quantized.weights)
+    assert calibrate(quantized, BATCHES) == []
+    nets.assert_all_equal(nets.snapshot(quantized.weights), before)
+
+
+@pytest.mark.parametrize("dataset", [[], iter(()), tf.data.Dataset.range(0)])
+def test_an_empty_dataset_is_refused(dataset):
+    _, quantized = quantized_perceptron("pact")
+    before = nets.snapshot(quantized.weights)
+    with pytest.raises(ValueError, match=r"dataset must hold.*Received: none"):
+        calibrate(quantized, dataset)
+    nets.assert_all_equal(nets.snapshot(quantized.weights), before)
+
+
+@pytest.mark.parametrize("batches", [0, -1])
+def test_no_batches_are_refused(batches):
+    _, quantized = quantized_perceptron("pact")
+    with pytest.raises(ValueError, match=f"Received: batches={batches}"):
+        calibrate(quantized, BATCHES, batches=batches)
+
+
+@pytest.mark.parametrize("model", [nets.perceptron(), None])
+def test_a_model_that_is_not_quantized_is_refused(model):
+    with pytest.raises(ValueError, match=r"model must be .*Received: "):
+        calibrate(model, BATCHES)
+
+
+@pytest.mark.parametrize("name", ["pact", "lsq", "uniform"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_named(name, value):
+    _, quantized = quantized_perceptron(name)
+    before = nets.snapshot(quantized.weights)
+    data = BATCHES[0].copy()
+    data[3, 2] = value
+    with pytest.raises(ValueError, match=r"^relu1/output: .*NaN or inf"):
+        calibrate(quantized, [BATCHES[1], data])
+    nets.assert_all_equal(nets.snapshot(quantized.weights), before)
+
+
+def test_a_failure_in_a_later_layer_changes_nothing():
+    rule = PrecisionRule(".*", activation_bits=2, activation_quantizer="pact")
+    model = nets.chain(batch_norm=False)
+    kernel, bias = model.get_layer("mid").get_weights()
+    kernel[0, 0, 0, 0] = np.nan
+    model.get_layer("mid").set_weights([kernel, bias])
+    quantized = quantize(model, rule)
+    before = nets.snapshot(quantized.weights)
+    with pytest.raises(ValueError, match=r"^relu2/output: "):
+        calibrate(quantized, [nets.images()])
+    nets.assert_all_equal(nets.snapshot(quantized.weights), before)
+
+
+def test_state_comes_back_when_the_data_do_not_fit():
+    rule = PrecisionRule(".*", 2, 2, activation_quantizer="pact")
+    quantized = quantize(nets.chain(dropout=0.3), rule)
+    before = nets.snapshot(quantized.weights)
+    with pytest.raises(ValueError):
+        calibrate(quantized, [nets.images(), nets.images(shape=(8, 8, 5))])
+    nets.assert_all_equal(nets.snapshot(quantized.weights), before)
+    assert quantized.get_layer("dropout1").rate == 0.3
+
+
+def test_signed_uniform_ranges_are_calibrated_too():
+    rule = PrecisionRule(".*", 2, 2)
+    model = quantize(nets.mobilenet_like(), rule)
+    names = calibrate(model, [nets.images(2, (16, 16, 3))])
+    # DoReFa's own are fixed; the three inserted ones are not.
+    assert len(names) == 3
+    for name in names:
+        quantizer = nets.by_name(model)[name].quantizer
+        assert isinstance(quantizer, quantizers.UniformActivationQuantizer)

@@ -1,0 +1,171 @@
+import numpy as np
+import pytest
+
+from tests.scheme import nets
+from tf_lowbit import PrecisionRule, inspection, quantize, quantizers
+from tf_lowbit.compat import keras
+
+layers = keras.layers
+W2A2 = PrecisionRule(".*", weight_bits=2, activation_bits=2)
+ALL_WEIGHTS = [
+    quantizers.DoReFaWeightQuantizer(),
+    quantizers.LSQWeightQuantizer(),
+    quantizers.LSQWeightQuantizer(per_axis=True, narrow_range=True),
+    quantizers.UniformWeightQuantizer(),
+    quantizers.UniformWeightQuantizer(per_axis=False),
+]
+
+
+def test_names_roles_and_order():
+    tensors = list(inspection.quantized_tensors(quantize(nets.every_layer(), W2A2)))
+    assert [(tensor.name, tensor.role) for tensor in tensors] == [
+        ("stem_relu/output", "activation"),
+        ("conv/kernel", "weight"),
+        ("conv_relu/output", "activation"),
+        ("depthwise/depthwise_kernel", "weight"),
+        ("depthwise_relu/output", "activation"),
+        ("separable/depthwise_kernel", "weight"),
+        ("separable/pointwise_kernel", "weight"),
+        ("separable_relu/output", "activation"),
+        ("transpose/kernel", "weight"),
+        ("transpose_relu/output", "activation"),
+        ("conv1d/kernel", "weight"),
+        ("conv1d_relu/output", "activation"),
+        ("dense/kernel", "weight"),
+    ]
+    for tensor in tensors:
+        assert tensor.bits == tensor.quantizer.bits == 2
+        assert (tensor.latent is None) == (tensor.role == "activation")
+        assert tensor.quantizer.role == tensor.role
+
+
+def test_names_are_unique_after_a_mobilenet():
+    tensors = list(inspection.quantized_tensors(quantize(nets.mobilenet_like(), W2A2)))
+    names = [tensor.name for tensor in tensors]
+    assert len(set(names)) == len(names) == 20
+
+
+@pytest.mark.parametrize("quantizer", ALL_WEIGHTS, ids=repr)
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_codes_times_step_is_the_quantized_weight(quantizer, bits):
+    rule = PrecisionRule(".*", weight_bits=bits, weight_quantizer=quantizer)
+    (tensor,) = inspection.quantized_tensors(
+        quantize(nets.randomize(nets.perceptron()), rule)
+    )
+    codes, quantized = tensor.codes(), tensor.quantized().numpy()
+    step = tensor.quantizer.step(tensor.latent, tensor.variables).numpy()
+    assert codes.dtype == "int32"
+    np.testing.assert_array_equal(codes.numpy().astype(np.float32) * step, quantized)
+    assert quantized.shape == tensor.latent.shape
+
+
+def test_the_quantized_weight_is_what_the_network_uses():
+    model = quantize(nets.randomize(nets.every_layer()), W2A2)
+    tensors = nets.by_name(model)
+    for name, used in nets.used_weights(model, nets.images()).items():
+        np.testing.assert_array_equal(tensors[name].quantized(), used)
+
+
+def test_assigned_bits_hold_from_the_next_call_on():
+    model = quantize(nets.randomize(nets.perceptron()), W2A2)
+    tensor = nets.by_name(model)["mid/kernel"]
+    tensor.assign_bits(5)
+    assert (tensor.bits, tensor.quantizer.bits) == (5, 2)
+    used = nets.used_weights(model, nets.images(shape=(5,)))["mid/kernel"]
+    assert 4 < np.unique(used).size <= 32
+    np.testing.assert_array_equal(tensor.quantized(), used)
+
+
+@pytest.mark.parametrize("bits", [0, 9, "2", None])
+def test_bad_bits_are_refused(bits):
+    tensor = nets.by_name(quantize(nets.perceptron(), W2A2))["mid/kernel"]
+    with pytest.raises(ValueError, match=f"Received: bits={bits!r}"):
+        tensor.assign_bits(bits)
+    assert tensor.bits == 2
+
+
+def test_activations_have_no_value_of_their_own():
+    tensor = nets.by_name(quantize(nets.perceptron(), W2A2))["relu1/output"]
+    for read in (tensor.quantized, tensor.codes):
+        with pytest.raises(ValueError, match="Received: relu1/output"):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("name", "calibrated"),
+    [("dorefa", True), ("pact", False), ("lsq", False), ("uniform", False)],
+)
+def test_is_calibrated(name, calibrated):
+    rule = PrecisionRule(".*", 2, 2, activation_quantizer=name)
+    tensors = nets.by_name(quantize(nets.perceptron(), rule))
+    assert tensors["relu1/output"].is_calibrated is calibrated
+    assert tensors["mid/kernel"].is_calibrated
+
+
+def test_learned_weight_steps_start_from_the_weights():
+    rule = PrecisionRule(".*", 3, weight_quantizer="lsq")
+    model = nets.randomize(nets.perceptron())
+    tensor = nets.by_name(quantize(model, rule))["mid/kernel"]
+    mean = np.abs(model.get_layer("mid").kernel.numpy()).mean()
+    np.testing.assert_allclose(tensor.variables["step"], 2 * mean / 3**0.5, rtol=1e-6)
+
+
+def test_input_activations():
+    image = keras.Input(nets.IMAGE, name="image")
+    x = layers.Conv2D(4, 3, activation="relu", name="stem")(image)
+    a = layers.Conv2D(4, 1, activation="relu", name="a")(x)
+    b = layers.Conv2D(4, 1, name="b")(x)
+    x = layers.MaxPooling2D(2, name="max")(layers.Concatenate(name="both")([a, b]))
+    x = layers.Conv2D(4, 1, activation="relu", name="c")(x)
+    x = layers.Dense(2, name="head")(layers.Flatten(name="flat")(x))
+    model = keras.Model(image, x)
+
+    def names(model):
+        return {
+            layer: [source and source.name for source in sources]
+            for layer, sources in inspection.input_activations(model).items()
+        }
+
+    assert names(quantize(model, W2A2)) == {
+        "stem": [None],
+        "a": ["stem_relu/output"],
+        "b": ["stem_relu/output"],
+        "c": ["a_relu/output", "b_quantizer/output"],
+        "head": [None],
+    }
+    assert set(names(model)) == {"stem", "a", "b", "c", "head"}
+    assert {s for sources in names(model).values() for s in sources} == {None}
+
+
+def test_input_activations_of_a_shared_layer():
+    inputs = keras.Input((4,), name="in")
+    shared = layers.Dense(4, name="shared")
+    x = layers.Dense(4, activation="relu", name="first")(inputs)
+    x = layers.ReLU(name="between")(shared(x))
+    model = keras.Model(inputs, layers.Dense(2, name="head")(shared(x)))
+    found = inspection.input_activations(quantize(model, W2A2))
+    assert [s.name for s in found["shared"]] == ["first_relu/output", "between/output"]
+
+
+def test_parameters_leave_out_the_state_of_training():
+    rule = PrecisionRule(
+        ".*", 2, 2, weight_quantizer="lsq", activation_quantizer="pact"
+    )
+    model = quantize(nets.chain(), rule)
+
+    def names(layer):
+        found = inspection.parameters(model.get_layer(layer))
+        return {w.name.split(":")[0].split("/")[-1] for w in found}
+
+    assert names("mid") == {"kernel", "bias", "kernel_step"}
+    assert names("relu1") == {"output_alpha"}
+    assert names("stem") == {"kernel", "bias"}
+    assert names("bn1") == {"gamma", "beta", "moving_mean", "moving_variance"}
+
+
+def test_require_quantized():
+    assert len(inspection.require_quantized(quantize(nets.perceptron(), W2A2))) == 2
+    with pytest.raises(ValueError, match="Received: 'perceptron'"):
+        inspection.require_quantized(nets.perceptron())
+    with pytest.raises(ValueError, match="Received: str"):
+        inspection.require_quantized("perceptron")

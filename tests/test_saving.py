@@ -1,0 +1,188 @@
+"""Every format brings a quantized model back exactly."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.scheme import nets
+from tf_lowbit import PrecisionRule, inspection, load_model, quantize, quantizers
+from tf_lowbit.compat import keras, tf
+
+RULES = {
+    "dorefa": PrecisionRule(".*", 2, 2),
+    "lsq": PrecisionRule(
+        ".*", 2, 2, weight_quantizer="lsq", activation_quantizer="lsq", edges=True
+    ),
+    "per_axis-pact": PrecisionRule(
+        ".*",
+        3,
+        4,
+        weight_quantizer=quantizers.LSQWeightQuantizer(per_axis=True),
+        activation_quantizer=quantizers.PACTActivationQuantizer(alpha_decay=1e-3),
+    ),
+    "uniform": PrecisionRule(
+        ".*", 4, 4, weight_quantizer="uniform", activation_quantizer="uniform"
+    ),
+}
+FORMATS = ["h5", "SavedModel", "weights", "checkpoint"]
+
+
+def build(rule):
+    return quantize(nets.chain(l2=1e-3), rule)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A model for each rule, after a step, with bits that are not the rule's."""
+    models = {}
+    for name, rule in RULES.items():
+        model = build(rule)
+        # Momentum: the optimizer has slots to save as well.
+        optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
+        nets.train_step(model, nets.images(), nets.labels(), optimizer=optimizer)
+        nets.by_name(model)["mid/kernel"].assign_bits(5)
+        nets.by_name(model)["relu2/output"].assign_bits(7)
+        models[name] = model
+    return models
+
+
+def reload(model, rule, how, folder):
+    """Saves the model one way and returns what comes back."""
+    if how == "h5":
+        model.save(folder / "net.h5")
+        return load_model(folder / "net.h5")
+    if how == "SavedModel":
+        model.save(folder / "net")
+        return load_model(folder / "net")
+    fresh = nets.randomize(build(rule), seed=5)
+    if how == "weights":
+        model.save_weights(folder / "net.weights.h5")
+        fresh.load_weights(folder / "net.weights.h5")
+    else:
+        path = tf.train.Checkpoint(model=model).write(str(folder / "checkpoint"))
+        tf.train.Checkpoint(model=fresh).read(path).assert_existing_objects_matched()
+    return fresh
+
+
+def assert_same(actual, expected):
+    assert [w.name for w in actual.weights] == [w.name for w in expected.weights]
+    nets.assert_all_equal(actual.get_weights(), expected.get_weights())
+    np.testing.assert_array_equal(actual(nets.images()), expected(nets.images()))
+    found = {name: (t.quantizer, t.bits) for name, t in nets.by_name(actual).items()}
+    assert found == {
+        name: (t.quantizer, t.bits) for name, t in nets.by_name(expected).items()
+    }
+
+
+@pytest.mark.parametrize("how", FORMATS)
+@pytest.mark.parametrize("name", RULES)
+def test_a_trained_model_comes_back_exactly(name, how, trained, tmp_path):
+    model = trained[name]
+    assert_same(reload(model, RULES[name], how, tmp_path), model)
+
+
+@pytest.mark.parametrize("how", ["h5", "SavedModel"])
+def test_training_goes_on_as_if_it_had_not_stopped(how, trained, tmp_path):
+    model = trained["lsq"]
+    again = reload(model, RULES["lsq"], how, tmp_path)
+    assert again.optimizer.learning_rate == model.optimizer.learning_rate
+    first = quantize(nets.chain(l2=1e-3), RULES["lsq"])
+    first.set_weights(model.get_weights())
+    for each in (first, again):
+        each.compile(
+            keras.optimizers.SGD(0.1),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            run_eagerly=True,
+        )
+        nets.train_step(each, nets.images(), nets.labels())
+    assert len(again.trainable_variables) == len(first.trainable_variables)
+    for a, b in zip(again.get_weights(), first.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["h5", "SavedModel"])
+def test_a_reloaded_model_can_be_inspected_and_saved_again(how, trained, tmp_path):
+    model = reload(trained["per_axis-pact"], None, how, tmp_path)
+    sources = inspection.input_activations(model)
+    assert sources["mid"][0].name == "relu1/output"
+    (tmp_path / "second").mkdir()
+    assert_same(reload(model, None, how, tmp_path / "second"), model)
+
+
+@pytest.mark.parametrize("frozen_first", [True, False])
+def test_frozen_layers_come_back(frozen_first, tmp_path):
+    model = nets.perceptron()
+    model.get_layer("mid").trainable = not frozen_first
+    model = quantize(model, RULES["lsq"])
+    model.get_layer("mid").trainable = False
+    model.save(tmp_path / "net.h5")
+    again = load_model(tmp_path / "net.h5", compile=False)
+    assert not again.get_layer("mid").trainable
+    data = nets.images(shape=(5,))
+    np.testing.assert_array_equal(again(data), model(data))
+
+
+def test_mobilenet_comes_back(tmp_path):
+    model = quantize(nets.randomize(nets.mobilenet_like()), RULES["lsq"])
+    model.save(tmp_path / "net.h5")
+    again = load_model(tmp_path / "net.h5", compile=False)
+    nets.assert_all_equal(again.get_weights(), model.get_weights())
+    data = nets.images(shape=(16, 16, 3))
+    np.testing.assert_array_equal(again(data), model(data))
+
+
+def test_a_fresh_process_loads_without_scopes(trained, tmp_path):
+    paths = {}
+    for how in ("h5", "SavedModel"):
+        reload(trained["lsq"], None, how, tmp_path)
+    paths = [str(tmp_path / "net.h5"), str(tmp_path / "net")]
+    np.save(tmp_path / "inputs.npy", nets.images())
+    program = (
+        "import sys, numpy as np, tf_lowbit\n"
+        "folder = sys.argv[1]\n"
+        "x = np.load(folder + '/inputs.npy')\n"
+        "for i, path in enumerate(sys.argv[2:]):\n"
+        "    model = tf_lowbit.load_model(path)\n"
+        "    np.save(f'{folder}/outputs{i}.npy', model(x))\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path), *paths],
+        check=True,
+        capture_output=True,
+    )
+    expected = trained["lsq"](nets.images()).numpy()
+    for i in range(2):
+        outputs = np.load(tmp_path / f"outputs{i}.npy")
+        np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [str, lambda path: path])
+def test_the_keras_format_is_refused(kind, tmp_path):
+    with pytest.raises(ValueError, match=r"Received: path='.*net\.keras'"):
+        load_model(kind(tmp_path / "net.keras"))
+
+
+@pytest.mark.parametrize("name", ["absent.h5", "absent"])
+def test_a_missing_file_is_an_error(name, tmp_path):
+    with pytest.raises(OSError, match="absent"):
+        load_model(tmp_path / name)
+
+
+def test_a_corrupt_file_is_an_error(tmp_path, trained):
+    path = tmp_path / "net.h5"
+    path.write_bytes(b"no HDF5 at all")
+    with pytest.raises(OSError):
+        load_model(path)
+    trained["dorefa"].save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(OSError):
+        load_model(path)
+
+
+def test_weights_of_another_network_are_refused(trained, tmp_path):
+    trained["lsq"].save_weights(tmp_path / "net.weights.h5")
+    other = quantize(nets.chain(width=5), RULES["lsq"])
+    with pytest.raises(ValueError):
+        other.load_weights(tmp_path / "net.weights.h5")
