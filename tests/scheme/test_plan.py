@@ -226,6 +226,22 @@ def test_a_rule_can_keep_a_relu_float_or_quantize_the_last_one():
     assert activation_bits(plan_of(nets.chain(), rules))["relu3"] == 3
 
 
+def test_a_rule_of_layer_type_relu_sets_every_relu():
+    image, x = start()
+    model = finish(image, conv(relu(conv(x, "middle"), "relu"), "late"))
+    eights = PrecisionRule(".*", activation_bits=8, layer_type="ReLU")
+    plan = plan_of(model, [eights, W2A2])
+    assert activation_bits(plan)["relu"] == 8
+    assert eights not in plan.unused_rules
+
+
+def test_a_named_relu_that_stays_float_in_front_of_a_quantized_layer_is_noted():
+    image, x = start()
+    model = finish(image, conv(relu(conv(x, "middle"), "relu"), "late"))
+    plan = plan_of(model, [PrecisionRule("relu"), W2A2])
+    assert plan.notes == ["a rule that names activation relu keeps it float"]
+
+
 def test_a_shared_relu_is_quantized_once():
     image = keras.Input(nets.IMAGE, name="image")
     shared = layers.ReLU(name="shared")

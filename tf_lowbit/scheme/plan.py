@@ -94,7 +94,7 @@ class _Planner:
     def _plan_named_activations(self) -> set[str]:
         """Rules that name a ReLU layer itself go before its consumers' wishes."""
         named = set()
-        specific = [r for r in self.rules if r.pattern != CATCH_ALL]
+        specific = [r for r in self.rules if r.pattern != CATCH_ALL or r.layer_type]
         for layer in self.model.layers:
             rule = next((r for r in specific if r.matches(layer)), None)
             if registry.relu_kind(layer) is None or rule is None:
