@@ -111,6 +111,8 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Received: arguments that are no flags: {argv[1:]}")
     keras.utils.set_random_seed(0)
+    # One step function for each variant is meant, not the retracing it looks like.
+    tf.get_logger().setLevel("ERROR")
     figures = measure()
     table = rich.table.Table(title="CPU time of a training step, float = 1")
     for column in ("network", "median", "least", "largest"):
