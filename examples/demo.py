@@ -109,27 +109,22 @@ def main(argv):
     experiment.quiet()
     output = experiment.require_writable(Path(FLAGS.output_dir))
     keras.utils.set_random_seed(FLAGS.seed)
+    settings = experiment.flag_settings(__name__)
     rows = []
     folder = fresh(output / "float")
     model, outcome = train_float(folder)
-    experiment.write_result(folder, outcome, settings())
+    experiment.write_result(folder, outcome, settings)
     rows.append(("float", "32 / 32", outcome, folder))
     for label, method, bits in NETWORKS:
         folder = fresh(output / label.replace(" ", "-").lower())
         outcome = train_quantized(model, label, method, bits, folder)
-        experiment.write_result(folder, outcome, settings())
+        experiment.write_result(folder, outcome, settings)
         rows.append((label, f"{bits[0]} / {bits[1]}", outcome, folder))
     console = rich.console.Console()
     console.print(results_table(rows))
     console.print("Each folder holds model.h5, log.csv, result.json and tensorboard/:")
     for *_, folder in rows:
         console.print(f"  {folder}", highlight=False)
-
-
-def settings() -> dict:
-    """The flags that say what was run."""
-    own = FLAGS.get_key_flags_for_module(__name__)
-    return {flag.name: flag.value for flag in own if flag.name != "output_dir"}
 
 
 def fresh(folder: Path) -> Path:

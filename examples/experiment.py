@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 import rich.progress
-from absl import logging
+from absl import flags, logging
 
 import tf_lowbit as tfl
 from tf_lowbit import datasets
@@ -53,6 +53,16 @@ class Outcome:
     epochs: int
     seconds: float
     cost: tfl.Cost
+
+
+def flag_settings(module: str) -> dict:
+    """A program's flags that say what was run, by name; where it was written is none.
+
+    Args:
+        module: the program's `__name__`.
+    """
+    own = flags.FLAGS.get_key_flags_for_module(module)
+    return {f.name: f.value for f in own if f.name not in ("output_dir", "resume")}
 
 
 def quiet() -> None:
@@ -203,7 +213,7 @@ def write_result(folder: Path, outcome: Outcome, settings: dict) -> Path:
     Args:
         folder: the run's folder.
         outcome: what `train` returned.
-        settings: JSON-ready; every flag that the run was started with.
+        settings: JSON-ready, such as `flag_settings` gives.
 
     Returns:
         The file.

@@ -156,7 +156,7 @@ def train_float(model: keras.Model, folder: Path) -> None:
         decay=FLAGS.schedule,
     )
     outcome = experiment.train(model, load_data, [stage], folder, resume=FLAGS.resume)
-    experiment.write_result(folder, outcome, settings())
+    experiment.write_result(folder, outcome, experiment.flag_settings(__name__))
     print(f"Float network: test accuracy {outcome.accuracy:.4f}")
 
 
@@ -194,13 +194,6 @@ def train_quantized(
     return outcome
 
 
-def settings() -> dict:
-    """The flags that say what was run; where it was written is no part of that."""
-    own = FLAGS.get_key_flags_for_module(__name__)
-    where = ("output_dir", "resume")
-    return {flag.name: flag.value for flag in own if flag.name not in where}
-
-
 def main(argv):
     """Trains a float network, quantizes it, trains that, and writes the results."""
     if len(argv) > 1:
@@ -213,7 +206,9 @@ def main(argv):
     model = build_float_model(load_data(0))
     train_float(model, output / "float")
     outcome = train_quantized(model, precision, schedule, output / "quantized")
-    path = experiment.write_result(output / "quantized", outcome, settings())
+    path = experiment.write_result(
+        output / "quantized", outcome, experiment.flag_settings(__name__)
+    )
     print(f"Quantized network: test accuracy {outcome.accuracy:.4f}")
     print(f"Written: {path}")
 

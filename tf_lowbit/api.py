@@ -115,9 +115,4 @@ def _annotate(model: keras.Model) -> keras.Model:
         fresh.trainable = True  # TF-MOT orders the weights of frozen layers anew.
         return annotate(fresh) if layer.name in found else fresh
 
-    copies = {layer.name: copy(layer) for layer in model.layers}
-    result = graph.rebuild(model, lambda n, a, k: copies[n.layer.name](*a, **k))
-    for layer in model.layers:
-        if layer.weights:
-            copies[layer.name].set_weights(layer.get_weights())
-    return result
+    return graph.clone(model, copy)

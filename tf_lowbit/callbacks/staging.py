@@ -17,6 +17,8 @@ class StagedPrecision(keras.callbacks.Callback):
     latent float weights simply carry on. Each quantizer gets
     `max(the stage's bits, its own)`, so that a first layer kept at 8 bits stays there.
 
+    A `QuantizationWarning` names activation ranges that still wait for `calibrate`.
+
     `weight_bits` and `activation_bits`, the lowest in the model, are added to the logs:
     put this callback ahead of loggers such as `CSVLogger`.
 
@@ -31,8 +33,6 @@ class StagedPrecision(keras.callbacks.Callback):
             the `epochs` of `fit`.
         reset_optimizer: whether each new stage starts with a fresh optimizer state.
         verbose: 1 prints a line at each stage's start.
-
-    A `QuantizationWarning` names activation ranges that wait for `calibrate`.
 
     Raises:
         ValueError: in the constructor, if `stages` is no list of stages; when training

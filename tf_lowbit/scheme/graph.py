@@ -85,8 +85,18 @@ def clone(model: keras.Model, copy=copy_layer) -> keras.Model:
 
     TF-MOT hands layers on from one intermediate model to the next, after which
     `layer.output` is ambiguous; a copy has it back.
+
+    Args:
+        model: functional model.
+        copy: function layer -> new layer with the same weights in the same order.
+
+    Returns:
+        The copy, under the same name.
     """
     copies = {layer.name: copy(layer) for layer in model.layers}
     result = rebuild(model, lambda n, a, k: copies[n.layer.name](*a, **k))
-    copy_weights(model, result)
+    # Not by name: a copy may have one of its own (TF-MOT's annotation has).
+    for layer in model.layers:
+        if layer.weights:
+            copies[layer.name].set_weights(layer.get_weights())
     return result
