@@ -1,17 +1,16 @@
-"""CPU time of a quantized training step, as a ratio to the float step in one run.
+"""CPU time of a training step, as ratios between steps of the same run.
 
   python benchmarks/step_cost.py --rounds=7 --output=benchmarks/results/step_cost.json
 
 The variants take turns, round by round, in one process, so that the machine's drift
-hits all of them; each figure is the median over the rounds of the ratio to the float
-step of the same round, with the smallest and the largest ratio beside it.
+hits all of them; each figure is the median over the rounds of the ratio to another
+step of the same round, with the smallest and the largest ratio beside it. A step is
+what `fit` runs: the model's own `train_function`, metrics included.
 """
 
 import json
 import os
-import platform
 import time
-from importlib import metadata
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -24,6 +23,7 @@ from absl import app, flags
 import tf_lowbit as tfl
 from tf_lowbit import models
 from tf_lowbit.compat import keras, tf
+from tf_lowbit.report import environment
 
 FLAGS = flags.FLAGS
 
@@ -35,75 +35,107 @@ flags.DEFINE_integer("rounds", 7, "Rounds that count; one more warms up.")
 flags.DEFINE_string("output", None, "JSON file to write the figures to.")
 
 
-def quantized(model, activation):
+# Sum of steps -> the steps that it is compared with, each once.
+TOGETHER = "float + DoReFa W2A2, each for itself"
+SUMS = {TOGETHER: ("float", "DoReFa W2A2")}
+# What each figure is a ratio of; to float where nothing is said.
+PLAIN = ("stochastic precision, layers", "stochastic precision, blocks")
+JOINT = ("joint distillation", "joint distillation, hints", "frozen teacher")
+COMPARISONS = [
+    *((name, "DoReFa W2A2") for name in ("trainer without options", *PLAIN)),
+    *((name, TOGETHER) for name in JOINT),
+]
+
+
+def quantized(model, activation="dorefa"):
     """A W2A2 network with one activation quantizer."""
     rule = tfl.PrecisionRule(".*", 2, 2, activation_quantizer=activation)
     return tfl.quantize(model, [rule])
 
 
+def trainer(model, teacher=None, unit=None, train="joint", hints=None):
+    """A trainer of a W2A2 network, by the options that are given."""
+    precision = unit and tfl.StochasticPrecision(start=0.5, unit=unit, steps=10**6)
+    losses = tfl.JointDistillation(teacher=train, hints=hints) if teacher else None
+    return tfl.LowBitTrainer(
+        quantized(model), teacher, distillation=losses, stochastic_precision=precision
+    )
+
+
 def variants() -> dict[str, keras.Model]:
     """The float network and what is compared with it."""
-    model = models.preact_resnet(FLAGS.depth, width=FLAGS.width)
-    q = tfl.quantizers
+
+    def network():
+        return models.preact_resnet(FLAGS.depth, width=FLAGS.width)
+
+    model = network()
+    composed = tfl.quantizers.DoReFaActivationQuantizer(implementation="composed")
     return {
         "float": model,
-        "DoReFa W2A2, fused": quantized(model, "dorefa"),
-        "DoReFa W2A2, composed": quantized(
-            model, q.DoReFaActivationQuantizer(implementation="composed")
-        ),
-        "PACT activations, fused": quantized(model, "pact"),
-        "LSQ activations, fused": quantized(model, "lsq"),
+        "DoReFa W2A2": quantized(model),
+        "DoReFa W2A2, composed": quantized(model, composed),
+        "PACT activations": quantized(model, "pact"),
+        "LSQ activations": quantized(model, "lsq"),
+        "trainer without options": trainer(model),
+        "stochastic precision, layers": trainer(model, unit="layer"),
+        "stochastic precision, blocks": trainer(model, unit="block"),
+        "joint distillation": trainer(model, network()),
+        "joint distillation, hints": trainer(model, network(), hints="stages"),
+        "frozen teacher": trainer(model, network(), train="frozen"),
     }
 
 
 def step_function(model):
-    """A compiled training step on one fixed batch."""
-    optimizer = keras.optimizers.SGD(0.01, momentum=0.9)
-    optimizer.build(model.trainable_variables)
+    """The step that `fit` runs, on one fixed batch."""
+    arguments = {}
+    if isinstance(model, tfl.LowBitTrainer) and model.trains_teacher:
+        arguments["teacher_optimizer"] = keras.optimizers.SGD(0.01, momentum=0.9)
+    model.compile(
+        keras.optimizers.SGD(0.01, momentum=0.9),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        **arguments,
+    )
     rng = np.random.default_rng(0)
-    x = tf.constant(rng.normal(size=(FLAGS.batch_size, 32, 32, 3)), tf.float32)
-    y = tf.constant(rng.integers(10, size=FLAGS.batch_size))
-
-    @tf.function
-    def step():
-        with tf.GradientTape() as tape:
-            logits = model(x, training=True)
-            loss = tf.reduce_mean(
-                keras.losses.sparse_categorical_crossentropy(y, logits, True)
-            )
-        gradients = tape.gradient(loss, model.trainable_variables)
-        optimizer.apply_gradients(
-            zip(gradients, model.trainable_variables, strict=True)
-        )
-        return loss
-
-    return step
+    x = rng.normal(size=(FLAGS.batch_size, 32, 32, 3)).astype("float32")
+    y = rng.integers(10, size=FLAGS.batch_size)
+    batches = iter(tf.data.Dataset.from_tensors((x, y)).cache().repeat())
+    function = model.make_train_function()
+    return lambda: function(batches)
 
 
 def cpu_seconds(step) -> float:
     """CPU time of a round, over all threads of the process."""
     start = time.process_time()
     for _ in range(FLAGS.steps):
-        step().numpy()
+        step()["loss"].numpy()
     return time.process_time() - start
 
 
-def measure() -> dict[str, dict[str, float]]:
-    """Name -> median, least and largest ratio to float."""
+def measure() -> list[dict]:
+    """For each comparison: names, median, least and largest ratio."""
     steps = {name: step_function(model) for name, model in variants().items()}
     rounds = [
         {name: cpu_seconds(step) for name, step in steps.items()}
         for _ in range(FLAGS.rounds + 1)
     ][1:]
-    figures = {}
-    for name in steps:
-        ratios = np.array([r[name] / r["float"] for r in rounds])
-        figures[name] = {
-            "median": round(float(np.median(ratios)), 3),
-            "least": round(float(ratios.min()), 3),
-            "largest": round(float(ratios.max()), 3),
-        }
-    return figures
+    for taken in rounds:
+        for name, parts in SUMS.items():
+            taken[name] = sum(taken[part] for part in parts)
+    pairs = [(name, "float") for name in rounds[0] if name != "float"] + COMPARISONS
+    return [compare(rounds, name, other) for name, other in pairs]
+
+
+def compare(rounds, name, other) -> dict:
+    """Statistics of the ratio of two steps."""
+    ratios = np.array([taken[name] / taken[other] for taken in rounds])
+    return {
+        "step": name,
+        "relative to": other,
+        "median": round(float(np.median(ratios)), 3),
+        "least": round(float(ratios.min()), 3),
+        "largest": round(float(ratios.max()), 3),
+    }
 
 
 def main(argv):
@@ -114,22 +146,18 @@ def main(argv):
     # One step function for each variant is meant, not the retracing it looks like.
     tf.get_logger().setLevel("ERROR")
     figures = measure()
-    table = rich.table.Table(title="CPU time of a training step, float = 1")
-    for column in ("network", "median", "least", "largest"):
+    table = rich.table.Table(title="CPU time of a training step")
+    for column in figures[0]:
         table.add_column(column, no_wrap=True)
-    for name, ratio in figures.items():
-        table.add_row(name, *(f"{value:.3f}" for value in ratio.values()))
+    for figure in figures:
+        table.add_row(*(str(value) for value in figure.values()))
     rich.console.Console().print(table)
     if FLAGS.output:
         own = FLAGS.get_key_flags_for_module(__name__)
         result = {
             "ratios": figures,
             "settings": {flag.name: flag.value for flag in own},
-            "versions": {
-                "python": platform.python_version(),
-                **{p: metadata.version(p) for p in ("tensorflow", "tf-keras")},
-            },
-            "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
+            **environment(),
         }
         Path(FLAGS.output).parent.mkdir(parents=True, exist_ok=True)
         Path(FLAGS.output).write_text(json.dumps(result, indent=2) + "\n")

@@ -1,8 +1,9 @@
 """The main job, on real data that needs no download.
 
 Trains a float pre-activation ResNet on the digits that scikit-learn holds, makes
-2-bit networks of it by plain fine-tuning, two-stage and progressive training with
-the same total of epochs, and a 4-bit one, and prints a table.
+2-bit networks of it by plain fine-tuning, two-stage and progressive training,
+stochastic precision and joint distillation with the same total of epochs, and a 4-bit
+one, and prints a table.
 
   python examples/demo.py
 """
@@ -38,28 +39,31 @@ flags.DEFINE_string(
 )
 
 LADDER = (8, 4, 2)
-# Label, method and bits of weights and activations.
+# Label, method, distillation, and bits of weights and activations.
 NETWORKS = (
-    ("W2A2 plain", "plain", (2, 2)),
-    ("W2A2 two-stage", "ts", (2, 2)),
-    ("W2A2 progressive", "pq", (2, 2)),
-    ("W4A4 plain", "plain", (4, 4)),
+    ("W2A2 plain", "plain", "none", (2, 2)),
+    ("W2A2 two-stage", "ts", "none", (2, 2)),
+    ("W2A2 progressive", "pq", "none", (2, 2)),
+    ("W2A2 stochastic", "sp", "none", (2, 2)),
+    ("W2A2 distilled", "plain", "joint", (2, 2)),
+    ("W4A4 plain", "plain", "none", (4, 4)),
 )
 
 
-def load_data(first_epoch: int) -> datasets.Dataset:
-    """The digits, the training part starting at an epoch."""
+def load_data(first_epoch: int = 0, first_step: int = 0) -> datasets.Dataset:
+    """The digits, the training part starting at an epoch and a step."""
     return datasets.load(
         "digits",
         batch_size=FLAGS.batch_size,
         seed=FLAGS.seed,
         start_epoch=first_epoch,
+        start_step=first_step,
     )
 
 
 def train_float(folder: Path) -> tuple[keras.Model, experiment.Outcome]:
     """Trains the float network that all others start from."""
-    data = load_data(0)
+    data = load_data()
     model = models.preact_resnet(
         8, width=FLAGS.width, classes=data.classes, input_shape=data.input_shape
     )
@@ -71,16 +75,35 @@ def train_float(folder: Path) -> tuple[keras.Model, experiment.Outcome]:
 
 
 def train_quantized(
-    model: keras.Model, label: str, method: str, bits: tuple[int, int], folder: Path
+    model: keras.Model,
+    label: str,
+    method: str,
+    distill: str,
+    bits: tuple[int, int],
+    folder: Path,
 ) -> experiment.Outcome:
     """Quantizes the float network and trains the result by one method."""
     rule = tfl.PrecisionRule(".*", weight_bits=bits[0], activation_bits=bits[1])
-    quantized = tfl.quantize(model, [rule])
-    experiment.compile_model(quantized, FLAGS.learning_rate)
+    # A copy teaches: the other networks start from the float one as it is.
+    teacher = keras.models.clone_model(model)
+    teacher.set_weights(model.get_weights())
+    trainer = experiment.trainer_for(
+        tfl.quantize(model, [rule]), teacher, method, distill, seed=FLAGS.seed
+    )
+    experiment.compile_model(
+        trainer,
+        FLAGS.learning_rate,
+        teacher_optimizer=experiment.teacher_optimizer(
+            distill,
+            FLAGS.learning_rate,
+            "cosine",
+            FLAGS.epochs * load_data().steps_per_epoch,
+        ),
+    )
     stages = experiment.stages_for(
         method, bits, FLAGS.epochs, FLAGS.learning_rate, "cosine", LADDER
     )
-    return experiment.train(quantized, load_data, stages, folder, label=label)
+    return experiment.train(trainer, load_data, stages, folder, label=label)
 
 
 def results_table(rows) -> rich.table.Table:
@@ -115,9 +138,9 @@ def main(argv):
     model, outcome = train_float(folder)
     experiment.write_result(folder, outcome, settings)
     rows.append(("float", "32 / 32", outcome, folder))
-    for label, method, bits in NETWORKS:
+    for label, method, distill, bits in NETWORKS:
         folder = fresh(output / label.replace(" ", "-").lower())
-        outcome = train_quantized(model, label, method, bits, folder)
+        outcome = train_quantized(model, label, method, distill, bits, folder)
         experiment.write_result(folder, outcome, settings)
         rows.append((label, f"{bits[0]} / {bits[1]}", outcome, folder))
     console = rich.console.Console()

@@ -1,6 +1,6 @@
 """What the example programs share: one training run, resumable, with its records.
 
-A run lives in a folder: `checkpoints/` (model, optimizer, stage and epoch),
+A run lives in a folder: `checkpoints/` (networks, optimizers, stage, epoch and step),
 `log.csv`, `tensorboard/`, and at the end `model.h5` and `result.json`.
 """
 
@@ -10,11 +10,10 @@ import dataclasses
 import json
 import math
 import os
-import platform
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 
 import rich.progress
@@ -23,17 +22,13 @@ from absl import flags, logging
 import tf_lowbit as tfl
 from tf_lowbit import datasets
 from tf_lowbit.compat import keras, tf
+from tf_lowbit.core.stages import STEP_MILESTONES
+from tf_lowbit.report import environment
 
-METHODS = ("plain", "ts", "pq", "ts+pq")
-_PACKAGES = (
-    "tensorflow",
-    "tf-keras",
-    "tensorflow-model-optimization",
-    "keras",
-    "numpy",
-)
-
-DataLoader = Callable[[int], datasets.Dataset]
+METHODS = ("plain", "ts", "pq", "ts+pq", "sp")
+DISTILLATIONS = ("none", "joint", "task", "frozen")
+# From the epoch and the step that the training part starts with.
+DataLoader = Callable[[int, int], datasets.Dataset]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +63,10 @@ def flag_settings(module: str) -> dict:
 def quiet() -> None:
     """Keeps the notes of TensorFlow and Keras off the screen; warnings stay."""
     tf.get_logger().setLevel("WARNING")
+    # Said of any model that is saved without having been compiled, as a student is.
+    tf.get_logger().addFilter(
+        lambda record: "compiled metrics have yet" not in record.getMessage()
+    )
     logging.set_verbosity(logging.WARNING)
     # Keras finds HDF5 old; TF-MOT's wrapped layers do not reload from .keras.
     warnings.filterwarnings("ignore", message="You are saving your model as an HDF5")
@@ -96,7 +95,7 @@ def stages_for(
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}. Received: {method!r}")
-    if method == "plain":
+    if method in ("plain", "sp"):
         return [tfl.Stage(epochs, *bits, learning_rate, decay)]
 
     def made(epochs_per_stage):
@@ -111,13 +110,92 @@ def stages_for(
     return made(tfl.split_epochs(epochs, count))
 
 
-def compile_model(model: keras.Model, learning_rate: float) -> None:
-    """Compiles as the method's authors train: SGD, momentum 0.9, Nesterov."""
+def trainer_for(
+    student: keras.Model,
+    teacher: keras.Model,
+    method: str,
+    distill: str,
+    *,
+    target: str = "posteriors",
+    hints: bool = False,
+    unit: str = "layer",
+    start: float = 0.5,
+    seed: int = 0,
+) -> tfl.LowBitTrainer:
+    """What trains a student by a method, with the teacher if it is to.
+
+    Args:
+        student: what `quantize` made.
+        teacher: the float network.
+        method: one of `METHODS`; "sp" is stochastic precision.
+        distill: one of `DISTILLATIONS`: "none", or how the teacher is trained.
+        target: of the distillation, "posteriors" or "logits".
+        hints: whether the last two stages give hints.
+        unit: of stochastic precision, "layer" or "block".
+        start: its probability at the start.
+        seed: of its draws.
+    """
+    precision = tfl.StochasticPrecision(start=start, unit=unit, seed=seed)
+    distillation = tfl.JointDistillation(
+        target=target,
+        teacher="joint" if distill == "none" else distill,
+        hints="stages" if hints else None,
+    )
+    return tfl.LowBitTrainer(
+        student,
+        None if distill == "none" else teacher,
+        distillation=None if distill == "none" else distillation,
+        stochastic_precision=precision if method == "sp" else None,
+    )
+
+
+def sgd(learning_rate) -> keras.optimizers.Optimizer:
+    """The method's authors' optimizer: SGD, momentum 0.9, Nesterov."""
+    return keras.optimizers.SGD(learning_rate, momentum=0.9, nesterov=True)
+
+
+def compile_model(model: keras.Model, learning_rate: float, **arguments) -> None:
+    """Compiles for classification from logits, with `sgd`.
+
+    Args:
+        model: a network or a `LowBitTrainer`.
+        learning_rate: of the network, or of the student.
+        **arguments: others of `compile`, such as `teacher_optimizer`.
+    """
     model.compile(
-        optimizer=keras.optimizers.SGD(learning_rate, momentum=0.9, nesterov=True),
+        optimizer=sgd(learning_rate),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
+        **arguments,
     )
+
+
+def teacher_optimizer(
+    distill: str, learning_rate: float, decay: str, steps: int
+) -> keras.optimizers.Optimizer | None:
+    """The teacher's `sgd`, whose learning rate decays once over the whole training.
+
+    Args:
+        distill: one of `DISTILLATIONS`.
+        learning_rate: at the start.
+        decay: as in `Stage`.
+        steps: of the whole training.
+
+    Returns:
+        None where no teacher is trained.
+    """
+    if distill not in ("joint", "task"):
+        return None
+    schedules = keras.optimizers.schedules
+    if decay == "cosine":
+        return sgd(schedules.CosineDecay(learning_rate, steps))
+    if decay == "step":
+        # As in Stage, step by step.
+        stage = tfl.Stage(1, learning_rate=learning_rate, decay="step")
+        edges = [math.ceil(share * steps) - 1 for share in STEP_MILESTONES]
+        rates = [stage.learning_rate_at(share) for share in (0.0, *STEP_MILESTONES)]
+        return sgd(schedules.PiecewiseConstantDecay(edges, rates))
+    return sgd(learning_rate)
 
 
 def require_writable(folder: Path) -> Path:
@@ -146,17 +224,20 @@ def train(
     folder: Path,
     *,
     resume: bool = False,
+    save_every: int | None = None,
     label: str | None = None,
 ) -> Outcome:
     """Trains a compiled model through its stages and leaves a full record.
 
     Args:
-        model: compiled; quantized, or float with one stage for its learning rate.
-        load_data: gives the data set, its training part starting at an epoch.
+        model: compiled; a `LowBitTrainer`, a quantized network, or a float one with a
+            single stage for its learning rate.
+        load_data: gives the data set, its training part starting at an epoch and step.
         stages: what to train when. Of a float model's stage only the epochs and the
             learning rate count.
         folder: where the record goes; must be writable.
-        resume: go on from the newest checkpoint in the folder, if there is one.
+        resume: go on from the newest intact checkpoint in the folder, if there is one.
+        save_every: steps between checkpoints within an epoch; None for one an epoch.
         label: shows one progress bar under this name instead of Keras's own.
 
     Returns:
@@ -168,43 +249,58 @@ def train(
             training diverges; the checkpoints then end with the last good epoch.
     """
     epochs = sum(stage.epochs for stage in stages)
-    checkpoints = Checkpoints(folder / "checkpoints", model)
-    if checkpoints.exists() and not resume:
+    recovery = tfl.callbacks.Recovery(folder / "checkpoints", every=save_every)
+    if not resume and any(recovery.folder.glob("epoch-*")):
         raise FileExistsError(
             "The folder must not hold another run; go on with it (--resume) or choose "
             f"another --output_dir. Received: {str(folder)!r}"
         )
-    first_epoch = checkpoints.restore()
-    _drop_rows_from(folder / "log.csv", first_epoch)
-    data = load_data(first_epoch)
-    _check_labels(model, data)
+    first_epoch, first_step = recovery.position
+    data = load_data(first_epoch, first_step)
+    network = model.student if isinstance(model, tfl.LowBitTrainer) else model
+    _check_labels(network, data)
     is_quantized = any(tfl.inspection.quantized_tensors(model))
-    callbacks = [
-        tfl.callbacks.StagedPrecision(stages, verbose=0 if label else 1)
-        if is_quantized
-        else _float_learning_rate(stages, data.steps_per_epoch, first_epoch),
-        StayFinite(),
-        keras.callbacks.CSVLogger(folder / "log.csv", append=first_epoch > 0),
-        keras.callbacks.TensorBoard(folder / "tensorboard", write_graph=False),
-        checkpoints,
-    ]
-    start = time.perf_counter()
-    if first_epoch < epochs:
+    with _records(model, folder) as records:
+        _drop_rows_from(records / "log.csv", first_epoch)
+        callbacks = [
+            tfl.callbacks.StagedPrecision(stages, verbose=0 if label else 1)
+            if is_quantized
+            else _float_learning_rate(stages, data.steps_per_epoch, first_epoch),
+            StayFinite(),
+            keras.callbacks.CSVLogger(records / "log.csv", append=first_epoch > 0),
+            keras.callbacks.TensorBoard(records / "tensorboard", write_graph=False),
+            recovery,
+        ]
+        start = time.perf_counter()
         with _progress(label, epochs, first_epoch) as bar:
             model.fit(
                 data.train,
                 steps_per_epoch=data.steps_per_epoch,
-                initial_epoch=first_epoch,
                 epochs=epochs,
                 validation_data=data.test,
                 callbacks=callbacks + bar,
                 verbose=0 if label else 1,
             )
-    seconds = time.perf_counter() - start
-    loss, accuracy = model.evaluate(data.test, verbose=0)
-    model_file = folder / "model.h5"
-    replace_file(model_file, lambda path: model.save(path, include_optimizer=False))
-    return Outcome(accuracy, loss, epochs, seconds, tfl.summary(model).cost)
+        seconds = time.perf_counter() - start
+        loss, accuracy = model.evaluate(data.test, verbose=0)
+        replace_file(
+            records / "model.h5",
+            lambda path: network.save(path, include_optimizer=False),
+        )
+    return Outcome(accuracy, loss, epochs, seconds, tfl.summary(network).cost)
+
+
+@contextlib.contextmanager
+def _records(model, folder: Path):
+    """Yields where this worker's records go: the run's folder is the chief's.
+
+    The others take part in all that reads variables, and their copies are dropped.
+    """
+    if model.distribute_strategy.extended.should_save_summary:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        yield Path(temporary)
 
 
 def write_result(folder: Path, outcome: Outcome, settings: dict) -> Path:
@@ -225,17 +321,7 @@ def write_result(folder: Path, outcome: Outcome, settings: dict) -> Path:
         "seconds": round(outcome.seconds, 1),
         "cost": outcome.cost.as_dict(),
         "settings": settings,
-        "versions": {
-            "tf_lowbit": tfl.__version__,
-            "python": platform.python_version(),
-            **{package: metadata.version(package) for package in _PACKAGES},
-        },
-        "machine": {
-            "platform": platform.platform(),
-            "processor": platform.machine(),
-            "cpus": os.cpu_count(),
-            "devices": [d.device_type for d in tf.config.list_logical_devices()],
-        },
+        **environment(),
     }
     text = json.dumps(result, indent=2, sort_keys=True) + "\n"
     path = folder / "result.json"
@@ -278,43 +364,6 @@ class StayFinite(keras.callbacks.Callback):
             "The training loss must stay finite: look for NaN in the data or lower the "
             f"learning rate. Received: {what}"
         )
-
-
-class Checkpoints(keras.callbacks.Callback):
-    """Saves model, optimizer, stage and epoch at the end of each epoch.
-
-    Args:
-        folder: where the checkpoints go; the newest two are kept.
-        model: the compiled model.
-    """
-
-    def __init__(self, folder: Path, model: keras.Model):
-        super().__init__()
-        self._epochs_done = tf.Variable(0, dtype=tf.int64, trainable=False)
-        self._checkpoint = tf.train.Checkpoint(model=model, epochs=self._epochs_done)
-        self._manager = tf.train.CheckpointManager(
-            self._checkpoint, str(folder), max_to_keep=2
-        )
-
-    def exists(self) -> bool:
-        """Whether there is a checkpoint to go on from."""
-        return self._manager.latest_checkpoint is not None
-
-    def restore(self) -> int:
-        """Restores the newest checkpoint, if there is one.
-
-        Returns:
-            The epoch, from 0, to go on with.
-        """
-        if self.exists():
-            self._checkpoint.restore(self._manager.latest_checkpoint)
-        return int(self._epochs_done)
-
-    def on_epoch_end(self, epoch, logs=None):
-        """Saves."""
-        del logs
-        self._epochs_done.assign(epoch + 1)
-        self._manager.save()
 
 
 def _check_labels(model, data):

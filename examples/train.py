@@ -7,6 +7,13 @@ quantized and trained by one of the methods:
   ts     two stages: quantized weights first, then activations too
   pq     progressive quantization: falling bits, by --ladder
   ts+pq  at each rung of the ladder weights first, then activations
+  sp     stochastic precision: sampled parts are quantized, ever more of them
+
+and, with --distill, jointly with the float network as its teacher:
+
+  joint   teacher and student learn from the labels and from one another
+  task    the teacher goes on learning from the labels only
+  frozen  the teacher stays as it is
 
 The total of epochs is --epochs for every method, shared out over its stages.
 
@@ -14,6 +21,10 @@ Example, 2-bit weights and activations on the digits that scikit-learn holds:
 
   python examples/train.py --dataset=digits --model=preact_resnet8 \
       --weight_bits=2 --activation_bits=2 --method=ts --output_dir=runs/ts
+
+Stochastic precision and joint distillation together, on all GPUs of the machine:
+
+  python examples/train.py --method=sp --distill=joint --output_dir=runs/sp-jkd
 
 The output folder gets float/ and quantized/, each with checkpoints, log.csv,
 tensorboard/, model.h5 and result.json. The same command with --resume goes on
@@ -26,12 +37,13 @@ from pathlib import Path
 # Before TensorFlow is imported: its start-up notes would bury the progress bars.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import devices
 import experiment
 from absl import app, flags
 
 import tf_lowbit as tfl
 from tf_lowbit import datasets, models, quantizers
-from tf_lowbit.compat import keras
+from tf_lowbit.compat import keras, tf
 from tf_lowbit.core.stages import DECAYS, DEFAULT_LADDER
 
 FLAGS = flags.FLAGS
@@ -76,6 +88,29 @@ flags.DEFINE_list(
     [str(bits) for bits in DEFAULT_LADDER],
     "Falling bit-widths of the methods pq and ts+pq; 16 and 32 train unrounded.",
 )
+flags.DEFINE_enum(
+    "sp_unit", "layer", ("layer", "block"), "What the method sp draws as one."
+)
+flags.DEFINE_float(
+    "sp_start", 0.5, "Probability of quantization at the start of the method sp."
+)
+flags.DEFINE_enum(
+    "distill",
+    "none",
+    experiment.DISTILLATIONS,
+    "Whether the float network teaches the low-bit one, and learns itself.",
+)
+flags.DEFINE_enum(
+    "distill_target", "posteriors", ("posteriors", "logits"), "What is matched."
+)
+flags.DEFINE_bool(
+    "hints", False, "Whether features of the last two stages are matched too."
+)
+flags.DEFINE_float(
+    "teacher_learning_rate",
+    None,
+    "At the start, decaying by --schedule over all epochs; --learning_rate without it.",
+)
 flags.DEFINE_integer("epochs", 20, "Epochs of the quantized training, in total.")
 flags.DEFINE_float("learning_rate", 0.05, "At the start of each quantized stage.")
 flags.DEFINE_enum("schedule", "cosine", DECAYS, "Learning rate within a stage.")
@@ -90,7 +125,7 @@ flags.DEFINE_string(
     None,
     "A float network's model.h5 or .weights.h5 to start from, instead of training one.",
 )
-flags.DEFINE_integer("batch_size", 128, "Images in a batch.")
+flags.DEFINE_integer("batch_size", 128, "Images in a batch, over all devices together.")
 flags.DEFINE_float("weight_decay", 1e-4, "Coupled L2 decay, as torch counts it.")
 flags.DEFINE_bool("augment", True, "Whether to augment the training images.")
 flags.DEFINE_integer(
@@ -98,10 +133,30 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_string("output_dir", "runs/train", "Where everything goes.")
 flags.DEFINE_bool("resume", False, "Go on with a run that was stopped.")
+flags.DEFINE_integer(
+    "save_every", None, "Steps between checkpoints; without it one an epoch."
+)
+flags.DEFINE_enum(
+    "strategy",
+    "auto",
+    devices.STRATEGIES,
+    "Devices: one, mirrored over all GPUs of the machine, or multi_worker through "
+    "TF_CONFIG; auto takes what there is.",
+)
+flags.DEFINE_integer(
+    "logical_cpus", 1, "Devices to split the CPU into, to try mirrored without GPUs."
+)
+flags.DEFINE_enum(
+    "policy",
+    "float32",
+    ("float32", "mixed_float16", "mixed_bfloat16"),
+    "Keras's precision policy of convolutions; quantizers compute in float32.",
+)
+flags.DEFINE_bool("jit_compile", False, "Compile the training steps with XLA.")
 
 
-def load_data(first_epoch: int) -> datasets.Dataset:
-    """The flags' data set, its training part starting at an epoch."""
+def load_data(first_epoch: int = 0, first_step: int = 0) -> datasets.Dataset:
+    """The flags' data set, its training part starting at an epoch and a step."""
     return datasets.load(
         FLAGS.dataset,
         batch_size=FLAGS.batch_size,
@@ -110,6 +165,7 @@ def load_data(first_epoch: int) -> datasets.Dataset:
         data_dir=FLAGS.data_dir,
         limit=FLAGS.limit,
         start_epoch=first_epoch,
+        start_step=first_step,
     )
 
 
@@ -142,6 +198,26 @@ def rules() -> list[tfl.PrecisionRule]:
     return [tfl.PrecisionRule("stem|head", edge, edge, **chosen), inner]
 
 
+def run(model: keras.Model, schedule: list[tfl.Stage], folder: Path):
+    """Trains what was compiled, as the flags have it."""
+    return experiment.train(
+        model,
+        load_data,
+        schedule,
+        folder,
+        resume=FLAGS.resume,
+        save_every=FLAGS.save_every,
+    )
+
+
+def write_result(folder: Path, outcome: experiment.Outcome) -> None:
+    """Writes the result, on one of the workers."""
+    if tf.distribute.get_strategy().extended.should_save_summary:
+        settings = experiment.flag_settings(__name__)
+        path = experiment.write_result(folder, outcome, settings)
+        print(f"Written: {path}")
+
+
 def train_float(model: keras.Model, folder: Path) -> None:
     """Gives the float model its weights, from a file or by training."""
     if FLAGS.float_checkpoint:
@@ -149,15 +225,17 @@ def train_float(model: keras.Model, folder: Path) -> None:
         return
     if not FLAGS.float_epochs:
         return
-    experiment.compile_model(model, FLAGS.float_learning_rate)
+    experiment.compile_model(
+        model, FLAGS.float_learning_rate, jit_compile=FLAGS.jit_compile
+    )
     stage = tfl.Stage(
         FLAGS.float_epochs,
         learning_rate=FLAGS.float_learning_rate,
         decay=FLAGS.schedule,
     )
-    outcome = experiment.train(model, load_data, [stage], folder, resume=FLAGS.resume)
-    experiment.write_result(folder, outcome, experiment.flag_settings(__name__))
+    outcome = run(model, [stage], folder)
     print(f"Float network: test accuracy {outcome.accuracy:.4f}")
+    write_result(folder, outcome)
 
 
 def stages() -> list[tfl.Stage]:
@@ -177,21 +255,61 @@ def stages() -> list[tfl.Stage]:
     )
 
 
-def train_quantized(
-    model: keras.Model,
-    precision: list[tfl.PrecisionRule],
-    schedule: list[tfl.Stage],
-    folder: Path,
-) -> experiment.Outcome:
-    """Quantizes the float model and trains the result."""
+def make_trainer(
+    model: keras.Model, precision: list[tfl.PrecisionRule]
+) -> tfl.LowBitTrainer:
+    """Quantizes the float model, and compiles what trains the result."""
     quantized = tfl.quantize(model, precision)
-    tfl.calibrate(quantized, load_data(0).train)
-    experiment.compile_model(quantized, FLAGS.learning_rate)
-    outcome = experiment.train(
-        quantized, load_data, schedule, folder, resume=FLAGS.resume
+    data = load_data()
+    tfl.calibrate(quantized, data.train)
+    trainer = experiment.trainer_for(
+        quantized,
+        model,
+        FLAGS.method,
+        FLAGS.distill,
+        target=FLAGS.distill_target,
+        hints=FLAGS.hints,
+        unit=FLAGS.sp_unit,
+        start=FLAGS.sp_start,
+        seed=FLAGS.seed,
     )
-    print(tfl.summary(quantized))
-    return outcome
+    rate = FLAGS.teacher_learning_rate
+    experiment.compile_model(
+        trainer,
+        FLAGS.learning_rate,
+        teacher_optimizer=experiment.teacher_optimizer(
+            FLAGS.distill,
+            FLAGS.learning_rate if rate is None else rate,
+            FLAGS.schedule,
+            FLAGS.epochs * data.steps_per_epoch,
+        ),
+        jit_compile=FLAGS.jit_compile,
+    )
+    return trainer
+
+
+def check_flags() -> None:
+    """Refuses flags that would have no effect.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    without_teacher = FLAGS.distill == "none"
+    idle = {
+        "sp_unit": FLAGS.method != "sp",
+        "sp_start": FLAGS.method != "sp",
+        "distill_target": without_teacher,
+        "hints": without_teacher,
+        "teacher_learning_rate": FLAGS.distill in ("none", "frozen"),
+        "ladder": FLAGS.method not in ("pq", "ts+pq"),
+    }
+    given = [n for n, is_idle in idle.items() if is_idle and FLAGS[n].present]
+    if given:
+        raise ValueError(
+            "A flag must have an effect. Received: "
+            f"{', '.join(f'--{name}' for name in given)} with "
+            f"--method={FLAGS.method}, --distill={FLAGS.distill}"
+        )
 
 
 def main(argv):
@@ -200,17 +318,20 @@ def main(argv):
         raise app.UsageError(f"Received: arguments that are no flags: {argv[1:]}")
     experiment.quiet()
     # Made first: what is wrong with the flags is said before any training.
+    check_flags()
     precision, schedule = rules(), stages()
     output = experiment.require_writable(Path(FLAGS.output_dir))
+    strategy = devices.strategy(FLAGS.strategy, FLAGS.logical_cpus)
+    keras.mixed_precision.set_global_policy(FLAGS.policy)
     keras.utils.set_random_seed(FLAGS.seed)
-    model = build_float_model(load_data(0))
-    train_float(model, output / "float")
-    outcome = train_quantized(model, precision, schedule, output / "quantized")
-    path = experiment.write_result(
-        output / "quantized", outcome, experiment.flag_settings(__name__)
-    )
-    print(f"Quantized network: test accuracy {outcome.accuracy:.4f}")
-    print(f"Written: {path}")
+    with strategy.scope():
+        model = build_float_model(load_data())
+        train_float(model, output / "float")
+        trainer = make_trainer(model, precision)
+        outcome = run(trainer, schedule, output / "quantized")
+        print(tfl.summary(trainer.student))
+        print(f"Quantized network: test accuracy {outcome.accuracy:.4f}")
+        write_result(output / "quantized", outcome)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""What all tests share: two logical CPUs, and a quiet TensorFlow."""
+"""What all tests share: four logical CPUs, and a quiet TensorFlow."""
 
+import functools
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -11,7 +12,7 @@ from tf_lowbit.compat import keras, tf
 # Before anything runs: several replicas are tested as logical CPUs.
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0],
-    [tf.config.LogicalDeviceConfiguration()] * 2,
+    [tf.config.LogicalDeviceConfiguration()] * 4,
 )
 tf.get_logger().setLevel("ERROR")
 
@@ -21,3 +22,23 @@ def _fresh_keras():
     """Frees the graphs and names of the test before, and seeds this one."""
     keras.backend.clear_session()
     keras.utils.set_random_seed(1234)
+
+
+@pytest.fixture(scope="session")
+def mirrored():
+    """A function: number of replicas -> strategy; for 1, that of one device.
+
+    Collectives of two strategies in one process get into each other's way: these
+    reduce without them.
+    """
+
+    @functools.cache
+    def strategy(replicas):
+        if replicas == 1:
+            return tf.distribute.get_strategy()
+        return tf.distribute.MirroredStrategy(
+            [f"CPU:{i}" for i in range(replicas)],
+            cross_device_ops=tf.distribute.ReductionToOneDevice(),
+        )
+
+    return strategy

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from tests.scheme import nets
-from tf_lowbit import PrecisionRule, inspection, quantize, quantizers
+from tf_lowbit import LowBitTrainer, PrecisionRule, inspection, quantize, quantizers
 from tf_lowbit.compat import keras
 
 layers = keras.layers
@@ -169,3 +169,27 @@ def test_require_quantized():
         inspection.require_quantized(nets.perceptron())
     with pytest.raises(ValueError, match="Received: str"):
         inspection.require_quantized("perceptron")
+
+
+@pytest.mark.parametrize("with_teacher", [True, False])
+def test_a_trainers_networks_are_its_students(with_teacher):
+    one, other = quantize(nets.perceptron(), W2A2), quantize(nets.perceptron(), W2A2)
+    teacher = nets.perceptron() if with_teacher else None
+    trainer = LowBitTrainer({"one": one, "other": other}, teacher)
+    found = inspection.networks(trainer)
+    assert len(found) == 2
+    assert found[0] is one
+    assert found[1] is other
+    expected = [t for n in found for t in inspection.quantized_tensors(n)]
+    tensors = list(inspection.quantized_tensors(trainer))
+    assert [t.layer for t in tensors] == [t.layer for t in expected]
+    assert [t.role for t in tensors] == ["activation", "weight"] * 2
+    assert len(inspection.require_quantized(trainer)) == 4
+    tensors[-1].assign_bits(5)
+    assert [nets.by_name(n)["mid/kernel"].bits for n in (one, other)] == [2, 5]
+
+
+def test_a_network_is_its_only_one():
+    for model in (nets.perceptron(), quantize(nets.perceptron(), W2A2)):
+        (found,) = inspection.networks(model)
+        assert found is model

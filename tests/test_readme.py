@@ -1,8 +1,12 @@
+import contextlib
+import io
 import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+import tf_lowbit as tfl
 from tf_lowbit.compat import keras, tf
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -22,21 +26,70 @@ def float_model():
     )
 
 
-def test_the_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
-    """The block as it stands there, on a small network and random data."""
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(code.splitlines()) <= 20
+@pytest.fixture(scope="module")
+def blocks():
+    found = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(found) == 2
+    return found
+
+
+def run(code, names):
+    exec(compile(code, str(README), "exec"), names)
+
+
+@pytest.fixture(scope="module")
+def first(blocks, tmp_path_factory):
+    """The first block as it stands there: its names, folder and output."""
     rng = np.random.default_rng(0)
     images = rng.normal(size=(16, 8, 8, 1)).astype("f")
     data = tf.data.Dataset.from_tensor_slices((images, np.arange(16) % 3)).batch(8)
     names = {"float_model": float_model(), "train_data": data, "test_data": data}
-    monkeypatch.chdir(tmp_path)
-    exec(compile(code, str(README), "exec"), names)
+    folder, shown = tmp_path_factory.mktemp("readme"), io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(shown):
+        run(blocks[0], names)
+    names["images"] = images
+    return names, folder, shown.getvalue()
+
+
+def test_each_block_can_be_taken_in_at_a_glance(blocks):
+    assert [len(code.splitlines()) <= 25 for code in blocks] == [True, True]
+
+
+def test_the_code_of_the_readme_runs(first):
+    """On a small network and random data."""
+    names, folder, printed = first
     np.testing.assert_array_equal(
-        names["again"].predict(images, verbose=0),
-        names["model"].predict(images, verbose=0),
+        tfl.load_model(folder / "low_bit.h5").predict(names["images"], verbose=0),
+        names["again"].predict(names["images"], verbose=0),
     )
-    printed = capsys.readouterr().out
     assert "Stage 2/2: weights at 2 bits, activations at 2 bits" in printed
     assert "conv2" in printed
     assert "BOPs" in printed
+
+
+def test_the_trainer_goes_on_from_there(first, blocks, monkeypatch):
+    """With the names that the first block has left."""
+    names, folder, _ = first
+    names = dict(names)
+    np.testing.assert_array_equal(
+        names["again"].predict(names["images"], verbose=0),
+        names["model"].predict(names["images"], verbose=0),
+    )
+    before = names["model"].get_weights()
+    monkeypatch.chdir(folder)
+    run(blocks[1], names)
+    student = names["trainer"].student
+    assert student is names["model"]
+    assert any(
+        not np.array_equal(a, b)
+        for a, b in zip(before, student.get_weights(), strict=True)
+    )
+    assert names["trainer"].teacher is names["float_model"]
+    # The defaults keep two checkpoints.
+    kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert kept == [f"epoch-{epoch:05}-step-0000000" for epoch in (9, 10)]
+    again = tfl.load_model(folder / "student.h5")
+    np.testing.assert_array_equal(
+        again.predict(names["images"], verbose=0),
+        student.predict(names["images"], verbose=0),
+    )

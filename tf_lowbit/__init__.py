@@ -2,7 +2,8 @@
 
 from tf_lowbit import callbacks, inspection, quantizers
 from tf_lowbit.api import quantize
-from tf_lowbit.calibration import calibrate
+from tf_lowbit.calibration import calibrate, recalibrate_batch_norm
+from tf_lowbit.core.schedules import LinearRamp
 from tf_lowbit.core.stages import (
     Stage,
     progressive,
@@ -15,14 +16,23 @@ from tf_lowbit.saving import load_model
 from tf_lowbit.scheme.layout import QuantizationWarning
 from tf_lowbit.scheme.rules import PrecisionRule
 from tf_lowbit.scheme.scheme import LowBitScheme
+from tf_lowbit.training import (
+    JointDistillation,
+    LowBitTrainer,
+    StochasticPrecision,
+)
 from tf_lowbit.version import __version__
 
 __all__ = [
     "Cost",
+    "JointDistillation",
+    "LinearRamp",
     "LowBitScheme",
+    "LowBitTrainer",
     "PrecisionRule",
     "QuantizationWarning",
     "Stage",
+    "StochasticPrecision",
     "Summary",
     "__version__",
     "calibrate",
@@ -33,6 +43,7 @@ __all__ = [
     "progressive",
     "quantize",
     "quantizers",
+    "recalibrate_batch_norm",
     "split_epochs",
     "summary",
     "two_stage",

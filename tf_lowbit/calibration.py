@@ -1,4 +1,4 @@
-"""Ranges of activations from data, before the first step of training."""
+"""What is measured on data and not trained: ranges, and batch statistics."""
 
 import contextlib
 import itertools
@@ -26,7 +26,7 @@ def calibrate(model: keras.Model, dataset, batches: int = 8) -> list[str]:
     is changed.
 
     Args:
-        model: what `tf_lowbit.quantize` made.
+        model: what `tf_lowbit.quantize` made; or a `LowBitTrainer`, for its students.
         dataset: iterable of batches, `x` or `(x, y)` or `(x, y, weight)`.
         batches: how many of them to use, at least 1.
 
@@ -39,9 +39,16 @@ def calibrate(model: keras.Model, dataset, batches: int = 8) -> list[str]:
     """
     if batches < 1:
         raise ValueError(f"batches must be >= 1. Received: batches={batches}")
+    inspection.require_quantized(model)
+    networks = inspection.networks(model)
+    kept = _kept(dataset, batches, networks)
+    return [n for network in networks for n in _calibrate(network, kept, batches)]
+
+
+def _calibrate(model, dataset, batches) -> list[str]:
     tensors = [
         tensor
-        for tensor in inspection.require_quantized(model)
+        for tensor in inspection.quantized_tensors(model)
         if tensor.role == "activation" and tensor.quantizer.needs_calibration
     ]
     if not tensors:
@@ -68,6 +75,83 @@ def calibrate(model: keras.Model, dataset, batches: int = 8) -> list[str]:
     return [tensor.name for tensor in tensors]
 
 
+def recalibrate_batch_norm(model, dataset, batches: int = 32) -> list[str]:
+    """Measures the moving averages of batch normalisation anew.
+
+    Each becomes the plain average, over the batches, of the statistics of the network
+    as it stands, quantized at its present bits. Where training ended otherwise, as
+    with stochastic precision without a tail, the moving averages are those of
+    another network. Dropout is off; no weight is changed. Ours; as the re-estimation
+    after averaging weights (Izmailov et al., arXiv:1803.05407).
+
+    Args:
+        model: any functional model; or a `LowBitTrainer`, for its students.
+        dataset: iterable of batches, `x` or `(x, y)` or `(x, y, weight)`, at best of
+            the size that training uses.
+        batches: how many of them to use, at least 1.
+
+    Returns:
+        The names of the layers that were measured. Frozen ones are left alone.
+
+    Raises:
+        ValueError: if the dataset is empty, `batches` is below 1, or a statistic is
+            NaN or infinite; then nothing is changed.
+    """
+    if batches < 1:
+        raise ValueError(f"batches must be >= 1. Received: batches={batches}")
+    networks = inspection.networks(model)
+    dataset = _kept(dataset, batches, networks)
+    names = []
+    for network in networks:
+        state = [(v, v.numpy()) for v in network.non_trainable_variables]
+        try:
+            names += _average_batch_norm(network, dataset, batches)
+        except Exception:
+            for variable, value in state:
+                variable.assign(value)
+            raise
+    return names
+
+
+def _average_batch_norm(network, dataset, batches) -> list[str]:
+    kind = keras.layers.BatchNormalization
+    with (
+        _settings(network, _DROPOUT, "rate") as dropouts,
+        _settings(network, kind, "momentum") as norms,
+    ):
+        for layer in dropouts:
+            layer.rate = 0.0
+        norms = [layer for layer in norms if layer.trainable]
+        for layer in norms:
+            # Weight 0 would not rid an average of a NaN that it holds.
+            layer.moving_mean.assign(tf.zeros_like(layer.moving_mean))
+            layer.moving_variance.assign(tf.ones_like(layer.moving_variance))
+        count = 0
+        for batch in itertools.islice(iter(dataset), batches):
+            for layer in norms:
+                # Makes the moving average that of all batches so far, this one in.
+                layer.momentum = count / (count + 1)
+            network(batch[0] if isinstance(batch, tuple) else batch, training=True)
+            count += 1
+    if not count:
+        raise ValueError("dataset must hold at least one batch. Received: none")
+    for layer in norms:
+        for average in (layer.moving_mean, layer.moving_variance):
+            if not tf.reduce_all(tf.math.is_finite(average)):
+                raise ValueError(
+                    "Batch statistics must be finite: look for NaN in the data. "
+                    f"Received: {average.name} that is not"
+                )
+    return [layer.name for layer in norms]
+
+
+def _kept(dataset, batches, networks):
+    """The dataset, or its batches in a list where several networks read them."""
+    if len(networks) == 1:
+        return dataset
+    return list(itertools.islice(iter(dataset), batches))
+
+
 def _inputs(model, layer) -> list:
     """What the layer reads, at each of its calls."""
     return [
@@ -81,20 +165,30 @@ def _inputs(model, layer) -> list:
 @contextlib.contextmanager
 def _measuring(model, tensors):
     """Opens the ranges and turns dropout off; puts all state back afterwards."""
-    layers = [inspection.wrapped_layer(layer) for layer in model.layers]
-    rates = [(x, x.rate) for x in layers if isinstance(x, _DROPOUT)]
     state = [(variable, variable.numpy()) for variable in _changing(model, tensors)]
     try:
         for tensor in tensors:
             tensor.quantizer.open_range(tensor.variables)
-        for layer, _ in rates:
-            layer.rate = 0.0
-        yield
+        with _settings(model, _DROPOUT, "rate") as layers:
+            for layer in layers:
+                layer.rate = 0.0
+            yield
     finally:
-        for layer, rate in rates:
-            layer.rate = rate
         for variable, value in state:
             variable.assign(value)
+
+
+@contextlib.contextmanager
+def _settings(model, kinds, name):
+    """Yields the layers of some kinds; puts their setting `name` back afterwards."""
+    layers = [inspection.wrapped_layer(layer) for layer in model.layers]
+    layers = [layer for layer in layers if isinstance(layer, kinds)]
+    values = [getattr(layer, name) for layer in layers]
+    try:
+        yield layers
+    finally:
+        for layer, value in zip(layers, values, strict=True):
+            setattr(layer, name, value)
 
 
 def _changing(model, tensors):

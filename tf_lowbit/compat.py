@@ -14,9 +14,18 @@ import tensorflow as tf
 import tensorflow_model_optimization as tfmot
 import tf_keras as keras
 from tensorflow.python.ops import control_flow_util
+from tf_keras.src.engine.compile_utils import LossesContainer, MetricsContainer
 from tf_keras.src.mixed_precision import autocast_variable
 
-__all__ = ["as_float32", "in_xla_context", "keras", "tf", "tfmot"]
+__all__ = [
+    "LossesContainer",
+    "MetricsContainer",
+    "as_float32",
+    "in_xla_context",
+    "keras",
+    "tf",
+    "tfmot",
+]
 
 
 def as_float32(value):

@@ -37,7 +37,7 @@ class QuantizedTensor:
 
     @property
     def name(self) -> str:
-        """A name that is unique in the model, such as `conv1/kernel`."""
+        """A name that is unique in the network, such as `conv1/kernel`."""
         return f"{self.layer.name}/{self.attribute}"
 
     @property
@@ -76,13 +76,23 @@ class QuantizedTensor:
             )
 
 
+def networks(model: keras.Model) -> list[keras.Model]:
+    """The low-bitwidth networks that a model trains.
+
+    Args:
+        model: a `LowBitTrainer`, whose students they are, or a network itself.
+    """
+    return list(getattr(model, "students", [model]))
+
+
 def quantized_tensors(model: keras.Model) -> Iterator[QuantizedTensor]:
     """Yields every quantizer of this library in a model, in the layers' order.
 
     Args:
-        model: a model that `quantize` made, or one built around such layers.
+        model: a model that `quantize` made, one built around such layers, or a
+            `LowBitTrainer`, for those of its students.
     """
-    for layer in model.layers:
+    for layer in (layer for network in networks(model) for layer in network.layers):
         if not isinstance(layer, _Wrapper):
             continue
         for latent, quantizer, variables in layer._weight_vars:

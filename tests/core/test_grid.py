@@ -200,3 +200,42 @@ def test_level_count_by_hand():
 def test_level_count_needs_a_rounded_grid(bits):
     with pytest.raises(ValueError, match="Received: bits="):
         grid.level_count(bits, signed=True)
+
+
+@pytest.mark.parametrize("rounding_bits", [16, 32, tf.constant(32)], ids=str)
+def test_signed_codes_in_the_range_of_their_bits_without_rounding(rounding_bits):
+    scaled = tf.constant([-9.0, -1.625, -0.25, 0.0, 0.375, 0.75, 1.5, 9.0])
+
+    def codes(bits, narrow):
+        return grid.signed_codes(scaled, bits, narrow, rounding_bits)
+
+    # Multiples of 1/8 are exact at the fineness of 2^-16.
+    wide = [-2, -1.625, -0.25, 0, 0.375, 0.75, 1, 1]
+    np.testing.assert_array_equal(codes(2, False), wide)
+    one = [-1, -1, -0.25, 0, 0.375, 0.75, 1, 1]
+    np.testing.assert_array_equal(codes(2, True), one)
+    np.testing.assert_array_equal(codes(1, False), one)
+    eight = [-9, -1.625, -0.25, 0, 0.375, 0.75, 1.5, 9]
+    np.testing.assert_array_equal(codes(8, False), eight)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("bits", LOW_BITS)
+def test_rounding_bits_change_no_range(bits, narrow):
+    x = np.linspace(-150, 150, 3001).astype(np.float32)
+    negative, positive = oracle.signed_limits(bits, narrow)
+    unrounded = grid.signed_codes(tf.constant(x), bits, narrow, rounding_bits=32)
+    expected = np.clip(x, -negative, positive)
+    np.testing.assert_allclose(unrounded, expected, rtol=0, atol=2.0**-17)
+    rounded = grid.signed_codes(tf.constant(x), bits, narrow)
+    for same in (bits, tf.constant(bits)):
+        again = grid.signed_codes(tf.constant(x), bits, narrow, rounding_bits=same)
+        np.testing.assert_array_equal(again, rounded)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 8])
+def test_nan_and_infinity_without_rounding(bits):
+    x = tf.constant([np.nan, -np.inf, np.inf])
+    negative, positive = oracle.signed_limits(bits, narrow=False)
+    codes = grid.signed_codes(x, bits, narrow_range=False, rounding_bits=32)
+    np.testing.assert_array_equal(codes, [np.nan, -negative, positive])

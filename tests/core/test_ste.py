@@ -521,3 +521,94 @@ def test_scaled_round_has_no_gradient_to_its_scale():
     np.testing.assert_array_equal(y, [-1.5, -0.5, 0, 1, 1.5])
     np.testing.assert_array_equal(d_x, [0, 1, 1, 1, 0])
     assert d_scale is None
+
+
+# The range of some bits, without rounding in it.
+
+
+def test_an_unrounded_learned_step_by_hand():
+    # s = 0.5, 2 bits: v = (-3, -1.5, 0.6, 1.0, 4), clipped (-2, -1.5, 0.6, 1, 1).
+    # d/ds: outside the code (-2 and 1), inside nothing.
+    y, d_x, d_step = run(
+        lambda v, s: ste.stepped_round(
+            v, s, tf.constant(2), signed=True, rounding_bits=tf.constant(32)
+        ),
+        *([-1.5, -0.75, 0.3, 0.5, 2.0], 0.5),
+        upstream=[1.0, 2.0, 5.0, 7.0, 4.0],
+    )
+    np.testing.assert_allclose(y, [-1, -0.75, 0.3, 0.5, 0.5], rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(d_x, [0, 2, 5, 7, 0])
+    np.testing.assert_allclose(d_step, -2 + 4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["fused", "composed"])
+@pytest.mark.parametrize(
+    ("signed", "narrow"), [(False, False), (True, False), (True, True)]
+)
+@pytest.mark.parametrize("bits", LOW_BITS)
+def test_unrounded_learned_steps_clip_at_the_range_of_their_bits(
+    bits, signed, narrow, implementation
+):
+    step = np.float32(0.37)
+    low, high = 0, 2**bits - 1
+    if signed:
+        low, high = oracle.signed_limits(bits, narrow)
+        low = -low
+    x = np.random.default_rng(9).uniform(-1.5 * high, 1.5 * high, 500) * step
+    x = x.astype(np.float32)
+    upstream = upstream_for(x)
+    y, d_x, d_step = run(
+        lambda v, s: ste.stepped_round(
+            *(v, s, tf.constant(bits)),
+            signed=signed,
+            narrow_range=narrow,
+            rounding_bits=tf.constant(32),
+            gradient_scale=0.25,
+            implementation=implementation,
+        ),
+        *(x, step),
+        upstream=upstream,
+    )
+    scaled = x / np.float64(step)
+    inside = (scaled >= low) & (scaled <= high)
+    fineness = step * (2.0**-17 if signed else high * 2.0**-24)
+    values = np.clip(scaled, low, high) * step
+    np.testing.assert_allclose(y, values, rtol=3e-7, atol=fineness)
+    np.testing.assert_array_equal(d_x, np.where(inside, upstream, 0))
+    expected = (upstream * np.where(inside, 0, np.clip(scaled, low, high))).sum()
+    tolerance = 1e-5 * np.abs(upstream * scaled).sum()
+    np.testing.assert_allclose(d_step, expected / 4, rtol=0, atol=tolerance)
+    assert np.abs(expected) > 10 * tolerance
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("bits", [1, 2, 8])
+def test_rounding_bits_of_the_bits_themselves_change_nothing(bits, signed):
+    x = np.random.default_rng(10).normal(0, 3, 500).astype(np.float32)
+    upstream, k = upstream_for(x), tf.constant(bits)
+    plain, same = (
+        run(
+            lambda v, s, o=options: ste.stepped_round(v, s, k, signed=signed, **o),
+            *(x, 0.37),
+            upstream=upstream,
+        )
+        for options in ({}, {"rounding_bits": k})
+    )
+    for first, second in zip(plain, same, strict=True):
+        assert_same(first, second)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 8])
+def test_an_unrounded_scaled_round_only_clips(bits):
+    highest = oracle.signed_limits(bits, narrow=True)[1]
+    x = np.linspace(-2 * highest, 2 * highest, 401).astype(np.float32) * 0.5
+    y, d_x, d_scale = run(
+        lambda v, s: ste.scaled_round(
+            v, s, tf.constant(bits), narrow_range=True, rounding_bits=tf.constant(32)
+        ),
+        *(x, 0.5),
+    )
+    limit = 0.5 * highest
+    np.testing.assert_allclose(y, np.clip(x, -limit, limit), rtol=2e-7, atol=2.0**-18)
+    np.testing.assert_array_equal(d_x, np.abs(x) <= limit)
+    assert d_scale is None

@@ -1,6 +1,8 @@
+import itertools
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from tf_lowbit import datasets
@@ -25,6 +27,16 @@ def test_unknown_name():
 def test_options_are_checked_before_anything_is_read():
     with pytest.raises(ValueError, match="Received: batch_size=0"):
         datasets.load("imagenet2012", batch_size=0, data_dir="/nowhere")
+
+
+def test_start_reaches_the_pipeline():
+    whole = datasets.load("synthetic", batch_size=8, limit=20)
+    resumed = datasets.load(
+        "synthetic", batch_size=8, limit=20, start_epoch=1, start_step=2
+    )
+    expected = list(itertools.islice(whole.train.as_numpy_iterator(), 7))
+    for position, batch in enumerate(itertools.islice(resumed.train, 2)):
+        np.testing.assert_array_equal(batch[0], expected[5 + position][0])
 
 
 @pytest.mark.parametrize("name", ["digits", "synthetic"])

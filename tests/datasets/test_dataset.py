@@ -41,6 +41,8 @@ def test_refuses_impossible_normalizations(arguments, message):
         ({"seed": -1}, "seed must .* Received: seed=-1"),
         ({"seed": 2**63}, "seed must be below"),
         ({"start_epoch": -1}, "start_epoch must .* Received: start_epoch=-1"),
+        ({"start_step": -1}, "start_step must .* Received: start_step=-1"),
+        ({"start_step": 1.0}, "start_step must be an integer .* Received: .*1.0"),
         ({"limit": 0}, "limit must .* Received: limit=0"),
         ({"validation_fraction": 1.0}, r"in \[0, 1\). Received: .*=1.0"),
         ({"validation_fraction": -0.1}, r"in \[0, 1\). Received: .*=-0.1"),

@@ -113,6 +113,22 @@ def test_start_epoch_resumes_exactly(load, shuffle_buffer):
     _assert_same(_epochs(resumed, 1)[0], whole[2])
 
 
+@pytest.mark.parametrize("augment", [False, True])
+@pytest.mark.parametrize(("epoch", "step"), [(0, 1), (1, 2)])
+def test_start_step_resumes_exactly(load, epoch, step, augment):
+    options = {"seed": 3, "shuffle_buffer": 5, "augment": augment}
+    whole = list(itertools.chain(*_epochs(load(**options), 3)))
+    resumed = load(**options, start_epoch=epoch, start_step=step)
+    tail = whole[epoch * resumed.steps_per_epoch + step :]
+    assert len(tail) > resumed.steps_per_epoch - step  # across the end of an epoch
+    _assert_same(itertools.islice(resumed.train.as_numpy_iterator(), len(tail)), tail)
+
+
+def test_start_step_must_be_a_step_of_the_epoch(load):
+    with pytest.raises(ValueError, match=r"below the 3 steps .* Received: .*=3"):
+        load(start_step=3)
+
+
 def test_order_and_augmentation_change_with_the_seed(load):
     first, second = (_epochs(load(seed=seed), 1)[0] for seed in (0, 1))
     assert _labels(first) != _labels(second)

@@ -134,6 +134,26 @@ def test_start_epoch_resumes_exactly():
         _assert_same(_epochs(_build(seed=7, start_epoch=start), 1)[0], whole[start])
 
 
+@pytest.mark.parametrize("augment", [False, True])
+@pytest.mark.parametrize(("epoch", "step"), [(0, 0), (0, 3), (1, 1), (2, 4)])
+def test_start_step_resumes_exactly(epoch, step, augment):
+    options = {"seed": 7, "augment": augment}
+    whole = list(itertools.chain(*_epochs(_build(**options), 4)))
+    resumed = _build(**options, start_epoch=epoch, start_step=step)
+    tail = whole[epoch * resumed.steps_per_epoch + step :]
+    assert len(tail) > resumed.steps_per_epoch  # across the end of an epoch
+    _assert_same(itertools.islice(resumed.train.as_numpy_iterator(), len(tail)), tail)
+    assert resumed.train.cardinality() == tf.data.INFINITE_CARDINALITY
+
+
+def test_start_step_must_be_a_step_of_the_epoch():
+    with pytest.raises(ValueError, match=r"below the 5 steps .* Received: .*=5"):
+        _build(start_step=5)
+    # Held-out examples make an epoch shorter.
+    with pytest.raises(ValueError, match=r"below the 3 steps .* Received: .*=3"):
+        _build(start_step=3, validation_fraction=0.4)
+
+
 def test_test_set_is_in_stored_order_and_not_augmented():
     batches = list(_build().test.as_numpy_iterator())
     np.testing.assert_array_equal(_values(batches), np.arange(100, 107))

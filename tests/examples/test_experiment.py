@@ -1,24 +1,36 @@
 import csv
 import dataclasses
 import json
+import logging
+import os
+import shutil
+import warnings
 
+import absl.logging
 import numpy as np
 import pytest
 
 import tf_lowbit as tfl
 from examples import experiment
 from tf_lowbit import datasets
+from tf_lowbit.callbacks import Recovery
 from tf_lowbit.compat import keras, tf
+from tf_lowbit.report import environment
 
 BATCH = 32
-LIMIT = 64
+LIMIT = 96
 STEPS = LIMIT // BATCH
 RATE = 0.05
 
 
-def load_data(first_epoch):
+def load_data(first_epoch=0, first_step=0):
     return datasets.load(
-        "digits", batch_size=BATCH, limit=LIMIT, seed=3, start_epoch=first_epoch
+        "digits",
+        batch_size=BATCH,
+        limit=LIMIT,
+        seed=3,
+        start_epoch=first_epoch,
+        start_step=first_step,
     )
 
 
@@ -32,28 +44,53 @@ def float_model(seed=0, classes=10):
     return model
 
 
-def quantized_model(seed=0):
-    """A network with learned ranges, normalisation and a momentum to restore."""
+def float_net(seed=0, is_deep=True):
     keras.utils.set_random_seed(seed)
     layers = keras.layers
-    model = keras.Sequential(
+    extra = [layers.Conv2D(5, 3, activation="relu", name="mid2")] if is_deep else []
+    return keras.Sequential(
         [
             layers.Conv2D(3, 3, activation="relu", input_shape=(8, 8, 1), name="stem"),
             layers.Conv2D(4, 3, use_bias=False, name="mid"),
             layers.BatchNormalization(name="bn"),
             layers.ReLU(name="relu"),
+            *extra,
             layers.Flatten(),
             layers.Dense(10, name="head"),
         ],
         name="net",
     )
+
+
+def low_bit(model):
+    """With learned ranges, normalisation and a momentum to restore."""
     rule = tfl.PrecisionRule(
         ".*", 2, 2, weight_quantizer="lsq", activation_quantizer="pact"
     )
     model = tfl.quantize(model, [rule])
-    tfl.calibrate(model, load_data(0).train, batches=1)
+    tfl.calibrate(model, load_data().train, batches=1)
+    return model
+
+
+def quantized_model(seed=0):
+    model = low_bit(float_net(seed, is_deep=False))
     experiment.compile_model(model, RATE)
     return model
+
+
+def trainer_model(seed=0):
+    """All at once: sampled units, a teacher that learns, and hints."""
+    teacher = float_net(seed)
+    trainer = experiment.trainer_for(
+        low_bit(teacher), teacher, "sp", "joint", hints=True, seed=3
+    )
+    steps = STEPS * sum(stage.epochs for stage in stages())
+    experiment.compile_model(
+        trainer,
+        RATE,
+        teacher_optimizer=experiment.teacher_optimizer("joint", RATE, "cosine", steps),
+    )
+    return trainer
 
 
 def stages():
@@ -66,10 +103,14 @@ def rows(folder):
 
 
 def everything(model):
-    """Values of all weights and of the optimizer's state."""
-    return [np.array(tf.convert_to_tensor(v)) for v in model.weights] + [
-        np.array(tf.convert_to_tensor(v)) for v in model.optimizer.variables
-    ]
+    """Values of all weights, of the optimizers' state and of the counters."""
+    variables = [*model.weights, *model.optimizer.variables]
+    if hasattr(model, "staging"):
+        variables += [model.staging.stage, model.staging.epochs_done]
+    if isinstance(model, tfl.LowBitTrainer):
+        variables += model.teacher_optimizer.variables
+        variables += [model.progress.step, model.progress.total_steps]
+    return [np.array(tf.convert_to_tensor(variable)) for variable in variables]
 
 
 def assert_same(actual, expected):
@@ -82,6 +123,20 @@ def files(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+def saved_at(folder):
+    """Positions of a run's checkpoints."""
+    names = files(folder / "checkpoints") if (folder / "checkpoints").exists() else []
+    return [tuple(int(part) for part in name.split("-")[1::2]) for name in names]
+
+
+def saved_weights(folder, epoch, step):
+    """All numbers in a run's checkpoint."""
+    name = f"epoch-{epoch:05}-step-{step:07}"
+    reader = tf.train.load_checkpoint(str(folder / "checkpoints" / name / "variables"))
+    tensors = [reader.get_tensor(key) for key in reader.get_variable_to_shape_map()]
+    return [t for t in map(np.asarray, tensors) if np.issubdtype(t.dtype, np.floating)]
+
+
 # stages_for
 
 
@@ -90,6 +145,8 @@ FINAL_STAGES = {
     "ts": [(2, 32), (2, 3)],
     "pq": [(8, 8), (4, 4), (2, 3)],
     "ts+pq": [(8, 32), (8, 8), (4, 8), (4, 4), (2, 4), (2, 3)],
+    # Which units are rounded is the trainer's affair.
+    "sp": [(2, 3)],
 }
 
 
@@ -202,25 +259,222 @@ def test_a_log_without_rows_is_removed(tmp_path):
         assert not path.exists()
 
 
-# Checkpoints
+# trainer_for and teacher_optimizer
 
 
-def test_checkpoints_keep_the_newest_two_and_restore_the_last(tmp_path):
-    model = float_model()
-    checkpoints = experiment.Checkpoints(tmp_path, model)
-    assert not checkpoints.exists()
-    assert checkpoints.restore() == 0
-    for epoch in range(3):
-        model.layers[-1].bias.assign(np.full(10, float(epoch)))
-        checkpoints.on_epoch_end(epoch, {"loss": 1.0})
-    assert len(list(tmp_path.glob("*.index"))) == 2
+@pytest.fixture(scope="module")
+def pair():
+    """A student and its teacher, for trainers that are not kept."""
+    teacher = float_net()
+    return low_bit(teacher), teacher
 
-    fresh = float_model(seed=1)
-    checkpoints = experiment.Checkpoints(tmp_path, fresh)
-    assert checkpoints.exists()
-    assert checkpoints.restore() == 3
-    assert_same(fresh.get_weights(), model.get_weights())
-    np.testing.assert_array_equal(fresh.layers[-1].bias, np.full(10, 2.0))
+
+# How the teacher is trained -> weights of the parts of the student's loss, and of the
+# teacher's: the authors' constants.
+WEIGHTS = {
+    "joint": ({"task": 0.7, "distillation": 0.7}, {"task": 1.0, "distillation": 0.5}),
+    "task": ({"task": 0.7, "distillation": 0.7}, {"task": 1.0}),
+    "frozen": ({"task": 0.7, "distillation": 0.7}, {}),
+}
+
+
+def log_of_a_step(trainer, distill):
+    """The log of one step, and which of student and teacher it has moved."""
+    networks = [trainer.student, *([trainer.teacher] if trainer.teacher else [])]
+    before = [[w.numpy() for w in n.trainable_weights] for n in networks]
+    experiment.compile_model(
+        trainer,
+        RATE,
+        teacher_optimizer=experiment.teacher_optimizer(distill, RATE, "constant", 1),
+        run_eagerly=True,
+    )
+    data = load_data()
+    history = trainer.fit(data.train, steps_per_epoch=1, verbose=0).history
+    moved = [
+        not all(
+            np.array_equal(a, w) for a, w in zip(b, n.trainable_weights, strict=True)
+        )
+        for b, n in zip(before, networks, strict=True)
+    ]
+    return {name: values[0] for name, values in history.items()}, moved
+
+
+def weighted(log, prefix, weights):
+    return sum(w * log[f"{prefix}{part}_loss"] for part, w in weights.items())
+
+
+@pytest.mark.parametrize("distill", experiment.DISTILLATIONS)
+@pytest.mark.parametrize("method", experiment.METHODS)
+def test_a_trainer_holds_what_method_and_distillation_say(pair, method, distill):
+    student, teacher = pair
+    trainer = experiment.trainer_for(student, teacher, method, distill)
+    assert trainer.student is student
+    assert trainer.teacher is (None if distill == "none" else teacher)
+    assert trainer.trains_teacher == (distill in ("joint", "task"))
+    plan = trainer._plan
+    assert (plan.sampler is not None) == (method == "sp")
+    if method == "sp":
+        assert plan.sampler.precision == tfl.StochasticPrecision(0.5, seed=0)
+    if distill == "none":
+        assert plan.distillation is None
+    else:
+        assert plan.distillation == tfl.JointDistillation(teacher=distill)
+
+
+@pytest.mark.parametrize("distill", experiment.DISTILLATIONS)
+@pytest.mark.parametrize("method", ["plain", "sp"])
+def test_a_trainer_trains_and_logs_what_it_holds(method, distill):
+    teacher = float_net()
+    trainer = experiment.trainer_for(
+        low_bit(teacher), teacher, method, distill, start=0.25, unit="layer"
+    )
+    log, moved = log_of_a_step(trainer, distill)
+    expected = {"loss", "accuracy"}
+    if method == "sp":
+        expected |= {"quantized_share", "quantization_probability"}
+        assert log["quantization_probability"] == pytest.approx(0.25)
+        # The first and the last of four layers are float.
+        assert log["quantized_share"] in (0.0, 0.5, 1.0)
+    if distill != "none":
+        of_student, of_teacher = WEIGHTS[distill]
+        expected |= {f"{part}_loss" for part in of_student}
+        expected |= {"teacher_loss", "teacher_accuracy"}
+        assert log["loss"] == pytest.approx(weighted(log, "", of_student))
+    if distill == "joint":
+        expected |= {f"teacher_{part}_loss" for part in of_teacher}
+        assert log["teacher_loss"] == pytest.approx(
+            weighted(log, "teacher_", of_teacher)
+        )
+    assert set(log) == expected
+    assert moved == {"none": [True], "frozen": [True, False]}.get(distill, [True, True])
+
+
+def test_a_trainer_has_the_options_that_are_given(pair):
+    student, teacher = pair
+    trainer = experiment.trainer_for(
+        *(student, teacher, "sp", "task"),
+        target="logits",
+        hints=True,
+        unit="block",
+        start=0.25,
+        seed=7,
+    )
+    assert trainer._plan.distillation == tfl.JointDistillation(
+        target="logits", teacher="task", hints="stages"
+    )
+    assert trainer._plan.distillation.student_weights() == {
+        "task_loss": 0.3,
+        "distillation_loss": 0.1,
+        "hint_loss": 1.0,
+    }
+    # Quantized activations of two resolutions.
+    assert [hint.student for hint in trainer._plan.hints[0]] == ["stem_relu", "relu"]
+    assert trainer._plan.sampler.precision == tfl.StochasticPrecision(
+        0.25, unit="block", seed=7
+    )
+
+
+@pytest.mark.parametrize("distill", ["none", "frozen"])
+@pytest.mark.parametrize("decay", ["constant", "cosine", "step"])
+def test_a_teacher_that_is_not_trained_has_no_optimizer(distill, decay):
+    assert experiment.teacher_optimizer(distill, RATE, decay, 10) is None
+
+
+def test_a_constant_teachers_rate(pair):
+    optimizer = experiment.teacher_optimizer("task", 0.3, "constant", 10)
+    config = optimizer.get_config()
+    assert config["learning_rate"] == pytest.approx(0.3)
+    assert (config["momentum"], config["nesterov"]) == (0.9, True)
+
+
+@pytest.mark.parametrize("decay", ["cosine", "step"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 7, 10, 20, 90, 100])
+def test_a_teachers_schedule_is_that_of_one_stage(decay, steps):
+    optimizer = experiment.teacher_optimizer("joint", 0.3, decay, steps)
+    stage = tfl.Stage(1, learning_rate=0.3, decay=decay)
+    rates = [float(optimizer._learning_rate(step)) for step in range(steps)]
+    expected = [stage.learning_rate_at(step / steps) for step in range(steps)]
+    # Float32 leaves something at the cosine's end.
+    np.testing.assert_allclose(rates, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("decay", ["cosine", "step"])
+def test_a_teacher_follows_its_rate_over_the_stages(decay):
+    """At every step: the student's stages have rates of their own."""
+    epochs, steps = 2, 5
+    teacher = float_net()
+    trainer = experiment.trainer_for(low_bit(teacher), teacher, "ts", "task")
+    optimizer = experiment.teacher_optimizer("task", 0.25, decay, epochs * steps)
+    experiment.compile_model(trainer, RATE, teacher_optimizer=optimizer)
+    used = []
+
+    class Record(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            used.append(float(trainer.teacher_optimizer.learning_rate))
+
+    stages = tfl.two_stage((2, 2), (1, 1), learning_rate=RATE, decay="cosine")
+    callbacks = [tfl.callbacks.StagedPrecision(stages), Record()]
+    trainer.fit(
+        load_data().train,
+        steps_per_epoch=steps,
+        epochs=epochs,
+        callbacks=callbacks,
+        verbose=0,
+    )
+    whole = tfl.Stage(epochs, learning_rate=0.25, decay=decay)
+    total = epochs * steps
+    expected = [whole.learning_rate_at(step / total) for step in range(total)]
+    np.testing.assert_allclose(used, expected, rtol=1e-5)
+    assert int(trainer.teacher_optimizer.iterations) == total
+
+
+# quiet
+
+
+@pytest.fixture
+def _loud_again():
+    """Undoes what `quiet` does to the process."""
+    logger = tf.get_logger()
+    level, filters = logger.level, list(logger.filters)
+    verbosity = absl.logging.get_verbosity()
+    with warnings.catch_warnings():
+        yield
+    logger.setLevel(level)
+    logger.filters[:] = filters
+    absl.logging.set_verbosity(verbosity)
+
+
+class Kept(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.messages = []
+
+    def emit(self, record):
+        self.messages.append(record.getMessage())
+
+
+@pytest.mark.usefixtures("_loud_again")
+def test_quiet_hides_the_note_of_a_student_that_is_saved(tmp_path):
+    logger, kept = tf.get_logger(), Kept()
+    logger.addHandler(kept)
+    try:
+        logger.setLevel("WARNING")
+        trainer = trainer_model()
+        with warnings.catch_warnings(record=True):
+            warnings.simplefilter("always")
+            trainer.student.save(tmp_path / "before.h5")
+        assert any("compiled metrics have yet" in text for text in kept.messages)
+        kept.messages.clear()
+        experiment.quiet()
+        with warnings.catch_warnings(record=True) as caught:
+            trainer.student.save(tmp_path / "after.h5")
+            warnings.warn("another", stacklevel=1)
+        logger.warning("something else")
+        logger.info("a note")
+    finally:
+        logger.removeHandler(kept)
+    assert kept.messages == ["something else"]
+    assert [str(warning.message) for warning in caught] == ["another"]
 
 
 # train
@@ -238,10 +492,11 @@ def whole(tmp_path_factory):
 def test_train_leaves_a_full_record(whole):
     model, folder, outcome = whole
     assert files(folder) == ["checkpoints", "log.csv", "model.h5", "tensorboard"]
+    assert saved_at(folder) == [(3, 0), (4, 0)]
     assert outcome.epochs == 4
     assert outcome.seconds > 0
     assert outcome.cost == tfl.cost(model)
-    loss, accuracy = model.evaluate(load_data(0).test, verbose=0)
+    loss, accuracy = model.evaluate(load_data().test, verbose=0)
     assert (outcome.loss, outcome.accuracy) == (loss, accuracy)
 
     log = rows(folder)
@@ -264,8 +519,8 @@ def test_write_result(whole, tmp_path):
     result = json.loads(path.read_text())
     assert result["test_accuracy"] == outcome.accuracy
     assert result["settings"] == {"epochs": 4, "ladder": ["2"]}
-    assert result["versions"]["tensorflow"] == tf.__version__
-    assert result["versions"]["tf_lowbit"] == tfl.__version__
+    for part in ("versions", "machine"):
+        assert result[part] == environment()[part]
     assert result["cost"]["bops"] == outcome.cost.bops
     assert len(result["cost"]["layers"]) == len(outcome.cost.layers)
 
@@ -273,8 +528,8 @@ def test_write_result(whole, tmp_path):
 def failing_after(batches):
     """A loader whose training part breaks after so many batches, as a disk may."""
 
-    def load(first_epoch):
-        data = load_data(first_epoch)
+    def load(first_epoch, first_step):
+        data = load_data(first_epoch, first_step)
 
         def check(index, batch):
             with tf.control_dependencies(
@@ -301,7 +556,7 @@ def stopped_by_data(folder, monkeypatch):
 
 def stopped_before_saving(folder, monkeypatch):
     """Stops when epoch 2 is in the log and not yet in a checkpoint."""
-    save = experiment.Checkpoints.on_epoch_end
+    save = Recovery.on_epoch_end
 
     def on_epoch_end(self, epoch, logs=None):
         if epoch == 2:
@@ -309,7 +564,7 @@ def stopped_before_saving(folder, monkeypatch):
         save(self, epoch, logs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(experiment.Checkpoints, "on_epoch_end", on_epoch_end)
+        patch.setattr(Recovery, "on_epoch_end", on_epoch_end)
         with pytest.raises(KeyboardInterrupt):
             experiment.train(quantized_model(), load_data, stages(), folder)
     assert len(rows(folder)) == 3
@@ -344,6 +599,7 @@ def test_a_resumed_training_equals_the_uninterrupted_one(
 ):
     model, folder, outcome = whole
     stop(tmp_path, monkeypatch)
+    assert (saved_at(tmp_path) or [(0, 0)])[-1] == (saved, 0)
     # Other initial weights: whatever is not restored shows.
     resumed = quantized_model(seed=1 if saved else 0)
     again = experiment.train(resumed, load_data, stages(), tmp_path, resume=True)
@@ -366,8 +622,12 @@ def test_a_finished_training_resumes_to_the_same_outcome(whole, tmp_path):
 def test_a_folder_with_an_earlier_run_is_refused(whole):
     _, folder, _ = whole
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+    def load(*position):
+        raise AssertionError("It was to be refused first.")
+
     with pytest.raises(FileExistsError, match=rf"--resume.*Received: '{folder}'"):
-        experiment.train(quantized_model(), load_data, stages(), folder)
+        experiment.train(quantized_model(), load, stages(), folder)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
@@ -403,15 +663,123 @@ def test_a_progress_bar_may_take_the_place_of_keras(tmp_path, capsys):
     assert "ETA" not in shown
 
 
+# Resuming in mid-epoch
+
+
+@pytest.fixture(scope="module")
+def whole_trainer(tmp_path_factory):
+    """Stages, sampled units, teacher and hints together: trainer, folder, outcome.
+
+    Beside the folder is a copy of it after two steps of epoch 2, in the second stage.
+    """
+    folder = tmp_path_factory.mktemp("whole_trainer") / "run"
+    on_train_batch_end = Recovery.on_train_batch_end
+
+    def copy(self, batch, logs=None):
+        on_train_batch_end(self, batch, logs)
+        if batch == 1 and saved_at(folder) == [(2, 1), (2, 2)]:
+            shutil.copytree(folder, folder.with_name("stopped"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recovery, "on_train_batch_end", copy)
+        trainer = trainer_model()
+        outcome = experiment.train(trainer, load_data, stages(), folder, save_every=1)
+    return trainer, folder, outcome
+
+
+@pytest.fixture
+def stopped(whole_trainer, tmp_path):
+    """A run that a power cut has stopped in mid-epoch."""
+    _, folder, _ = whole_trainer
+    return shutil.copytree(folder.with_name("stopped"), tmp_path / "run")
+
+
+def resumed_trainer(folder):
+    """The trainer, the outcome, and where its data started."""
+    positions = []
+
+    def load(*position):
+        positions.append(position)
+        return load_data(*position)
+
+    # Other initial weights: whatever is not restored shows.
+    trainer = trainer_model(seed=1)
+    outcome = experiment.train(
+        trainer, load, stages(), folder, resume=True, save_every=1
+    )
+    return trainer, outcome, positions
+
+
+def assert_same_run(folder, trainer, outcome, whole_trainer):
+    expected, whole_folder, expected_outcome = whole_trainer
+    assert_same(everything(trainer), everything(expected))
+    assert (outcome.accuracy, outcome.loss) == (
+        expected_outcome.accuracy,
+        expected_outcome.loss,
+    )
+    log, whole_log = rows(folder), rows(whole_folder)
+    # The resumed epoch's training figures are over its remaining steps.
+    of_evaluation = ("epoch", "val_loss", "val_accuracy", "weight_bits")
+    for row, whole_row in zip(log, whole_log, strict=True):
+        assert set(row) == set(whole_row)
+        for name in row if row["epoch"] != "2" else of_evaluation:
+            assert row[name] == whole_row[name], (row["epoch"], name)
+
+
+def test_a_trainer_resumes_in_mid_epoch_to_the_whole_run(stopped, whole_trainer):
+    trainer, outcome, positions = resumed_trainer(stopped)
+    assert positions == [(2, 2)]
+    assert_same_run(stopped, trainer, outcome, whole_trainer)
+    assert int(trainer.progress.step) == 4 * STEPS
+    assert saved_at(stopped) == [(3, STEPS - 1), (4, 0)]
+
+
+def test_a_torn_checkpoint_is_warned_of_and_the_older_one_used(stopped, whole_trainer):
+    newest = stopped / "checkpoints" / f"epoch-{2:05}-step-{2:07}"
+    data = newest / "variables.data-00000-of-00001"
+    os.truncate(data, data.stat().st_size - 1)
+    with pytest.warns(UserWarning, match=rf"not intact is skipped: {newest}: "):
+        trainer, outcome, positions = resumed_trainer(stopped)
+    assert positions == [(2, 1)]
+    assert_same_run(stopped, trainer, outcome, whole_trainer)
+
+
+def test_the_model_of_a_trainers_run_is_its_student(whole_trainer, tmp_path):
+    trainer, folder, outcome = whole_trainer
+    result = json.loads(experiment.write_result(tmp_path, outcome, {}).read_text())
+    model = tfl.load_model(folder / "model.h5", compile=False)
+    assert_same(model.get_weights(), trainer.student.get_weights())
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(loss=loss, metrics=["accuracy"])
+    assert model.evaluate(load_data().test, verbose=0)[1] == result["test_accuracy"]
+    assert outcome.cost == tfl.cost(model)
+
+
+def test_a_trainers_log_has_every_part(whole_trainer):
+    _, folder, _ = whole_trainer
+    log = rows(folder)
+    parts = ("loss", "accuracy", "task_loss", "distillation_loss", "hint_loss")
+    assert set(log[0]) == {
+        "epoch",
+        *parts,
+        *(f"teacher_{part}" for part in parts),
+        *("quantized_share", "quantization_probability"),
+        *("val_loss", "val_accuracy", "weight_bits", "activation_bits"),
+    }
+    probabilities = [float(row["quantization_probability"]) for row in log]
+    assert probabilities == sorted(probabilities)
+    assert 0.5 <= probabilities[0] < probabilities[-1] <= 1.0
+
+
 # What goes wrong
 
 
-def nan_from_epoch_1(first_epoch):
-    data = load_data(first_epoch)
+def nan_from_epoch_1(first_epoch, first_step):
+    data = load_data(first_epoch, first_step)
 
     def spoil(index, batch):
         images, labels = batch
-        bad = index >= STEPS - first_epoch * STEPS
+        bad = index >= STEPS - (first_epoch * STEPS + first_step)
         return tf.where(bad, float("nan"), images), labels
 
     train = data.train.enumerate().map(spoil)
@@ -426,11 +794,12 @@ def test_nan_stops_the_training_and_the_last_good_checkpoint_stays(tmp_path, bui
         experiment.train(build(), nan_from_epoch_1, stage, tmp_path)
     assert not (tmp_path / "model.h5").exists()
 
+    assert saved_at(tmp_path) == [(1, 0)]
+    weights = saved_weights(tmp_path, 1, 0)
+    assert weights
+    assert all(np.all(np.isfinite(weight)) for weight in weights)
+
     # With the data mended the run goes on from there.
-    model = build(seed=1)
-    checkpoints = experiment.Checkpoints(tmp_path / "checkpoints", model)
-    assert checkpoints.restore() == 1
-    assert all(np.all(np.isfinite(w)) for w in model.get_weights())
     outcome = experiment.train(build(seed=1), load_data, stage, tmp_path, resume=True)
     assert np.isfinite(outcome.loss)
     assert [int(row["epoch"]) for row in rows(tmp_path)] == [0, 1, 2]
@@ -440,12 +809,16 @@ def test_a_huge_learning_rate_is_an_error(tmp_path):
     stage = tfl.Stage(3, learning_rate=1e38)
     with pytest.raises(ValueError, match=r"lower the learning rate.*Received: "):
         experiment.train(float_model(), load_data, [stage], tmp_path)
-    assert not experiment.Checkpoints(tmp_path / "checkpoints", float_model()).exists()
+    assert saved_at(tmp_path) == []
 
 
-def all_at_once(first_epoch):
+def all_at_once(first_epoch, first_step):
     return datasets.load(
-        "digits", batch_size=LIMIT, limit=LIMIT, start_epoch=first_epoch
+        "digits",
+        batch_size=LIMIT,
+        limit=LIMIT,
+        start_epoch=first_epoch,
+        start_step=first_step,
     )
 
 
@@ -458,7 +831,20 @@ def test_divergence_in_an_epochs_last_step_is_an_error_and_is_not_saved(
     with pytest.raises(ValueError, match=r"lower the learning rate.*Received: "):
         experiment.train(float_model(), all_at_once, [stage], tmp_path)
     assert not (tmp_path / "model.h5").exists()
-    assert not experiment.Checkpoints(tmp_path / "checkpoints", float_model()).exists()
+    assert saved_at(tmp_path) == []
+
+
+@pytest.mark.xfail(reason="--save_every saves what the last step has spoiled")
+def test_divergence_within_an_epoch_can_be_mended(tmp_path):
+    def train(rate, **options):
+        stage = [tfl.Stage(2, learning_rate=rate)]
+        return experiment.train(
+            float_model(), load_data, stage, tmp_path, save_every=1, **options
+        )
+
+    with pytest.raises(ValueError, match=r"lower the learning rate.*Received: "):
+        train(1e38)
+    assert np.isfinite(train(RATE, resume=True).loss)
 
 
 def test_labels_out_of_the_models_range_are_an_error(tmp_path):

@@ -1,11 +1,12 @@
 import csv
 import json
 import re
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ import pytest
 import tf_lowbit as tfl
 from tests.examples import programs
 from tf_lowbit import datasets
+from tf_lowbit.callbacks import Recovery
 from tf_lowbit.compat import keras, tf
+from tf_lowbit.report import environment
 
 EPOCHS = 8
 TINY = (
@@ -27,6 +30,18 @@ TINY = (
     "--method=ts+pq",
     "--ladder=4,2",
     "--seed=5",
+)
+# Stochastic precision, a teacher, hints and bfloat16.
+JOINT = (
+    *TINY[:5],
+    *("--method=sp", "--sp_unit=block", "--sp_start=0.25"),
+    *("--distill=joint", "--hints", "--teacher_learning_rate=0.01"),
+    *("--policy=mixed_bfloat16", "--save_every=1"),
+    *("--float_epochs=1", "--epochs=2"),
+)
+MIRRORED = (
+    *TINY[:5],
+    *("--strategy=mirrored", "--logical_cpus=2", "--float_epochs=0", "--epochs=1"),
 )
 # Bits of weights and activations in each epoch.
 BITS = [
@@ -58,24 +73,45 @@ def files(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+def run_each(arguments, folder):
+    """Runs of the program with each of some flags, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        started = [
+            pool.submit(programs.run, "train.py", *each, folder=folder)
+            for each in arguments
+        ]
+        return [run.result() for run in started]
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """One run from the float training to the result: its process and folder."""
-    folder = tmp_path_factory.mktemp("whole")
-    done = programs.run("train.py", *TINY, "--output_dir=out", folder=folder)
-    assert done.returncode == 0, done.stderr
-    return done, folder / "out"
+def runs(tmp_path_factory):
+    """Runs from the float training to the result: name -> process and folder."""
+    folder = tmp_path_factory.mktemp("runs")
+    flags = {"whole": TINY, "joint": JOINT, "mirrored": MIRRORED}
+    done = run_each(
+        [(*own, f"--output_dir={name}") for name, own in flags.items()], folder
+    )
+    for process in done:
+        assert process.returncode == 0, process.stderr
+    return {n: (run, folder / n) for n, run in zip(flags, done, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def whole(runs):
+    """A run by two-stage progressive training."""
+    return runs["whole"]
 
 
 def test_prints_progress_summary_and_where_the_result_is(whole):
     done, _ = whole
     assert re.search(r"^Float network: test accuracy 0\.\d{4}$", done.stdout, re.M)
     assert re.search(r"^Quantized network: test accuracy 0\.\d", done.stdout, re.M)
-    assert "Written: out/quantized/result.json" in done.stdout
+    assert "Written: whole/quantized/result.json" in done.stdout
     assert "weight bits" in done.stdout
     assert f"{EPOCHS}/{EPOCHS}" in done.stdout
     assert "Stage 4/4: weights at 2 bits, activations at 2 bits" in done.stdout
     assert "Traceback" not in done.stderr
+    assert "compiled metrics have yet" not in done.stderr
 
 
 def test_writes_what_the_help_says_and_nothing_else(whole):
@@ -131,11 +167,8 @@ def test_result_says_what_came_out_of_what(whole):
     assert result["settings"]["limit"] == 64
     assert result["settings"]["weight_bits"] == 2
     assert result["settings"]["data_dir"] is None
-    versions = result["versions"]
-    assert versions["tf_lowbit"] == tfl.__version__
-    for package in ("tensorflow", "tf-keras", "tensorflow-model-optimization", "numpy"):
-        assert versions[package] == metadata.version(package)
-    assert result["machine"]["devices"] == ["CPU"]
+    assert result["versions"] == environment()["versions"]
+    assert result["machine"] == {**environment()["machine"], "devices": ["CPU"]}
 
     cost = result["cost"]
     assert cost == json.loads(json.dumps(tfl.cost(reloaded(folder)).as_dict()))
@@ -161,10 +194,22 @@ def test_the_saved_network_has_the_accuracy_of_the_result(whole):
     assert float(last["val_accuracy"]) == pytest.approx(result["test_accuracy"])
 
 
-def test_a_killed_run_resumes_to_the_weights_of_the_whole_one(whole, tmp_path):
+# What a resumed epoch has in common with one that was not stopped.
+OF_EVALUATION = ("val_loss", "val_accuracy", "weight_bits", "activation_bits")
+
+
+def saved_within(quantized, epoch):
+    """Checkpoints within an epoch, or in later ones."""
+    found = quantized.glob("checkpoints/epoch-*-step-0000001")
+    return [path for path in found if int(path.name.split("-")[1]) >= epoch]
+
+
+def test_a_killed_run_resumes_in_mid_epoch_to_the_weights_of_the_whole_one(
+    whole, tmp_path
+):
     _, folder = whole
     quantized = tmp_path / "out" / "quantized"
-    arguments = (*TINY, "--output_dir=out")
+    arguments = (*TINY, "--save_every=1", "--output_dir=out")
     with subprocess.Popen(
         programs.command("train.py", *arguments),
         cwd=tmp_path,
@@ -174,18 +219,19 @@ def test_a_killed_run_resumes_to_the_weights_of_the_whole_one(whole, tmp_path):
     ) as process:
         deadline = time.monotonic() + 600
         # In the middle of the second stage.
-        while len(rows(quantized)) < 3 and process.poll() is None:
+        while not saved_within(quantized, 3) and process.poll() is None:
             assert time.monotonic() < deadline
-            time.sleep(0.01)
+            time.sleep(0.001)
         process.kill()
     assert process.returncode == -signal.SIGKILL
-    assert 3 <= len(rows(quantized)) < EPOCHS
     assert not (quantized / "model.h5").exists()
-
-    refused = programs.run("train.py", *arguments, folder=tmp_path)
-    assert refused.returncode != 0
-    assert "--resume" in refused.stderr
-    assert "Received: 'out/float'" in refused.stderr
+    epoch, step = Recovery(quantized / "checkpoints").position
+    if step == 0:
+        # Killed a little late: as if before this save.
+        shutil.rmtree(quantized / "checkpoints" / f"epoch-{epoch:05}-step-0000000")
+        epoch, step = Recovery(quantized / "checkpoints").position
+    assert step == 1
+    assert 3 <= epoch < EPOCHS
 
     done = programs.run("train.py", *arguments, "--resume", folder=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -194,7 +240,12 @@ def test_a_killed_run_resumes_to_the_weights_of_the_whole_one(whole, tmp_path):
         assert len(ours) == len(theirs)
         for a, e in zip(ours, theirs, strict=True):
             np.testing.assert_array_equal(a, e)
-        assert rows(tmp_path / "out" / part) == rows(folder / part)
+    assert rows(tmp_path / "out" / "float") == rows(folder / "float")
+    log, expected = rows(quantized), rows(folder / "quantized")
+    for names in (log[epoch], expected[epoch]):
+        for name in set(names) - {"epoch", *OF_EVALUATION}:
+            del names[name]
+    assert log == expected
     results = [
         json.loads((path / "quantized" / "result.json").read_text())
         for path in (tmp_path / "out", folder)
@@ -203,7 +254,94 @@ def test_a_killed_run_resumes_to_the_weights_of_the_whole_one(whole, tmp_path):
         assert results[0][key] == results[1][key]
 
 
+# Stochastic precision and joint distillation
+
+
+@pytest.fixture(scope="module")
+def joint(runs):
+    """A run by stochastic precision with a teacher."""
+    return runs["joint"]
+
+
+def test_joint_run_logs_every_part(joint):
+    done, folder = joint
+    log = rows(folder / "quantized")
+    parts = ("loss", "accuracy", "task_loss", "distillation_loss", "hint_loss")
+    assert set(log[0]) == {
+        *("epoch", *parts, *(f"teacher_{part}" for part in parts)),
+        *("quantized_share", "quantization_probability"),
+        *("val_loss", "val_accuracy", "weight_bits", "activation_bits"),
+    }
+    assert [int(row["epoch"]) for row in log] == [0, 1]
+    assert all(np.isfinite(float(value)) for row in log for value in row.values())
+    # Linearly from 0.25 to 1 at 80 % of the four steps, two an epoch.
+    p = [0.25 + 0.75 * progress / 0.8 for progress in (0.0, 0.25, 0.5, 0.75)]
+    for row, expected in zip(log, [(p[0] + p[1]) / 2, (p[2] + p[3]) / 2], strict=True):
+        assert float(row["quantization_probability"]) == pytest.approx(expected)
+        # Of three blocks in each of two steps.
+        assert 6 * float(row["quantized_share"]) == pytest.approx(
+            round(6 * float(row["quantized_share"])), abs=1e-4
+        )
+        assert float(row["hint_loss"]) > 0
+    assert [(r["weight_bits"], r["activation_bits"]) for r in log] == [("2", "2")] * 2
+    assert "Stage 1/1: weights at 2 bits" in done.stdout
+    assert "compiled metrics have yet" not in done.stderr
+
+
+def test_joint_run_says_with_what_it_was_made(joint):
+    _, folder = joint
+    result = json.loads((folder / "quantized" / "result.json").read_text())
+    assert set(result["settings"]) == own_flags() - {"output_dir", "resume"}
+    expected = {
+        "method": "sp",
+        "sp_unit": "block",
+        "sp_start": 0.25,
+        "distill": "joint",
+        "distill_target": "posteriors",
+        "hints": True,
+        "teacher_learning_rate": 0.01,
+        "policy": "mixed_bfloat16",
+        "save_every": 1,
+        "strategy": "auto",
+        "logical_cpus": 1,
+        "jit_compile": False,
+    }
+    found = {name: result["settings"][name] for name in expected}
+    assert found == expected
+    assert result["epochs"] == 2
+    assert 0 < result["cost"]["weight_bytes"] < result["cost"]["float_bytes"]
+
+
+def test_joint_run_leaves_student_and_checkpoints_within_the_epoch(joint):
+    _, folder = joint
+    names = files(folder / "quantized" / "checkpoints")
+    assert names == ["epoch-00001-step-0000001", "epoch-00002-step-0000000"]
+    model = reloaded(folder)
+    assert {t.bits for t in tfl.inspection.quantized_tensors(model)} == {2}
+    dtypes = {
+        tfl.inspection.wrapped_layer(layer).compute_dtype for layer in model.layers
+    }
+    assert "bfloat16" in dtypes
+    assert {weight.dtype for weight in model.trainable_weights} == {tf.float32}
+    result = json.loads((folder / "quantized" / "result.json").read_text())
+    last = rows(folder / "quantized")[-1]
+    assert float(last["val_accuracy"]) == pytest.approx(result["test_accuracy"])
+
+
+def test_runs_on_several_devices(runs):
+    done, folder = runs["mirrored"]
+    assert "Float network" not in done.stdout
+    assert files(folder) == ["quantized"]
+    result = json.loads((folder / "quantized" / "result.json").read_text())
+    assert result["machine"]["devices"] == ["CPU", "CPU"]
+    assert result["settings"]["strategy"] == "mirrored"
+    (row,) = rows(folder / "quantized")
+    assert np.isfinite(float(row["loss"]))
+    assert float(row["val_accuracy"]) == pytest.approx(result["test_accuracy"])
+
+
 # Of each kind of mistake one: its flags, and what the message must hold.
+IDLE = r"flag must have an effect\. Received: "
 BAD = {
     "weight_bits": (["--weight_bits=9"], r"\[1, 8\].*Received: weight_bits=9"),
     "ladder": (["--method=pq", "--ladder=8,x"], r"ladder.*Received: .*x"),
@@ -211,54 +349,132 @@ BAD = {
     "model": (["--model=nope"], r"preact_resnet8.*Received: name='nope'"),
     "data_dir": (
         ["--dataset=fashion_mnist", "--data_dir=/nonexistent"],
-        r"(?s)/nonexistent",
+        r"(?s)/nonexistent.*Received: |Received: .*/nonexistent",
     ),
     "output_dir": (["--output_dir=file/out"], r"writable.*Received: 'file/out'"),
     "not_a_flag": (["digits"], r"Received: arguments that are no flags: \['digits'\]"),
+    "sp_start without sp": (
+        ["--sp_start=0.3", "--method=ts"],
+        IDLE + "--sp_start with --method=ts, --distill=none",
+    ),
+    "sp_unit without sp, at its default": (["--sp_unit=layer"], IDLE + "--sp_unit"),
+    "hints without teacher": (["--hints"], IDLE + "--hints with"),
+    "target without teacher": (
+        ["--distill_target=logits", "--method=sp"],
+        IDLE + "--distill_target with --method=sp",
+    ),
+    "rate of no teacher": (
+        ["--teacher_learning_rate=0.1"],
+        IDLE + "--teacher_learning_rate",
+    ),
+    "rate of a frozen teacher": (
+        ["--teacher_learning_rate=0.1", "--distill=frozen"],
+        IDLE + "--teacher_learning_rate with --method=plain, --distill=frozen",
+    ),
+    "ladder without rungs": (["--ladder=4,2"], IDLE + "--ladder with --method=plain"),
+    "several idle ones": (
+        ["--ladder=4,2", "--hints", "--method=sp"],
+        IDLE + "--hints, --ladder with --method=sp",
+    ),
+    "mirrored on one device": (
+        ["--strategy=mirrored"],
+        r"two GPUs, or --logical_cpus=2.*Received: devices",
+    ),
+    "no workers": (["--strategy=multi_worker"], r"TF_CONFIG.*Received: TF_CONFIG=None"),
+    "no CPUs": (["--logical_cpus=0"], r"logical_cpus must be >= 1. Received: .*0"),
 }
+# Importing TensorFlow takes seconds: one process for all, as if each were the first.
+REFUSALS = """
+import contextlib, io, json, os, sys
+sys.path.insert(0, sys.argv[1])
+import train
+FLAGS, found = train.FLAGS, {}
+for name, (folder, arguments) in json.load(sys.stdin).items():
+    FLAGS.unparse_flags()
+    os.chdir(folder)
+    shown, error = io.StringIO(), "nothing"
+    with contextlib.redirect_stdout(shown):
+        try:
+            train.main(FLAGS(["train.py", *arguments]))
+        except Exception as raised:
+            error = f"{type(raised).__name__}: {raised}"
+    found[name] = [error, shown.getvalue()]
+print(json.dumps(found))
+"""
 
 
 @pytest.fixture(scope="module")
-def refused(tmp_path_factory):
-    """The processes of all `BAD` flags and of --help, two at a time."""
+def refused(tmp_path_factory, whole):
+    """Error and output of all `BAD` flags, and of a run in the folder of another."""
     folder = tmp_path_factory.mktemp("refused")
-    cases = {"help": ["--help"], **{name: flags for name, (flags, _) in BAD.items()}}
-
-    def run(name):
-        mine = folder / name
+    cases = {}
+    for index, (name, (flags, _)) in enumerate(BAD.items()):
+        mine = folder / str(index)
         mine.mkdir()
         (mine / "file").write_text("")
-        arguments = [*TINY[:5], "--float_epochs=1", "--output_dir=out", *cases[name]]
-        return programs.run("train.py", *arguments, folder=mine), mine
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(cases, pool.map(run, cases), strict=True))
+        flags = [*TINY[:5], "--float_epochs=1", "--output_dir=out", *flags]
+        cases[name] = (str(mine), flags)
+    again = (str(whole[1].parent), [*TINY, "--output_dir=whole"])
+    without_workers = programs.environment()
+    without_workers.pop("TF_CONFIG", None)
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSALS, str(programs.ROOT / "examples")],
+        input=json.dumps({**cases, "again": again}),
+        env=without_workers,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), folder
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_flags_are_refused_with_a_reason(refused, name):
-    done, _ = refused[name]
-    assert done.returncode != 0
-    assert re.search(BAD[name][1], done.stderr + done.stdout)
+    error, _ = refused[0][name]
+    assert re.search(BAD[name][1], error), error
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_flags_are_refused_before_any_training(refused, name):
-    done, folder = refused[name]
-    assert "Float network" not in done.stdout
-    assert not list(folder.rglob("model.h5"))
+    _, shown = refused[0][name]
+    assert "Float network" not in shown
+    assert "Epoch" not in shown
+    assert not list(refused[1].rglob("model.h5"))
 
 
 def test_missing_data_says_what_to_do(refused):
-    done, _ = refused["data_dir"]
-    assert "Received: " in done.stderr
-    assert "data_dir" in done.stderr
+    error, _ = refused[0]["data_dir"]
+    assert "Received: " in error
+    assert "data_dir" in error
 
 
-def test_help_names_every_flag(refused):
-    done, folder = refused["help"]
-    assert done.returncode in (0, 1)
+def test_a_folder_with_another_run_is_refused_without_resume(refused, whole):
+    error, shown = refused[0]["again"]
+    assert error.startswith("FileExistsError")
+    assert "--resume" in error
+    assert "Received: 'whole/float'" in error
+    assert "Epoch" not in shown
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """Of --help, and of a bad flag."""
+    folder = tmp_path_factory.mktemp("processes")
+    return *run_each((["--help"], ["--hints", "--output_dir=out"]), folder), folder
+
+
+def test_a_refusal_is_a_failure_of_the_process(processes):
+    _, done, folder = processes
+    assert done.returncode == 1
+    assert re.search(IDLE + "--hints", done.stderr)
     assert not (folder / "out").exists()
+
+
+def test_help_names_every_flag(processes):
+    done, _, _ = processes
+    assert done.returncode in (0, 1)
     assert len(own_flags()) > 20
     for flag in own_flags():
         assert re.search(rf"^  --(\[no\])?{flag}:", done.stdout, re.M), flag

@@ -41,14 +41,13 @@ class StagedPrecision(keras.callbacks.Callback):
             rate is to be set and the optimizer follows a schedule of its own.
     """
 
-    # Keras hands callbacks with this flag its own logs instead of a copy: that is
-    # how the bits reach the progress bar.
-    _supports_tf_logs = True
-
     def __init__(
         self, stages: Sequence[Stage], reset_optimizer: bool = True, verbose: int = 0
     ):
         super().__init__()
+        # Keras hands callbacks with this flag its own logs instead of a copy: that is
+        # how the bits reach the progress bar.
+        self._supports_tf_logs = True
         stages = list(stages)
         if not stages or not all(isinstance(stage, Stage) for stage in stages):
             raise ValueError(
@@ -59,6 +58,7 @@ class StagedPrecision(keras.callbacks.Callback):
         self.verbose = verbose
         self._tensors: list[inspection.QuantizedTensor] = []
         self._epoch = 0
+        self._is_first_epoch = True
 
     def on_train_begin(self, logs=None):
         """Checks that the stages fit the model and the training."""
@@ -73,7 +73,7 @@ class StagedPrecision(keras.callbacks.Callback):
             )
         self._check_reachable()
         self._check_optimizer()
-        self._warn_of_open_ranges()
+        self._is_first_epoch = True
         if not hasattr(self.model, "staging"):
             # A tf.train.Checkpoint is tracked by checkpoints, yet its variables
             # are no weights of the model, whose files keep their format.
@@ -85,6 +85,10 @@ class StagedPrecision(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         """Enters the epoch's stage, if it is not the present one."""
         del logs
+        if self._is_first_epoch:
+            # Not before: a checkpoint may have brought the ranges.
+            self._warn_of_open_ranges()
+            self._is_first_epoch = False
         self._epoch = epoch
         index, start = stage_at(self.stages, epoch)
         stage, position = self.stages[index], self.model.staging
@@ -200,10 +204,12 @@ def reset_optimizer(model: keras.Model) -> None:
     the same configuration; the learning rate stays.
 
     Args:
-        model: compiled model with a `keras.optimizers.Optimizer`.
+        model: compiled model with a `keras.optimizers.Optimizer`. A `LowBitTrainer`'s
+            teacher keeps its own.
     """
     optimizer = _innermost(model.optimizer)
-    variables = model.trainable_variables
+    networks = inspection.networks(model)
+    variables = [v for network in networks for v in network.trainable_variables]
     with model.distribute_strategy.scope():
         fresh = type(optimizer).from_config(optimizer.get_config())
         fresh.build(variables)

@@ -151,7 +151,7 @@ def signed_limits(bits, narrow_range: bool):
     return (positive if narrow_range else half), positive
 
 
-def signed_codes(scaled, bits, narrow_range: bool):
+def signed_codes(scaled, bits, narrow_range: bool, rounding_bits=None):
     """Codes of the signed grid: `round(clip(v, -Q_N, Q_P))`, half to even.
 
     At one bit: +1 where v >= 0, else -1.
@@ -160,14 +160,18 @@ def signed_codes(scaled, bits, narrow_range: bool):
         scaled: float32 tensor `v = x / step` of any shape. NaN stays NaN.
         bits: scalar int or int32 tensor.
         narrow_range: as in `signed_limits`.
+        rounding_bits: scalar int or int32 tensor: `bits` (also where None), or 16 or
+            32 to clip to the limits of `bits` without rounding.
 
     Returns:
         Float32 tensor of the same shape: integers in [-Q_N, Q_P], or the clipped
-        `v` itself (to float32's resolution) where `bits` says "not rounded".
+        `v` itself (to float32's resolution) where the bits say "not rounded".
     """
     bits = tf.convert_to_tensor(bits, tf.int32)
     negative, positive = signed_limits(bits, narrow_range)
     clipped = tf.clip_by_value(scaled, -negative, positive)
+    if rounding_bits is not None:
+        bits = tf.convert_to_tensor(rounding_bits, tf.int32)
     fineness = tf.where(bits > MAX_BITS, _UNROUNDED_FINENESS, 1.0)
     rounded = tf.round(clipped * fineness) / fineness
     # Neither comparison holds for a NaN, which so stays what it is.

@@ -18,7 +18,7 @@ DECAYS = ("constant", "cosine", "step")
 DEFAULT_LADDER = (32, 16, 8, 4, 2)
 FLOAT_BITS = 32
 # The authors' CIFAR-100 recipe: x 0.1 at epochs 60 and 120 of 200.
-_STEP_MILESTONES = (0.3, 0.6)
+STEP_MILESTONES = (0.3, 0.6)
 _STEP_FACTOR = 0.1
 
 Bits = int | tuple[int, int]
@@ -88,7 +88,7 @@ class Stage:
         if self.learning_rate is None or self.decay == "constant":
             return self.learning_rate
         if self.decay == "step":
-            passed = sum(progress >= milestone for milestone in _STEP_MILESTONES)
+            passed = sum(progress >= milestone for milestone in STEP_MILESTONES)
             return self.learning_rate * _STEP_FACTOR**passed
         cosine = 0.5 * (1.0 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
         return self.learning_rate * cosine

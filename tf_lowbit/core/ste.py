@@ -216,6 +216,7 @@ def stepped_round(
     *,
     signed: bool,
     narrow_range: bool = False,
+    rounding_bits=None,
     gradient_scale=1.0,
     implementation: str = "auto",
 ):
@@ -233,6 +234,8 @@ def stepped_round(
         bits: scalar int32 tensor.
         signed: the signed grid; False for the unsigned one (then scalar `step`).
         narrow_range: signed grid only: leave the lowest code out.
+        rounding_bits: scalar int32 tensor: `bits` (also where None), or 16 or 32 to
+            keep the range of `bits` and not round in it.
         gradient_scale: scalar factor on the step's gradient, "g" in the paper.
         implementation: as in `clip_round`; the signed grid is always composed.
 
@@ -246,10 +249,11 @@ def stepped_round(
         if signed:
             negative, positive = grid.signed_limits(bits, narrow_range)
             low, high = -negative * s, positive * s
-            y = grid.signed_codes(x / s, bits, narrow_range) * s
+            y = grid.signed_codes(x / s, bits, narrow_range, rounding_bits) * s
         else:
             low, high = 0.0, unsigned_range(s, bits)
-            y = unsigned_forward(x, high, bits, implementation)
+            fineness = bits if rounding_bits is None else rounding_bits
+            y = unsigned_forward(x, high, fineness, implementation)
 
         def gradient(upstream):
             d_x = _mask_function(fused)(upstream, x, low, high)
@@ -275,7 +279,7 @@ def unsigned_range(step, bits):
     return step * grid.unsigned_limit(tf.minimum(bits, grid.MAX_BITS))
 
 
-def scaled_round(inputs, scale, bits, *, narrow_range: bool):
+def scaled_round(inputs, scale, bits, *, narrow_range: bool, rounding_bits=None):
     """Signed rounding with a given scale: `scale * round(clip(x / scale))`.
 
     Gradient: `dy/dx = 1` inside the range, else 0; none for `scale`.
@@ -285,6 +289,7 @@ def scaled_round(inputs, scale, bits, *, narrow_range: bool):
         scale: float32 tensor, positive, scalar or broadcastable to `inputs`.
         bits: scalar int32 tensor.
         narrow_range: leave the lowest code out.
+        rounding_bits: as in `stepped_round`.
 
     Returns:
         Float32 tensor of the same shape.
@@ -294,7 +299,7 @@ def scaled_round(inputs, scale, bits, *, narrow_range: bool):
     @tf.custom_gradient
     def quantize(x):
         negative, positive = grid.signed_limits(bits, narrow_range)
-        y = grid.signed_codes(x / scale, bits, narrow_range) * scale
+        y = grid.signed_codes(x / scale, bits, narrow_range, rounding_bits) * scale
 
         def gradient(upstream):
             # The largest weight defines the scale; rounding of `scale * Q` must not

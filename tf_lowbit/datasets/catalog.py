@@ -53,6 +53,7 @@ def load(
     data_dir: str | None = None,
     validation_fraction: float = 0.0,
     start_epoch: int = 0,
+    start_step: int = 0,
     limit: int | None = None,
     **source_options,
 ) -> Dataset:
@@ -80,6 +81,8 @@ def load(
       validation_fraction: part of the training set to hold out as `validation`, in
         [0, 1).
       start_epoch: the epoch, from 0, that `train` starts with.
+      start_step: the batch of that epoch, from 0, that `train` starts with; below
+        `steps_per_epoch`.
       limit: use at most this many training and this many test examples, at least 1;
         None for all.
       **source_options: what only some data sets take: `image_size` and
@@ -108,6 +111,7 @@ def load(
         augment=augment,
         validation_fraction=validation_fraction,
         start_epoch=start_epoch,
+        start_step=start_step,
         limit=limit,
     )
     if entry.reads_files:

@@ -89,6 +89,8 @@ class PipelineOptions:
       augment: whether training images are augmented.
       validation_fraction: part of the training set to hold out, in [0, 1).
       start_epoch: the epoch that the training pipeline starts with, from 0.
+      start_step: the batch of `start_epoch` that the training pipeline starts with,
+        from 0. That the epoch has such a batch is checked by the pipeline.
       limit: at most this many training and this many test examples are used;
         None for all.
 
@@ -101,6 +103,7 @@ class PipelineOptions:
     augment: bool = True
     validation_fraction: float = 0.0
     start_epoch: int = 0
+    start_step: int = 0
     limit: int | None = None
 
     def __post_init__(self):
@@ -109,6 +112,7 @@ class PipelineOptions:
         if self.seed >= _SEED_LIMIT:
             raise ValueError(f"seed must be below 2**63. Received: seed={self.seed}")
         _require_integer("start_epoch", self.start_epoch, at_least=0)
+        _require_integer("start_step", self.start_step, at_least=0)
         if self.limit is not None:
             _require_integer("limit", self.limit, at_least=1)
         if not 0.0 <= self.validation_fraction < 1.0:
@@ -157,18 +161,20 @@ class Dataset:
     augmentation of epoch e are a pure function of (seed, e). Hence
 
     ```python
-    data = datasets.load("digits", batch_size=32, start_epoch=epoch)
+    recovery = tfl.callbacks.Recovery("checkpoints", every=10)
+    epoch, step = recovery.position
+    data = datasets.load("digits", batch_size=32, start_epoch=epoch, start_step=step)
     model.fit(
         data.train,
         steps_per_epoch=data.steps_per_epoch,
-        initial_epoch=epoch,
         epochs=100,
         validation_data=data.test,
+        callbacks=[recovery],
     )
     ```
 
-    feeds a run that resumes at `epoch` exactly what it would have seen without the
-    interruption. Each new iterator over `train` starts again at `start_epoch`.
+    feeds a run that resumes at `step` of `epoch` exactly what it would have seen
+    without the interruption. Each new iterator over `train` starts again there.
     `test` and `validation` are one pass, in stored order, never augmented.
 
     Attributes:

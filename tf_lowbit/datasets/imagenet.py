@@ -59,7 +59,7 @@ def load(
       ImportError: TensorFlow Datasets is not installed.
       FileNotFoundError: ImageNet was not prepared.
       ValueError: an argument is out of range, or a split is missing, or the records
-        are not TFRecord files.
+        are not TFRecord files, or an epoch has no batch `start_step`.
     """
     for name, value in (("image_size", image_size), ("shuffle_buffer", shuffle_buffer)):
         if value < 1:
@@ -167,7 +167,7 @@ def _training_batches(
     # shuffled here.
     files = _file_instructions(builder, f"train[:{size}]")
 
-    def epoch_pipeline(epoch):
+    def epoch_pipeline(epoch, start_step):
         order_seed, augmentation_seed = epoch_seeds(options.seed, epoch)
         file_seed, record_seed = tf.unstack(tf.random.split(order_seed, 2))
         order = tf.random.experimental.stateless_shuffle(
@@ -188,7 +188,9 @@ def _training_batches(
         records = records.shuffle(
             shuffle_buffer, seed=record_seed[0], reshuffle_each_iteration=False
         )
-        images = records.enumerate().map(
+        # Records are skipped before they are decoded: only reading them takes time.
+        records = records.enumerate().skip(start_step * options.batch_size)
+        images = records.map(
             functools.partial(decode, augmentation_seed),
             num_parallel_calls=tf.data.AUTOTUNE,
         )
@@ -201,7 +203,8 @@ def _training_batches(
             return random_resized_crop(encoded, seed, image_size=image_size), label
         return center_crop(encoded, image_size=image_size), label
 
-    dataset = repeat_epochs(epoch_pipeline, options.start_epoch)
+    steps = batches(size, options.batch_size)
+    dataset = repeat_epochs(epoch_pipeline, steps, options)
     return finish(dataset.map(_normalize, num_parallel_calls=tf.data.AUTOTUNE))
 
 

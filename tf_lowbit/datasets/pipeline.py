@@ -106,7 +106,8 @@ def build(source: InMemorySource, options: PipelineOptions) -> Dataset:
       The data set.
 
     Raises:
-      ValueError: `validation_fraction` would leave a part empty.
+      ValueError: `validation_fraction` would leave a part empty, or an epoch has no
+        batch `start_step`.
     """
     train = source.train.select(slice(options.limited(len(source.train))))
     test = source.test.select(slice(options.limited(len(source.test))))
@@ -132,19 +133,36 @@ def build(source: InMemorySource, options: PipelineOptions) -> Dataset:
     )
 
 
-def repeat_epochs(epoch_pipeline, start_epoch: int) -> tf.data.Dataset:
-    """Chains the pipelines of all epochs, from `start_epoch` on, for ever.
+def repeat_epochs(
+    epoch_pipeline, steps_per_epoch: int, options: PipelineOptions
+) -> tf.data.Dataset:
+    """Chains the pipelines of all epochs, from the start in `options`, for ever.
 
     Args:
-      epoch_pipeline: from an epoch, int64 scalar tensor, to a tf.data.Dataset.
-      start_epoch: the first epoch.
+      epoch_pipeline: from an epoch and the batch to start it with, int64 scalar
+        tensors, to a tf.data.Dataset of the epoch's batches from that one on.
+      steps_per_epoch: batches in a whole epoch.
+      options: `start_epoch` and `start_step` count.
 
     Returns:
       A pipeline of infinite cardinality.
+
+    Raises:
+      ValueError: `start_step` is not below `steps_per_epoch`.
     """
-    epochs = tf.data.Dataset.counter(start=start_epoch)
+    if options.start_step >= steps_per_epoch:
+        raise ValueError(
+            f"start_step must be below the {steps_per_epoch} steps of an epoch. "
+            f"Received: start_step={options.start_step}"
+        )
+
+    def from_its_start(epoch):
+        is_first = tf.cast(epoch == options.start_epoch, tf.int64)
+        return epoch_pipeline(epoch, is_first * options.start_step)
+
+    epochs = tf.data.Dataset.counter(start=options.start_epoch)
     # flat_map cannot know its cardinality, but Keras asks for it.
-    return epochs.flat_map(epoch_pipeline).apply(
+    return epochs.flat_map(from_its_start).apply(
         tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
     )
 
@@ -165,9 +183,14 @@ def epoch_seeds(seed: int, epoch: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 
 
 def finish(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """Adds prefetching, and demands a deterministic order."""
+    """Adds prefetching, and demands a deterministic order.
+
+    Several workers share each batch out; by files they would see other batches.
+    """
     options = tf.data.Options()
     options.deterministic = True
+    sharding = options.experimental_distribute
+    sharding.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
     return dataset.with_options(options).prefetch(tf.data.AUTOTUNE)
 
 
@@ -175,9 +198,10 @@ def _training_batches(
     examples: Examples, source: InMemorySource, options: PipelineOptions
 ) -> tf.data.Dataset:
     size, batch_size = len(examples), options.batch_size
+    steps = batches(size, batch_size)
     images, labels = _on_host(examples)
 
-    def epoch_pipeline(epoch):
+    def epoch_pipeline(epoch, start_step):
         order_seed, augmentation_seed = epoch_seeds(options.seed, epoch)
         order = tf.random.experimental.stateless_shuffle(
             tf.range(size, dtype=tf.int64), seed=order_seed
@@ -187,7 +211,7 @@ def _training_batches(
             indices = order[step * batch_size : (step + 1) * batch_size]
             return indices, tf.random.fold_in(augmentation_seed, step)
 
-        return tf.data.Dataset.range(batches(size, batch_size)).map(indices_and_seed)
+        return tf.data.Dataset.range(start_step, steps).map(indices_and_seed)
 
     def read(indices, seed):
         batch = tf.gather(images, indices)
@@ -197,7 +221,7 @@ def _training_batches(
 
     # The epochs yield indices only; the work on pixels comes after flat_map, so that
     # it runs in parallel and ahead across the end of an epoch.
-    dataset = repeat_epochs(epoch_pipeline, options.start_epoch)
+    dataset = repeat_epochs(epoch_pipeline, steps, options)
     return finish(dataset.map(read, num_parallel_calls=tf.data.AUTOTUNE))
 
 

@@ -4,6 +4,8 @@ They hold configuration, the layers hold the variables. `get` finds one by name.
 """
 
 from tf_lowbit.quantizers.base import (
+    ACTIVATION,
+    WEIGHT,
     ActivationQuantizer,
     LowBitQuantizer,
     WeightQuantizer,
@@ -13,8 +15,6 @@ from tf_lowbit.quantizers.dorefa import (
     DoReFaWeightQuantizer,
 )
 from tf_lowbit.quantizers.lookup import (
-    ACTIVATION,
-    WEIGHT,
     deserialize,
     find,
     get,

@@ -4,6 +4,7 @@ import abc
 
 from tf_lowbit.compat import as_float32, keras, tf, tfmot
 from tf_lowbit.core import grid
+from tf_lowbit.quantizers import sampling
 
 # The smallest learned step or clip. A step that reaches zero would divide by zero,
 # and one that turns negative would flip the grid (a known LSQ failure).
@@ -11,6 +12,8 @@ SMALLEST_RANGE = 1e-6
 # While ranges are measured, nothing is to be clipped: far above what a normalised
 # network puts out, and fine enough (4096 / 2^24) not to be seen.
 OPEN_RANGE = 4096.0
+WEIGHT = "weight"
+ACTIVATION = "activation"
 
 
 @keras.utils.register_keras_serializable(package="tf_lowbit")
@@ -58,9 +61,23 @@ class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
     # Nothing below needs AutoGraph, and converting it makes tracing slower.
     @tf.autograph.experimental.do_not_convert
     def __call__(self, inputs, training, weights, **kwargs):
-        """Quantizes `inputs`; the same in training and inference."""
+        """Quantizes `inputs`; the same in training and inference.
+
+        Within `sampling.sampled`, a quantizer that is drawn unquantized keeps its
+        range and does not round.
+        """
         del training, kwargs
-        outputs = self.quantize(as_float32(inputs), weights)
+        values = as_float32(inputs)
+        is_quantized = sampling.drawn(weights)
+        if is_quantized is not None:
+            weights = sampling.with_rounding_bits(weights, is_quantized)
+        outputs = self.quantize(values, weights)
+        if (
+            is_quantized is not None
+            and self.role == WEIGHT
+            and sampling.passes_raw_weights()
+        ):
+            outputs = tf.where(is_quantized, outputs, values)
         return tf.cast(outputs, inputs.dtype)
 
     @abc.abstractmethod
@@ -69,7 +86,8 @@ class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
 
         Args:
             inputs: float32 tensor.
-            variables: what `build` returned.
+            variables: what `build` returned; for one call they may hold
+                `rounding_bits` besides, which `_rounding_bits` reads.
 
         Returns:
             Float32 tensor of the same shape.
@@ -129,6 +147,11 @@ class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
         """Adds what the subclass needs to `variables`."""
 
     @staticmethod
+    def _rounding_bits(variables):
+        """The bits to round to: `bits`, or "not rounded" within the same range."""
+        return tf.convert_to_tensor(variables.get("rounding_bits", variables["bits"]))
+
+    @staticmethod
     def _state(layer, name, value, dtype=tf.float32, shape=()):
         """A non-trainable variable that is the same on every replica."""
         return layer.add_weight(
@@ -164,7 +187,7 @@ class ActivationQuantizer(LowBitQuantizer):
         replaces_relu: the unsigned ones are quantized ReLUs by themselves.
     """
 
-    role = "activation"
+    role = ACTIVATION
     signed = False
 
     @property
@@ -191,7 +214,7 @@ class ActivationQuantizer(LowBitQuantizer):
 class WeightQuantizer(LowBitQuantizer):
     """A quantizer of weights."""
 
-    role = "weight"
+    role = WEIGHT
 
     def initialize(self, weights, variables: dict) -> None:
         """Sets the range from the weights. Does nothing where there is none.

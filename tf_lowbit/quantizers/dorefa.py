@@ -30,7 +30,7 @@ class DoReFaWeightQuantizer(WeightQuantizer):
 
     def quantize(self, inputs, variables):
         """See `LowBitQuantizer.quantize`."""
-        bits = tf.convert_to_tensor(variables["bits"])
+        bits = self._rounding_bits(variables)
         return ste.normalized_round(inputs, bits, self.max_gradient)
 
     def codes(self, inputs, variables):
@@ -70,7 +70,7 @@ class DoReFaActivationQuantizer(ActivationQuantizer):
 
     def quantize(self, inputs, variables):
         """See `LowBitQuantizer.quantize`."""
-        bits = tf.convert_to_tensor(variables["bits"])
+        bits = self._rounding_bits(variables)
         return ste.clip_round(inputs, self.clip, bits, self.implementation)
 
     def codes(self, inputs, variables):

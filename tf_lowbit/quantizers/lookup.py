@@ -1,7 +1,7 @@
 """Finds quantizers by name, and turns them into data and back."""
 
 from tf_lowbit.compat import keras
-from tf_lowbit.quantizers.base import LowBitQuantizer
+from tf_lowbit.quantizers.base import ACTIVATION, WEIGHT, LowBitQuantizer
 from tf_lowbit.quantizers.dorefa import (
     DoReFaActivationQuantizer,
     DoReFaWeightQuantizer,
@@ -12,9 +12,6 @@ from tf_lowbit.quantizers.uniform import (
     UniformActivationQuantizer,
     UniformWeightQuantizer,
 )
-
-WEIGHT = "weight"
-ACTIVATION = "activation"
 
 _BY_ROLE = {
     WEIGHT: {

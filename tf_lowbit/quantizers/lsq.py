@@ -96,6 +96,7 @@ class LSQWeightQuantizer(_LearnedStep, WeightQuantizer):
             bits,
             signed=True,
             narrow_range=self.narrow_range,
+            rounding_bits=self._rounding_bits(variables),
             gradient_scale=tf.math.rsqrt(sharing * _highest_code(bits, signed=True)),
         )
 
@@ -167,6 +168,7 @@ class LSQActivationQuantizer(_LearnedStep, ActivationQuantizer):
             self._step(variables),
             bits,
             signed=self.signed,
+            rounding_bits=self._rounding_bits(variables),
             gradient_scale=tf.math.rsqrt(features * _highest_code(bits, self.signed)),
             implementation=self.implementation,
         )

@@ -62,7 +62,7 @@ class PACTActivationQuantizer(ActivationQuantizer):
 
     def quantize(self, inputs, variables):
         """See `LowBitQuantizer.quantize`."""
-        bits = tf.convert_to_tensor(variables["bits"])
+        bits = self._rounding_bits(variables)
         alpha = self._alpha(variables)
         return ste.learned_clip_round(inputs, alpha, bits, self.implementation)
 

@@ -38,7 +38,13 @@ class UniformWeightQuantizer(WeightQuantizer):
         """See `LowBitQuantizer.quantize`."""
         bits = tf.convert_to_tensor(variables["bits"])
         scale = self.step(inputs, variables)
-        return ste.scaled_round(inputs, scale, bits, narrow_range=True)
+        return ste.scaled_round(
+            inputs,
+            scale,
+            bits,
+            narrow_range=True,
+            rounding_bits=self._rounding_bits(variables),
+        )
 
     def codes(self, inputs, variables):
         """Int32 codes in [-Q, Q], the shape of `inputs`."""
@@ -115,13 +121,20 @@ class UniformActivationQuantizer(ActivationQuantizer):
         """See `LowBitQuantizer.quantize`."""
         bits = tf.convert_to_tensor(variables["bits"])
         clip = tf.stop_gradient(as_float32(variables["clip"]))
-        return self._rounded(inputs, clip, bits)
+        return self._rounded(inputs, clip, bits, self._rounding_bits(variables))
 
-    def _rounded(self, inputs, clip, bits):
+    def _rounded(self, inputs, clip, bits, rounding_bits):
         if not self.signed:
-            return ste.learned_clip_round(inputs, clip, bits, self.implementation)
-        step = self._signed_step(clip, bits)
-        return ste.scaled_round(inputs, step, bits, narrow_range=True)
+            return ste.learned_clip_round(
+                inputs, clip, rounding_bits, self.implementation
+            )
+        return ste.scaled_round(
+            inputs,
+            self._signed_step(clip, bits),
+            bits,
+            narrow_range=True,
+            rounding_bits=rounding_bits,
+        )
 
     @staticmethod
     def _signed_step(clip, bits):
@@ -154,7 +167,7 @@ class UniformActivationQuantizer(ActivationQuantizer):
         bits = tf.constant(self.bits)
         clip = ranges.least_error_clip(
             samples,
-            lambda x, c: self._rounded(x, tf.constant(c), bits),
+            lambda x, c: self._rounded(x, tf.constant(c), bits, bits),
             signed=self.signed,
         )
         variables["clip"].assign(clip)

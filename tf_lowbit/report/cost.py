@@ -100,14 +100,23 @@ def cost(model: keras.Model) -> Cost:
     definition without the accumulator's term.
 
     Args:
-        model: functional or sequential model, quantized or float.
+        model: functional or sequential model, quantized or float; or a
+            `LowBitTrainer` of one student.
 
     Returns:
         The cost.
 
     Raises:
-        ValueError: if the model is subclassed or not built.
+        ValueError: if the model is subclassed or not built, or a trainer has several
+            students.
     """
+    networks = inspection.networks(model)
+    if len(networks) > 1:
+        raise ValueError(
+            "model must be one network: choose one of trainer.students. "
+            f"Received: a trainer of {len(networks)}"
+        )
+    (model,) = networks
     if not isinstance(model, keras.Model) or not getattr(
         model, "_is_graph_network", False
     ):

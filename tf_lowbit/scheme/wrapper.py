@@ -1,6 +1,6 @@
 """TF-MOT's wrapper, made to honour `trainable = False`."""
 
-from tf_lowbit.compat import keras, tfmot
+from tf_lowbit.compat import keras, tf, tfmot
 
 _QuantizeWrapper = tfmot.quantization.keras.QuantizeWrapperV2
 
@@ -8,6 +8,13 @@ _QuantizeWrapper = tfmot.quantization.keras.QuantizeWrapperV2
 @keras.utils.register_keras_serializable(package="tf_lowbit")
 class LowBitWrapper(_QuantizeWrapper):
     """TF-MOT lists latent weights and learned steps as trainable even if frozen."""
+
+    def add_weight(self, *args, **kwargs):
+        """As Keras's; TF-MOT's step counter, too, is one and the same everywhere."""
+        if kwargs.get("trainable") is False:
+            same = tf.VariableAggregation.ONLY_FIRST_REPLICA
+            kwargs.setdefault("aggregation", same)
+        return super().add_weight(*args, **kwargs)
 
     def build(self, input_shape):
         """Builds thawed: the order of the weights must not hang on the flag."""

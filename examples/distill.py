@@ -1,0 +1,76 @@
+"""Joint distillation in short: a float teacher and a 2-bit student learn together.
+
+Both start from the same float network, see each batch in one step, and learn from the
+labels and from one another. On the digits that scikit-learn holds:
+
+  python examples/distill.py --epochs=20
+
+`train.py` has all methods, checkpoints and records.
+"""
+
+import os
+
+# Before TensorFlow is imported: its start-up notes would bury the progress bar.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import experiment
+from absl import app, flags
+
+import tf_lowbit as tfl
+from tf_lowbit import datasets, models
+from tf_lowbit.compat import keras
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_enum("dataset", "digits", datasets.names(), "What to train on.")
+flags.DEFINE_string("model", "preact_resnet8", "The network of both.")
+flags.DEFINE_integer("bits", 2, "Bits of the student's weights and activations.")
+flags.DEFINE_integer("float_epochs", 20, "Epochs of the float network, their start.")
+flags.DEFINE_integer("epochs", 20, "Epochs of the joint training.")
+flags.DEFINE_float("learning_rate", 0.02, "Of both, at the start.")
+flags.DEFINE_integer("batch_size", 32, "Images in a batch.")
+flags.DEFINE_integer("seed", 0, "Of the initial weights and the data's order.")
+flags.DEFINE_string("output", "student.h5", "File for the student.")
+
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def sgd(steps: int) -> keras.optimizers.Optimizer:
+    """SGD with momentum, its learning rate falling to zero in so many steps."""
+    rate = keras.optimizers.schedules.CosineDecay(FLAGS.learning_rate, steps)
+    return keras.optimizers.SGD(rate, momentum=0.9, nesterov=True)
+
+
+def main(argv):
+    """Trains the float network, then teacher and student, and saves the student."""
+    if len(argv) > 1:
+        raise app.UsageError(f"Received: arguments that are no flags: {argv[1:]}")
+    experiment.quiet()
+    keras.utils.set_random_seed(FLAGS.seed)
+    data = datasets.load(FLAGS.dataset, batch_size=FLAGS.batch_size, seed=FLAGS.seed)
+    epoch = {"steps_per_epoch": data.steps_per_epoch, "validation_data": data.test}
+
+    teacher = models.get(
+        FLAGS.model, classes=data.classes, input_shape=data.input_shape
+    )
+    steps = FLAGS.float_epochs * data.steps_per_epoch
+    teacher.compile(sgd(steps), LOSS, metrics=["accuracy"])
+    teacher.fit(data.train, epochs=FLAGS.float_epochs, **epoch)
+
+    rule = tfl.PrecisionRule(".*", weight_bits=FLAGS.bits, activation_bits=FLAGS.bits)
+    student = tfl.quantize(teacher, [rule])
+    trainer = tfl.LowBitTrainer(student, teacher, distillation=tfl.JointDistillation())
+    steps = FLAGS.epochs * data.steps_per_epoch
+    trainer.compile(
+        sgd(steps), LOSS, metrics=["accuracy"], teacher_optimizer=sgd(steps)
+    )
+    trainer.fit(data.train, epochs=FLAGS.epochs, **epoch)
+
+    # Of the student alone, fully quantized.
+    _, accuracy = trainer.evaluate(data.test, verbose=0)
+    student.save(FLAGS.output, include_optimizer=False)
+    print(f"{FLAGS.bits}-bit student: test accuracy {accuracy:.4f}, in {FLAGS.output}")
+
+
+if __name__ == "__main__":
+    app.run(main)

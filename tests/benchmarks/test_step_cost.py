@@ -1,0 +1,5 @@
+import json
+
+import pytest
+
+from tests.benchmarks import programs

@@ -1,0 +1,35 @@
+import json
+import os
+import platform
+from importlib import metadata
+
+import tf_lowbit as tfl
+from tf_lowbit.compat import tf
+from tf_lowbit.report import environment
+
+
+def test_versions_are_those_that_are_installed():
+    versions = environment()["versions"]
+    assert versions.pop("tf_lowbit") == tfl.__version__
+    assert versions.pop("python") == platform.python_version()
+    assert versions == {name: metadata.version(name) for name in versions}
+    assert set(versions) >= {"tensorflow", "tf-keras", "tensorflow-model-optimization"}
+    assert versions["tensorflow"] == tf.__version__
+
+
+def test_machine_and_its_devices():
+    machine = environment()["machine"]
+    kinds = ["CPU"] * len(tf.config.list_logical_devices("CPU"))
+    assert len(kinds) == 4  # tests/conftest.py
+    kinds += ["GPU"] * len(tf.config.list_logical_devices("GPU"))
+    assert machine["devices"] == kinds
+    assert machine["cpus"] == os.cpu_count()
+    assert machine["processor"] == platform.machine()
+    assert machine["platform"] == platform.platform()
+
+
+def test_is_ready_for_json():
+    found = environment()
+    assert set(found) == {"versions", "machine"}
+    assert json.loads(json.dumps(found)) == found
+    assert all(isinstance(version, str) for version in found["versions"].values())

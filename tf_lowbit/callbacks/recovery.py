@@ -1,0 +1,403 @@
+"""Checkpoints that are whole or absent, and a `model.fit` that goes on from them."""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import numbers
+import os
+import shutil
+import uuid
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from tf_lowbit.compat import keras, tf
+
+_FORMAT = 1
+_NAME = "epoch-{:05d}-step-{:07d}"
+_PARTIAL = ".partial-"
+_MANIFEST = "manifest.json"
+_SIGNATURE = "signature.json"
+_VARIABLES = "variables"
+
+
+class Position(NamedTuple):
+    """Where a training goes on. Tuples compare as positions do.
+
+    Attributes:
+        epoch: the epoch to go on with, from 0.
+        step: how many of its steps are done, in [0, steps per epoch).
+    """
+
+    epoch: int
+    step: int
+
+
+class Recovery(keras.callbacks.Callback):
+    """Saves a training, and makes an interrupted one go on, in mid-epoch too.
+
+    When training begins, the newest intact checkpoint in the folder is restored, and
+    `fit` goes on at its epoch and step, whatever its `initial_epoch`. Without one,
+    `fit` starts as ever. What cannot be moved from here is the data, so start them at
+    `position`, as an endless stream with `steps_per_epoch`:
+
+    ```python
+    recovery = tfl.callbacks.Recovery("checkpoints", every=500)
+    epoch, step = recovery.position
+    data = datasets.load(name, batch_size=64, start_epoch=epoch, start_step=step)
+    model.fit(
+        data.train,
+        steps_per_epoch=data.steps_per_epoch,
+        epochs=90,
+        callbacks=[tfl.callbacks.StagedPrecision(stages), recovery],
+    )
+    ```
+
+    Put it last in the list, so that it saves what the others have done. Saved is all
+    that the model tracks: weights, optimizer state, the position of `StagedPrecision`.
+    Not saved are the metrics, which in a resumed epoch are over its remaining steps,
+    the random draws of layers such as Dropout, and what other callbacks remember.
+    Everything else goes on bit for bit, as far as the device computes so; but of what
+    replicas keep each for itself, such as BatchNormalization's moving statistics,
+    the mean is saved, so that they differ by rounding.
+
+    If the checkpoint is at or past the `epochs` of `fit`, the model is restored and
+    not trained: `fit` returns an empty history.
+
+    A checkpoint is a folder, named by its position, whose manifest holds the size and
+    the SHA-256 of each file. It is written under a hidden name, flushed to the disk
+    and then renamed, so that it is there whole or not at all, whenever the program is
+    killed. One that is not intact all the same (a disk's fault, a copy broken off)
+    is reported by a warning and skipped. Only one training at a time may use a folder.
+
+    With several workers, all take part in a save and the chief alone keeps what it
+    wrote; the folder must be one that all of them see.
+
+    Args:
+        folder: where the checkpoints go, a path in the file system; made if absent.
+        every: None saves at the end of each epoch. A number also saves within an
+            epoch, each time that so many more of its steps are done (with
+            `steps_per_execution`, after the execution that gets there), and where
+            `stop_training` cuts an epoch short.
+        keep: how many intact checkpoints stay; older ones are deleted after a save.
+        verbose: 1 prints a line where a training goes on.
+
+    Raises:
+        ValueError: in the constructor, if an argument is out of range; when training
+            begins, if the checkpoint is of another network or optimizer or does not
+            fit the epochs and steps of `fit`, if `every` is given and the steps per
+            epoch are not known, or if `BackupAndRestore` is used as well.
+        OSError: if the folder cannot be written, when training begins or at a save.
+            The earlier checkpoints stay.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        every: int | None = None,
+        keep: int = 2,
+        verbose: int = 0,
+    ):
+        super().__init__()
+        if "://" in str(folder):
+            raise ValueError(
+                "folder must be a path in the file system, where a rename is atomic. "
+                f"Received: folder={folder!r}"
+            )
+        for name, value in (("every", every), ("keep", keep)):
+            is_count = isinstance(value, numbers.Integral) and value >= 1
+            if not is_count and (name, value) != ("every", None):
+                raise ValueError(
+                    f"{name} must be an integer of at least 1. "
+                    f"Received: {name}={value!r}"
+                )
+        self.folder = Path(folder)
+        self.every = every
+        self.keep = keep
+        self.verbose = verbose
+        # The logs are not read: without this flag Keras would wait for them and
+        # fetch them from the device after each step.
+        self._supports_tf_logs = True
+        self._torn: set[Position] = set()
+        self._epoch = 0
+        self._steps_before = 0
+        self._is_epoch_whole = False
+
+    @property
+    def position(self) -> Position:
+        """Where `fit` will go on: after the newest intact checkpoint, else at (0, 0).
+
+        Needs neither model nor data. Reads the checkpoint in full.
+        """
+        return self._newest_intact() or Position(0, 0)
+
+    def on_train_begin(self, logs=None):
+        """Restores the newest intact checkpoint, and has `fit` go on from there."""
+        del logs
+        if self.every is not None and self.params.get("steps") is None:
+            raise ValueError(
+                "every needs to know where an epoch ends: give fit steps_per_epoch. "
+                f"Received: every={self.every}, steps_per_epoch=None"
+            )
+        _require_no_other(self.model)
+        if self._is_chief():
+            for leftover in self.folder.glob(f"{_PARTIAL}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        with self._partial_folder():
+            pass  # An unwritable folder is found now, not after an epoch.
+        position = self._newest_intact()
+        if position is not None:
+            self._restore(position)
+            if self.verbose:
+                print(f"Going on at epoch {position.epoch}, step {position.step}")
+        self.model._training_state = _Start(self.model, position)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Checks that nothing else has moved the start of the training."""
+        del logs
+        _require_no_other(self.model)
+        self._epoch = epoch
+        self._is_epoch_whole = False
+
+    def on_train_batch_begin(self, batch, logs=None):
+        """Notes how many steps are done."""
+        del logs
+        self._steps_before = batch
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Saves, if it is time."""
+        del logs
+        # With steps_per_execution, the batch of the begin hook is the first step of
+        # the execution and this one its last.
+        done, steps = batch + 1, self.params.get("steps")
+        is_stopped = self.model.stop_training
+        self._is_epoch_whole = not is_stopped if steps is None else done == steps
+        if self.every is None or self._is_epoch_whole:
+            return
+        if is_stopped or done // self.every > self._steps_before // self.every:
+            self._save(Position(self._epoch, done))
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Saves, unless `stop_training` or a lack of data has cut the epoch short."""
+        del logs
+        if self._is_epoch_whole:
+            self._save(Position(epoch + 1, 0))
+
+    def _is_chief(self) -> bool:
+        return self.model.distribute_strategy.extended.should_checkpoint
+
+    def _path(self, position: Position) -> Path:
+        return self.folder / _NAME.format(*position)
+
+    def _positions(self) -> list[Position]:
+        """Positions of all checkpoints, torn ones too, in rising order."""
+        if not self.folder.is_dir():
+            return []
+        found = map(_position_of, self.folder.iterdir())
+        return sorted(position for position in found if position is not None)
+
+    def _newest_intact(self) -> Position | None:
+        for position in reversed(self._positions()):
+            flaw = _flaw(self._path(position), position)
+            if not flaw:
+                return position
+            if position not in self._torn:
+                self._torn.add(position)
+                warnings.warn(
+                    "A checkpoint that is not intact is skipped: "
+                    f"{self._path(position)}: {flaw}",
+                    stacklevel=3,
+                )
+        return None
+
+    def _restore(self, position: Position):
+        model, folder = self.model, self._path(position)
+
+        def error(what):
+            return ValueError(
+                "The checkpoint must be of the network and the optimizer that are "
+                f"trained; use another folder or delete it. Received: {folder}: {what}"
+            )
+
+        if model.built:
+            if _has_plain_optimizer(model):
+                model.optimizer.build(model.trainable_variables)
+            # A restoration that fails has changed a part of the model already.
+            saved = json.loads((folder / _SIGNATURE).read_text())
+            pairs = itertools.zip_longest(saved, _signature(model), fillvalue="nothing")
+            for theirs, own in pairs:
+                if theirs != own:
+                    raise error(f"{theirs}, where the model has {own}")
+        try:
+            status = tf.train.Checkpoint(model=model).read(str(folder / _VARIABLES))
+            # What does not exist yet is restored when it is made.
+            status.assert_existing_objects_matched()
+        except (ValueError, AssertionError, tf.errors.OpError) as failure:
+            raise error(failure) from failure
+
+    def _save(self, position: Position):
+        final = self._path(position)
+        with self._partial_folder() as partial:
+            # Reading a variable can take all workers: each of them writes.
+            tf.train.Checkpoint(model=self.model).write(str(partial / _VARIABLES))
+            if not self._is_chief():
+                return
+            signature = json.dumps(_signature(self.model))
+            (partial / _SIGNATURE).write_text(signature)
+            _write_manifest(partial, position)
+            if final.exists():  # Torn, else the training had gone on from it.
+                shutil.rmtree(final)
+            partial.rename(final)
+            _flush(self.folder)
+        self._torn.discard(position)
+        self._delete_before(position)
+
+    def _delete_before(self, newest: Position):
+        """Deletes what `keep` does not cover; torn ones do not count."""
+        # Torn ones ahead are left until the training has passed them.
+        passed = [position for position in self._positions() if position <= newest]
+        intact = [position for position in passed if position not in self._torn]
+        for position in set(passed) - set(intact[-self.keep :]):
+            with self._partial_folder() as partial:
+                # Renamed first: a program killed in here leaves no torn one.
+                self._path(position).rename(partial)
+
+    @contextlib.contextmanager
+    def _partial_folder(self) -> Iterator[Path]:
+        """Makes a hidden folder in the folder, and deletes it if it is still there."""
+        partial = self.folder / f"{_PARTIAL}{uuid.uuid4().hex}"
+        try:
+            partial.mkdir(parents=True)
+            yield partial
+        except (OSError, tf.errors.OpError) as error:
+            raise OSError(
+                "The folder must be writable, with room for another checkpoint "
+                f"({error}). Received: {str(self.folder)!r}"
+            ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+class _Start:
+    """Tells `fit` where to start.
+
+    Keras has no public way. `Model.fit` asks the object at `model._training_state`,
+    if there is one, between `on_train_begin` and the first epoch; that is how
+    `keras.callbacks.BackupAndRestore` does it.
+    """
+
+    def __init__(self, model: keras.Model, position: Position | None):
+        self._model = model
+        self._position = position
+
+    def maybe_load_initial_counters_from_ckpt(
+        self, steps_per_epoch, initial_epoch, mode
+    ):
+        """Returns the epoch and the step to start with; Keras chose the name."""
+        del mode
+        # Asked once: it must not move the start of a later `fit`, even if this one
+        # fails and does not get to `on_train_end`.
+        self._model._training_state = None
+        if self._position is None:
+            return initial_epoch, 0
+        epoch, step = self._position
+        if initial_epoch > epoch:
+            raise ValueError(
+                "initial_epoch must not be past the checkpoint, which would be lost; "
+                "use another folder or delete it. "
+                f"Received: initial_epoch={initial_epoch}, a checkpoint at {epoch}"
+            )
+        if steps_per_epoch is not None and step >= steps_per_epoch:
+            raise ValueError(
+                "The steps per epoch must be those that the checkpoint was made with. "
+                f"Received: {steps_per_epoch} steps, a checkpoint at step {step}"
+            )
+        return epoch, step
+
+
+def _require_no_other(model):
+    state = getattr(model, "_training_state", None)
+    if state is not None and not isinstance(state, _Start):
+        raise ValueError(
+            "Recovery must be the only callback that moves the start of a training: "
+            "use it without BackupAndRestore. "
+            f"Received: a model with a {type(state).__name__}"
+        )
+
+
+def _position_of(path: Path) -> Position | None:
+    """The position that a path is the checkpoint of, or None if it is none."""
+    parts = path.name.split("-")
+    if len(parts) != 4 or not (parts[1].isdecimal() and parts[3].isdecimal()):
+        return None
+    position = Position(int(parts[1]), int(parts[3]))
+    return position if path.name == _NAME.format(*position) else None
+
+
+def _signature(model) -> list[str]:
+    """What a checkpoint and the model that it is restored into must have in common."""
+    state = model.optimizer.variables if _has_plain_optimizer(model) else []
+    return [
+        *(f"weights of shape {weight.shape}" for weight in model.weights),
+        f"the optimizer {type(model.optimizer).__name__}",
+        *(f"optimizer state of shape {value.shape}" for value in state),
+    ]
+
+
+def _has_plain_optimizer(model) -> bool:
+    """Whether the optimizer's state is known ahead of the first step.
+
+    A legacy optimizer makes it as it goes, and a `train_step` of the model's own need
+    not train all variables, or with one optimizer only.
+    """
+    is_legacy = not hasattr(model.optimizer, "build")
+    return type(model).train_step is keras.Model.train_step and not is_legacy
+
+
+def _write_manifest(folder: Path, position: Position):
+    """Writes down what is in a folder, and flushes all of it to the disk."""
+    files = {}
+    for path in folder.iterdir():
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        _flush(path)
+    manifest = {"format": _FORMAT, **position._asdict(), "files": files}
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    _flush(folder / _MANIFEST)
+    _flush(folder)
+
+
+def _flaw(folder: Path, position: Position) -> str:
+    """Says what is wrong with a checkpoint; empty if it is intact."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        if manifest["format"] != _FORMAT:
+            return f"{_MANIFEST} is of format {manifest['format']!r}, not {_FORMAT}"
+        if (manifest["epoch"], manifest["step"]) != position:
+            return f"{_MANIFEST} is of another position"
+        for name, file in manifest["files"].items():
+            size = (folder / name).stat().st_size
+            if size != file["bytes"]:
+                return f"{name} has {size} bytes instead of {file['bytes']}"
+            if _digest(folder / name) != file["sha256"]:
+                return f"{name} is not what was written"
+    except OSError as error:
+        return f"{Path(error.filename).name} cannot be read ({error.strerror})"
+    except (ValueError, TypeError, LookupError, AttributeError):
+        return f"{_MANIFEST} is not one"
+    return ""
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path):
+    """Waits until a file or the entries of a folder are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

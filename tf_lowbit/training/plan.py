@@ -1,0 +1,170 @@
+"""What a trainer trains and how, checked before anything is trained."""
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+
+from tf_lowbit import inspection
+from tf_lowbit.compat import keras, tf
+from tf_lowbit.scheme import graph
+from tf_lowbit.training.distillation import (
+    Hint,
+    JointDistillation,
+    Seen,
+    find_hints,
+)
+from tf_lowbit.training.stochastic_precision import Sampler, StochasticPrecision
+
+_SOFTMAX = (keras.activations.softmax, tf.nn.softmax)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a trainer trains how; no part of its checkpoints.
+
+    Attributes:
+        students: functions (inputs, training) -> `Seen`.
+        teacher: likewise, or None.
+        distillation: the losses, or None.
+        hints: of each student.
+        sampler: of stochastic precision, or None.
+    """
+
+    students: list
+    teacher: object
+    distillation: JointDistillation | None
+    hints: list[list[Hint]]
+    sampler: Sampler | None
+
+    @classmethod
+    def of(
+        cls,
+        students: Sequence[keras.Model],
+        teacher: keras.Model | None,
+        distillation: JointDistillation | None,
+        precision: StochasticPrecision | None,
+    ) -> "Plan":
+        """The plan for given networks.
+
+        Raises:
+            ValueError: as `LowBitTrainer` says.
+        """
+        for network in students:
+            inspection.require_quantized(network)
+            _check_graph("student", network)
+        if teacher is None and distillation is not None:
+            raise ValueError(
+                "distillation needs a teacher. "
+                f"Received: distillation={distillation!r}, teacher=None"
+            )
+        hints = [[] for _ in students]
+        if teacher is not None:
+            distillation = distillation or JointDistillation()
+            for network in students:
+                _check_teacher(network, teacher)
+            hints = [
+                find_hints(distillation.hints, network, teacher) for network in students
+            ]
+        _check_separate([*students, *([] if teacher is None else [teacher])])
+        return cls(
+            [
+                _observer(network, [hint.student for hint in own])
+                for network, own in zip(students, hints, strict=True)
+            ],
+            teacher and _observer(teacher, [h.teacher for own in hints for h in own]),
+            distillation,
+            hints,
+            precision and Sampler.of(precision, students),
+        )
+
+    @property
+    def trains_teacher(self) -> bool:
+        """Whether there is a teacher whose weights move."""
+        return self.distillation is not None and self.distillation.trains_teacher
+
+    def sampled(self, is_quantized):
+        """A context in which the students round as drawn."""
+        if self.sampler is None:
+            return contextlib.nullcontext()
+        return self.sampler.applied(is_quantized)
+
+
+def _observer(network, layers):
+    """A function (inputs, training) -> `Seen`, with the features of named layers."""
+    if not layers:
+        return lambda x, training: Seen(network(x, training=training), {})
+    features = {name: network.get_layer(name).output for name in layers}
+    model = keras.Model(network.inputs, [network.output, features])
+    aside = {layer.name for layer in network.layers} - {x.name for x in model.layers}
+    if aside:
+        raise ValueError(
+            "Hints need a network whose layers all lead to its output (add_loss with a "
+            f"tensor makes one that does not). Received: {network.name!r} with "
+            f"{sorted(aside)}"
+        )
+    return lambda x, training: Seen(*model(x, training=training))
+
+
+def _check_teacher(student, teacher):
+    _check_graph("teacher", teacher)
+    if teacher.input_shape != student.input_shape:
+        raise ValueError(
+            "Teacher and student must read the same inputs. Received: teacher "
+            f"{teacher.input_shape}, student {student.input_shape}"
+        )
+    shapes = {"teacher": teacher.output_shape, "student": student.output_shape}
+    is_logits = all(isinstance(s, tuple) and len(s) == 2 for s in shapes.values())
+    if not is_logits or shapes["teacher"] != shapes["student"]:
+        raise ValueError(
+            "Teacher and student must put out logits of the same shape, "
+            f"[batch, classes]. Received: {shapes}"
+        )
+    for role, network in (("teacher", teacher), ("student", student)):
+        layer = _last_function(network)
+        if _is_softmax(layer):
+            raise ValueError(
+                f"The {role} must put out logits, not probabilities: distillation "
+                "applies the softmax itself (and the loss can, with from_logits=True). "
+                f"Received: a softmax in layer {layer.name!r}"
+            )
+
+
+def _check_graph(role, network):
+    is_model = isinstance(network, keras.Model)
+    if not is_model or not network.built or not network._is_graph_network:
+        raise ValueError(
+            f"The {role} must be a built Sequential or Functional model of tf_keras. "
+            f"Received: {type(network).__name__}"
+        )
+
+
+def _last_function(network):
+    """The layer that makes the output, but for casts and other identities."""
+    node = graph.producer(network.outputs[0])
+    identity = keras.activations.linear
+    while (
+        isinstance(node.layer, keras.layers.Activation)
+        and node.layer.activation is identity
+    ):
+        node = graph.producer(node.keras_inputs[0])
+    return inspection.wrapped_layer(node.layer)
+
+
+def _is_softmax(layer) -> bool:
+    return (
+        isinstance(layer, keras.layers.Softmax)
+        or getattr(layer, "activation", None) in _SOFTMAX
+        or getattr(layer, "symbol", None) == "nn.softmax"
+    )
+
+
+def _check_separate(networks):
+    seen = set()
+    for network in networks:
+        own = {id(variable) for variable in network.variables}
+        if own & seen:
+            raise ValueError(
+                "Students and teacher must not share variables: clone the teacher. "
+                f"Received: {network.name!r}, which shares some with another"
+            )
+        seen |= own

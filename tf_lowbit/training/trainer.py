@@ -1,0 +1,384 @@
+"""The model whose `train_step` runs stochastic precision and joint distillation."""
+
+import inspect
+from collections.abc import Mapping
+
+from tf_lowbit import inspection
+from tf_lowbit.compat import keras, tf
+from tf_lowbit.training import distillation as distilling
+from tf_lowbit.training.distillation import JointDistillation
+from tf_lowbit.training.plan import Plan
+from tf_lowbit.training.scores import DISTILLATION, HINT, TASK, Batch, Board
+from tf_lowbit.training.stochastic_precision import StochasticPrecision
+
+
+class LowBitTrainer(keras.Model):
+    """Trains low-bitwidth networks as the method has it.
+
+    `fit` trains the students, plainly or with stochastic precision, and with a teacher
+    jointly with it: both see each batch once, in one step, and each has its own
+    optimizer. `evaluate` and `predict` are the student's, fully quantized; the network
+    to be saved and deployed is `trainer.student`. Staging callbacks work on a trainer
+    as on a network.
+
+    Logged: `loss`, the student's whole loss, and the compiled metrics; with a teacher
+    also the parts `task_loss`, `distillation_loss` and `hint_loss`, without their
+    weights, and the same of the teacher, as far as it has them, under `teacher_`. In
+    evaluation `loss` is the compiled loss and the regularisation only, so that with a
+    teacher `val_loss` compares with `task_loss`. With stochastic precision
+    `quantized_share`, the share of units that were quantized, and
+    `quantization_probability`, the p that they were drawn with. Sample and class
+    weights count in every part, as in the compiled loss.
+
+    On several replicas the losses are means over the global batch, also where it does
+    not divide evenly.
+
+    Args:
+        student: what `tf_lowbit.quantize` made; or a dict of several, by name, which
+            learn from one teacher, with one optimizer. The first is the one that
+            `predict` means; the others' logs have `<name>_` in front.
+        teacher: a built Sequential or Functional float model; where only outputs are
+            matched it may be of any architecture.
+        distillation: the losses; None for `JointDistillation()` if there is a teacher.
+        stochastic_precision: None quantizes the whole network at every step.
+        name: of the model.
+
+    Attributes:
+        students: the low-bitwidth networks.
+        teacher: the teacher, or None.
+        progress: checkpointed counters: `step`, the steps done since epoch 0 of the
+            present training, from which the draws come, and `total_steps`.
+
+    Raises:
+        ValueError: if a student is not quantized or its name is taken in the logs,
+            networks share variables, teacher and student differ in inputs or outputs
+            or do not put out logits [batch, classes], or hints or units cannot be
+            found.
+    """
+
+    def __init__(
+        self,
+        student,
+        teacher: keras.Model | None = None,
+        *,
+        distillation: JointDistillation | None = None,
+        stochastic_precision: StochasticPrecision | None = None,
+        name: str | None = None,
+    ):
+        named = dict(student) if isinstance(student, Mapping) else {"student": student}
+        _check_names(named)
+        networks = list(named.values())
+        plan = Plan.of(networks, teacher, distillation, stochastic_precision)
+        everyone = networks if teacher is None else [*networks, teacher]
+        # Inputs are cast by the networks' own layers, as without a trainer.
+        super().__init__(name=name, dtype=_policy(everyone), autocast=False)
+        self._plan = plan
+        self._names = list(named)
+        self._steps = stochastic_precision and stochastic_precision.steps
+        self._knows_steps = self._steps is not None
+        self.students = networks
+        self.teacher = teacher
+        self.teacher_optimizer = None
+        # A tf.train.Checkpoint is tracked by checkpoints, yet its variables are no
+        # weights of the model.
+        self.progress = tf.train.Checkpoint(step=_counter(), total_steps=_counter())
+        if self._knows_steps:
+            self.progress.total_steps.assign(self._steps)
+        self.built = True
+        self.output_names = self.student.output_names
+        # Logs are results of metrics, the same on all replicas: Keras's default would
+        # add them up over the workers.
+        self.distribute_reduction_method = "first"
+
+    @property
+    def student(self) -> keras.Model:
+        """The low-bitwidth network; the first, if there are several."""
+        return self.students[0]
+
+    @property
+    def trains_teacher(self) -> bool:
+        """Whether there is a teacher whose weights move, with its own optimizer."""
+        return self._plan.trains_teacher
+
+    def call(self, inputs, training=None, mask=None):
+        """The student's outputs."""
+        return self.student(inputs, training=training, mask=mask)
+
+    def compile(
+        self,
+        optimizer="rmsprop",
+        loss=None,
+        metrics=None,
+        loss_weights=None,
+        weighted_metrics=None,
+        *,
+        teacher_optimizer=None,
+        **arguments,
+    ):
+        """Configures the training; see `keras.Model.compile`.
+
+        Args:
+            optimizer: of the students.
+            loss: the task's loss, of students and teacher alike.
+            metrics: of each network.
+            loss_weights: as Keras has them.
+            weighted_metrics: of each network.
+            teacher_optimizer: of the teacher, not the same object. It keeps its state
+                over the stages of `StagedPrecision`, which sets the students' learning
+                rate only: a schedule of `keras.optimizers.schedules` goes in here.
+            **arguments: others of `keras.Model.compile`.
+
+        Raises:
+            ValueError: if there is a teacher to train and no optimizer for it, or an
+                optimizer and no such teacher.
+        """
+        is_same = teacher_optimizer is optimizer and not isinstance(optimizer, str)
+        if self.trains_teacher and (teacher_optimizer is None or is_same):
+            raise ValueError(
+                "compile must be given a teacher_optimizer, another object than the "
+                f"optimizer, for the teacher is trained. Received: {teacher_optimizer}"
+            )
+        if self.trains_teacher and not self.teacher.trainable_variables:
+            raise ValueError(
+                'The teacher must have weights to train, or be "frozen" in '
+                f"JointDistillation. Received: {self.teacher.name!r} without any"
+            )
+        if teacher_optimizer is not None and not self.trains_teacher:
+            raise ValueError(
+                "teacher_optimizer must be None where no teacher is trained. "
+                f"Received: {teacher_optimizer}"
+            )
+        super().compile(
+            optimizer, loss, metrics, loss_weights, weighted_metrics, **arguments
+        )
+        with self.distribute_strategy.scope():
+            _build_optimizer(self.optimizer, self._student_variables())
+            if self.trains_teacher:
+                # By name, and with a loss scale in float16, as Keras has the other.
+                self.teacher_optimizer = self._get_optimizer(teacher_optimizer)
+                _build_optimizer(
+                    self.teacher_optimizer, self.teacher.trainable_variables
+                )
+            arguments = (loss, loss_weights, metrics, weighted_metrics)
+            self._board = Board.of(self, self._names, self._plan, arguments)
+
+    @property
+    def metrics(self):
+        """Keras's: what is reset at an epoch's start."""
+        return self._board.metrics if self._is_compiled else []
+
+    @property
+    def metrics_names(self):
+        """Keras's: the order of what `evaluate` returns, if not as a dict."""
+        scores = self._board.of_students if self._is_compiled else []
+        return [m.name for own in scores for m in own.shown(in_training=False)]
+
+    def fit(self, *args, **kwargs):
+        """Trains; see `keras.Model.fit`.
+
+        Raises:
+            ValueError: besides Keras's own, where stochastic precision cannot know the
+                number of steps: data of unknown length, and no `steps_per_epoch`.
+        """
+        given = inspect.signature(super().fit).bind(*args, **kwargs)
+        callbacks = given.arguments.get("callbacks")
+        counting = _CountSteps()
+        if isinstance(callbacks, keras.callbacks.CallbackList):
+            counting.set_model(self)
+            counting.set_params(callbacks.params)
+            callbacks.append(counting)
+        else:
+            others = tf.nest.flatten(callbacks) if callbacks else []
+            given.arguments["callbacks"] = [counting, *others]
+        return super().fit(*given.args, **given.kwargs)
+
+    def train_step(self, data):
+        """One step of all networks on one batch; Keras calls it.
+
+        Args:
+            data: `x`, `(x, y)` or `(x, y, sample_weight)`.
+
+        Returns:
+            The logs.
+        """
+        batch = Batch.of(data, in_training=True)
+        is_quantized = self._draw()
+        with (
+            self._plan.sampled(is_quantized),
+            tf.GradientTape(persistent=self.trains_teacher) as tape,
+        ):
+            seen = [see(batch.x, training=True) for see in self._plan.students]
+            teacher = None
+            if self._plan.teacher is not None:
+                teacher = self._plan.teacher(batch.x, training=self.trains_teacher)
+            parts = self._parts(batch, seen, teacher)
+            objectives = []
+            for scores, own in zip(self._board.scores, parts, strict=True):
+                scores.add_total(own, in_training=True)
+                objectives.append(scores.objective(own, batch))
+            student_loss = tf.add_n(objectives[: len(seen)])
+        self.optimizer.minimize(student_loss, self._student_variables(), tape=tape)
+        if self.trains_teacher:
+            # From the students' outputs before their update: they are on the tape.
+            self.teacher_optimizer.minimize(
+                objectives[-1], self.teacher.trainable_variables, tape=tape
+            )
+        self.progress.step.assign_add(1)
+        everyone = [*seen, teacher] if teacher is not None else seen
+        for scores, own, one in zip(self._board.scores, parts, everyone, strict=True):
+            scores.record(own, one.outputs, batch)
+        return self._board.logs(in_training=True)
+
+    def test_step(self, data):
+        """Measures the students on one batch, fully quantized; Keras calls it.
+
+        Args:
+            data: as in `train_step`.
+
+        Returns:
+            The logs.
+        """
+        batch = Batch.of(data, in_training=False)
+        for see, scores in zip(
+            self._plan.students, self._board.of_students, strict=True
+        ):
+            outputs = see(batch.x, training=False).outputs
+            parts = scores.parts(batch, outputs)
+            scores.add_total(parts, in_training=False)
+            scores.record(parts, outputs, batch)
+        return self._board.logs(in_training=False)
+
+    def get_config(self):
+        """Refuses: a trainer is no network, and its file could not be loaded.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "A LowBitTrainer is not saved as a model: save its student, "
+            "trainer.student.save(path), or its state with callbacks.Recovery, "
+            "tf.train.Checkpoint or save_weights"
+        )
+
+    def _expect_steps(self, steps) -> None:
+        """Checks that the length of the training that `fit` begins is known."""
+        self._knows_steps = self._knows_steps or bool(steps)
+        if self._plan.sampler and not self._knows_steps:
+            raise ValueError(
+                "StochasticPrecision must know how many steps the training has: give "
+                "fit steps_per_epoch, or StochasticPrecision steps. Received: "
+                "data of unknown length"
+            )
+
+    def _count_steps(self, epochs, steps, first) -> None:
+        """Sets the length of the training, and the number of the step to come."""
+        if self._steps is None:
+            self.progress.total_steps.assign(epochs * steps)
+        self.progress.step.assign(first)
+
+    def _draw(self):
+        """Draws the units to be quantized in this step, and logs their share."""
+        sampler = self._plan.sampler
+        if sampler is None:
+            return None
+        if not self._knows_steps:
+            raise ValueError(
+                "StochasticPrecision must know how many steps the training has: train "
+                "with fit, or give it steps=. Received: steps=None, outside of fit"
+            )
+        is_quantized, probability = sampler.draw(
+            self.progress.step, self.progress.total_steps
+        )
+        self._board.share.update_state(tf.cast(is_quantized, tf.float32))
+        self._board.probability.update_state(probability)
+        return is_quantized
+
+    def _parts(self, batch, seen, teacher) -> list[dict]:
+        """The parts of the loss of each student, and last of the teacher."""
+        everyone = [*seen, teacher] if teacher is not None else seen
+        parts = [
+            scores.parts(batch, one.outputs)
+            for scores, one in zip(self._board.scores, everyone, strict=True)
+        ]
+        losses, hints = self._plan.distillation, self._plan.hints
+        if losses is not None:
+            for own, student, student_hints in zip(parts, seen, hints, strict=False):
+                own.update(
+                    distilling.student_parts(
+                        losses, student_hints, student, teacher, batch
+                    )
+                )
+            parts[-1].update(
+                distilling.teacher_parts(losses, hints, seen, teacher, batch)
+            )
+        return parts
+
+    def _student_variables(self):
+        return [v for network in self.students for v in network.trainable_variables]
+
+
+class _CountSteps(keras.callbacks.Callback):
+    """Tells a trainer how many steps there are, and which comes first.
+
+    The first step's number follows from epoch and batch, so that it is right whether
+    the training starts, goes on after another `fit`, or resumes in mid-epoch.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._epoch = 0
+        self._is_first = True
+
+    def on_train_begin(self, logs=None):
+        """Checks that there is a total."""
+        del logs
+        self.model._expect_steps(self.params.get("steps"))
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Notes the epoch."""
+        del logs
+        self._epoch = epoch
+
+    def on_train_batch_begin(self, batch, logs=None):
+        """Sets the counters, when all that restores them has done so."""
+        del logs
+        steps = self.params.get("steps")
+        if self._is_first and steps:
+            first = self._epoch * steps + batch
+            self.model._count_steps(self.params["epochs"], steps, first)
+        self._is_first = False
+
+
+def _check_names(named):
+    taken = {"", "teacher", "val"} | {
+        part.removesuffix("_loss") for part in (TASK, DISTILLATION, HINT)
+    }
+    clashes = [n for n in named if not isinstance(n, str) or n in taken]
+    if not named or clashes:
+        raise ValueError(
+            "Students must have names that the logs do not use otherwise. "
+            f"Received: {clashes or 'no students'}"
+        )
+
+
+def _policy(networks) -> str | None:
+    """mixed_float16 where a layer computes in it, for Keras then scales the loss."""
+    layers = (layer for network in networks for layer in network.layers)
+    dtypes = {inspection.wrapped_layer(layer).compute_dtype for layer in layers}
+    return "mixed_float16" if "float16" in dtypes else "float32"
+
+
+def _build_optimizer(optimizer, variables):
+    # Slots exist from the start, in the order of the variables: a checkpoint that is
+    # restored before the first step finds them. Legacy optimizers make them later.
+    if hasattr(optimizer, "build"):
+        optimizer.build(variables)
+
+
+def _counter():
+    return tf.Variable(
+        0,
+        dtype=tf.int64,
+        trainable=False,
+        aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+    )

@@ -1,0 +1,142 @@
+"""Units of stochastic precision: the parts of a network that are drawn as one."""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from tf_lowbit import inspection
+from tf_lowbit.compat import keras
+from tf_lowbit.scheme import graph, registry
+
+LAYER = "layer"
+BLOCK = "block"
+# What `x + y` becomes in a functional model.
+_SUMS = ("__operators__.add", "math.add", "add")
+
+
+class Unit(NamedTuple):
+    """A part of a network that is quantized, or not, as one.
+
+    Attributes:
+        name: of its layer, of the Add that ends its block, or the pattern that it is.
+        tensors: its quantizers, of weights and of activations.
+    """
+
+    name: str
+    tensors: tuple[inspection.QuantizedTensor, ...]
+
+
+def find_units(model: keras.Model, unit: str | Sequence[str] = LAYER) -> list[Unit]:
+    """Divides a network's quantizers into units.
+
+    A unit holds whole weight layers. An activation quantizer belongs to the unit of
+    the first weight layer that reads it, in the graph's order.
+
+    Args:
+        model: what `quantize` made.
+        unit: "layer": each weight layer is a unit. "block": so is each residual block
+            (`residual_blocks`); layers outside of blocks stand alone. Or a list of
+            regular expressions, each a unit of the layers whose whole name it
+            matches (the first match wins); layers without a match stand alone.
+
+    Returns:
+        The units that hold a quantizer, in the graph's order.
+
+    Raises:
+        ValueError: if `unit` is something else, or a pattern matches no layer that
+            is quantized.
+    """
+    readers: dict[str, str] = {}
+    for reader, sources in inspection.input_activations(model).items():
+        for source in sources:
+            if source is not None:
+                readers.setdefault(source.layer.name, reader)
+    tensors = inspection.require_quantized(model)
+    owners = {
+        tensor.name: readers.get(tensor.layer.name, tensor.layer.name)
+        for tensor in tensors
+    }
+    unit_of = _unit_names(model, unit, owners.values())
+    units: dict[str, list] = {}
+    for tensor in sorted(tensors, key=_graph_order(model, owners)):
+        owner = owners[tensor.name]
+        units.setdefault(unit_of.get(owner, owner), []).append(tensor)
+    return [Unit(name, tuple(members)) for name, members in units.items()]
+
+
+def residual_blocks(model: keras.Model) -> dict[str, frozenset[str]]:
+    """The residual blocks of a network, found from its graph.
+
+    A block ends where branches that share an origin are added (`Add`, `x + y`). It
+    holds what lies on some branch and not on all of them. A block within another one
+    is a block of its own.
+
+    Args:
+        model: a functional model.
+
+    Returns:
+        Name of the layer that adds -> names of the block's weight layers. No layer is
+        in two blocks.
+    """
+    behind: dict[int, frozenset] = {}  # Of each tensor: the nodes that it depends on.
+    blocks: dict[str, frozenset[str]] = {}
+    taken: set[str] = set()
+    for node in graph.nodes(model):
+        branches = [behind[id(tensor)] for tensor in node.keras_inputs]
+        if _is_sum(node.layer) and len(branches) > 1:
+            shared = frozenset.intersection(*branches)
+            members = frozenset(
+                layer.name
+                for layer in (frozenset.union(*branches) - shared)
+                if registry.kernels(inspection.wrapped_layer(layer))
+            )
+            members -= taken
+            if shared and members:
+                blocks[node.layer.name] = members
+                taken |= members
+        reached = frozenset([node.layer]).union(*branches)
+        for tensor in graph.outputs_of(node):
+            behind[id(tensor)] = reached
+    return blocks
+
+
+def _is_sum(layer) -> bool:
+    return isinstance(layer, keras.layers.Add) or (
+        getattr(layer, "symbol", None) in _SUMS
+    )
+
+
+def _unit_names(model, unit, owners: Iterable[str]) -> dict[str, str]:
+    """Layer name -> name of its unit, for those that do not stand alone."""
+    if unit == LAYER:
+        return {}
+    if unit == BLOCK:
+        return {
+            layer: name
+            for name, layers in residual_blocks(model).items()
+            for layer in layers
+        }
+    if isinstance(unit, str) or not all(isinstance(p, str) for p in unit):
+        raise ValueError(
+            f'unit must be "{LAYER}", "{BLOCK}" or a list of patterns of layer names. '
+            f"Received: unit={unit!r}"
+        )
+    names = {
+        owner: next((p for p in unit if re.fullmatch(p, owner)), owner)
+        for owner in owners
+    }
+    unused = [pattern for pattern in unit if pattern not in names.values()]
+    if unused:
+        raise ValueError(
+            "Each pattern of unit must match a quantized layer. Received: "
+            f"{unused}, with the layers {sorted(names)}"
+        )
+    return names
+
+
+def _graph_order(model, owners):
+    """A sort key: where a quantizer's weight layer is first called."""
+    position: dict[str, int] = {}
+    for index, node in enumerate(graph.calls(model)):
+        position.setdefault(node.layer.name, index)
+    return lambda tensor: position[owners[tensor.name]]
