@@ -42,7 +42,14 @@ def calibrate(model: keras.Model, dataset, batches: int = 8) -> list[str]:
     inspection.require_quantized(model)
     networks = inspection.networks(model)
     kept = _kept(dataset, batches, networks)
-    return [n for network in networks for n in _calibrate(network, kept, batches)]
+    ranges = [
+        variable
+        for tensor in inspection.quantized_tensors(model)
+        if tensor.role == "activation"
+        for variable in tensor.variables.values()
+    ]
+    with _unchanged_on_error(ranges):
+        return [n for network in networks for n in _calibrate(network, kept, batches)]
 
 
 def _calibrate(model, dataset, batches) -> list[str]:
@@ -64,13 +71,10 @@ def _calibrate(model, dataset, batches) -> list[str]:
                 kept.extend(tf.cast(value, tf.float32).numpy() for value in values)
     if not samples[0]:
         raise ValueError("dataset must hold at least one batch. Received: none")
-    state = [(v, v.numpy()) for t in tensors for v in t.variables.values()]
     for tensor, kept in zip(tensors, samples, strict=True):
         try:
             tensor.quantizer.calibrate(kept, tensor.variables)
         except ValueError as error:
-            for variable, value in state:
-                variable.assign(value)
             raise ValueError(f"{tensor.name}: {error}") from error
     return [tensor.name for tensor in tensors]
 
@@ -95,22 +99,20 @@ def recalibrate_batch_norm(model, dataset, batches: int = 32) -> list[str]:
 
     Raises:
         ValueError: if the dataset is empty, `batches` is below 1, or a statistic is
-            NaN or infinite; then nothing is changed.
+            NaN or infinite; then nothing is changed. Also if a layer is called
+            several times, whose average over its calls is not known.
     """
     if batches < 1:
         raise ValueError(f"batches must be >= 1. Received: batches={batches}")
     networks = inspection.networks(model)
     dataset = _kept(dataset, batches, networks)
-    names = []
-    for network in networks:
-        state = [(v, v.numpy()) for v in network.non_trainable_variables]
-        try:
-            names += _average_batch_norm(network, dataset, batches)
-        except Exception:
-            for variable, value in state:
-                variable.assign(value)
-            raise
-    return names
+    state = [v for network in networks for v in network.non_trainable_variables]
+    with _unchanged_on_error(state):
+        return [
+            name
+            for network in networks
+            for name in _average_batch_norm(network, dataset, batches)
+        ]
 
 
 def _average_batch_norm(network, dataset, batches) -> list[str]:
@@ -122,6 +124,7 @@ def _average_batch_norm(network, dataset, batches) -> list[str]:
         for layer in dropouts:
             layer.rate = 0.0
         norms = [layer for layer in norms if layer.trainable]
+        _refuse_shared(network, norms)
         for layer in norms:
             # Weight 0 would not rid an average of a NaN that it holds.
             layer.moving_mean.assign(tf.zeros_like(layer.moving_mean))
@@ -143,6 +146,16 @@ def _average_batch_norm(network, dataset, batches) -> list[str]:
                     f"Received: {average.name} that is not"
                 )
     return [layer.name for layer in norms]
+
+
+def _refuse_shared(network, norms):
+    calls = [node.layer for node in graph.calls(network)]
+    shared = [layer.name for layer in norms if calls.count(layer) > 1]
+    if shared:
+        raise ValueError(
+            "Batch normalisation must be called once in the network to be measured. "
+            f"Received: {shared}, called more often"
+        )
 
 
 def _kept(dataset, batches, networks):
@@ -179,10 +192,21 @@ def _measuring(model, tensors):
 
 
 @contextlib.contextmanager
+def _unchanged_on_error(variables):
+    """Puts variables back where the block fails."""
+    state = [(variable, variable.numpy()) for variable in variables]
+    try:
+        yield
+    except Exception:
+        for variable, value in state:
+            variable.assign(value)
+        raise
+
+
+@contextlib.contextmanager
 def _settings(model, kinds, name):
     """Yields the layers of some kinds; puts their setting `name` back afterwards."""
-    layers = [inspection.wrapped_layer(layer) for layer in model.layers]
-    layers = [layer for layer in layers if isinstance(layer, kinds)]
+    layers = [module for module in model.submodules if isinstance(module, kinds)]
     values = [getattr(layer, name) for layer in layers]
     try:
         yield layers

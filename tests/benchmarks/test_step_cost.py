@@ -1,5 +1,81 @@
 import json
+import math
+import subprocess
+import sys
 
 import pytest
 
-from tests.benchmarks import programs
+from tests.examples import programs
+from tf_lowbit.report import environment
+
+SUM = "float + DoReFa W2A2, each for itself"
+# Step -> the steps that it is compared with.
+COMPARISONS = {
+    "DoReFa W2A2": ["float"],
+    "DoReFa W2A2, composed": ["float"],
+    "PACT activations": ["float"],
+    "LSQ activations": ["float"],
+    "trainer without options": ["float", "DoReFa W2A2"],
+    "stochastic precision, layers": ["float", "DoReFa W2A2"],
+    "stochastic precision, blocks": ["float", "DoReFa W2A2"],
+    "joint distillation": ["float", SUM],
+    "joint distillation, hints": ["float", SUM],
+    "frozen teacher": ["float", SUM],
+    SUM: ["float"],
+}
+SETTINGS = {"depth": 8, "width": 4, "batch_size": 8, "rounds": 1, "steps": 1}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """Output and JSON of a tiny run."""
+    folder = tmp_path_factory.mktemp("step_cost")
+    program = programs.ROOT / "benchmarks" / "step_cost.py"
+    flags = [f"--{name}={value}" for name, value in SETTINGS.items()]
+    done = subprocess.run(
+        [sys.executable, str(program), *flags, "--output=new/step_cost.json"],
+        cwd=folder,
+        env=programs.environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = folder.rglob("*.json")
+    assert path == folder / "new" / "step_cost.json"
+    return done.stdout, json.loads(path.read_text())
+
+
+def test_every_comparison_has_positive_ratios(measured):
+    _, result = measured
+    found = [(ratio["step"], ratio["relative to"]) for ratio in result["ratios"]]
+    expected = {(step, o) for step, others in COMPARISONS.items() for o in others}
+    assert set(found) == expected
+    assert len(found) == len(expected)
+    for ratio in result["ratios"]:
+        # Of one round.
+        assert ratio["least"] == ratio["median"] == ratio["largest"]
+        assert 0 < ratio["median"] < math.inf
+    figures = {(r["step"], r["relative to"]): r["median"] for r in result["ratios"]}
+    assert figures[SUM, "float"] == pytest.approx(
+        1 + figures["DoReFa W2A2", "float"], abs=2e-3
+    )
+    assert figures["joint distillation", SUM] == pytest.approx(
+        figures["joint distillation", "float"] / figures[SUM, "float"], rel=0.02
+    )
+
+
+def test_the_table_shows_what_is_written(measured):
+    shown, result = measured
+    lines = [line for line in shown.splitlines() if line.startswith("│")]
+    cells = [[cell.strip() for cell in line[1:-1].split("│")] for line in lines]
+    assert cells == [[str(v) for v in ratio.values()] for ratio in result["ratios"]]
+
+
+def test_says_with_what_it_was_measured(measured):
+    _, result = measured
+    settings = result["settings"]
+    assert {name: settings[name] for name in SETTINGS} == SETTINGS
+    assert result["versions"] == environment()["versions"]
+    assert result["machine"]["devices"] == ["CPU"]

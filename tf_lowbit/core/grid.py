@@ -165,7 +165,7 @@ def signed_codes(scaled, bits, narrow_range: bool, rounding_bits=None):
 
     Returns:
         Float32 tensor of the same shape: integers in [-Q_N, Q_P], or the clipped
-        `v` itself (to float32's resolution) where the bits say "not rounded".
+        `v` itself (to 2^-17 of a step) where the bits say "not rounded".
     """
     bits = tf.convert_to_tensor(bits, tf.int32)
     negative, positive = signed_limits(bits, narrow_range)

@@ -52,10 +52,9 @@ class LinearRamp:
             progress: scalar float or float tensor in [0, 1].
 
         Returns:
-            Scalar float32 tensor in [0, 1]; exactly 1 in the tail.
+            Scalar float32 tensor in [0, 1]; exactly `start` at 0 and 1 in the tail.
         """
-        if self.tail == 1.0:
-            return tf.constant(1.0)
-        progress = tf.cast(progress, tf.float32)
-        left = tf.maximum(1.0 - progress / (1.0 - self.tail), 0.0)
-        return 1.0 - (1.0 - self.start) * left
+        progress, ramp = tf.cast(progress, tf.float32), 1.0 - self.tail
+        rise = (1.0 - self.start) * progress / max(ramp, 1e-30)
+        # Compared, not only computed: compilers round the quotient as they like.
+        return tf.where(progress >= ramp, 1.0, tf.minimum(self.start + rise, 1.0))

@@ -64,7 +64,7 @@ class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
         """Quantizes `inputs`; the same in training and inference.
 
         Within `sampling.sampled`, a quantizer that is drawn unquantized keeps its
-        range and does not round.
+        range and does not round; with raw weights, weights pass as they are.
         """
         del training, kwargs
         values = as_float32(inputs)

@@ -28,6 +28,8 @@ _SAMPLE = contextvars.ContextVar("sample", default=None)
 def sampled(draws, raw_weights: bool = False) -> Iterator[None]:
     """Lets quantizers round only where their draw says so, while the context lasts.
 
+    A context within another one replaces it until it ends.
+
     Args:
         draws: iterable of (variables, is_quantized): what a quantizer's `build`
             returned, and a scalar bool tensor. Quantizers that are not in it round.

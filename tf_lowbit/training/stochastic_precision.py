@@ -36,7 +36,7 @@ class StochasticPrecision:
         tail: share of the training at its end with p = 1, in [0, 1]; None for 0.2.
             With less than that, see `tf_lowbit.recalibrate_batch_norm`.
         schedule: another course of p: a function from the share of the training that
-            has passed, scalar float32 tensor in [0, 1), to a scalar in [0, 1]. In
+            has passed, scalar float32 tensor in [0, 1], to a scalar in [0, 1]. In
             place of `start` and `tail`.
         unit: "layer", "block" or a list of patterns (`find_units`).
         seed: of the draws, an int in [0, 2**63).
@@ -58,30 +58,32 @@ class StochasticPrecision:
     raw_weights: bool = False
 
     def __post_init__(self):
-        shape = {
-            name: getattr(self, name)
-            for name in ("start", "tail")
-            if getattr(self, name) is not None
-        }
-        if self.schedule is None:
-            object.__setattr__(self, "schedule", LinearRamp(**shape))
-        elif shape:
+        shape = self._shape()
+        LinearRamp(**shape)  # Checks them.
+        if self.schedule is not None and shape:
             raise ValueError(
                 "schedule must be given in place of start and tail, not with them. "
                 f"Received: schedule={self.schedule!r}, {shape}"
             )
-        if not callable(self.schedule):
+        if self.schedule is not None and not callable(self.schedule):
             raise ValueError(
                 f"schedule must be a function. Received: schedule={self.schedule!r}"
             )
-        if isinstance(self.unit, str) and self.unit not in (units.LAYER, units.BLOCK):
-            raise ValueError(
-                f'unit must be "{units.LAYER}", "{units.BLOCK}" or a list of patterns '
-                f"of layer names. Received: unit={self.unit!r}"
-            )
+        units.check_unit(self.unit)
+        if isinstance(self.unit, list):
+            object.__setattr__(self, "unit", tuple(self.unit))
         _check_integer("seed", self.seed, 0)
         if self.steps is not None:
             _check_integer("steps", self.steps, 1)
+
+    def _shape(self) -> dict:
+        """What is given of the linear ramp."""
+        shape = {"start": self.start, "tail": self.tail}
+        return {name: value for name, value in shape.items() if value is not None}
+
+    def _course(self, progress):
+        """p after a share of the training."""
+        return (self.schedule or LinearRamp(**self._shape()))(progress)
 
     def check_schedule(self) -> None:
         """Raises where the schedule leaves [0, 1].
@@ -94,7 +96,7 @@ class StochasticPrecision:
         """
         for point in range(_CHECKED_POINTS + 1):
             progress = point / _CHECKED_POINTS
-            probability = float(self.schedule(tf.constant(progress, tf.float32)))
+            probability = float(self._course(tf.constant(progress, tf.float32)))
             if not 0.0 <= probability <= 1.0:
                 raise ValueError(
                     "The probability of stochastic precision must be in [0, 1]. "
@@ -113,7 +115,7 @@ class StochasticPrecision:
         """
         progress = tf.cast(step, tf.float64) / tf.cast(total_steps, tf.float64)
         progress = tf.cast(tf.minimum(progress, 1.0), tf.float32)
-        return tf.cast(self.schedule(progress), tf.float32)
+        return tf.cast(self._course(progress), tf.float32)
 
     def draw(self, step, count: int, probability):
         """Which units are quantized at a step.

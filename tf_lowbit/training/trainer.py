@@ -202,7 +202,10 @@ class LowBitTrainer(keras.Model):
             The logs.
         """
         batch = Batch.of(data, in_training=True)
-        is_quantized = self._draw()
+        with tf.control_dependencies(tf.nest.flatten(batch.x)):
+            # Where the data have ended there is no step, and nothing is counted.
+            step = tf.identity(self.progress.step)
+        is_quantized = self._draw(step)
         with (
             self._plan.sampled(is_quantized),
             tf.GradientTape(persistent=self.trains_teacher) as tape,
@@ -223,7 +226,7 @@ class LowBitTrainer(keras.Model):
             self.teacher_optimizer.minimize(
                 objectives[-1], self.teacher.trainable_variables, tape=tape
             )
-        self.progress.step.assign_add(1)
+        self.progress.step.assign(step + 1)
         everyone = [*seen, teacher] if teacher is not None else seen
         for scores, own, one in zip(self._board.scores, parts, everyone, strict=True):
             scores.record(own, one.outputs, batch)
@@ -262,7 +265,7 @@ class LowBitTrainer(keras.Model):
 
     def _expect_steps(self, steps) -> None:
         """Checks that the length of the training that `fit` begins is known."""
-        self._knows_steps = self._knows_steps or bool(steps)
+        self._knows_steps = self._steps is not None or bool(steps)
         if self._plan.sampler and not self._knows_steps:
             raise ValueError(
                 "StochasticPrecision must know how many steps the training has: give "
@@ -276,7 +279,7 @@ class LowBitTrainer(keras.Model):
             self.progress.total_steps.assign(epochs * steps)
         self.progress.step.assign(first)
 
-    def _draw(self):
+    def _draw(self, step):
         """Draws the units to be quantized in this step, and logs their share."""
         sampler = self._plan.sampler
         if sampler is None:
@@ -286,9 +289,7 @@ class LowBitTrainer(keras.Model):
                 "StochasticPrecision must know how many steps the training has: train "
                 "with fit, or give it steps=. Received: steps=None, outside of fit"
             )
-        is_quantized, probability = sampler.draw(
-            self.progress.step, self.progress.total_steps
-        )
+        is_quantized, probability = sampler.draw(step, self.progress.total_steps)
         self._board.share.update_state(tf.cast(is_quantized, tf.float32))
         self._board.probability.update_state(probability)
         return is_quantized
@@ -335,12 +336,19 @@ class _CountSteps(keras.callbacks.Callback):
         self.model._expect_steps(self.params.get("steps"))
 
     def on_epoch_begin(self, epoch, logs=None):
-        """Notes the epoch."""
+        """Sets the counters, when all that restores them has done so."""
         del logs
         self._epoch = epoch
+        steps = self.params.get("steps")
+        if self._is_first and steps:
+            done, first = int(self.model.progress.step), epoch * steps
+            is_within = first <= done < first + steps
+            self.model._count_steps(
+                self.params["epochs"], steps, done if is_within else first
+            )
 
     def on_train_batch_begin(self, batch, logs=None):
-        """Sets the counters, when all that restores them has done so."""
+        """Sets them to the very batch; a `CallbackList` may leave this hook out."""
         del logs
         steps = self.params.get("steps")
         if self._is_first and steps:

@@ -11,7 +11,7 @@ from tf_lowbit.scheme import graph, registry
 LAYER = "layer"
 BLOCK = "block"
 # What `x + y` becomes in a functional model.
-_SUMS = ("__operators__.add", "math.add", "add")
+_SUMS = ("__operators__.add", "math.add", "math.add_n")
 
 
 class Unit(NamedTuple):
@@ -46,6 +46,7 @@ def find_units(model: keras.Model, unit: str | Sequence[str] = LAYER) -> list[Un
         ValueError: if `unit` is something else, or a pattern matches no layer that
             is quantized.
     """
+    check_unit(unit)
     readers: dict[str, str] = {}
     for reader, sources in inspection.input_activations(model).items():
         for source in sources:
@@ -64,10 +65,32 @@ def find_units(model: keras.Model, unit: str | Sequence[str] = LAYER) -> list[Un
     return [Unit(name, tuple(members)) for name, members in units.items()]
 
 
+def check_unit(unit) -> None:
+    """Refuses what is no setting for `unit`, whatever the network.
+
+    Raises:
+        ValueError: if it is neither "layer" nor "block" nor a list of patterns.
+    """
+
+    def is_pattern(pattern):
+        try:
+            return isinstance(pattern, str) and bool(re.compile(pattern))
+        except re.error:
+            return False
+
+    is_list = isinstance(unit, list | tuple) and all(map(is_pattern, unit))
+    if not is_list and unit not in (LAYER, BLOCK):
+        raise ValueError(
+            f'unit must be "{LAYER}", "{BLOCK}" or a list of patterns of layer names. '
+            f"Received: unit={unit!r}"
+        )
+
+
 def residual_blocks(model: keras.Model) -> dict[str, frozenset[str]]:
     """The residual blocks of a network, found from its graph.
 
-    A block ends where branches that share an origin are added (`Add`, `x + y`). It
+    A block ends where branches that share an origin are added (`Add`, `x + y`,
+    `tf.add_n`). It
     holds what lies on some branch and not on all of them. A block within another one
     is a block of its own.
 
@@ -116,11 +139,6 @@ def _unit_names(model, unit, owners: Iterable[str]) -> dict[str, str]:
             for name, layers in residual_blocks(model).items()
             for layer in layers
         }
-    if isinstance(unit, str) or not all(isinstance(p, str) for p in unit):
-        raise ValueError(
-            f'unit must be "{LAYER}", "{BLOCK}" or a list of patterns of layer names. '
-            f"Received: unit={unit!r}"
-        )
     names = {
         owner: next((p for p in unit if re.fullmatch(p, owner)), owner)
         for owner in owners
