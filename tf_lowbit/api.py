@@ -45,7 +45,11 @@ def quantize(model: keras.Model, rules=None, *, strict: bool = False) -> keras.M
     quantized = graph.clone(applied, _own_wrapper)
     inspection.initialize_weight_ranges(quantized)
     for layer in model.layers:
-        quantized.get_layer(layer.name).trainable = layer.trainable
+        same = quantized.get_layer(layer.name)
+        same.trainable = layer.trainable
+        if getattr(layer, "synchronized", False):
+            # Keras leaves it out of the configuration, so that no copy has it.
+            same.synchronized, same.fused = True, False
     return quantized
 
 

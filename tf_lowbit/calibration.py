@@ -5,7 +5,7 @@ import itertools
 
 from tf_lowbit import inspection
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.scheme import graph
+from tf_lowbit.scheme import graph, registry
 
 _DROPOUT = (
     keras.layers.AlphaDropout,
@@ -116,10 +116,9 @@ def recalibrate_batch_norm(model, dataset, batches: int = 32) -> list[str]:
 
 
 def _average_batch_norm(network, dataset, batches) -> list[str]:
-    kind = keras.layers.BatchNormalization
     with (
         _settings(network, _DROPOUT, "rate") as dropouts,
-        _settings(network, kind, "momentum") as norms,
+        _settings(network, registry.BATCH_NORMS, "momentum") as norms,
     ):
         for layer in dropouts:
             layer.rate = 0.0

@@ -347,8 +347,8 @@ def test_steps_per_epoch_may_be_unknown_without_every(tmp_path):
         dense_net().fit(unknown, epochs=3, callbacks=[Recovery(tmp_path, 2)])
 
 
-def test_runs_on_two_replicas(tmp_path):
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+def test_runs_on_two_replicas(tmp_path, mirrored):
+    strategy = mirrored(2)
 
     def replicated():
         with strategy.scope():

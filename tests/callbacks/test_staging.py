@@ -286,8 +286,8 @@ def test_a_second_training_starts_over():
     assert seen.iterations == [STEPS, 2 * STEPS]
 
 
-def test_runs_on_two_replicas():
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+def test_runs_on_two_replicas(mirrored):
+    strategy = mirrored(2)
     assert strategy.num_replicas_in_sync == 2
     with strategy.scope():
         model = quantized_net()

@@ -85,21 +85,25 @@ def run_each(arguments, folder):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Runs from the float training to the result: name -> process and folder."""
+    """Runs from float training to result: function from name to process and folder."""
     folder = tmp_path_factory.mktemp("runs")
     flags = {"whole": TINY, "joint": JOINT, "mirrored": MIRRORED}
     done = run_each(
         [(*own, f"--output_dir={name}") for name, own in flags.items()], folder
     )
-    for process in done:
-        assert process.returncode == 0, process.stderr
-    return {n: (run, folder / n) for n, run in zip(flags, done, strict=True)}
+    named = dict(zip(flags, done, strict=True))
+
+    def run(name):
+        assert named[name].returncode == 0, named[name].stderr
+        return named[name], folder / name
+
+    return run
 
 
 @pytest.fixture(scope="module")
 def whole(runs):
     """A run by two-stage progressive training."""
-    return runs["whole"]
+    return runs("whole")
 
 
 def test_prints_progress_summary_and_where_the_result_is(whole):
@@ -260,7 +264,7 @@ def test_a_killed_run_resumes_in_mid_epoch_to_the_weights_of_the_whole_one(
 @pytest.fixture(scope="module")
 def joint(runs):
     """A run by stochastic precision with a teacher."""
-    return runs["joint"]
+    return runs("joint")
 
 
 def test_joint_run_logs_every_part(joint):
@@ -329,7 +333,7 @@ def test_joint_run_leaves_student_and_checkpoints_within_the_epoch(joint):
 
 
 def test_runs_on_several_devices(runs):
-    done, folder = runs["mirrored"]
+    done, folder = runs("mirrored")
     assert "Float network" not in done.stdout
     assert files(folder) == ["quantized"]
     result = json.loads((folder / "quantized" / "result.json").read_text())

@@ -211,7 +211,6 @@ def test_every_replica_draws_the_same_units(mirrored):
         np.testing.assert_array_equal(one, alone)
 
 
-@pytest.mark.xfail(strict=True, reason="quantize drops synchronized=True")
 def test_synchronized_batch_norm_is_that_of_one_device(mirrored):
     """Its moving averages too; but a replica without examples leaves its own alone."""
     norm = functools.partial(layers.BatchNormalization, synchronized=True, momentum=0.8)
@@ -340,7 +339,6 @@ def test_state_that_is_not_trained_is_aggregated(mirrored):
     assert [v.name for v in state if v.aggregation == without] == []
 
 
-@pytest.mark.xfail(strict=True, reason="made without an aggregation")
 def test_the_position_in_the_stages_is_aggregated(staged):
     position = staged.trainer.staging
     for variable in (position.stage, position.epochs_done):

@@ -78,8 +78,7 @@ class StagedPrecision(keras.callbacks.Callback):
             # A tf.train.Checkpoint is tracked by checkpoints, yet its variables
             # are no weights of the model, whose files keep their format.
             self.model.staging = tf.train.Checkpoint(
-                stage=tf.Variable(-1, dtype=tf.int64, trainable=False),
-                epochs_done=tf.Variable(0, dtype=tf.int64, trainable=False),
+                stage=_counter(-1), epochs_done=_counter(0)
             )
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -217,6 +216,15 @@ def reset_optimizer(model: keras.Model) -> None:
     for old, new in zip(optimizer.variables, fresh.variables, strict=True):
         if old is not optimizer.learning_rate:
             old.assign(new)
+
+
+def _counter(value):
+    return tf.Variable(
+        value,
+        dtype=tf.int64,
+        trainable=False,
+        aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+    )
 
 
 def _innermost(optimizer):

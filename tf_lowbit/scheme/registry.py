@@ -60,6 +60,11 @@ _TRANSPARENT = (
     _layers.ZeroPadding2D,
 )
 
+BATCH_NORMS = (
+    _layers.BatchNormalization,
+    _layers.experimental.SyncBatchNormalization,
+)
+
 _RELU_FUNCTIONS = {
     keras.activations.relu: "relu",
     tf.nn.relu: "relu",
@@ -117,5 +122,5 @@ def is_unsupported(layer) -> bool:
 
     BatchNormalization is no such layer: it is folded into an integer scale.
     """
-    known = bool(kernels(layer)) or isinstance(layer, _layers.BatchNormalization)
+    known = bool(kernels(layer)) or isinstance(layer, BATCH_NORMS)
     return bool(layer.trainable_weights) and not known

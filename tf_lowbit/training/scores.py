@@ -134,7 +134,11 @@ class Scores:
                 f"Received: targets {batch.y}"
             )
         # Keras has divided by the number of replicas.
-        parts = {TASK: tf.cast(value, tf.float32) * replicas()}
+        value = tf.cast(value, tf.float32) * replicas()
+        if replicas() > 1:
+            # The mean over no examples is not a number.
+            value = tf.where(batch.examples > 0, value, 0.0)
+        parts = {TASK: value}
         losses = [tf.cast(loss, tf.float32) for loss in self.network.losses]
         return parts | ({REGULARIZATION: tf.add_n(losses)} if losses else {})
 

@@ -341,7 +341,7 @@ class _CountSteps(keras.callbacks.Callback):
         self._epoch = epoch
         steps = self.params.get("steps")
         if self._is_first and steps:
-            done, first = int(self.model.progress.step), epoch * steps
+            done, first = int(self.model.progress.step.numpy()), epoch * steps
             is_within = first <= done < first + steps
             self.model._count_steps(
                 self.params["epochs"], steps, done if is_within else first
