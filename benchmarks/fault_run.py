@@ -1,6 +1,7 @@
 """Kills a training again and again, and compares its end with an undisturbed one.
 
-  python benchmarks/fault_run.py --kills=20 --output=benchmarks/results/fault_run.json
+  python benchmarks/fault_run.py --kills=20 --epochs=12 \
+      --output=benchmarks/results/fault_run.json
 
 `examples/train.py` trains a 2-bit network with learned steps by stochastic precision
 and joint distillation with hints. One run is left alone. The other is killed
@@ -31,7 +32,7 @@ from tf_lowbit.report import environment
 FLAGS = flags.FLAGS
 
 flags.DEFINE_integer("kills", 20, "How many times the training is killed.")
-flags.DEFINE_integer("epochs", 12, "Epochs of the quantized training.")
+flags.DEFINE_integer("epochs", 16, "Epochs of the quantized training.")
 flags.DEFINE_integer("seed", 0, "Of the kills' moments.")
 flags.DEFINE_string("output", None, "JSON file to write the outcome to.")
 
@@ -52,8 +53,8 @@ TRAINING = (
     "--strategy=one",
     f"--save_every={SAVE_EVERY}",
 )
-# A kill comes after at most so many checkpoints, and so many seconds later.
-MOST_CHECKPOINTS = 5
+# A kill comes after one to so many checkpoints more, and up to so many seconds later.
+MOST_CHECKPOINTS = 6
 LONGEST_DELAY = 0.2
 
 
@@ -74,12 +75,12 @@ def killed_once(folder: Path, chance: random.Random) -> dict:
     Raises:
         RuntimeError: if the training ends by itself.
     """
-    awaited = chance.randint(0, MOST_CHECKPOINTS)
+    awaited = chance.randint(1, MOST_CHECKPOINTS)
     seen = names(folder)
     with subprocess.Popen(
         command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as process:
-        while awaited >= 0:
+        while awaited > 0:
             new = names(folder) - seen
             seen |= new
             awaited -= len(new)

@@ -148,7 +148,8 @@ def main(argv):
     figures = measure()
     table = rich.table.Table(title="CPU time of a training step")
     for column in figures[0]:
-        table.add_column(column, no_wrap=True)
+        is_number = column not in ("step", "relative to")
+        table.add_column(column, no_wrap=is_number)
     for figure in figures:
         table.add_row(*(str(value) for value in figure.values()))
     rich.console.Console().print(table)

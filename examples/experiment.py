@@ -246,7 +246,8 @@ def train(
     Raises:
         FileExistsError: if the folder holds a run already and `resume` is False.
         ValueError: if the model has fewer outputs than the data set has classes, or the
-            training diverges; the checkpoints then end with the last good epoch.
+            training diverges. The checkpoints then end with the last good epoch; with
+            `save_every` one within an epoch may hold weights that are finite still.
     """
     epochs = sum(stage.epochs for stage in stages)
     recovery = tfl.callbacks.Recovery(folder / "checkpoints", every=save_every)
@@ -266,7 +267,7 @@ def train(
             tfl.callbacks.StagedPrecision(stages, verbose=0 if label else 1)
             if is_quantized
             else _float_learning_rate(stages, data.steps_per_epoch, first_epoch),
-            StayFinite(),
+            StayFinite(save_every),
             keras.callbacks.CSVLogger(records / "log.csv", append=first_epoch > 0),
             keras.callbacks.TensorBoard(records / "tensorboard", write_graph=False),
             recovery,
@@ -340,15 +341,28 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
 
 
 class StayFinite(keras.callbacks.Callback):
-    """Ends a training that diverges, before its weights are measured or saved."""
+    """Ends a training that diverges, before its weights are measured or saved.
+
+    Args:
+        save_every: steps between checkpoints within an epoch, or None.
+    """
+
+    def __init__(self, save_every: int | None = None):
+        super().__init__()
+        self._save_every = save_every
 
     def on_train_batch_end(self, batch, logs=None):
-        """Checks the loss."""
+        """Checks the loss, and the weights if they are to be saved."""
         if not math.isfinite(logs["loss"]):
             self._fail(f"a loss of {logs['loss']} after batch {batch} of its epoch")
+        if self._save_every and (batch + 1) % self._save_every == 0:
+            self._check_weights()
 
     def on_test_begin(self, logs=None):
         """Checks the weights, which the last step may have spoiled."""
+        self._check_weights()
+
+    def _check_weights(self):
         for weight in self.model.trainable_variables:
             if not tf.reduce_all(tf.math.is_finite(weight)):
                 self._fail(f"weights {weight.name} that are not finite")

@@ -289,11 +289,13 @@ def make_trainer(
 
 
 def check_flags() -> None:
-    """Refuses flags that would have no effect.
+    """Refuses flags that would have no effect, or a wrong one late.
 
     Raises:
-        ValueError: naming the flag.
+        ValueError: naming the flag or the setting.
     """
+    tfl.StochasticPrecision(start=FLAGS.sp_start, seed=FLAGS.seed)
+    tfl.Stage(1, learning_rate=FLAGS.teacher_learning_rate)
     without_teacher = FLAGS.distill == "none"
     idle = {
         "sp_unit": FLAGS.method != "sp",
@@ -302,13 +304,17 @@ def check_flags() -> None:
         "hints": without_teacher,
         "teacher_learning_rate": FLAGS.distill in ("none", "frozen"),
         "ladder": FLAGS.method not in ("pq", "ts+pq"),
+        "logical_cpus": FLAGS.strategy != "mirrored",
+        "float_epochs": FLAGS.float_checkpoint is not None,
+        "float_learning_rate": FLAGS.float_checkpoint is not None,
     }
     given = [n for n, is_idle in idle.items() if is_idle and FLAGS[n].present]
     if given:
         raise ValueError(
             "A flag must have an effect. Received: "
             f"{', '.join(f'--{name}' for name in given)} with "
-            f"--method={FLAGS.method}, --distill={FLAGS.distill}"
+            f"--method={FLAGS.method}, --distill={FLAGS.distill}, "
+            f"--strategy={FLAGS.strategy}, --float_checkpoint={FLAGS.float_checkpoint}"
         )
 
 

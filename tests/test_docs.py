@@ -96,7 +96,6 @@ def test_every_flag_of_the_main_program_is_told_of():
     assert later | {"method", "distill", "strategy", "resume"} <= mentioned
 
 
-@pytest.mark.xfail(reason="the teacher must be made in the strategy's scope too")
 def test_the_code_for_many_devices_runs():
     """On a small network and random data."""
     (code,) = re.findall(

@@ -834,17 +834,18 @@ def test_divergence_in_an_epochs_last_step_is_an_error_and_is_not_saved(
     assert saved_at(tmp_path) == []
 
 
-@pytest.mark.xfail(reason="--save_every saves what the last step has spoiled")
-def test_divergence_within_an_epoch_can_be_mended(tmp_path):
-    def train(rate, **options):
-        stage = [tfl.Stage(2, learning_rate=rate)]
-        return experiment.train(
-            float_model(), load_data, stage, tmp_path, save_every=1, **options
-        )
-
-    with pytest.raises(ValueError, match=r"lower the learning rate.*Received: "):
-        train(1e38)
-    assert np.isfinite(train(RATE, resume=True).loss)
+def test_spoiled_weights_are_not_saved_within_an_epoch():
+    model = float_model()
+    model.layers[-1].kernel.assign(np.full((64, 10), np.inf))
+    finite = {"loss": 1.0}
+    for every, batch, is_saved in ((2, 1, True), (2, 0, False), (None, 1, False)):
+        callback = experiment.StayFinite(every)
+        callback.set_model(model)
+        if not is_saved:
+            callback.on_train_batch_end(batch, finite)
+            continue
+        with pytest.raises(ValueError, match=r"Received: weights .*not finite"):
+            callback.on_train_batch_end(batch, finite)
 
 
 def test_labels_out_of_the_models_range_are_an_error(tmp_path):

@@ -347,6 +347,12 @@ def test_runs_on_several_devices(runs):
 # Of each kind of mistake one: its flags, and what the message must hold.
 IDLE = r"flag must have an effect\. Received: "
 BAD = {
+    "sp_start": (["--method=sp", "--sp_start=1.5"], r"\[0, 1\].*Received: start=1.5"),
+    "teacher_rate": (
+        ["--distill=task", "--teacher_learning_rate=-1"],
+        r"positive.*Received: learning_rate=-1",
+    ),
+    "logical_cpus": (["--logical_cpus=2"], r"effect.*Received: --logical_cpus"),
     "weight_bits": (["--weight_bits=9"], r"\[1, 8\].*Received: weight_bits=9"),
     "ladder": (["--method=pq", "--ladder=8,x"], r"ladder.*Received: .*x"),
     "epochs": (["--method=pq", "--epochs=2"], r"stages need.*Received: total=2"),

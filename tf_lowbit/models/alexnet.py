@@ -53,7 +53,7 @@ def alexnet(
     Returns:
         An unquantized, uncompiled Keras model from float images of shape
         (batch, *input_shape) to float logits (no softmax) of shape
-        (batch, classes), float32 unless the Keras dtype policy says otherwise.
+        (batch, classes), in the dtype of the policy's variables (float32).
 
     Raises:
         ValueError: If `classes` is below 2, `input_shape` is not three positive
@@ -96,5 +96,5 @@ def alexnet(
         x = layers.dense(x, _FC_UNITS, name=layer, weight_decay=weight_decay)
         x = layers.batch_norm(x, name=f"{layer}_bn", weight_decay=weight_decay)
         x = layers.relu(x, name=f"{layer}_relu")
-    logits = layers.dense(x, classes, name="head", weight_decay=weight_decay)
+    logits = layers.logits(x, classes, weight_decay=weight_decay)
     return keras.Model(image, logits, name=name or "alexnet")

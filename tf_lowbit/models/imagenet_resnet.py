@@ -79,7 +79,7 @@ def resnet18(
     Returns:
         An unquantized, uncompiled Keras model from float images of shape
         (batch, *input_shape) to float logits (no softmax) of shape
-        (batch, classes), float32 unless the Keras dtype policy says otherwise.
+        (batch, classes), in the dtype of the policy's variables (float32).
 
     Raises:
         ValueError: If `width` is below 1, `classes` is below 2, `input_shape` is
@@ -122,7 +122,7 @@ def resnet50(
     Returns:
         An unquantized, uncompiled Keras model from float images of shape
         (batch, *input_shape) to float logits (no softmax) of shape
-        (batch, classes), float32 unless the Keras dtype policy says otherwise.
+        (batch, classes), in the dtype of the policy's variables (float32).
 
     Raises:
         ValueError: If `width` is below 1, `classes` is below 2, `input_shape` is
@@ -171,7 +171,7 @@ def preact_resnet18(
     Returns:
         An unquantized, uncompiled Keras model from float images of shape
         (batch, *input_shape) to float logits (no softmax) of shape
-        (batch, classes), float32 unless the Keras dtype policy says otherwise.
+        (batch, classes), in the dtype of the policy's variables (float32).
 
     Raises:
         ValueError: If `width` is below 1, `classes` is below 2, `input_shape` is

@@ -145,7 +145,7 @@ def conv(
     )(x)
 
 
-def dense(x, units: int, *, name: str, weight_decay: float):
+def dense(x, units: int, *, name: str, weight_decay: float, dtype=None):
     """A dense layer with bias, and without an activation.
 
     Kernels are uniform within 1 / sqrt(fan_in), torch's default for a linear
@@ -156,6 +156,7 @@ def dense(x, units: int, *, name: str, weight_decay: float):
         units: Number of outputs.
         name: Name of the layer.
         weight_decay: Coupled weight decay, in torch's convention.
+        dtype: What it computes in; None for the policy's.
 
     Returns:
         Float tensor of shape (batch, units).
@@ -168,8 +169,26 @@ def dense(x, units: int, *, name: str, weight_decay: float):
         ),
         kernel_regularizer=decay(weight_decay),
         bias_regularizer=decay(weight_decay),
+        dtype=dtype,
         name=name,
     )(x)
+
+
+def logits(x, classes: int, *, weight_decay: float):
+    """The dense layer "head", in float32 under the mixed policies too.
+
+    Rounded to 16 bits, logits would make steps of the loss.
+
+    Args:
+        x: Float tensor of shape (batch, features).
+        classes: Number of logits.
+        weight_decay: Coupled weight decay, in torch's convention.
+
+    Returns:
+        Float tensor of shape (batch, classes).
+    """
+    dtype = keras.mixed_precision.global_policy().variable_dtype
+    return dense(x, classes, name="head", weight_decay=weight_decay, dtype=dtype)
 
 
 def batch_norm(x, *, name: str, weight_decay: float):
@@ -217,4 +236,4 @@ def classifier(x, classes: int, *, weight_decay: float):
         Float tensor of shape (batch, classes).
     """
     x = keras.layers.GlobalAveragePooling2D(name="avg_pool")(x)
-    return dense(x, classes, name="head", weight_decay=weight_decay)
+    return logits(x, classes, weight_decay=weight_decay)

@@ -43,7 +43,7 @@ def preact_resnet(
     Returns:
         An unquantized, uncompiled Keras model from float images of shape
         (batch, *input_shape) to float logits (no softmax) of shape
-        (batch, classes), float32 unless the Keras dtype policy says otherwise.
+        (batch, classes), in the dtype of the policy's variables (float32).
 
     Raises:
         ValueError: If `depth` is not 6n+2, `width` is below 1, `classes` is below
