@@ -391,7 +391,10 @@ BAD = {
         r"two GPUs, or --logical_cpus=2.*Received: devices",
     ),
     "no workers": (["--strategy=multi_worker"], r"TF_CONFIG.*Received: TF_CONFIG=None"),
-    "no CPUs": (["--logical_cpus=0"], r"logical_cpus must be >= 1. Received: .*0"),
+    "no CPUs": (
+        ["--strategy=mirrored", "--logical_cpus=0"],
+        r"logical_cpus must be >= 1. Received: .*0",
+    ),
 }
 # Importing TensorFlow takes seconds: one process for all, as if each were the first.
 REFUSALS = """
