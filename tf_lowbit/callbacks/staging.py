@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from tf_lowbit import inspection
 from tf_lowbit.compat import keras, tf
+from tf_lowbit.core.counters import counter
 from tf_lowbit.core.stages import FLOAT_BITS, Stage, stage_at
 from tf_lowbit.scheme.layout import QuantizationWarning
 
@@ -78,7 +79,7 @@ class StagedPrecision(keras.callbacks.Callback):
             # A tf.train.Checkpoint is tracked by checkpoints, yet its variables
             # are no weights of the model, whose files keep their format.
             self.model.staging = tf.train.Checkpoint(
-                stage=_counter(-1), epochs_done=_counter(0)
+                stage=counter(-1), epochs_done=counter()
             )
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -216,15 +217,6 @@ def reset_optimizer(model: keras.Model) -> None:
     for old, new in zip(optimizer.variables, fresh.variables, strict=True):
         if old is not optimizer.learning_rate:
             old.assign(new)
-
-
-def _counter(value):
-    return tf.Variable(
-        value,
-        dtype=tf.int64,
-        trainable=False,
-        aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
-    )
 
 
 def _innermost(optimizer):

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from tf_lowbit import inspection
 from tf_lowbit.compat import keras, tf
+from tf_lowbit.core.counters import counter
 from tf_lowbit.training import distillation as distilling
 from tf_lowbit.training.distillation import JointDistillation
 from tf_lowbit.training.plan import Plan
@@ -81,7 +82,7 @@ class LowBitTrainer(keras.Model):
         self.teacher_optimizer = None
         # A tf.train.Checkpoint is tracked by checkpoints, yet its variables are no
         # weights of the model.
-        self.progress = tf.train.Checkpoint(step=_counter(), total_steps=_counter())
+        self.progress = tf.train.Checkpoint(step=counter(), total_steps=counter())
         if self._knows_steps:
             self.progress.total_steps.assign(self._steps)
         self.built = True
@@ -381,12 +382,3 @@ def _build_optimizer(optimizer, variables):
     # restored before the first step finds them. Legacy optimizers make them later.
     if hasattr(optimizer, "build"):
         optimizer.build(variables)
-
-
-def _counter():
-    return tf.Variable(
-        0,
-        dtype=tf.int64,
-        trainable=False,
-        aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
-    )
