@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent
 # released together, and tensorflow itself brings Keras 3 along.
 INSTALL_REQUIRES = [
     "absl-py>=1.2,<2",
+    "flatbuffers>=24,<26",
     "numpy>=2.0,<3",
     "rich>=13,<16",
     "tensorflow>=2.21,<2.22",
@@ -18,6 +19,8 @@ INSTALL_REQUIRES = [
     "tf-keras>=2.21,<2.22",
 ]
 EXTRAS = {
+    # Runs TFLite files in place of TensorFlow's interpreter, which is to go.
+    "litert": ["ai-edge-litert>=2.1,<3"],
     # What the example programs log with; TensorFlow 2.21 no longer brings it.
     "examples": ["tensorboard>=2.20,<2.22"],
     "datasets": ["scikit-learn>=1.5,<2", "tensorflow-datasets>=4.9.9,<5"],

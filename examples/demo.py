@@ -3,7 +3,9 @@
 Trains a float pre-activation ResNet on the digits that scikit-learn holds, makes
 2-bit networks of it by plain fine-tuning, two-stage and progressive training,
 stochastic precision and joint distillation with the same total of epochs, and a 4-bit
-one, and prints a table.
+one, and prints a table. At the end a 2-bit network that was trained for deployment
+becomes an integer TFLite file, which is proved to compute what was trained, and is
+compared with the float network's file.
 
   python examples/demo.py
 """
@@ -14,7 +16,9 @@ from pathlib import Path
 # Before TensorFlow is imported: its start-up notes would bury the progress bars.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import json
 import shutil
+import statistics
 
 import experiment
 import rich.console
@@ -39,6 +43,8 @@ flags.DEFINE_string(
 )
 
 LADDER = (8, 4, 2)
+# The one that is deployed: first layer, last layer and residual sums train at 8 bits.
+DEPLOYED = "W2A2 deployed"
 # Label, method, distillation, and bits of weights and activations.
 NETWORKS = (
     ("W2A2 plain", "plain", "none", (2, 2)),
@@ -47,6 +53,7 @@ NETWORKS = (
     ("W2A2 stochastic", "sp", "none", (2, 2)),
     ("W2A2 distilled", "plain", "joint", (2, 2)),
     ("W4A4 plain", "plain", "none", (4, 4)),
+    (DEPLOYED, "plain", "none", (2, 2)),
 )
 
 
@@ -83,12 +90,18 @@ def train_quantized(
     folder: Path,
 ) -> experiment.Outcome:
     """Quantizes the float network and trains the result by one method."""
-    rule = tfl.PrecisionRule(".*", weight_bits=bits[0], activation_bits=bits[1])
+    rules = [tfl.PrecisionRule(".*", weight_bits=bits[0], activation_bits=bits[1])]
+    if label == DEPLOYED:
+        rules.insert(0, tfl.PrecisionRule("stem|head", 8, 8, "uniform", "uniform"))
+    quantized = tfl.quantize(
+        model, rules, residual_bits=8 if label == DEPLOYED else None
+    )
+    tfl.calibrate(quantized, load_data().train)
     # A copy teaches: the other networks start from the float one as it is.
     teacher = keras.models.clone_model(model)
     teacher.set_weights(model.get_weights())
     trainer = experiment.trainer_for(
-        tfl.quantize(model, [rule]), teacher, method, distill, seed=FLAGS.seed
+        quantized, teacher, method, distill, seed=FLAGS.seed
     )
     experiment.compile_model(
         trainer,
@@ -125,6 +138,77 @@ def results_table(rows) -> rich.table.Table:
     return table
 
 
+def deploy(float_model: keras.Model, folder: Path, console) -> dict:
+    """Exports the network in `folder`, proves the file and compares it.
+
+    Returns:
+        What the table of files shows, JSON-ready.
+    """
+    data = load_data()
+    model = tfl.load_model(folder / "model.h5", compile=False)
+    info = experiment.deployment_info(data)
+    result = tfl.export.to_tflite(
+        model, folder / "network.tflite", data.train, info=info
+    )
+    report = tfl.export.verify(result.path, model, data.test, verbose=0)
+    console.print(str(report), highlight=False)
+    floats = experiment.float_tflite(float_model)
+    (folder / "float.tflite").write_bytes(floats)
+    files = {"float32": floats, DEPLOYED: result.path.read_bytes()}
+    seconds = tfl.export.latencies(files)
+    ratios = [
+        own / base
+        for own, base in zip(seconds[DEPLOYED], seconds["float32"], strict=True)
+    ]
+    found = report.predictions
+    accuracy = found.right["file"] / found.labels
+    deployed = {
+        "proved": report.ok,
+        "float_bytes": len(floats),
+        "float_gzip_bytes": tfl.export.gzip_bytes(floats),
+        "bytes": result.size,
+        "gzip_bytes": result.gzip_size,
+        "latency_ratio": statistics.median(ratios),
+        "float_accuracy": classify(floats, data),
+        "accuracy": accuracy,
+    }
+    experiment.replace_text(
+        folder / "deployment.json", json.dumps(deployed, indent=2) + "\n"
+    )
+    console.print(files_table(deployed))
+    return deployed
+
+
+def classify(content: bytes, data: datasets.Dataset) -> float:
+    """A file's accuracy on the test set."""
+    run = tfl.export.Runner(content)
+    right = 0
+    for images, labels in data.test.as_numpy_iterator():
+        (logits,) = run(images).values()
+        right += int((logits.argmax(axis=-1) == labels).sum())
+    return right / data.test_size
+
+
+def files_table(deployed: dict) -> rich.table.Table:
+    """The float file beside the low-bit one."""
+    table = rich.table.Table(title="TFLite files, one thread")
+    table.add_column("file", no_wrap=True)
+    for column in ("bytes", "gzipped", "latency", "test accuracy"):
+        table.add_column(column, justify="right")
+    for label, prefix, latency in (
+        ("float32", "float_", 1.0),
+        (DEPLOYED, "", deployed["latency_ratio"]),
+    ):
+        table.add_row(
+            label,
+            f"{deployed[f'{prefix}bytes']:,}",
+            f"{deployed[f'{prefix}gzip_bytes']:,}",
+            f"{latency:.2f}",
+            f"{100 * deployed[f'{prefix}accuracy']:.2f} %",
+        )
+    return table
+
+
 def main(argv):
     """Runs the demo."""
     if len(argv) > 1:
@@ -148,6 +232,7 @@ def main(argv):
     console.print("Each folder holds model.h5, log.csv, result.json and tensorboard/:")
     for *_, folder in rows:
         console.print(f"  {folder}", highlight=False)
+    deploy(model, rows[-1][-1], console)
 
 
 def fresh(folder: Path) -> Path:

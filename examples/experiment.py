@@ -7,6 +7,7 @@ A run lives in a folder: `checkpoints/` (networks, optimizers, stage, epoch and 
 import contextlib
 import csv
 import dataclasses
+import io
 import json
 import math
 import os
@@ -324,10 +325,14 @@ def write_result(folder: Path, outcome: Outcome, settings: dict) -> Path:
         "settings": settings,
         **environment(),
     }
-    text = json.dumps(result, indent=2, sort_keys=True) + "\n"
     path = folder / "result.json"
-    replace_file(path, lambda temporary: Path(temporary).write_text(text))
+    replace_text(path, json.dumps(result, indent=2, sort_keys=True) + "\n")
     return path
+
+
+def replace_text(path: Path, text: str) -> None:
+    """`replace_file` with a text."""
+    replace_file(path, lambda temporary: Path(temporary).write_text(text))
 
 
 def replace_file(path: Path, write: Callable[[Path], None]) -> None:
@@ -338,6 +343,28 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def deployment_info(data: datasets.Dataset) -> dict:
+    """What a deployed file should say of itself: how pixels become its input.
+
+    Pixels are in [0, 1]; the input is `(pixels - mean) / deviation`.
+    """
+    normalization = data.normalization
+    return {
+        "dataset": data.name,
+        "normalization": {
+            "mean": list(normalization.mean),
+            "deviation": list(normalization.deviation),
+        },
+    }
+
+
+def float_tflite(model: keras.Model) -> bytes:
+    """A float network as TensorFlow's own converter writes it."""
+    converter = tf.lite.TFLiteConverter.from_keras_model(model)
+    with contextlib.redirect_stdout(io.StringIO()):
+        return converter.convert()
 
 
 class StayFinite(keras.callbacks.Callback):

@@ -64,7 +64,7 @@ flags.DEFINE_string(
 flags.DEFINE_integer(
     "width",
     None,
-    "Channels of a ResNet's first stage; 16 (CIFAR) or 64 (ImageNet) without it.",
+    "Channels of the network's first stage; 16, or 64 for ImageNet's, without it.",
 )
 flags.DEFINE_enum("method", "plain", experiment.METHODS, "How to lower the precision.")
 flags.DEFINE_integer("weight_bits", 2, "Bits of the weights, 1 to 8.")
@@ -82,6 +82,11 @@ flags.DEFINE_integer(
     "first_last_bits",
     None,
     "Bits of the first and the last layer; they stay float without this flag.",
+)
+flags.DEFINE_integer(
+    "residual_bits",
+    None,
+    "8 trains residual sums as the integer file will compute them; float without it.",
 )
 flags.DEFINE_list(
     "ladder",
@@ -173,9 +178,7 @@ def build_float_model(data: datasets.Dataset) -> keras.Model:
     """The flags' network, untrained."""
     arguments = {} if FLAGS.width is None else {"width": FLAGS.width}
     if arguments and FLAGS.model == "alexnet":
-        raise ValueError(
-            f"--width is for residual networks. Received: --model={FLAGS.model}"
-        )
+        raise ValueError(f"--width is not for alexnet. Received: --model={FLAGS.model}")
     return models.get(
         FLAGS.model,
         classes=data.classes,
@@ -259,7 +262,7 @@ def make_trainer(
     model: keras.Model, precision: list[tfl.PrecisionRule]
 ) -> tfl.LowBitTrainer:
     """Quantizes the float model, and compiles what trains the result."""
-    quantized = tfl.quantize(model, precision)
+    quantized = tfl.quantize(model, precision, residual_bits=FLAGS.residual_bits)
     data = load_data()
     tfl.calibrate(quantized, data.train)
     trainer = experiment.trainer_for(

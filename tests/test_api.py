@@ -292,6 +292,41 @@ def test_a_model_without_weights_to_quantize_is_refused():
         quantize(model, W2A2)
 
 
+@pytest.mark.parametrize("bits", [4, 7, 16, 32, True, "8"], ids=repr)
+def test_other_residual_bits_are_refused(bits):
+    message = rf"^residual_bits must be 8 or None.*Received: residual_bits={bits!r}$"
+    with pytest.raises(ValueError, match=message):
+        quantize(nets.mobilenet_like(), W2A2, residual_bits=bits)
+
+
+def test_residual_bits_leave_all_else_as_it_is():
+    model = nets.randomize(nets.preactivation())
+    plain, residual = quantize(model, W2A2), quantize(model, W2A2, residual_bits=8)
+    found = nets.by_name(residual)
+    added = {name for name, tensor in found.items() if tensor.is_residual}
+    assert len(added) == 6
+    assert {n: t.quantizer for n, t in found.items() if n not in added} == {
+        name: tensor.quantizer for name, tensor in nets.by_name(plain).items()
+    }
+    for layer in model.layers:
+        expected = [p.numpy() for p in inspection.parameters(layer)]
+        same = inspection.parameters(residual.get_layer(layer.name))
+        nets.assert_all_equal([p.numpy() for p in same], expected)
+
+
+def test_bfloat16_with_residual_quantizers(bfloat16):
+    model = nets.randomize(nets.preactivation())
+    quantized = quantize(model, LEARNED, residual_bits=8)
+    data = nets.images()
+    calibrate(quantized, [data])
+    layer = quantized.get_layer("one_add_residual")
+    assert layer.compute_dtype == "bfloat16"
+    step = nets.by_name(quantized)["one_add_residual/output"].variables["step"]
+    assert step.dtype == tf.float32
+    assert np.isfinite(nets.train_step(quantized, data, nets.labels(), eager=True))
+    assert quantized(data).dtype == tf.bfloat16
+
+
 def test_rules_that_leave_everything_float_are_refused():
     with pytest.raises(ValueError, match=r"full precision. Received: rules="):
         quantize(nets.perceptron(), PrecisionRule(".*"))

@@ -1,6 +1,8 @@
 """`calibrate` and `recalibrate_batch_norm` against NumPy, and what they leave alone."""
 
+import fractions
 import functools
+import math
 
 import numpy as np
 import pytest
@@ -11,10 +13,12 @@ from tf_lowbit import (
     PrecisionRule,
     StochasticPrecision,
     calibrate,
+    inspection,
     quantize,
     quantizers,
     recalibrate_batch_norm,
 )
+from tf_lowbit.calibration import tie_residuals
 from tf_lowbit.compat import keras, tf
 
 layers = keras.layers
@@ -543,3 +547,234 @@ def test_after_stochastic_precision_without_a_tail_evaluation_changes():
     recalibrate_batch_norm(trainer, BATCHES)
     losses.append(trainer.evaluate(x, y, verbose=0))
     assert abs(losses[1] - losses[0]) > 5e-3
+
+
+# --- residual quantizers
+
+
+def ratios_of(model):
+    """Name of an Add -> [step of input / step of output], and the output's name."""
+    return {
+        add.name: ([step_of(t) / step_of(add.output) for t in add.inputs], add.output)
+        for add in inspection.residual_adds(model)
+    }
+
+
+def step_of(tensor):
+    return float(tensor.quantizer.step(None, tensor.variables))
+
+
+def assert_tied(model):
+    """All ratios are of odd denominator, products of a few of the table's."""
+    found = ratios_of(model)
+    assert found
+    for name, (steps, _) in found.items():
+        for ratio in steps:
+            odd = fractions.Fraction(ratio).limit_denominator(15**2)
+            assert odd.denominator % 2, name
+            assert ratio == pytest.approx(float(odd), rel=2**-22), name
+
+
+def calibrated(float_model, activations="dorefa", bits=2, batches=None):
+    rule = PrecisionRule(".*", bits, bits, activation_quantizer=activations)
+    model = quantize(nets.randomize(float_model), rule, residual_bits=8)
+    batches = batches or [nets.images(4, float_model.input_shape[1:])]
+    names = calibrate(model, batches)
+    residual = {n for n, t in nets.by_name(model).items() if t.is_residual}
+    assert residual
+    assert residual <= set(names)
+    assert all(t.is_calibrated for t in nets.by_name(model).values())
+    return model
+
+
+def int8_sums(model, data):
+    """Name of an Add -> codes that integers give, and those that the network has."""
+    adds = [add for add in inspection.residual_adds(model) if add.output.is_residual]
+    tensors = {t.layer.name: t for add in adds for t in (*add.inputs, add.output)}
+    seen = nets.outputs_of(model, tensors, data)
+
+    def codes(tensor):
+        return np.rint(seen[tensor.layer.name] / np.float64(step_of(tensor)))
+
+    found = {}
+    for add in adds:
+        ratios = [
+            fractions.Fraction(step_of(t) / step_of(add.output)).limit_denominator(15)
+            for t in add.inputs
+        ]
+        common = math.lcm(*(r.denominator for r in ratios))
+        total = sum(
+            codes(t).astype(np.int64) * int(r * common)
+            for t, r in zip(add.inputs, ratios, strict=True)
+        )
+        # To the nearest integer, without a tie: common is odd.
+        rounded = (2 * total + common) // (2 * common)
+        found[add.name] = np.clip(rounded, -128, 127), codes(add.output)
+    return found
+
+
+@pytest.mark.parametrize("activations", ["dorefa", "lsq", "pact", "uniform"])
+@pytest.mark.parametrize(
+    "build",
+    [
+        nets.preactivation,
+        functools.partial(nets.mobilenet_like, 4),
+    ],
+    ids=["pre-activation", "mobilenet"],
+)
+def test_the_steps_of_each_add_are_tied(build, activations):
+    model = calibrated(build(), activations)
+    assert_tied(model)
+    for expected, found in int8_sums(
+        model, nets.images(3, model.input_shape[1:], seed=5)
+    ).values():
+        np.testing.assert_array_equal(found, expected)
+        assert np.unique(found).size > 20
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_post_activation_networks_adds_are_tied_to_the_relu_behind(bits):
+    model = calibrated(nets.postactivation(), bits=bits)
+    assert_tied(model)
+    outputs = [output for _, output in ratios_of(model).values()]
+    assert [t.is_residual for t in outputs] == [False, True]
+    assert step_of(outputs[0]) == np.float32(1 / (2**bits - 1))
+
+
+def sum_net():
+    """relu0 - [a] + identity - sum - [b] + identity - total - relu1 - head."""
+    inputs = keras.Input((5,), name="in")
+    x = layers.ReLU(name="relu0")(layers.Dense(5, name="first")(inputs))
+    x = layers.Add(name="sum")([layers.Dense(5, name="a")(x), x])
+    y = layers.Dense(5, name="b")(layers.ReLU(name="relu1")(x))
+    total = layers.Add(name="total")([x, y])
+    y = layers.Dense(5, name="c")(layers.ReLU(name="relu2")(total))
+    model = keras.Model(inputs, layers.Dense(2, name="head")(y))
+    return nets.randomize(model)
+
+
+def test_the_rules_of_tying_by_hand():
+    model = quantize(sum_net(), PrecisionRule(".*", 8, 2), residual_bits=8)
+    tensors = {n.split("/")[0]: t for n, t in nets.by_name(model).items()}
+    names = ["a_residual", "sum_residual", "b_residual"]
+    assert [n for n in tensors if n.endswith("_residual")] == names
+    for name, step in zip(names, [0.03, 0.04, 0.005], strict=True):
+        tensors[name].variables["step"].assign(step)
+    tie_residuals(model)
+    # relu0 and relu2 have 1/3. sum: 1/3 / 0.04 = 8.33 -> 25/3 is none; 8 is nearest.
+    out = 1 / 3 / 8
+    assert step_of(tensors["sum_residual"]) == pytest.approx(out, rel=1e-6)
+    # 0.03 / out = 0.72 -> 8/11 = 0.727.
+    found = step_of(tensors["a_residual"])
+    assert found == pytest.approx(out * 8 / 11, rel=1e-6)
+    # total puts out relu2's grid: 0.005 / (1/3) = 0.015 -> the smallest, 1/15.
+    assert step_of(tensors["b_residual"]) == pytest.approx(1 / 45, rel=1e-6)
+    # Both are settled then: sum_residual and relu2, whose ratio is 1/8.
+    assert ratios_of(model)["total"][0][0] == pytest.approx(1 / 8, rel=1e-6)
+
+
+def test_tying_again_changes_nothing():
+    model = calibrated(nets.preactivation(), "pact")
+    before = nets.snapshot(model.weights)
+    tie_residuals(model)
+    nets.assert_all_equal(nets.snapshot(model.weights), before)
+    calibrate(model, [nets.images(4)])
+    nets.assert_all_equal(nets.snapshot(model.weights), before)
+
+
+def test_steps_that_training_has_moved_are_tied_again():
+    model = calibrated(nets.preactivation(), "lsq")
+    step = nets.by_name(model)["one_relu1/output"].variables["step"]
+    step.assign(1.07 * step)
+    with pytest.raises(AssertionError):
+        assert_tied(model)
+    tie_residuals(model)
+    assert_tied(model)
+
+
+def test_no_measured_range_is_cut_short():
+    """Of what only an input's ratio decides; an output's goes to the nearest."""
+    data = nets.images(64, (5,))
+    model = quantize(sum_net(), PrecisionRule(".*", 8, 2), residual_bits=8)
+    tensors = nets.by_name(model)
+    measured = {}
+    original = quantizers.ResidualQuantizer.calibrate
+
+    def calibrate_and_note(self, samples, variables):
+        original(self, samples, variables)
+        measured[id(variables)] = float(variables["step"])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantizers.ResidualQuantizer, "calibrate", calibrate_and_note)
+        calibrate(model, [data])
+    for name in ("a_residual/output", "b_residual/output"):
+        before = measured[id(tensors[name].variables)]
+        assert step_of(tensors[name]) >= before * (1 - 2**-19)
+    before = measured[id(tensors["sum_residual/output"].variables)]
+    after = step_of(tensors["sum_residual/output"])
+    assert before / 1.1 < after < before * 1.1
+
+
+@pytest.mark.parametrize("activations", ["uniform", "lsq"])
+def test_ties_are_to_the_bits_that_a_quantizer_is_made_for(activations):
+    """In a stage that does not round, the grid of the last stage counts."""
+    rule = PrecisionRule(".*", 8, 2, activation_quantizer=activations)
+    model = quantize(sum_net(), rule, residual_bits=8)
+    for tensor in nets.by_name(model).values():
+        if tensor.role == "activation":
+            tensor.assign_bits(32)
+    calibrate(model, [nets.images(32, (5,))])
+    for tensor in nets.by_name(model).values():
+        if tensor.role == "activation":
+            assert tensor.bits == 32
+            tensor.assign_bits(tensor.quantizer.bits)
+    assert_tied_to_outputs(model)
+
+
+def assert_tied_to_outputs(model):
+    """`total` has a settled input and a settled output: only `b` is tied."""
+    found = ratios_of(model)
+    assert set(found) == {"sum", "total"}
+    for ratio in (*found["sum"][0], found["total"][0][1]):
+        odd = fractions.Fraction(ratio).limit_denominator(15)
+        assert odd.denominator % 2
+        assert ratio == pytest.approx(float(odd), rel=2**-21)
+
+
+def test_activations_that_do_not_round_settle_nothing():
+    model = quantize(sum_net(), PrecisionRule(".*", 8, 32), residual_bits=8)
+    calibrate(model, [nets.images(32, (5,))])
+    steps = ratios_of(model)
+    # sum stands as measured and a is tied to it; total has no grid behind it.
+    ratio = fractions.Fraction(steps["sum"][0][0]).limit_denominator(15)
+    assert steps["sum"][0][0] == pytest.approx(float(ratio), rel=2**-22)
+    assert all(t.is_calibrated for t in nets.by_name(model).values())
+
+
+def test_a_tensor_of_two_adds_is_tied_by_the_first():
+    inputs = keras.Input((5,), name="in")
+    x = layers.ReLU(name="relu0")(layers.Dense(5, name="first")(inputs))
+    y = layers.Dense(5, name="a")(x)
+    one = layers.Add(name="one")([y, x])
+    z = layers.Dense(5, name="b")(layers.ReLU(name="relu1")(one))
+    two = layers.Add(name="two")([z, y])
+    three = layers.Add(name="three")([two, one])
+    x = layers.Dense(5, name="c")(layers.ReLU(name="relu2")(three))
+    model = keras.Model(inputs, [layers.Dense(2, name="head")(x), three])
+    model = calibrated(model, "pact", batches=[nets.images(32, (5,))])
+    found = ratios_of(model)
+    assert list(found) == ["one", "two", "three"]
+    for name in ("one", "two"):
+        for ratio in found[name][0]:
+            odd = fractions.Fraction(ratio).limit_denominator(15)
+            assert odd.denominator % 2
+            assert ratio == pytest.approx(float(odd), rel=2**-22)
+    assert_tied(model)
+
+
+def test_an_error_leaves_the_residual_steps():
+    model = calibrated(sum_net(), batches=[nets.images(8, (5,))])
+    before = nets.snapshot(model.weights)
+    with pytest.raises(ValueError, match="NaN or inf"):
+        calibrate(model, [np.full((4, 5), np.nan, np.float32)])
+    nets.assert_all_equal(nets.snapshot(model.weights), before)

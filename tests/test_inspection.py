@@ -147,6 +147,44 @@ def test_input_activations_of_a_shared_layer():
     assert [s.name for s in found["shared"]] == ["first_relu/output", "between/output"]
 
 
+def test_residual_adds():
+    def names(model):
+        return {
+            add.name: ([t and t.layer.name for t in add.inputs], add.output.layer.name)
+            for add in inspection.residual_adds(model)
+        }
+
+    model = nets.mobilenet_like()
+    assert names(quantize(model, W2A2, residual_bits=8)) == {
+        "block1_add": (
+            ["stem_relu", "block1_project_bn_residual"],
+            "block1_add_residual",
+        ),
+        "block3_add": (
+            ["block2_project_bn_residual", "block3_project_bn_residual"],
+            "block3_add_residual",
+        ),
+    }
+    assert names(quantize(model, W2A2)) == names(model) == {}
+
+
+def test_residual_adds_in_front_of_a_relu():
+    image = keras.Input(nets.IMAGE, name="image")
+    x = layers.Conv2D(4, 1, activation="relu", name="stem")(image)
+    y = layers.Dropout(0.1, name="drop")(layers.MaxPooling2D(1, name="max")(x))
+    x = layers.Add(name="one")([layers.Conv2D(4, 1, name="a")(x), y])
+    x = layers.ReLU(name="relu")(x)
+    x = layers.Add(name="plain")([x, x])
+    x = layers.ReLU(name="last")(layers.Conv2D(4, 1, name="b")(x))
+    model = keras.Model(image, layers.Dense(2, name="head")(x))
+    rules = [PrecisionRule("relu", activation_bits=2), W2A2]
+    (add,) = inspection.residual_adds(quantize(model, rules, residual_bits=8))
+    assert add.name == "one"
+    assert [t.name for t in add.inputs] == ["a_residual/output", "stem_relu/output"]
+    assert add.output.name == "relu/output"
+    assert [t.is_residual for t in (*add.inputs, add.output)] == [True, False, False]
+
+
 def test_parameters_leave_out_the_state_of_training():
     rule = PrecisionRule(
         ".*", 2, 2, weight_quantizer="lsq", activation_quantizer="pact"

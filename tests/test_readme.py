@@ -29,7 +29,7 @@ def float_model():
 @pytest.fixture(scope="module")
 def blocks():
     found = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(found) == 2
+    assert len(found) == 3
     return found
 
 
@@ -52,7 +52,7 @@ def first(blocks, tmp_path_factory):
 
 
 def test_each_block_can_be_taken_in_at_a_glance(blocks):
-    assert [len(code.splitlines()) <= 25 for code in blocks] == [True, True]
+    assert [len(code.splitlines()) <= 25 for code in blocks] == [True, True, True]
 
 
 def test_the_code_of_the_readme_runs(first):
@@ -92,4 +92,25 @@ def test_the_trainer_goes_on_from_there(first, blocks, monkeypatch):
     np.testing.assert_array_equal(
         again.predict(names["images"], verbose=0),
         student.predict(names["images"], verbose=0),
+    )
+
+
+def test_the_network_is_deployed(first, blocks, monkeypatch):
+    """With the names that the first block has left."""
+    names, folder, _ = first
+    names, shown = dict(names), io.StringIO()
+    monkeypatch.chdir(folder)
+    with contextlib.redirect_stdout(shown):
+        run(blocks[2], names)
+    assert names["report"].ok
+    assert names["report"].codes > 1000
+    assert "Every promise is kept." in shown.getvalue()
+    assert (folder / "net.tflite").stat().st_size == names["result"].size
+    assert tfl.export.load_archive(folder / "net.npz").layers
+    images = names["images"]
+    np.testing.assert_array_equal(
+        names["twin"].predict(images, verbose=0).argmax(axis=-1),
+        tfl.export.Runner((folder / "net.tflite").read_bytes())(images)["head"].argmax(
+            axis=-1
+        ),
     )

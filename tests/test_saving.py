@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from tests.scheme import nets
-from tf_lowbit import PrecisionRule, inspection, load_model, quantize, quantizers
+from tf_lowbit import (
+    PrecisionRule,
+    calibrate,
+    inspection,
+    load_model,
+    quantize,
+    quantizers,
+)
 from tf_lowbit.compat import keras, tf
 
 RULES = {
@@ -131,6 +138,22 @@ def test_mobilenet_comes_back(tmp_path):
     nets.assert_all_equal(again.get_weights(), model.get_weights())
     data = nets.images(shape=(16, 16, 3))
     np.testing.assert_array_equal(again(data), model(data))
+
+
+@pytest.mark.parametrize("how", ["h5", "SavedModel"])
+def test_residual_quantizers_come_back(how, tmp_path):
+    model = nets.randomize(nets.preactivation())
+    model = quantize(model, RULES["lsq"], residual_bits=8)
+    calibrate(model, [nets.images()])
+    nets.by_name(model)["two_add_residual/output"].assign_bits(32)
+    again = reload(model, None, how, tmp_path)
+    assert_same(again, model)
+    found = [t for t in inspection.quantized_tensors(again) if t.is_residual]
+    assert len(found) == 6
+    assert all(t.is_calibrated for t in found)
+    assert [add.name for add in inspection.residual_adds(again)] == [
+        add.name for add in inspection.residual_adds(model)
+    ]
 
 
 def test_a_fresh_process_loads_without_scopes(trained, tmp_path):

@@ -1,6 +1,6 @@
 """Train Keras networks with 1- to 8-bit weights and activations."""
 
-from tf_lowbit import callbacks, inspection, quantizers
+from tf_lowbit import callbacks, export, inspection, quantizers
 from tf_lowbit.api import quantize
 from tf_lowbit.calibration import calibrate, recalibrate_batch_norm
 from tf_lowbit.core.schedules import LinearRamp
@@ -38,6 +38,7 @@ __all__ = [
     "calibrate",
     "callbacks",
     "cost",
+    "export",
     "inspection",
     "load_model",
     "progressive",

@@ -7,7 +7,13 @@ from tf_lowbit.scheme.scheme import LowBitScheme
 from tf_lowbit.scheme.wrapper import LowBitWrapper
 
 
-def quantize(model: keras.Model, rules=None, *, strict: bool = False) -> keras.Model:
+def quantize(
+    model: keras.Model,
+    rules=None,
+    *,
+    strict: bool = False,
+    residual_bits: int | None = None,
+) -> keras.Model:
     """Makes a low-bitwidth network of a float one.
 
     The layers that the rules name get weight quantizers, and the ReLUs that they
@@ -26,15 +32,21 @@ def quantize(model: keras.Model, rules=None, *, strict: bool = False) -> keras.M
             activations everywhere but at the first and the last layer.
         strict: raise where a rule matches nothing or a layer cannot be quantized,
             instead of a `QuantizationWarning`.
+        residual_bits: 8 puts signed 8-bit quantizers on what residual Adds read and
+            put out (`<layer>_residual`, ours), so that training sees the rounding of
+            an int8 residual stream. `tf_lowbit.calibrate` sets their steps. None
+            leaves the stream in float. A warning tells where no Add reads a
+            quantized layer.
 
     Returns:
         A new Functional model, not compiled.
 
     Raises:
         ValueError: if the model is subclassed, not built, nested or has no layer that
-            the rules quantize; and as `strict` says.
+            the rules quantize; if `residual_bits` is neither 8 nor None; and as
+            `strict` says.
     """
-    scheme = LowBitScheme(rules, strict)
+    scheme = LowBitScheme(rules, strict, residual_bits)
     annotated = _annotate(_functional(model))
     applied = tfmot.quantization.keras.quantize_apply(
         # No prefix: the user's layer names are what rules and hints go by.

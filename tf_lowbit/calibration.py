@@ -3,8 +3,11 @@
 import contextlib
 import itertools
 
+import numpy as np
+
 from tf_lowbit import inspection
 from tf_lowbit.compat import keras, tf
+from tf_lowbit.core import grid, ratios
 from tf_lowbit.scheme import graph, registry
 
 _DROPOUT = (
@@ -12,6 +15,9 @@ _DROPOUT = (
     keras.layers.Dropout,
     keras.layers.GaussianDropout,
 )
+# A step that float32 has put just above a ratio is of that ratio: tying twice is as
+# tying once. A range that is a millionth shorter clips nothing worth mention.
+_SLACK = 1.0 - 2.0**-20
 
 
 def calibrate(model: keras.Model, dataset, batches: int = 8) -> list[str]:
@@ -24,6 +30,8 @@ def calibrate(model: keras.Model, dataset, batches: int = 8) -> list[str]:
     own statistics (quantized weights have another scale than the float ones, so the
     moving averages would mislead) and dropout is off. No weight and no moving average
     is changed.
+
+    Residual quantizers are measured as uniform ones, and then tied (`tie_residuals`).
 
     Args:
         model: what `tf_lowbit.quantize` made; or a `LowBitTrainer`, for its students.
@@ -76,7 +84,85 @@ def _calibrate(model, dataset, batches) -> list[str]:
             tensor.quantizer.calibrate(kept, tensor.variables)
         except ValueError as error:
             raise ValueError(f"{tensor.name}: {error}") from error
+    tie_residuals(model)
     return [tensor.name for tensor in tensors]
+
+
+def tie_residuals(model: keras.Model) -> None:
+    """Makes the steps around each Add multiples of one another (ours).
+
+    After it, `step of an input / step of the output` is a fraction of odd denominator
+    (`core.ratios`), to float32 precision: an int8 Add then meets no tie. Add by Add,
+    in the graph's order:
+
+    - the output's step is that of the quantized ReLU that alone reads it; or else what
+      its residual quantizer has, moved to the nearest ratio with an input whose step
+      is settled, if there is one: k-bit activations and what earlier Adds have tied;
+    - the other residual quantizers on its inputs get the smallest ratio to it at
+      which they clip no more than before (up to 15).
+
+    The steps of k-bit activations are read, at the bits that they are made for, and
+    never moved. So two settled steps around one Add stay as they are, though they may
+    not fit: those of an input and of the ReLU behind, as in post-activation networks
+    (of DoReFa quantizers they do fit), or of inputs that do not come from one another.
+    Steps that are learned (LSQ, PACT) go on moving in training, away from what was
+    tied to them: call it again afterwards. Calling it twice changes nothing.
+
+    Args:
+        model: what `tf_lowbit.quantize` made.
+    """
+    settled: dict[str, float] = {}  # Steps of residual quantizers, the latest last.
+
+    def settle(tensor, step) -> float:
+        tensor.variables["step"].assign(np.float32(step))
+        settled[tensor.name] = _present_step(tensor)
+        return settled[tensor.name]
+
+    for add in inspection.residual_adds(model):
+        inputs = [tensor for tensor in add.inputs if tensor is not None]
+        if add.output is None:
+            continue
+        if add.output.is_residual:
+            step = _present_step(add.output)
+            known = _settled_step(inputs, settled)
+            if known is not None:
+                step = known / ratios.nearest_ratio(known / step)
+            step = settle(add.output, step)
+        else:
+            step = _step_as_made(add.output)
+        for tensor in inputs:
+            if step and tensor.is_residual and tensor.name not in settled:
+                ratio = ratios.at_least_ratio(_present_step(tensor) / step * _SLACK)
+                settle(tensor, step * ratio)
+
+
+def _settled_step(tensors, settled) -> float | None:
+    """The latest settled step, so that it is a multiple of those before in a chain."""
+    names = {tensor.name for tensor in tensors}
+    residual = [step for name, step in settled.items() if name in names]
+    others = [_step_as_made(tensor) for tensor in tensors if not tensor.is_residual]
+    known = [step for step in (*others, *residual) if step is not None]
+    return known[-1] if known else None
+
+
+def _present_step(tensor) -> float:
+    return float(tensor.quantizer.step(None, tensor.variables))
+
+
+def _step_as_made(tensor) -> float | None:
+    """The step at the bits that a quantizer is made for; None if it does not round."""
+    if tensor.quantizer.bits > grid.MAX_BITS:
+        return None
+    if tensor.bits == tensor.quantizer.bits:
+        return _present_step(tensor)
+    # A stage holds other bits, and the step of some quantizers follows them.
+    state = [(variable, variable.numpy()) for variable in tensor.variables.values()]
+    try:
+        tensor.assign_bits(tensor.quantizer.bits)
+        return _present_step(tensor)
+    finally:
+        for variable, value in state:
+            variable.assign(value)
 
 
 def recalibrate_batch_norm(model, dataset, batches: int = 32) -> list[str]:

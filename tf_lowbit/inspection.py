@@ -5,9 +5,15 @@ Callbacks, calibration, reports and export all ask here.
 
 import dataclasses
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from tf_lowbit.compat import keras, tf, tfmot
-from tf_lowbit.quantizers import ACTIVATION, WEIGHT, LowBitQuantizer
+from tf_lowbit.quantizers import (
+    ACTIVATION,
+    WEIGHT,
+    LowBitQuantizer,
+    ResidualQuantizer,
+)
 from tf_lowbit.scheme import graph, registry
 
 _Wrapper = tfmot.quantization.keras.QuantizeWrapper
@@ -50,6 +56,11 @@ class QuantizedTensor:
         """False only for a range that `calibrate` should set and has not."""
         flag = self.variables.get("calibrated")
         return flag is None or bool(flag.numpy())
+
+    @property
+    def is_residual(self) -> bool:
+        """Whether it stands on a residual stream, at 8 bits whatever the rules say."""
+        return isinstance(self.quantizer, ResidualQuantizer)
 
     def assign_bits(self, bits: int) -> None:
         """Sets the bits of the next step, and what depends on them."""
@@ -183,6 +194,56 @@ def _sources(tensor, by_layer) -> list[QuantizedTensor | None]:
     if node.is_input or not registry.is_transparent(node.layer):
         return [None]
     return [s for t in node.keras_inputs for s in _sources(t, by_layer)]
+
+
+class ResidualAdd(NamedTuple):
+    """An Add between grids.
+
+    Attributes:
+        name: the layer's name.
+        inputs: for each tensor that it reads, the quantizer whose grid it is on; None
+            for one on no grid.
+        output: the residual quantizer behind it, or the quantized ReLU that alone
+            reads it; None for neither.
+    """
+
+    name: str
+    inputs: tuple[QuantizedTensor | None, ...]
+    output: QuantizedTensor | None
+
+
+def residual_adds(model: keras.Model) -> Iterator[ResidualAdd]:
+    """Yields the Adds that have a residual quantizer, in the graph's order.
+
+    Args:
+        model: a functional model, quantized or not.
+    """
+    by_layer = {
+        tensor.layer.name: tensor
+        for tensor in quantized_tensors(model)
+        if tensor.role == ACTIVATION
+    }
+    readers = graph.readers(model)
+    outputs = {id(tensor) for tensor in model.outputs}
+    for node in graph.calls(model):
+        if not registry.is_add(node.layer):
+            continue
+        (output,) = graph.outputs_of(node)
+        behind = {reader.layer.name for reader in readers.get(id(output), ())}
+        (reader,) = behind if len(behind) == 1 else (None,)
+        target = None if id(output) in outputs else by_layer.get(reader)
+        inputs = tuple(_grid_of(tensor, by_layer) for tensor in node.keras_inputs)
+        if any(t is not None and t.is_residual for t in (*inputs, target)):
+            yield ResidualAdd(node.layer.name, inputs, target)
+
+
+def _grid_of(tensor, by_layer) -> QuantizedTensor | None:
+    node = graph.producer(tensor)
+    if node.layer.name in by_layer:
+        return by_layer[node.layer.name]
+    if node.is_input or not registry.keeps_grid(node.layer):
+        return None
+    return _grid_of(node.keras_inputs[0], by_layer)
 
 
 def initialize_weight_ranges(model: keras.Model) -> None:

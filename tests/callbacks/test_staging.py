@@ -116,6 +116,36 @@ def test_none_means_each_quantizers_own_bits():
     assert bits["relu/output"] == 5
 
 
+def residual_net():
+    """A block around which the Add is quantized."""
+    layers = keras.layers
+    image = keras.Input((6, 6, 1), name="image")
+    x = layers.Conv2D(4, 3, activation="relu", name="first")(image)
+    y = layers.Conv2D(4, 1, name="middle")(x)
+    x = layers.ReLU(name="relu")(layers.Add(name="sum")([x, y]))
+    x = layers.Flatten()(layers.Conv2D(4, 1, activation="relu", name="late")(x))
+    return keras.Model(image, layers.Dense(3, name="head")(x))
+
+
+@pytest.mark.parametrize(
+    ("rule", "logged"),
+    [
+        (tfl.PrecisionRule(".*", 2, 2), [4, 16, 32, 2]),
+        (tfl.PrecisionRule(".*", 2), [32, 32, 32, 32]),
+    ],
+    ids=["W2A2", "weights alone"],
+)
+def test_residual_quantizers_keep_8_bits_or_do_not_round(rule, logged):
+    model, seen = tfl.quantize(residual_net(), rule, residual_bits=8), Recorder()
+    tfl.calibrate(model, [np.ones((2, 6, 6, 1), "f")])
+    model.compile(keras.optimizers.SGD(0.01), "mse")
+    bits = [(4, 4), (16, 16), (2, 32), (2, 2)]
+    history = fit(model, [tfl.Stage(1, *pair) for pair in bits], [seen])
+    assert [epoch["middle_residual/output"] for epoch in seen.bits] == [8, 16, 32, 8]
+    # Logged are the bits that the stages set.
+    assert history.history["activation_bits"] == logged
+
+
 def test_stages_do_not_retrace():
     traces = []
 

@@ -87,3 +87,41 @@ def test_refuses_a_negative_weight_decay(weight_decay):
 def test_refuses_an_input_shape(input_shape):
     with pytest.raises(ValueError, match="input_shape must be three integers"):
         layers.check_common(classes=2, input_shape=input_shape, weight_decay=0.0)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "strides"), [(6, 8, 2), (5, 7, 2), (6, 5, 1)]
+)
+def test_depthwise_conv_has_the_geometry_of_torch(height, width, strides):
+    image = keras.Input((height, width, 3))
+    out = layers.depthwise_conv(image, 3, strides=strides, name="d", weight_decay=0.0)
+    model = keras.Model(image, out)
+    x = np.random.default_rng(0).normal(size=(1, height, width, 3)).astype("float32")
+    kernel = model.get_layer("d").depthwise_kernel.numpy()
+
+    # Each channel by itself: a convolution from one channel to one.
+    expected = np.concatenate(
+        [
+            torch_conv(x[0, :, :, c : c + 1], kernel[:, :, c : c + 1], strides, 1)
+            for c in range(3)
+        ],
+        axis=-1,
+    )
+
+    np.testing.assert_allclose(model(x)[0].numpy(), expected, rtol=0, atol=1e-5)
+
+
+def test_initial_values_of_a_depthwise_conv():
+    keras.utils.set_random_seed(0)
+    image = keras.Input((8, 8, 512))
+    out = layers.depthwise_conv(image, 3, name="d", weight_decay=0.0)
+    conv = keras.Model(image, out).get_layer("d")
+    # Each input reaches the nine outputs around it, of one channel.
+    assert np.std(conv.depthwise_kernel) == pytest.approx(np.sqrt(2 / 9), rel=0.05)
+    assert conv.bias is None
+
+
+def test_relu6():
+    relu6 = layers.relu6(keras.Input((3,)), name="relu6")
+    model = keras.Model(relu6._keras_history.layer.input, relu6)
+    assert model(np.array([[-1.0, 5.5, 7.0]])).numpy().tolist() == [[0.0, 5.5, 6.0]]

@@ -4,6 +4,7 @@ import numpy as np
 
 from tf_lowbit import inspection
 from tf_lowbit.compat import keras, tf
+from tf_lowbit.models import blocks
 
 layers = keras.layers
 
@@ -104,6 +105,31 @@ def mobilenet_like(width=8):
     x = layers.GlobalAveragePooling2D(name="pool")(x)
     x = layers.Dense(CLASSES, name="head")(x)
     return keras.Model(image, x, name="mobilenet_like")
+
+
+def postactivation():
+    """Two post-activation blocks, the second one with a shortcut."""
+    image = keras.Input((8, 8, 3), name="image")
+    x = layers.ReLU(name="stem_relu")(layers.Conv2D(4, 3, name="stem")(image))
+    for name, filters in (("one", 4), ("two", 6)):
+        plan = blocks.basic(filters, 1)
+        x = blocks.postact_block(x, plan, weight_decay=0.0, name=name)
+    x = layers.GlobalAveragePooling2D(name="pool")(x)
+    return keras.Model(image, layers.Dense(3, name="head")(x))
+
+
+def preactivation():
+    """Three pre-activation blocks; the identity of the first starts at its ReLU."""
+    image = keras.Input((8, 8, 3), name="image")
+    x = layers.Conv2D(6, 3, name="stem")(image)
+    for name in ("one", "two", "three"):
+        plan = blocks.basic(6, 1)
+        x = blocks.preact_block(
+            x, plan, first=name == "one", weight_decay=0.0, name=name
+        )
+    x = layers.ReLU(name="relu")(layers.BatchNormalization(name="bn")(x))
+    x = layers.GlobalAveragePooling2D(name="pool")(x)
+    return keras.Model(image, layers.Dense(CLASSES, name="head")(x))
 
 
 def randomize(model, seed=0):

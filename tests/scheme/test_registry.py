@@ -78,6 +78,33 @@ def test_own_activations(activation, kind):
     assert registry.own_relu(layers.Dense(1, activation=activation)) == kind
 
 
+@pytest.mark.parametrize(
+    ("layer", "keeps"),
+    [
+        (layers.Dropout(0.5), True),
+        (layers.MaxPooling2D(2), True),
+        (layers.GlobalMaxPooling1D(), True),
+        (layers.Flatten(), True),
+        (layers.Cropping2D(1), True),
+        (layers.UpSampling2D(2), True),
+        (layers.UpSampling2D(2, interpolation="bilinear"), False),
+        (layers.AveragePooling2D(2), False),
+        (layers.Concatenate(), False),
+        (layers.ReLU(), False),
+        (layers.BatchNormalization(), False),
+    ],
+)
+def test_what_keeps_a_grid(layer, keeps):
+    assert registry.keeps_grid(layer) is keeps
+    assert registry.is_transparent(layer) or not keeps
+
+
+def test_what_is_an_add():
+    assert registry.is_add(layers.Add())
+    assert not registry.is_add(layers.Concatenate())
+    assert not registry.is_add(layers.Subtract())
+
+
 def test_layers_that_train_unknown_weights_are_unsupported():
     def built(layer, shape):
         layer.build((None, *shape))

@@ -82,6 +82,30 @@ def test_configs_serialize(config):
     assert copy.get_config() == config.get_config()
 
 
+def test_residual_quantizers_the_long_way():
+    model = nets.randomize(nets.postactivation())
+    ours = quantize(model, RULES, residual_bits=8)
+    theirs = mot.quantize_apply(
+        mot.quantize_annotate_model(model), scheme=LowBitScheme(RULES, residual_bits=8)
+    )
+    np.testing.assert_array_equal(theirs(nets.images()), ours(nets.images()))
+    residual = {name for name, t in nets.by_name(ours).items() if t.is_residual}
+    assert len(residual) == 4
+    assert residual == {
+        name.removeprefix("quant_")
+        for name, tensor in nets.by_name(theirs).items()
+        if tensor.is_residual
+    }
+
+
+@pytest.mark.parametrize("bits", [4, 0, 16, True, 8.0, "8"])
+def test_other_residual_bits_are_refused(bits):
+    with pytest.raises(
+        ValueError, match=rf"8 or None.*Received: residual_bits={bits!r}"
+    ):
+        LowBitScheme(RULES, residual_bits=bits)
+
+
 def test_a_bad_list_of_rules_is_refused():
     with pytest.raises(ValueError, match="Received: 'conv'"):
         LowBitScheme("conv")

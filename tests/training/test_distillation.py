@@ -365,6 +365,21 @@ def test_stages_of_a_preactivation_resnet():
     assert [h.quantizer.name for h in hints] == [f"{name}/output" for name in expected]
 
 
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: models.preact_resnet(8, width=2, input_shape=(8, 8, 3)),
+        nets.postactivation,
+    ],
+    ids=["pre-activation", "post-activation"],
+)
+def test_residual_quantizers_give_no_hints(build):
+    teacher = build()
+    plain, student = (quantize(teacher, W2A2, residual_bits=b) for b in (None, 8))
+    expected = [hint[:2] for hint in find_hints("stages", plain, teacher)]
+    assert [hint[:2] for hint in find_hints("stages", student, teacher)] == expected
+
+
 def test_stages_of_a_network_with_one_resolution():
     teacher = nets.chain(batch_norm=False)
     student = quantize(teacher, W2A2)

@@ -878,6 +878,37 @@ def test_calibration_of_two_students_from_data_that_can_be_read_once():
     assert len(tfl.calibrate(model, (batch for batch in [X, X]))) == 2
 
 
+def test_a_residual_network_with_everything():
+    """Teacher, hints, draws and stages; residual quantizers stay tied and at 8 bits."""
+    teacher = nets.randomize(nets.preactivation(), 1)
+    rule = tfl.PrecisionRule(".*", 2, 2, weight_quantizer="lsq")
+    low_bit = tfl.quantize(nets.randomize(nets.preactivation()), rule, residual_bits=8)
+    model = tfl.LowBitTrainer(
+        low_bit,
+        teacher,
+        distillation=tfl.JointDistillation(hints="stages"),
+        stochastic_precision=tfl.StochasticPrecision(start=0.5, unit="block"),
+    )
+    images, labels = nets.images(8), nets.labels(8)
+    tfl.calibrate(model, [images])
+    residual = [t for t in tfl.inspection.quantized_tensors(model) if t.is_residual]
+    steps = [float(t.variables["step"]) for t in residual]
+    model.compile(SGD(0.05), SPARSE(), teacher_optimizer=SGD(0.05))
+    staged, seen = StagedPrecision(tfl.progressive(2, 1, (32, 4, 2))), Recorder()
+    log = model.fit(
+        images, labels, batch_size=4, epochs=3, verbose=0, callbacks=[staged, seen]
+    ).history
+    assert all(np.isfinite(value).all() for value in log.values())
+    names = [t.name for t in tfl.inspection.quantized_tensors(model)]
+    for epoch, bits in enumerate([32, 8, 8]):
+        at = dict(zip(names, seen.bits[epoch], strict=True))
+        assert {at[t.name] for t in residual} == {bits}
+    assert log["activation_bits"] == [32, 4, 2]
+    assert [float(t.variables["step"]) for t in residual] == steps
+    assert len(tfl.cost(model).layers) > len(residual)
+    assert "three_add_residual" in str(tfl.summary(low_bit))
+
+
 # --- what is refused
 
 

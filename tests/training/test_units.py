@@ -10,22 +10,10 @@ import tf_lowbit as tfl
 from tests.scheme import nets
 from tf_lowbit import inspection, models
 from tf_lowbit.compat import keras
-from tf_lowbit.models import blocks
 from tf_lowbit.training.units import find_units, residual_blocks
 
 layers = keras.layers
 SMALL = {"width": 2, "classes": 3, "input_shape": (16, 16, 3)}
-
-
-def postact():
-    """Two post-activation blocks, the second one with a shortcut."""
-    image = keras.Input((8, 8, 3), name="image")
-    x = layers.ReLU(name="stem_relu")(layers.Conv2D(4, 3, name="stem")(image))
-    for name, filters in (("one", 4), ("two", 6)):
-        plan = blocks.basic(filters, 1)
-        x = blocks.postact_block(x, plan, weight_decay=0.0, name=name)
-    x = layers.GlobalAveragePooling2D(name="pool")(x)
-    return keras.Model(image, layers.Dense(3, name="head")(x))
 
 
 def dense(x, name):
@@ -56,16 +44,20 @@ NETS = {
     "pre-activation": functools.partial(
         models.preact_resnet, 8, width=2, input_shape=(8, 8, 3)
     ),
-    "post-activation": postact,
+    "post-activation": nets.postactivation,
     "mobilenet": functools.partial(nets.mobilenet_like, 4),
     "residual": residual,
     "shared": shared,
 }
 
 
+RESIDUAL = ("pre-activation", "post-activation", "mobilenet", "residual")
+
+
 @functools.cache
-def quantized(name):
-    return tfl.quantize(NETS[name](), tfl.PrecisionRule(".*", 2, 2))
+def quantized(name, residual_bits=None):
+    rule = tfl.PrecisionRule(".*", 2, 2)
+    return tfl.quantize(NETS[name](), rule, residual_bits=residual_bits)
 
 
 def members(model, unit="layer"):
@@ -283,6 +275,50 @@ def test_every_quantizer_is_in_exactly_one_unit(name, unit):
     units = [u.name for u in find_units(model, unit)]
     assert len(set(units)) == len(units)
     assert all(u.tensors for u in find_units(model, unit))
+
+
+@pytest.mark.parametrize("unit", ["layer", "block", [".*"], [".*[a1d].*"]], ids=str)
+@pytest.mark.parametrize("name", RESIDUAL)
+def test_residual_quantizers_join_units_and_make_none(name, unit):
+    plain, model = quantized(name), quantized(name, 8)
+    found = members(model, unit)
+    tensors = list(inspection.quantized_tensors(model))
+    everything = [tensor for names in found.values() for tensor in names]
+    assert sorted(everything) == sorted(t.name for t in tensors)
+    residual = {t.name for t in tensors if t.is_residual}
+    assert residual
+    without = {unit: set(names) - residual for unit, names in found.items()}
+    expected = {unit: set(names) for unit, names in members(plain, unit).items()}
+    assert {unit: names for unit, names in without.items() if names} == expected
+    assert residual_blocks(model) == residual_blocks(plain)
+
+
+def test_a_residual_quantizer_goes_with_the_layer_in_front_of_it():
+    found = members(quantized("pre-activation", 8))
+    assert found["stage1_block1_conv2"] == [
+        *read("stage1_block1_relu2 stage1_block1_conv2"),
+        "stage1_block1_conv2_residual/output",
+        "stage1_block1_add_residual/output",
+    ]
+    assert "stage2_block1_shortcut_residual/output" in found["stage2_block1_shortcut"]
+    found = members(quantized("mobilenet", 8), "block")
+    assert found["block2_project"][-1] == "block2_project_bn_residual/output"
+    assert found["block3_add"][-2:] == [
+        "block3_project_bn_residual/output",
+        "block3_add_residual/output",
+    ]
+
+
+def test_a_residual_quantizer_behind_no_layer_stands_alone():
+    inputs = keras.Input((4,), name="in")
+    x = layers.Add(name="sum")([inputs, layers.Dense(4, name="a")(inputs)])
+    model = keras.Model(inputs, dense(x, "head"))
+    rule = tfl.PrecisionRule(".+", 2, 2)
+    assert members(tfl.quantize(model, rule, residual_bits=8)) == {
+        "in_residual": ["in_residual/output"],
+        "a": ["in_quantizer/output", "a/kernel", "a_residual/output"],
+        "head": read("relu_head head"),
+    }
 
 
 def test_the_first_pattern_that_matches_wins_and_others_stand_alone():

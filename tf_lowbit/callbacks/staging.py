@@ -16,12 +16,14 @@ class StagedPrecision(keras.callbacks.Callback):
     At a stage's first epoch it assigns the bits (nothing is traced anew), resets the
     optimizer's state (momentum and step count; ours) and sets the learning rate. The
     latent float weights simply carry on. Each quantizer gets
-    `max(the stage's bits, its own)`, so that a first layer kept at 8 bits stays there.
+    `max(the stage's bits, its own)`, so that a first layer kept at 8 bits stays there,
+    and so do residual quantizers, unless a stage says 16 or 32 ("not rounded").
 
     A `QuantizationWarning` names activation ranges that still wait for `calibrate`.
 
-    `weight_bits` and `activation_bits`, the lowest in the model, are added to the logs:
-    put this callback ahead of loggers such as `CSVLogger`.
+    `weight_bits` and `activation_bits`, the lowest in the model (residual quantizers
+    apart), are added to the logs: put this callback ahead of loggers such as
+    `CSVLogger`.
 
     The position (stage, epochs done) is in variables that hang on the model as
     `model.staging`, so that `keras.callbacks.BackupAndRestore` and
@@ -129,7 +131,7 @@ class StagedPrecision(keras.callbacks.Callback):
             ("weight", last.weight_bits),
             ("activation", last.activation_bits),
         ):
-            own = [t.quantizer.bits for t in self._tensors if t.role == role]
+            own = [t.quantizer.bits for t in self._staged(role)]
             if wanted is not None and own and wanted < min(own):
                 raise ValueError(
                     f"The last stage asks for {wanted}-bit {role}s, and no quantizer "
@@ -184,8 +186,12 @@ class StagedPrecision(keras.callbacks.Callback):
                 logs[f"{role}_bits"] = self._lowest_bits(role)
 
     def _lowest_bits(self, role) -> int:
-        bits = [tensor.bits for tensor in self._tensors if tensor.role == role]
+        bits = [tensor.bits for tensor in self._staged(role)]
         return min(bits, default=FLOAT_BITS)
+
+    def _staged(self, role) -> list[inspection.QuantizedTensor]:
+        """The quantizers that rules have made; what is at 8 bits always is not."""
+        return [t for t in self._tensors if t.role == role and not t.is_residual]
 
     def _description(self, stage) -> str:
         text = (

@@ -1,5 +1,8 @@
 """The networks of the low-bitwidth papers, in float and ready to be quantized.
 
+`plain_cnn` and `mobilenet_v2` are two more, for small images: a chain, and one of
+depthwise convolutions and linear bottlenecks.
+
 Every network calls its first convolution "stem" and the dense layer that gives
 the logits "head"; every residual one calls its last activation "final_relu".
 These are what the papers' code leaves in full precision, so the rule
@@ -8,13 +11,17 @@ These are what the papers' code leaves in full precision, so the rule
 
 from tf_lowbit.models.alexnet import alexnet
 from tf_lowbit.models.imagenet_resnet import preact_resnet18, resnet18, resnet50
+from tf_lowbit.models.mobilenet_v2 import mobilenet_v2
+from tf_lowbit.models.plain_cnn import plain_cnn
 from tf_lowbit.models.preact_resnet import preact_resnet
 from tf_lowbit.models.registry import get, names
 
 __all__ = [
     "alexnet",
     "get",
+    "mobilenet_v2",
     "names",
+    "plain_cnn",
     "preact_resnet",
     "preact_resnet18",
     "resnet18",

@@ -91,6 +91,26 @@ def decay(weight_decay: float):
     return keras.regularizers.L2(0.5 * weight_decay) if weight_decay else None
 
 
+def _he_normal():
+    """Normal of variance 2 / fan_out, not truncated (He et al., arXiv:1502.01852)."""
+    return keras.initializers.VarianceScaling(
+        2.0, mode="fan_out", distribution="untruncated_normal"
+    )
+
+
+def _pad(x, kernel_size: int, strides: int, padding: int | None, name: str):
+    """Pads as torch does. Returns the tensor and the convolution's own padding."""
+    if padding is None:
+        padding = kernel_size // 2
+    if strides == 1 and kernel_size == 2 * padding + 1:
+        return x, "same"  # The same zeros, and no layer in between.
+    if padding:
+        # With a stride, Keras "same" pads an even-sized image on the right and
+        # bottom only, which shifts every window by a pixel from torch's.
+        x = keras.layers.ZeroPadding2D(padding, name=f"{name}_pad")(x)
+    return x, "valid"
+
+
 def conv(
     x,
     filters: int,
@@ -121,26 +141,48 @@ def conv(
         Float tensor of shape (batch, h, w, filters), where h is
         `(height + 2 * padding - kernel_size) // strides + 1`, and w likewise.
     """
-    if padding is None:
-        padding = kernel_size // 2
-    mode = "valid"
-    if strides == 1 and kernel_size == 2 * padding + 1:
-        mode = "same"  # The same zeros, and no layer in between.
-    elif padding:
-        # With a stride, Keras "same" pads an even-sized image on the right and
-        # bottom only, which shifts every window by a pixel from torch's.
-        x = keras.layers.ZeroPadding2D(padding, name=f"{name}_pad")(x)
+    x, mode = _pad(x, kernel_size, strides, padding, name)
     return keras.layers.Conv2D(
         filters,
         kernel_size,
         strides=strides,
         padding=mode,
         use_bias=use_bias,
-        kernel_initializer=keras.initializers.VarianceScaling(
-            2.0, mode="fan_out", distribution="untruncated_normal"
-        ),
+        kernel_initializer=_he_normal(),
         kernel_regularizer=decay(weight_decay),
         bias_regularizer=decay(weight_decay) if use_bias else None,
+        name=name,
+    )(x)
+
+
+def depthwise_conv(
+    x, kernel_size: int, *, name: str, weight_decay: float, strides: int = 1
+):
+    """A convolution of each channel by itself, with the geometry of torch's.
+
+    Kernels are drawn as those of `conv`, where fan_out is `kernel_size**2`: an input
+    reaches one channel. (torch's initializer counts the other channels, too.) There
+    is no bias.
+
+    Args:
+        x: Float tensor of shape (batch, height, width, channels).
+        kernel_size: Height and width of the kernel; odd.
+        name: Name of the convolution; a padding layer is called `<name>_pad`.
+        weight_decay: Coupled weight decay, in torch's convention.
+        strides: Step of the window in both directions.
+
+    Returns:
+        Float tensor of shape (batch, ceil(height / strides), ceil(width / strides),
+        channels).
+    """
+    x, mode = _pad(x, kernel_size, strides, None, name)
+    return keras.layers.DepthwiseConv2D(
+        kernel_size,
+        strides=strides,
+        padding=mode,
+        use_bias=False,
+        depthwise_initializer=_he_normal(),
+        depthwise_regularizer=decay(weight_decay),
         name=name,
     )(x)
 
@@ -217,6 +259,11 @@ def batch_norm(x, *, name: str, weight_decay: float):
 def relu(x, *, name: str):
     """A ReLU as a layer of its own, so that a rule can name and quantize it."""
     return keras.layers.ReLU(name=name)(x)
+
+
+def relu6(x, *, name: str):
+    """A ReLU that ends at 6, as a layer of its own."""
+    return keras.layers.ReLU(6.0, name=name)(x)
 
 
 def image_input(input_shape: Sequence[int]):

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from tf_lowbit.compat import keras
 from tf_lowbit.models.alexnet import alexnet
 from tf_lowbit.models.imagenet_resnet import preact_resnet18, resnet18, resnet50
+from tf_lowbit.models.mobilenet_v2 import mobilenet_v2
+from tf_lowbit.models.plain_cnn import plain_cnn
 from tf_lowbit.models.preact_resnet import preact_resnet
 
 _NETWORKS: dict[str, Callable[..., keras.Model]] = {
@@ -19,6 +21,8 @@ _NETWORKS: dict[str, Callable[..., keras.Model]] = {
     "resnet18": resnet18,
     "resnet50": resnet50,
     "alexnet": alexnet,
+    "plain_cnn": plain_cnn,
+    "mobilenet_v2": mobilenet_v2,
 }
 
 

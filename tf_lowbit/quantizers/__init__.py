@@ -1,4 +1,4 @@
-"""TF-MOT quantizers for 1 to 8 bits; one module a paper.
+"""TF-MOT quantizers for 1 to 8 bits; one module a paper, and `residual` for Adds.
 
 They hold configuration, the layers hold the variables. `get` finds one by name.
 """
@@ -23,6 +23,7 @@ from tf_lowbit.quantizers.lookup import (
 )
 from tf_lowbit.quantizers.lsq import LSQActivationQuantizer, LSQWeightQuantizer
 from tf_lowbit.quantizers.pact import PACTActivationQuantizer
+from tf_lowbit.quantizers.residual import ResidualQuantizer
 from tf_lowbit.quantizers.uniform import (
     UniformActivationQuantizer,
     UniformWeightQuantizer,
@@ -38,6 +39,7 @@ __all__ = [
     "LSQWeightQuantizer",
     "LowBitQuantizer",
     "PACTActivationQuantizer",
+    "ResidualQuantizer",
     "UniformActivationQuantizer",
     "UniformWeightQuantizer",
     "WeightQuantizer",

@@ -30,6 +30,25 @@ def outputs_of(node) -> list:
     return tf.nest.flatten(node.outputs)
 
 
+def readers(model: keras.Model) -> dict[int, list]:
+    """Id of a tensor -> the nodes that read it, in order; each once."""
+    found: dict[int, list] = {}
+    for node in calls(model):
+        for key in dict.fromkeys(id(tensor) for tensor in node.keras_inputs):
+            found.setdefault(key, []).append(node)
+    return found
+
+
+def free_name(name: str, taken: set[str]) -> str:
+    """`name`, or with the first number that makes it new; added to `taken`."""
+    found, count = name, 1
+    while found in taken:
+        count += 1
+        found = f"{name}_{count}"
+    taken.add(found)
+    return found
+
+
 def copy_layer(layer: keras.layers.Layer) -> keras.layers.Layer:
     """A new layer of the same configuration, not built yet."""
     return type(layer).from_config(layer.get_config())
@@ -39,6 +58,7 @@ def rebuild(
     model: keras.Model,
     call: Callable,
     edge: Callable | None = None,
+    behind: Callable | None = None,
 ) -> keras.Model:
     """Builds a model of the same topology, calling something else at each node.
 
@@ -47,15 +67,22 @@ def rebuild(
         call: function (node, args, kwargs) -> outputs, of the node's structure.
         edge: function (node, old tensor, new tensor) -> new tensor, asked for each
             tensor that a node reads. None leaves them.
+        behind: function (old tensor, new tensor) -> new tensor, asked for each tensor
+            that an input or a node puts out: all its readers, the model's outputs
+            among them, get what it returns. None leaves them.
 
     Returns:
         The new model, under the same name.
     """
     made: dict[int, object] = {}
 
+    def put_out(old, new):
+        made[id(old)] = new if behind is None else behind(old, new)
+
     def new_input(tensor):
-        made[id(tensor)] = copy_layer(tensor._keras_history.layer).output
-        return made[id(tensor)]
+        new = copy_layer(tensor._keras_history.layer).output
+        put_out(tensor, new)
+        return new
 
     inputs = tf.nest.map_structure(new_input, model._nested_inputs)
     for node in calls(model):
@@ -68,7 +95,7 @@ def rebuild(
         args, kwargs = node.map_arguments(read)
         result = call(node, args, kwargs)
         for old, new in zip(outputs_of(node), tf.nest.flatten(result), strict=True):
-            made[id(old)] = new
+            put_out(old, new)
     outputs = tf.nest.map_structure(lambda t: made[id(t)], model._nested_outputs)
     return keras.Model(inputs, outputs, name=model.name)
 

@@ -3,6 +3,7 @@
 Activations become layers of their own, quantized ReLUs take the place of ReLUs, and
 a signed quantizer is inserted in front of a layer whose input no ReLU puts out (a
 linear bottleneck, the model's input). BatchNormalization and Add stay where they are.
+Around an Add, 8-bit quantizers can stand, as an int8 Add rounds (`residual`).
 """
 
 import warnings
@@ -23,11 +24,13 @@ class LowBitLayout(tfmot.quantization.keras.QuantizeLayoutTransform):
     Args:
         rules: tuple of `PrecisionRule`.
         strict: raise where the rules ask for something that cannot be done.
+        residual_bits: 8 for quantizers on residual Adds, or None for none.
     """
 
-    def __init__(self, rules, strict: bool = False):
+    def __init__(self, rules, strict: bool = False, residual_bits: int | None = None):
         self.rules = rules
         self.strict = strict
+        self.residual_bits = residual_bits
 
     def apply(self, model, layer_quantize_map):
         """TF-MOT's hook.
@@ -52,7 +55,7 @@ class LowBitLayout(tfmot.quantization.keras.QuantizeLayoutTransform):
         }
         eligible = set(layer_quantize_map) - set(given)
         split = split_activations(model)
-        plan = make_plan(split, self.rules, eligible)
+        plan = make_plan(split, self.rules, eligible, self.residual_bits)
         self._report(plan)
         self._check_annotated(plan, model, layer_quantize_map)
         placed = _place_quantizers(split, plan)
@@ -105,7 +108,7 @@ def split_activations(model: keras.Model) -> keras.Model:
             copy.activation = keras.activations.linear
             relus[layer.name] = keras.layers.ReLU(
                 max_value=6.0 if kind == "relu6" else None,
-                name=_free_name(f"{layer.name}_relu", taken),
+                name=graph.free_name(f"{layer.name}_relu", taken),
                 dtype=layer.dtype_policy,
             )
 
@@ -117,16 +120,6 @@ def split_activations(model: keras.Model) -> keras.Model:
     result = graph.rebuild(model, call)
     graph.copy_weights(model, result)
     return result
-
-
-def _free_name(name: str, taken: set[str]) -> str:
-    """`name`, or with the first number that makes it new; added to `taken`."""
-    found, count = name, 1
-    while found in taken:
-        count += 1
-        found = f"{name}_{count}"
-    taken.add(found)
-    return found
 
 
 def _identity(name: str, dtype) -> keras.layers.Layer:
@@ -152,8 +145,14 @@ def _place_quantizers(model: keras.Model, plan: Plan) -> keras.Model:
             inserted[insertion.name] = layer(new)
         return inserted[insertion.name]
 
+    def behind(old, new):
+        residual = plan.residuals.get(id(old))
+        if residual is None:
+            return new
+        return _identity(residual.name, old._keras_history.layer.dtype_policy)(new)
+
     result = graph.rebuild(
-        model, lambda node, a, k: copies[node.layer.name](*a, **k), edge
+        model, lambda node, a, k: copies[node.layer.name](*a, **k), edge, behind
     )
     graph.copy_weights(model, result)
     return result
@@ -164,6 +163,6 @@ def _configs(plan: Plan, model: keras.Model) -> dict:
     for name, quantizer in plan.activations.items():
         kind = registry.relu_kind(model.get_layer(name))
         configs[name] = ActivationQuantizeConfig(quantizer, kind)
-    for name, quantizer in plan.insertions.values():
+    for name, quantizer in (*plan.insertions.values(), *plan.residuals.values()):
         configs[name] = ActivationQuantizeConfig(quantizer)
     return configs

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from tf_lowbit import quantizers
 from tf_lowbit.compat import keras
-from tf_lowbit.scheme import graph, registry
+from tf_lowbit.scheme import graph, registry, residual
 from tf_lowbit.scheme.rules import CATCH_ALL, PrecisionRule
 
 
@@ -14,7 +14,7 @@ class Insertion(NamedTuple):
 
     Attributes:
         name: of the new layer.
-        quantizer: a signed activation quantizer.
+        quantizer: a signed activation quantizer, or a residual one.
     """
 
     name: str
@@ -29,6 +29,8 @@ class Plan:
         weights: layer name -> (attribute name -> weight quantizer).
         activations: name of a ReLU layer -> the quantizer that replaces it.
         insertions: (id of the reading node, id of the tensor) -> quantizer between.
+        residuals: id of a tensor -> the residual quantizer that stands on it, in
+            front of all its readers and so of `insertions`.
         unused_rules: rules that decided nothing.
         unsupported: names of layers that a rule reaches and that have weights which
             cannot be quantized.
@@ -42,6 +44,7 @@ class Plan:
     insertions: dict[tuple[int, int], Insertion] = dataclasses.field(
         default_factory=dict
     )
+    residuals: dict[int, Insertion] = dataclasses.field(default_factory=dict)
     unused_rules: list[PrecisionRule] = dataclasses.field(default_factory=list)
     unsupported: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
@@ -54,7 +57,10 @@ class Plan:
 
 
 def make_plan(
-    model: keras.Model, rules: tuple[PrecisionRule, ...], eligible: set[str]
+    model: keras.Model,
+    rules: tuple[PrecisionRule, ...],
+    eligible: set[str],
+    residual_bits: int | None = None,
 ) -> Plan:
     """Decides what is quantized in a functional model.
 
@@ -62,26 +68,30 @@ def make_plan(
         model: functional model whose ReLUs are layers of their own.
         rules: the rules, in order.
         eligible: names of the layers whose weights may be quantized.
+        residual_bits: of the quantizers on residual Adds, or None for none.
 
     Returns:
         The plan.
     """
-    return _Planner(model, rules, eligible).plan
+    return _Planner(model, rules, eligible, residual_bits).plan
 
 
 class _Planner:
     """Builds one plan; its methods share the graph and the rules."""
 
-    def __init__(self, model, rules, eligible):
+    def __init__(self, model, rules, eligible, residual_bits):
         self.model = model
         self.rules = rules
         self.plan = Plan()
         self._used: set[PrecisionRule] = set()
         self._inserted: dict[tuple[int, str], Insertion] = {}
+        self._taken = {layer.name for layer in model.layers}
         self._edges = edge_layers(model)
         self._named_activations = self._plan_named_activations()
         for layer in model.layers:
             self._plan_layer(layer, eligible)
+        if residual_bits is not None:
+            self._plan_residuals(residual_bits)
         self.plan.unused_rules = [r for r in rules if r not in self._used]
 
     def _rule(self, layer) -> PrecisionRule | None:
@@ -167,14 +177,27 @@ class _Planner:
         quantizer = _signed(rule)
         key = (id(tensor), repr(quantizer))
         if key not in self._inserted:
-            source = tensor._keras_history.layer.name
-            taken = {insertion.name for insertion in self._inserted.values()}
-            name, count = f"{source}_quantizer", 1
-            while name in taken or name in {x.name for x in self.model.layers}:
-                count += 1
-                name = f"{source}_quantizer_{count}"
+            name = self._name_behind(tensor, "quantizer")
             self._inserted[key] = Insertion(name, quantizer)
         self.plan.insertions[id(node), id(tensor)] = self._inserted[key]
+
+    def _plan_residuals(self, bits) -> None:
+        quantizer = quantizers.ResidualQuantizer(bits)
+        found = residual.find_tensors(
+            self.model, self.plan.weights, self.plan.activations
+        )
+        for tensor in found:
+            name = self._name_behind(tensor, "residual")
+            self.plan.residuals[id(tensor)] = Insertion(name, quantizer)
+        if not found:
+            self.plan.notes.append(
+                f"residual_bits={bits} finds no Add that reads a quantized layer"
+            )
+
+    def _name_behind(self, tensor, suffix: str) -> str:
+        """A free name for a new layer, after the one that puts the tensor out."""
+        source = tensor._keras_history.layer.name
+        return graph.free_name(f"{source}_{suffix}", self._taken)
 
 
 def edge_layers(model: keras.Model) -> set[str]:

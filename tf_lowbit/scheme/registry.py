@@ -60,6 +60,27 @@ _TRANSPARENT = (
     _layers.ZeroPadding2D,
 )
 
+# Of these, the ones that put out values that they read (or zeros), and nothing new: at
+# inference their output is on the grid of their only input.
+_KEEPING_GRID = (
+    _layers.Cropping1D,
+    _layers.Cropping2D,
+    _layers.Dropout,
+    _layers.Flatten,
+    _layers.GlobalMaxPooling1D,
+    _layers.GlobalMaxPooling2D,
+    _layers.MaxPooling1D,
+    _layers.MaxPooling2D,
+    _layers.Permute,
+    _layers.Reshape,
+    _layers.SpatialDropout1D,
+    _layers.SpatialDropout2D,
+    _layers.UpSampling1D,
+    _layers.UpSampling2D,
+    _layers.ZeroPadding1D,
+    _layers.ZeroPadding2D,
+)
+
 BATCH_NORMS = (
     _layers.BatchNormalization,
     _layers.experimental.SyncBatchNormalization,
@@ -99,6 +120,17 @@ def kernels(layer) -> tuple[Kernel, ...]:
 def is_transparent(layer) -> bool:
     """Whether a quantization point may lie in front of the layer."""
     return type(layer) in _TRANSPARENT
+
+
+def keeps_grid(layer) -> bool:
+    """Whether the layer's output is, at inference, on the grid of its only input."""
+    is_nearest = getattr(layer, "interpolation", "nearest") == "nearest"
+    return type(layer) in _KEEPING_GRID and is_nearest
+
+
+def is_add(layer) -> bool:
+    """Whether the layer is an Add."""
+    return type(layer) is _layers.Add
 
 
 def own_relu(layer) -> str | None:

@@ -1,6 +1,7 @@
 """Our `QuantizeScheme`, for TF-MOT's `quantize_apply`."""
 
 from tf_lowbit.compat import tfmot
+from tf_lowbit.scheme import residual
 from tf_lowbit.scheme.layout import LowBitLayout
 from tf_lowbit.scheme.registry import LowBitRegistry
 from tf_lowbit.scheme.rules import as_rules
@@ -19,18 +20,24 @@ class LowBitScheme(tfmot.quantization.keras.QuantizeScheme):
         rules: `PrecisionRule`s, the first match wins; None for W2A2.
         strict: raise where a rule matches nothing or a layer cannot be quantized,
             instead of a `QuantizationWarning`.
+        residual_bits: 8 for quantizers on residual Adds (`scheme.residual`), or None
+            for none.
 
     Raises:
-        ValueError: if `rules` is not a list of rules.
+        ValueError: if `rules` is not a list of rules, or `residual_bits` is neither 8
+            nor None.
     """
 
-    def __init__(self, rules=None, strict: bool = False):
+    def __init__(
+        self, rules=None, strict: bool = False, residual_bits: int | None = None
+    ):
         self.rules = as_rules(rules)
         self.strict = strict
+        self.residual_bits = residual.validate_bits(residual_bits)
 
     def get_layout_transformer(self):
         """The layout transform, which places the quantizers."""
-        return LowBitLayout(self.rules, self.strict)
+        return LowBitLayout(self.rules, self.strict, self.residual_bits)
 
     def get_quantize_registry(self):
         """The table of layers."""

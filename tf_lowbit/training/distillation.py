@@ -76,9 +76,9 @@ class JointDistillation:
         temperature: T; 1 by default, for posteriors only.
         teacher: "joint"; "task" trains it with its own CE only; "frozen" not at all
             (its batch normalisation then uses its moving statistics).
-        hints: None for no hints; "stages" for the last activation quantizer of each of
-            the last two resolutions of the student; or a list of layer names, or of
-            (student's layer, teacher's layer).
+        hints: None for no hints; "stages" for the last activation quantizer (residual
+            ones apart) of each of the last two resolutions of the student; or a list
+            of layer names, or of (student's layer, teacher's layer).
         hint_weight: None for 1.
         hint_teacher_gradient: whether the hints train the teacher too; None for
             yes where the teacher is "joint".
@@ -359,7 +359,9 @@ def _last_of_stages(student, by_layer) -> list[str]:
     """The last activation quantizer of each of the last resolutions."""
     last: dict[tuple, str] = {}
     for layer in student.layers:
-        shape = layer.output_shape if layer.name in by_layer else None
+        tensor = by_layer.get(layer.name)
+        is_hint = tensor is not None and not tensor.is_residual
+        shape = layer.output_shape if is_hint else None
         if shape is not None and len(shape) == 4:
             last.pop(shape[1:3], None)  # So that the order is that of the last ones.
             last[shape[1:3]] = layer.name

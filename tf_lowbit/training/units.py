@@ -30,7 +30,8 @@ def find_units(model: keras.Model, unit: str | Sequence[str] = LAYER) -> list[Un
     """Divides a network's quantizers into units.
 
     A unit holds whole weight layers. An activation quantizer belongs to the unit of
-    the first weight layer that reads it, in the graph's order.
+    the first weight layer that reads it, in the graph's order; a residual one to that
+    of the last weight layer in front of it.
 
     Args:
         model: what `quantize` made.
@@ -53,8 +54,11 @@ def find_units(model: keras.Model, unit: str | Sequence[str] = LAYER) -> list[Un
             if source is not None:
                 readers.setdefault(source.layer.name, reader)
     tensors = inspection.require_quantized(model)
+    in_front = _last_weight_layers(model)
     owners = {
-        tensor.name: readers.get(tensor.layer.name, tensor.layer.name)
+        tensor.name: (in_front if tensor.is_residual else readers).get(
+            tensor.layer.name, tensor.layer.name
+        )
         for tensor in tensors
     }
     unit_of = _unit_names(model, unit, owners.values())
@@ -150,6 +154,24 @@ def _unit_names(model, unit, owners: Iterable[str]) -> dict[str, str]:
             f"{unused}, with the layers {sorted(names)}"
         )
     return names
+
+
+def _last_weight_layers(model) -> dict[str, str]:
+    """Layer name -> name of the weight layer that is called last in front of it."""
+    position: dict[str, int] = {}
+    behind: dict[int, str] = {}  # Of each tensor: that layer, itself included.
+    found: dict[str, str] = {}
+    for index, node in enumerate(graph.nodes(model)):
+        name = node.layer.name
+        names = [behind[id(t)] for t in node.keras_inputs if id(t) in behind]
+        latest = max(names, key=position.__getitem__, default=None)
+        if latest is not None:
+            found.setdefault(name, latest)
+        if registry.kernels(inspection.wrapped_layer(node.layer)):
+            latest, position[name] = name, index
+        if latest is not None:
+            behind |= {id(tensor): latest for tensor in graph.outputs_of(node)}
+    return found
 
 
 def _graph_order(model, owners):

@@ -1,0 +1,158 @@
+"""Classifies images, or a data set, with a TFLite file.
+
+  python examples/classify.py runs/w2a2/tflite/network.tflite one.png two.jpg
+  python examples/classify.py runs/w2a2/tflite/network.tflite --dataset=digits
+
+The file says itself how pixels are normalised (export_tflite.py puts it in). For images
+nothing but LiteRT (`ai-edge-litert`), NumPy and Pillow is needed, as on a small device;
+without LiteRT, TensorFlow runs the file.
+"""
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+from absl import app, flags
+
+try:
+    from ai_edge_litert import schema_py_generated as schema
+    from ai_edge_litert.interpreter import Interpreter
+except ImportError:
+    from tensorflow.lite import Interpreter
+    from tensorflow.lite.python import schema_py_generated as schema
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_string("dataset", None, "A data set to classify, instead of images.")
+flags.DEFINE_string("data_dir", None, "Folder of the data, as in train.py.")
+flags.DEFINE_integer("limit", None, "At most so many images of the data set.")
+flags.DEFINE_integer("batch_size", 100, "Images of the data set in a batch.")
+flags.DEFINE_integer("threads", 1, "Threads of the interpreter.")
+flags.DEFINE_integer("top", 3, "How many classes to print for an image.")
+
+
+class Classifier:
+    """A file, ready to be given normalised images.
+
+    Args:
+        path: the file.
+        threads: how many it may use.
+    """
+
+    def __init__(self, path: Path, threads: int):
+        data = path.read_bytes()
+        if data[4:8] != b"TFL3":
+            raise ValueError(f"The file must be a TFLite file. Received: {str(path)!r}")
+        self.info = read_info(data)
+        self._interpreter = Interpreter(model_content=data, num_threads=threads)
+        self._input = self._interpreter.get_input_details()[0]
+        self._output = self._interpreter.get_output_details()[0]
+        self._batch = None
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Height, width and channels."""
+        return tuple(int(size) for size in self._input["shape"][1:])
+
+    def __call__(self, images) -> np.ndarray:
+        """Logits, float32 [N, classes], of float32 images [N, H, W, C]."""
+        if len(images) != self._batch:
+            self._interpreter.resize_tensor_input(self._input["index"], images.shape)
+            self._interpreter.allocate_tensors()
+            self._batch = len(images)
+        self._interpreter.set_tensor(self._input["index"], self._fed(images))
+        self._interpreter.invoke()
+        return self._interpreter.get_tensor(self._output["index"])
+
+    def _fed(self, images):
+        dtype = self._input["dtype"]
+        if dtype == np.float32:
+            return images.astype(np.float32)
+        scale, zero_point = self._input["quantization"]
+        codes = np.rint(images.astype(np.float32) * (np.float32(1) / np.float32(scale)))
+        limits = np.iinfo(dtype)
+        return np.clip(codes + zero_point, limits.min, limits.max).astype(dtype)
+
+
+def read_info(data: bytes) -> dict:
+    """What the exporter put into the file; empty where another program wrote it."""
+    model = schema.ModelT.InitFromPackedBuf(data, 0)
+    for entry in model.metadata or []:
+        if entry.name == b"tf_lowbit":
+            return json.loads(bytes(model.buffers[entry.buffer].data))["info"]
+    return {}
+
+
+def read_image(path: str, shape, info: dict) -> np.ndarray:
+    """A picture as the network wants it: float32 [H, W, C], normalised."""
+    from PIL import Image
+
+    height, width, channels = shape
+    with Image.open(path) as image:
+        image = image.convert({1: "L", 3: "RGB"}[channels])
+        if image.size != (width, height):
+            print(f"{path}: resized from {image.size[0]}x{image.size[1]}")
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        pixels = np.asarray(image, np.float64).reshape(shape) / 255.0
+    normalization = info.get("normalization")
+    if normalization is None:
+        return pixels.astype(np.float32)
+    mean, deviation = normalization["mean"], normalization["deviation"]
+    return ((pixels - mean) / deviation).astype(np.float32)
+
+
+def classify_images(classifier: Classifier, paths: list[str]) -> None:
+    """Prints the likeliest classes of each picture."""
+    names = classifier.info.get("classes")
+    for path in paths:
+        image = read_image(path, classifier.image_shape, classifier.info)
+        logits = classifier(image[np.newaxis])[0].astype(np.float64)
+        shares = np.exp(logits - logits.max())
+        shares /= shares.sum()
+        best = np.argsort(-shares, kind="stable")[: FLAGS.top]
+        shown = ", ".join(
+            f"{names[c] if names else c} {100 * shares[c]:.1f} %" for c in best
+        )
+        print(f"{path}: {shown}")
+
+
+def classify_dataset(classifier: Classifier, name: str) -> None:
+    """Prints the accuracy on the data set's test part."""
+    from tf_lowbit import datasets
+
+    data = datasets.load(
+        name,
+        batch_size=FLAGS.batch_size,
+        data_dir=FLAGS.data_dir,
+        limit=FLAGS.limit,
+    )
+    if data.input_shape != classifier.image_shape:
+        raise ValueError(
+            f"The images of {name} are {data.input_shape}. "
+            f"Received: a file that takes {classifier.image_shape}"
+        )
+    right = count = 0
+    for images, labels in data.test.as_numpy_iterator():
+        right += int((classifier(images).argmax(axis=-1) == labels).sum())
+        count += len(labels)
+    print(f"{name}: {right:,} of {count:,} right, {100 * right / count:.2f} %")
+
+
+def main(argv):
+    """Classifies what the arguments name."""
+    if len(argv) < 2 or (FLAGS.dataset is None) == (len(argv) == 2):
+        raise app.UsageError(
+            f"Give a .tflite file, and images or --dataset. Received: {argv[1:]}"
+        )
+    classifier = Classifier(Path(argv[1]), FLAGS.threads)
+    if FLAGS.dataset is not None:
+        classify_dataset(classifier, FLAGS.dataset)
+    else:
+        classify_images(classifier, argv[2:])
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,134 @@
+"""Writes a trained low-bitwidth network as an integer TFLite file, and proves it.
+
+  python examples/train.py --first_last_bits=8 --residual_bits=8 \
+      --weight_quantizer=lsq --activation_quantizer=lsq --output_dir=runs/w2a2
+  python examples/export_tflite.py --model=runs/w2a2/quantized/model.h5 \
+      --dataset=digits --output_dir=runs/w2a2/tflite
+
+The output folder gets network.tflite, report.txt and report.json (what was checked) and
+archive.npz (the weights' true k-bit codes, for other hardware). With --strict the
+program ends with code 1 where the file breaks a promise.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+# Before TensorFlow is imported: its start-up notes would bury the progress bars.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import experiment
+from absl import app, flags
+
+import tf_lowbit as tfl
+from tf_lowbit import datasets
+from tf_lowbit.export.options import PRECISIONS, STORAGES, TARGETS
+from tf_lowbit.export.tflite import INPUT_TYPES
+from tf_lowbit.report import environment
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_string("model", None, "The trained network: model.h5 or a SavedModel.")
+flags.DEFINE_enum("dataset", "digits", datasets.names(), "What it was trained on.")
+flags.DEFINE_string("data_dir", None, "Folder of the data, as in train.py.")
+flags.DEFINE_integer("limit", None, "Use only so many examples, for a quick try.")
+flags.DEFINE_integer("batch_size", 100, "Images in a batch.")
+flags.DEFINE_enum(
+    "target",
+    "xnnpack",
+    tuple(TARGETS),
+    "Kernels to decide right under: XNNPACK, or TFLite's builtin ones as well.",
+)
+flags.DEFINE_enum("storage", "int8", STORAGES, "How the file holds low-bit weights.")
+flags.DEFINE_enum(
+    "first_layer", "int8", PRECISIONS, "Of a first layer that was trained in float."
+)
+flags.DEFINE_enum("head", "float", PRECISIONS, "Of the last layer.")
+flags.DEFINE_enum("input_type", "float32", INPUT_TYPES, "What the file takes.")
+flags.DEFINE_integer(
+    "finetune_epochs", 0, "Epochs of fine-tuning the twin, its scales and biases fixed."
+)
+flags.DEFINE_float("learning_rate", 0.001, "Of the fine-tuning.")
+flags.DEFINE_bool("strict", False, "End with code 1 where the file breaks a promise.")
+flags.DEFINE_string("output_dir", "runs/tflite", "Where the files go.")
+flags.mark_flag_as_required("model")
+
+
+def load_data() -> datasets.Dataset:
+    """The flags' data set."""
+    return datasets.load(
+        FLAGS.dataset,
+        batch_size=FLAGS.batch_size,
+        augment=False,
+        data_dir=FLAGS.data_dir,
+        limit=FLAGS.limit,
+    )
+
+
+def finetune(twin, data: datasets.Dataset) -> None:
+    """Trains the twin's latent weights."""
+    experiment.compile_model(twin, FLAGS.learning_rate)
+    twin.fit(
+        data.train,
+        steps_per_epoch=data.steps_per_epoch,
+        epochs=FLAGS.finetune_epochs,
+        validation_data=data.test,
+    )
+
+
+def export(model, data: datasets.Dataset, folder: Path) -> tfl.export.Report:
+    """Writes the file and the archive, and checks the file."""
+    options = {
+        name: FLAGS[name].value
+        for name in ("target", "storage", "first_layer", "head", "input_type")
+    }
+    options["info"] = experiment.deployment_info(data)
+    path = folder / "network.tflite"
+    # Without augmentation: ranges are to be those of what the file will see.
+    result = tfl.export.to_tflite(model, path, data.train, **options)
+    source = model
+    if FLAGS.finetune_epochs:
+        finetune(result.twin, data)
+        result = tfl.export.to_tflite(result.snapped, path, **options)
+        source = result
+    tfl.export.save_archive(result.snapped, folder / "archive.npz")
+    return tfl.export.verify(path, source, data.test, trained=model)
+
+
+def main(argv):
+    """Exports, checks, and writes the report."""
+    if len(argv) > 1:
+        raise app.UsageError(f"Received: arguments that are no flags: {argv[1:]}")
+    experiment.quiet()
+    if FLAGS.finetune_epochs < 0:
+        raise ValueError(
+            "--finetune_epochs must be >= 0. "
+            f"Received: --finetune_epochs={FLAGS.finetune_epochs}"
+        )
+    if FLAGS["learning_rate"].present and not FLAGS.finetune_epochs:
+        raise ValueError(
+            "A flag must have an effect. Received: --learning_rate without "
+            "--finetune_epochs"
+        )
+    folder = experiment.require_writable(Path(FLAGS.output_dir))
+    model = tfl.load_model(FLAGS.model, compile=False)
+    report = export(model, load_data(), folder)
+    table = {
+        **report.as_dict(),
+        "settings": experiment.flag_settings(__name__),
+        **environment(),
+    }
+    for name, text in (
+        ("report.txt", str(report)),
+        ("report.json", json.dumps(table, indent=2, sort_keys=True)),
+    ):
+        experiment.replace_text(folder / name, f"{text}\n")
+    for name in ("network.tflite", "archive.npz", "report.txt", "report.json"):
+        print(f"Written: {folder / name}")
+    if FLAGS.strict and not report.ok:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,111 @@
+"""Packing of unsigned integers of 1 to 8 bits into bytes, and back.
+
+The values follow one another without gaps, least significant bit first. Bit `b` of
+the byte stream is bit `b % 8`, counted from the least significant one, of byte
+`b // 8`; value `i` occupies the bits `i * bits` to `i * bits + bits - 1`, its own
+least significant bit first. Written as one little-endian number, the bytes are
+
+    sum(values[i] * 2**(i * bits)).
+
+So where `bits` divides 8, the first value lies in a byte's lowest bits: at 4 bits in
+the low nibble. Other widths let values cross byte boundaries. The bits behind the
+last value, up to the end of its byte, are 0.
+"""
+
+import math
+import numbers
+from collections.abc import Sequence
+
+import numpy as np
+
+_BYTE = 8
+
+
+def pack(values, bits: int) -> np.ndarray:
+    """Packs unsigned integers into bytes.
+
+    >>> pack([1, 2, 3], bits=4)  # 0x21, 0x03
+    array([33,  3], dtype=uint8)
+
+    Args:
+        values: integers of any shape, in [0, 2**bits - 1]; taken in C order, the last
+            axis fastest.
+        bits: int in [1, 8].
+
+    Returns:
+        uint8 array of shape (ceil(size * bits / 8),), in the module's bit order.
+
+    Raises:
+        ValueError: if `bits` is out of [1, 8], or `values` are not of an integer type
+            or out of range.
+    """
+    bits = _check_bits(bits)
+    values = np.asarray(values)
+    if not np.issubdtype(values.dtype, np.integer):
+        raise ValueError(
+            f"values must be integers. Received: values of dtype {values.dtype}"
+        )
+    largest = 2**bits - 1
+    if values.size and (values.min() < 0 or values.max() > largest):
+        raise ValueError(
+            f"values must be in [0, {largest}] to fit into {bits} bits. "
+            f"Received: values from {values.min()} to {values.max()}"
+        )
+    flat = values.astype(np.uint8).reshape(-1, 1)
+    stream = np.unpackbits(flat, axis=1, count=bits, bitorder="little")
+    return np.packbits(stream, bitorder="little")
+
+
+def unpack(packed: np.ndarray, bits: int, shape: Sequence[int]) -> np.ndarray:
+    """Unpacks what `pack` packed: `unpack(pack(v, bits), bits, v.shape) == v`.
+
+    >>> unpack(np.array([33, 3], np.uint8), bits=4, shape=(3,))
+    array([1, 2, 3], dtype=uint8)
+
+    Args:
+        packed: uint8 array of shape (ceil(size * bits / 8),), where `size` is the
+            number of values in `shape`.
+        bits: int in [1, 8].
+        shape: shape of the values.
+
+    Returns:
+        uint8 array of shape `shape`, in [0, 2**bits - 1].
+
+    Raises:
+        ValueError: if `bits` is out of [1, 8], `shape` is not of integers of at least
+            0, `packed` is not of the type and shape given above, or a bit behind the
+            last value is not 0.
+    """
+    bits = _check_bits(bits)
+    is_sequence = isinstance(shape, Sequence) and not isinstance(shape, str)
+    if not is_sequence or not all(_is_int(size) and size >= 0 for size in shape):
+        raise ValueError(
+            f"shape must be a sequence of integers of at least 0. Received: {shape=}"
+        )
+    shape = tuple(int(size) for size in shape)
+    used = math.prod(shape) * bits
+    length = -(-used // _BYTE)
+    packed = np.asarray(packed)
+    if packed.dtype != np.uint8 or packed.shape != (length,):
+        raise ValueError(
+            f"packed must be uint8 of shape ({length},) to hold {math.prod(shape)} "
+            f"values of {bits} bits. Received: {packed.dtype} of shape {packed.shape}"
+        )
+    stream = np.unpackbits(packed, bitorder="little")
+    if stream[used:].any():
+        raise ValueError(
+            f"packed must be 0 in the {_BYTE * length - used} bits behind its last "
+            f"value. Received: a last byte of {packed[-1]:#04x}"
+        )
+    flat = np.packbits(stream[:used].reshape(-1, bits), axis=1, bitorder="little")
+    return flat.reshape(shape)
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _check_bits(bits) -> int:
+    if not _is_int(bits) or not 1 <= bits <= _BYTE:
+        raise ValueError(f"bits must be an integer in [1, {_BYTE}]. Received: {bits=}")
+    return int(bits)

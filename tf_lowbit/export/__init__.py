@@ -1,0 +1,33 @@
+"""From a trained network to an integer TFLite file, and the proof of it."""
+
+from tf_lowbit.export.archive import (
+    Archive,
+    ArchivedLayer,
+    load_archive,
+    save_archive,
+)
+from tf_lowbit.export.convert import Export, read_info, to_tflite
+from tf_lowbit.export.files import gzip_bytes
+from tf_lowbit.export.proving import verify
+from tf_lowbit.export.report import Report
+from tf_lowbit.export.running import Runner, latencies
+from tf_lowbit.export.snapping import ExportError, Note, Snapped, snap
+
+__all__ = [
+    "Archive",
+    "ArchivedLayer",
+    "Export",
+    "ExportError",
+    "Note",
+    "Report",
+    "Runner",
+    "Snapped",
+    "gzip_bytes",
+    "latencies",
+    "load_archive",
+    "read_info",
+    "save_archive",
+    "snap",
+    "to_tflite",
+    "verify",
+]

@@ -1,0 +1,602 @@
+"""A packed archive: true k-bit weight codes and integer thresholds, for any machine.
+
+An int8 file holds a 2-bit weight in a byte. This one holds it in 2 bits, next to the
+integers at which a layer's accumulator moves from one output code to the next: what an
+accelerator or a microcontroller needs, with neither scales nor rounding in between.
+
+**File.** An `.npz`, that is, a ZIP of NumPy `.npy` files (deflated). `header.npy` is a
+vector of uint8: a JSON object in UTF-8. The array `<array>` of layer number `<i>`, from
+0 in the header's order, is `<i>.<array>.npy`. All arrays are little-endian and in C
+order, last axis fastest. There are no pickled objects.
+
+**Header.** `format` ("tf_lowbit archive"), `version` (1), `library` (version of
+tf_lowbit), `options` (of the export), `notes` (what is not exactly what was trained),
+`inputs` and `outputs` (names of layers), and `layers` in an order of execution. A layer
+has `name`, `type`, `inputs` (names of the layers that it reads, in order), `shape` (of
+its output, without the batch; null is any size), `input_grid` (of its first input) and
+`grid` (of its output), `arrays` (name -> `[dtype, shape]`), and the settings of its
+type. Tensors are (batch, height, width, channels), (batch, steps, channels) or
+(batch, features).
+
+**Grids.** A tensor with a grid holds integer codes `low..high`, 0 among them; the real
+value is `code * step`. A grid of null is a tensor of float32. `scale`, `zero_point` and
+`clamp` are how the int8 file holds the same codes: `code + zero_point` in a tensor of
+that scale, and the fused activation that clamps at `low`.
+
+**Integer layers** `integer_conv`, `integer_depthwise`, `integer_dense`,
+`integer_scale` add up `A = sum(input code * weight code)` and put out
+
+    low + (number of j with thresholds[channel, j] <= A).
+
+Weights have the shape `weight_shape`: (height, width, inputs, channels) or (width,
+inputs, channels) for conv; (height, width, inputs, multiplier) for depthwise, where
+output channel `i * multiplier + m` reads input channel i; (inputs, channels) for dense,
+over the last axis; (channels,) for scale, one factor a channel. Convolutions correlate
+(no flip), with `strides`, `dilation` and `padding`; padding is with code 0. The arrays:
+
+| array | type, shape | what |
+|---|---|---|
+| weights | uint8, (ceil(count * bits / 8),) | packed indices; or see "constant" |
+| steps | float32, (channels,) | the trained weight is `code * step`, sign left out |
+| signs | int8, (channels,) | -1, 0 or 1: multiplies the channel's weight codes |
+| thresholds | int32, (channels, high - low) | decision points, ascending in each row |
+| biases, weight_scales | int32, float32, (channels,) | for int8 kernels, see below |
+
+`weight_grid` and `bits` say how an index becomes a code: "odd" is `2 index - (2^bits -
+1)`; "signed" is `index + weight_low`, up to `weight_high`; "constant" weights (of
+pooling and rescaling) are codes as they are, in int8 and `weight_shape`, without
+`steps`. Index number i, in C order of the weights, occupies the bits `i * bits` to
+`i * bits + bits - 1` of the byte stream, where bit b is bit `b % 8`, from the least
+significant, of byte `b // 8`. A sign of -1 is a normalisation's negative factor; 0 is a
+channel that puts out one code for every input, whose A is 0. A threshold below the
+smallest A that the channel can have is always reached, one above the largest never.
+
+An int8 kernel gets the same codes, a few near-ties of 8-bit outputs apart, as
+`clip(round((upscale A + bias) * M), low, high)` with `M = input_grid.scale *
+weight_scale / grid.scale`, from weights multiplied by sign and `upscale`; `kernel`
+names the arithmetic ("xnnpack": float32, half to even; "builtin": 31-bit fixed point).
+`storage` is how the int8 file holds the weights, and `represents` names the trained
+network's tensor that comes out.
+
+**Other layers.** They keep codes, and the grid, where their input has one.
+
+| type | settings and arrays | what |
+|---|---|---|
+| input | | float32 |
+| to_codes | | `round(clip(x * r, low, high))`, half to even; float32, r = 1 / step |
+| to_values | | `code * step` |
+| integer_add | ratios | `clip(round(a p/q + b r/s))` for [[p, q], [r, s]]; no ties |
+| max_pool | pool_size, strides, padding | borders of "same" do not count |
+| average_pool | pool_size, strides, padding | float; borders do not count |
+| global_max_pool, global_average_pool | keepdims | over height and width |
+| zero_pad | padding | [before, after] of width, or of height and of width |
+| flatten, reshape | | C order; to `shape` |
+| permute | dims | output axis i is input axis dims[i]; the batch is axis 0 |
+| concatenate | axis | |
+| add | | float |
+| affine | gain, offset | `gain x + offset` of each channel, float |
+| conv, depthwise, dense | strides, padding, dilation_rate; kernel, bias | float |
+| relu | max_value | `min(max(x, 0), max_value)`; null for no upper bound |
+| activation | activation | "linear", "relu", "relu6", "sigmoid", "softmax", "tanh" |
+
+**Padding** "valid" is none. "same" makes `ceil(size / stride)` outputs and pads
+`max((outputs - 1) * stride + (window - 1) * dilation + 1 - size, 0)` in all, half of it
+before, rounded down, and the rest behind.
+"""
+
+import dataclasses
+import io
+import json
+import math
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from tf_lowbit import quantizers
+from tf_lowbit.compat import keras
+from tf_lowbit.core import grid as core_grid
+from tf_lowbit.core import packing
+from tf_lowbit.export import files, kernels, thresholds, twin
+from tf_lowbit.export.grids import Grid
+from tf_lowbit.export.snapping import ExportError, Snapped
+from tf_lowbit.scheme import graph
+from tf_lowbit.version import __version__
+
+_layers = keras.layers
+FORMAT = "tf_lowbit archive"
+FORMAT_VERSION = 1
+ODD = "odd"
+SIGNED = "signed"
+CONSTANT = "constant"
+
+_HEADER = "header"
+_WINDOW = ("strides", "padding", "dilation_rate")
+_POOL = ("pool_size", "strides", "padding")
+# Layers of a twin -> type in the archive, settings out of the configuration, arrays.
+_TYPES = {
+    _layers.InputLayer: ("input", (), ()),
+    twin.ToCodes: ("to_codes", (), ()),
+    twin.ToValues: ("to_values", (), ()),
+    twin.IntegerAdd: ("integer_add", ("ratios",), ()),
+    twin.Affine: ("affine", (), ("gain", "offset")),
+    _layers.Activation: ("activation", ("activation",), ()),
+    _layers.Add: ("add", (), ()),
+    _layers.AveragePooling2D: ("average_pool", _POOL, ()),
+    _layers.Concatenate: ("concatenate", ("axis",), ()),
+    _layers.Conv1D: ("conv", _WINDOW, ("kernel", "bias")),
+    _layers.Conv2D: ("conv", _WINDOW, ("kernel", "bias")),
+    _layers.Dense: ("dense", (), ("kernel", "bias")),
+    _layers.DepthwiseConv2D: ("depthwise", _WINDOW, ("kernel", "bias")),
+    _layers.Flatten: ("flatten", (), ()),
+    _layers.GlobalAveragePooling2D: ("global_average_pool", ("keepdims",), ()),
+    _layers.GlobalMaxPooling2D: ("global_max_pool", ("keepdims",), ()),
+    _layers.MaxPooling1D: ("max_pool", _POOL, ()),
+    _layers.MaxPooling2D: ("max_pool", _POOL, ()),
+    _layers.Permute: ("permute", ("dims",), ()),
+    _layers.ReLU: ("relu", ("max_value",), ()),
+    _layers.Reshape: ("reshape", (), ()),
+    _layers.ZeroPadding1D: ("zero_pad", ("padding",), ()),
+    _layers.ZeroPadding2D: ("zero_pad", ("padding",), ()),
+}
+_INTEGER = {
+    f"integer_{kind}" for kind in (twin.CONV, twin.DEPTHWISE, twin.DENSE, twin.SCALE)
+}
+# Type in the archive -> names of its settings and arrays.
+_FORMS = {kind: (set(keys), set(names)) for kind, keys, names in _TYPES.values()}
+_COMMON = ("name", "type", "inputs", "shape", "input_grid", "grid", "arrays")
+
+
+@dataclasses.dataclass(frozen=True)
+class ArchivedLayer:
+    """One layer of an archive; the module says what the types compute.
+
+    Attributes:
+        name: unique.
+        type: such as "integer_conv" or "max_pool".
+        inputs: names of the layers that it reads.
+        shape: of its output, without the batch; None is any size.
+        input_grid: of its first input; None for floats.
+        grid: of its output; None for floats.
+        settings: the settings of its type.
+        arrays: name -> array, as they are in the file.
+    """
+
+    name: str
+    type: str
+    inputs: tuple[str, ...]
+    shape: tuple[int | None, ...]
+    input_grid: Grid | None
+    grid: Grid | None
+    settings: dict
+    arrays: dict[str, np.ndarray]
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether it has weight codes and thresholds."""
+        return self.type in _INTEGER
+
+    @property
+    def weight_count(self) -> int:
+        """How many weight codes there are; 0 for other layers."""
+        return math.prod(self.settings["weight_shape"]) if self.is_integer else 0
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weight codes, packed; 0 for other layers."""
+        return self.arrays["weights"].nbytes if self.is_integer else 0
+
+    def codes(self) -> np.ndarray:
+        """The weight codes that add up to A: int32, as Keras shapes them, signs in.
+
+        Raises:
+            ValueError: if the layer has none.
+        """
+        if not self.is_integer:
+            raise ValueError(
+                f"codes() needs an integer layer. Received: {self.name!r} of type "
+                f"{self.type!r}"
+            )
+        shape = tuple(self.settings["weight_shape"])
+        signs = self.arrays["signs"].astype(np.int32)
+        if self.type == "integer_depthwise":
+            signs = signs.reshape(shape[-2:])
+        return _unpacked(self.settings, self.arrays["weights"]) * signs
+
+
+@dataclasses.dataclass(frozen=True)
+class Archive:
+    """What an archive holds.
+
+    Attributes:
+        library: the version of tf_lowbit that wrote it.
+        options: of the export.
+        notes: what is not exactly what was trained, a line each.
+        inputs: names of the network's inputs.
+        outputs: names of the layers that it puts out.
+        layers: in an order of execution.
+    """
+
+    library: str
+    options: dict
+    notes: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    layers: tuple[ArchivedLayer, ...]
+
+    def layer(self, name: str) -> ArchivedLayer:
+        """The layer of a name.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        names = ", ".join(layer.name for layer in self.layers)
+        raise ValueError(f"name must be one of {names}. Received: {name=}")
+
+    @property
+    def integer_layers(self) -> tuple[ArchivedLayer, ...]:
+        """The layers that have weight codes and thresholds."""
+        return tuple(layer for layer in self.layers if layer.is_integer)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all packed weight codes."""
+        return sum(layer.weight_bytes for layer in self.layers)
+
+    @property
+    def array_bytes(self) -> int:
+        """Bytes of all arrays, before the file is compressed."""
+        return sum(a.nbytes for layer in self.layers for a in layer.arrays.values())
+
+
+def save_archive(snapped: Snapped, path) -> Path:
+    """Writes a twin as a packed archive, with the weights that it has now.
+
+    The file is written under a temporary name, then renamed: it is whole or not there.
+
+    Args:
+        snapped: of `snap`; its twin may have been fine-tuned.
+        path: where the file goes; `.npz` by custom.
+
+    Returns:
+        The path.
+
+    Raises:
+        ExportError: if a layer has no form in an archive.
+        OSError: if the file cannot be written. One that is there stays.
+    """
+    records, arrays, written = [], {}, {}
+    for index, node in enumerate(graph.nodes(snapped.twin)):
+        inputs = [graph.producer(t).layer.name for t in node.keras_inputs]
+        input_grid = written[inputs[0]] if inputs else None
+        settings, own = _of_layer(node.layer)
+        (output,) = graph.outputs_of(node)
+        grid = _output_grid(node.layer, input_grid)
+        written[node.layer.name] = grid
+        own = {name: np.asarray(a, _little(a.dtype)) for name, a in own.items()}
+        records.append(
+            {
+                "name": node.layer.name,
+                "inputs": inputs,
+                "shape": list(output.shape[1:]),
+                "input_grid": input_grid and input_grid.get_config(),
+                "grid": grid and grid.get_config(),
+                "arrays": {n: [a.dtype.name, list(a.shape)] for n, a in own.items()},
+                **settings,
+            }
+        )
+        arrays |= {f"{index}.{name}": array for name, array in own.items()}
+    header = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "library": __version__,
+        "options": dataclasses.asdict(snapped.options),
+        "notes": [str(note) for note in snapped.notes],
+        "inputs": [graph.producer(t).layer.name for t in snapped.twin.inputs],
+        "outputs": [graph.producer(t).layer.name for t in snapped.twin.outputs],
+        "layers": records,
+    }
+    text = json.dumps(header, indent=1).encode()
+    content = io.BytesIO()
+    np.savez_compressed(content, **{_HEADER: np.frombuffer(text, np.uint8)}, **arrays)
+    return files.replace_file(path, content.getvalue())
+
+
+def load_archive(path) -> Archive:
+    """Reads an archive, and checks that its parts fit together.
+
+    Args:
+        path: of a file that `save_archive` wrote.
+
+    Returns:
+        Its contents.
+
+    Raises:
+        ValueError: if the file is no archive, of another version, torn, or its parts
+            contradict one another.
+        OSError: if it cannot be read.
+    """
+    content = Path(path).read_bytes()
+    try:
+        header, arrays = _parts(content)
+    except Exception as error:  # A torn file fails in many ways.
+        raise ValueError(
+            "path must be an archive that tf_lowbit.export.save_archive wrote, whole. "
+            f"Received: {str(path)!r} ({error})"
+        ) from error
+    if header.get("version") != FORMAT_VERSION:
+        raise ValueError(
+            f"The archive must be of version {FORMAT_VERSION}. "
+            f"Received: version {header.get('version')!r} in {str(path)!r}"
+        )
+    try:
+        return _archive(header, arrays)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            "The parts of an archive must fit together. "
+            f"Received: {str(path)!r}, in which they do not "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+# --- writing --------------------------------------------------------------------------
+
+
+def _little(dtype) -> np.dtype:
+    return dtype.newbyteorder("<")
+
+
+def _output_grid(layer, input_grid) -> Grid | None:
+    if isinstance(layer, twin.ToValues):
+        return None
+    return getattr(layer, "grid", input_grid)
+
+
+def _of_layer(layer):
+    """Type and settings of a twin's layer, and its arrays by name."""
+    if isinstance(layer, twin.IntegerLinear):
+        return _of_integer_layer(layer)
+    if type(layer) not in _TYPES:
+        raise ExportError(
+            "Every layer must have a form in an archive. "
+            f"Received: {layer.name!r} of type {type(layer).__name__}"
+        )
+    kind, keys, names = _TYPES[type(layer)]
+    config = layer.get_config()
+    if config.get("data_format") == "channels_first":
+        raise ExportError(
+            "Layers must be channels_last. "
+            f"Received: {layer.name!r} with data_format='channels_first'"
+        )
+    arrays = dict(zip(names, layer.get_weights(), strict=True))
+    return {"type": kind, **{key: config[key] for key in keys}}, arrays
+
+
+def _of_integer_layer(layer):
+    """`_of_layer` of one with weight codes."""
+    weights, grid, steps = _packed_weights(layer)
+    arrays = {
+        "weights": weights,
+        **steps,
+        "signs": layer.signs.numpy().astype(np.int8),
+        "thresholds": _decision_points(layer).astype(np.int32),
+        "biases": layer.biases.numpy(),
+        "weight_scales": layer.weight_scales.numpy(),
+    }
+    settings = {
+        "type": f"integer_{layer.kind}",
+        "weight_shape": list(layer.kernel_shape),
+        **grid,
+        "strides": list(layer.strides),
+        "padding": layer.padding,
+        "dilation": list(layer.dilation),
+        "upscale": layer.upscale,
+        "kernel": layer.kernel,
+        "storage": layer.storage,
+        "represents": layer.represents,
+    }
+    return settings, arrays
+
+
+def _packed_weights(layer):
+    """The array of weights, what says how to read it, and the steps' array."""
+    if layer.quantizer is None:
+        codes = layer.latent.numpy()
+        return codes.astype(np.int8), {"weight_grid": CONSTANT}, {}
+    variables = layer.quantizer_variables
+    codes = layer.quantizer.codes(layer.latent, variables).numpy()
+    step = np.asarray(layer.quantizer.step(layer.latent, variables), np.float32)
+    steps = np.broadcast_to(np.ravel(step), (layer.channels,))
+    bits = int(variables["bits"].numpy())
+    grid = _weight_grid(layer.quantizer, bits)
+    indices = (codes + 2**bits - 1) // 2
+    if grid["weight_grid"] == SIGNED:
+        indices = codes - grid["weight_low"]
+    return packing.pack(indices, bits), grid, {"steps": steps}
+
+
+def _weight_grid(quantizer, bits: int) -> dict:
+    # At one bit the signed grid is {-1, +1} too, which needs the odd grid's index.
+    if bits == 1 or isinstance(quantizer, quantizers.DoReFaWeightQuantizer):
+        return {"weight_grid": ODD, "bits": bits}
+    negative, positive = core_grid.signed_limits(bits, quantizer.narrow_range)
+    return {
+        "weight_grid": SIGNED,
+        "bits": bits,
+        "weight_low": -int(negative),
+        "weight_high": int(positive),
+    }
+
+
+def _decision_points(layer) -> np.ndarray:
+    """The layer's thresholds, over all accumulators that its codes now allow.
+
+    Those of the snapping are clipped to the accumulators of that time. Fine-tuned
+    codes may leave these, so that the outermost points are asked of the kernel: where
+    it decides right, as it does on low-bit grids, they are the same in an untouched
+    twin.
+    """
+    points = layer.thresholds.numpy().astype(np.int64)
+    if not points.size:
+        return points
+    codes = np.rint(layer.codes().numpy()).astype(np.int64)
+    kept = 2 if layer.kind == twin.DEPTHWISE else 1
+    codes = codes.reshape(-1, math.prod(codes.shape[codes.ndim - kept :]))
+    positive, negative = np.maximum(codes, 0), np.minimum(codes, 0)
+    low, high = layer.input_grid.low, layer.input_grid.high
+    smallest = (positive * low + negative * high).sum(axis=0)
+    largest = (positive * high + negative * low).sum(axis=0)
+    multipliers = kernels.multiplier(
+        layer.kernel,
+        layer.input_grid.scale,
+        layer.weight_scales.numpy(),
+        layer.grid.scale,
+    )
+    reached = thresholds.reached_by(
+        layer.kernel,
+        multipliers,
+        layer.biases.numpy(),
+        layer.upscale,
+        layer.grid.low,
+        layer.grid.high,
+        smallest,
+        largest,
+    )
+    is_outer = (points == points[:, :1]) | (points == points[:, -1:])
+    is_constant = layer.signs.numpy()[:, None] == 0
+    points = np.where(is_outer & ~is_constant, reached, points)
+    return np.maximum.accumulate(points, axis=1)
+
+
+# --- reading --------------------------------------------------------------------------
+
+
+def _parts(content: bytes):
+    """The header and all other arrays of a file."""
+    if not zipfile.is_zipfile(io.BytesIO(content)):
+        raise ValueError("no ZIP file, or torn")
+    with np.load(io.BytesIO(content), allow_pickle=False) as parts:
+        arrays = {name: parts[name] for name in parts.files}
+    header = json.loads(arrays.pop(_HEADER).tobytes())
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise ValueError(f"its header is not that of a {FORMAT}")
+    return header, arrays
+
+
+def _archive(header, arrays) -> Archive:
+    layers: dict[str, ArchivedLayer] = {}
+    for index, record in enumerate(header["layers"]):
+        own = {
+            name: _array(arrays, f"{index}.{name}", *form)
+            for name, form in record["arrays"].items()
+        }
+        layer = _layer(record, own)
+        unknown = [name for name in layer.inputs if name not in layers]
+        if layer.name in layers or unknown:
+            raise ValueError(f"layer {layer.name!r} is there twice, or reads {unknown}")
+        if layer.inputs and layers[layer.inputs[0]].grid != layer.input_grid:
+            raise ValueError(f"{layer.name} reads codes of another grid")
+        layers[layer.name] = layer
+    if arrays:
+        raise ValueError(f"arrays {sorted(arrays)} belong to no layer")
+    result = Archive(
+        str(header["library"]),
+        dict(header["options"]),
+        tuple(header["notes"]),
+        tuple(header["inputs"]),
+        tuple(header["outputs"]),
+        tuple(layers.values()),
+    )
+    for name in (*result.inputs, *result.outputs):
+        if name not in layers:
+            raise ValueError(f"there is no layer {name!r} to be an end of the network")
+    return result
+
+
+def _array(arrays, key, dtype, shape) -> np.ndarray:
+    """Takes an array out, of the type and shape that the header says."""
+    array = arrays.pop(key)
+    if array.dtype.name != dtype or list(array.shape) != shape:
+        raise ValueError(
+            f"{key} is {array.dtype.name} {list(array.shape)}, but {dtype} {shape} in "
+            "the header"
+        )
+    array.setflags(write=False)
+    return array
+
+
+def _layer(record, arrays) -> ArchivedLayer:
+    layer = ArchivedLayer(
+        record["name"],
+        record["type"],
+        tuple(record["inputs"]),
+        tuple(record["shape"]),
+        record["input_grid"] and Grid(**record["input_grid"]),
+        record["grid"] and Grid(**record["grid"]),
+        {key: value for key, value in record.items() if key not in _COMMON},
+        arrays,
+    )
+    if layer.is_integer:
+        _check_integer_layer(layer)
+    elif layer.type not in _FORMS:
+        raise ValueError(f"{layer.name} has the unknown type {layer.type!r}")
+    elif (set(layer.settings), set(arrays)) != _FORMS[layer.type]:
+        raise ValueError(
+            f"{layer.name} has {[*layer.settings, *arrays]}, which is not what layers "
+            f"of type {layer.type!r} have"
+        )
+    return layer
+
+
+def _check_integer_layer(layer) -> None:
+    shape, arrays = layer.settings["weight_shape"], layer.arrays
+    if layer.input_grid is None or layer.grid is None:
+        raise ValueError(f"{layer.name} must read and put out codes")
+    kept = 2 if layer.type == "integer_depthwise" else 1
+    channels = math.prod(shape[-kept:])
+    expected = {
+        "signs": ("int8", (channels,)),
+        "thresholds": ("int32", (channels, layer.grid.high - layer.grid.low)),
+        "biases": ("int32", (channels,)),
+        "weight_scales": ("float32", (channels,)),
+    }
+    if layer.settings["weight_grid"] != CONSTANT:
+        expected["steps"] = ("float32", (channels,))
+    found = {n: (a.dtype.name, a.shape) for n, a in arrays.items() if n != "weights"}
+    if found != expected:
+        raise ValueError(f"{layer.name} has {found}, but must have {expected}")
+    if not np.isin(arrays["signs"], (-1, 0, 1)).all():
+        raise ValueError(f"{layer.name} has signs other than -1, 0 and 1")
+    if (np.diff(arrays["thresholds"], axis=1) < 0).any():
+        raise ValueError(f"{layer.name} has thresholds that descend")
+    missing = {"strides", "padding", "dilation", "upscale"} - set(layer.settings)
+    if missing:
+        raise ValueError(f"{layer.name} lacks {sorted(missing)}")
+    _unpacked(layer.settings, arrays["weights"])
+
+
+def _unpacked(settings, weights) -> np.ndarray:
+    """The weight codes without signs: int32, as Keras shapes them."""
+    grid, shape = settings["weight_grid"], tuple(settings["weight_shape"])
+    if grid == CONSTANT:
+        if weights.dtype != np.int8 or weights.shape != shape:
+            raise ValueError(
+                f"constant weights must be int8 {shape}. "
+                f"Received: {weights.dtype} {weights.shape}"
+            )
+        return weights.astype(np.int32)
+    indices = packing.unpack(weights, settings["bits"], shape).astype(np.int32)
+    if grid == ODD:
+        return 2 * indices - (2 ** settings["bits"] - 1)
+    if grid != SIGNED:
+        raise ValueError(f"weight_grid must be known. Received: {grid!r}")
+    codes = indices + settings["weight_low"]
+    if codes.size and codes.max() > settings["weight_high"]:
+        raise ValueError(
+            f"codes must be at most {settings['weight_high']}. "
+            f"Received: one of {codes.max()}"
+        )
+    return codes

@@ -1,0 +1,224 @@
+"""A file against its twin, on data."""
+
+import numpy as np
+
+from tf_lowbit.compat import keras, tf
+from tf_lowbit.export import tflite, twin
+from tf_lowbit.export.report import Comparison, Predictions, Report
+from tf_lowbit.export.running import Runner
+from tf_lowbit.scheme import graph
+
+# Float operators sum in another order than Keras: what they may differ by, relative to
+# the largest magnitude in the tensor.
+FLOAT_TOLERANCE = 1e-4
+
+
+def compare_on_data(
+    content: bytes,
+    input_type: str,
+    model,
+    trained,
+    batches,
+    report: Report,
+    tensor_batches: int | None = None,
+) -> None:
+    """Runs a file, its twin and the trained model side by side.
+
+    Args:
+        content: the file.
+        input_type: what it takes.
+        model: the twin.
+        trained: the trained model, or None.
+        batches: iterable of batches.
+        report: gets comparisons, predictions and failures.
+        tensor_batches: on how many batches every tensor is compared; None for all.
+    """
+    nodes = list(graph.calls(model))
+    outputs = [graph.outputs_of(node)[0] for node in nodes]
+    # Called eagerly: tracing takes longer than a test set of this field's size.
+    observer = keras.Model(model.inputs, outputs)
+    networks = {"twin": model}
+    if trained is not None:
+        networks["trained"] = trained
+    everything, plain = Runner(content, intermediates=True), Runner(content)
+    rows = [Comparison(node.layer.name, _grid_of(node) is not None) for node in nodes]
+    predictions = report.predictions = Predictions(
+        trained_agrees=None if trained is None else 0
+    )
+    for count, batch in enumerate(batches):
+        values, labels = _split(batch)
+        fed = [_fed(model, input_type, index, v) for index, v in enumerate(values)]
+        argument = values if len(values) > 1 else values[0]
+        if tensor_batches is None or count < tensor_batches:
+            found = {d["name"]: x for d, x in zip(everything.inputs, fed, strict=True)}
+            found |= everything(*fed)
+            own = tf.nest.flatten(observer(argument, training=False))
+            _compare_tensors(rows, nodes, model.inputs, values, found, own)
+        first = plain.outputs[0]["name"]
+        chosen = {"file": _argmax(plain(*fed)[first])}
+        for name, network in networks.items():
+            logits = tf.nest.flatten(network(argument, training=False))[0]
+            chosen[name] = _argmax(logits.numpy())
+        _count_predictions(predictions, chosen, labels)
+    if not predictions.examples:
+        raise ValueError("data must hold at least one batch. Received: none")
+    report.comparisons = [row for row in rows if row.elements]
+    _judge(report, _behind_float(nodes))
+
+
+def _compare_tensors(rows, nodes, inputs, values, found, own) -> None:
+    """Adds one batch to the rows.
+
+    Args:
+        rows: a comparison for each node.
+        nodes: those of the twin.
+        inputs: the twin's input tensors.
+        values: what it was given.
+        found: the file's tensors, by name.
+        own: the twin's tensors, one for each node.
+    """
+    known = {id(t): tf.constant(v) for t, v in zip(inputs, values, strict=True)}
+    for node in nodes:
+        name = node.layer.name
+        if name in found:
+            known[id(graph.outputs_of(node)[0])] = _as_twin(found[name], node)
+    for row, node, computed in zip(rows, nodes, own, strict=True):
+        if node.layer.name in found:
+            _compare_tensor(row, node, known, computed.numpy())
+
+
+def _split(batch):
+    """Inputs as a list of float32 arrays, and labels or None."""
+    inputs, labels = (batch[0], batch[1]) if isinstance(batch, tuple) else (batch, None)
+    values = [np.asarray(v, np.float32) for v in tf.nest.flatten(inputs)]
+    if not all(np.isfinite(v).all() for v in values):
+        raise ValueError("data must be finite. Received: NaN or inf in an input")
+    labels = None if labels is None else np.asarray(labels)
+    if labels is not None and labels.ndim > 1 and labels.shape[-1] > 1:
+        labels = labels.argmax(axis=-1)
+    return values, None if labels is None else labels.ravel()
+
+
+def _fed(model, input_type, index, values):
+    """What the file's input wants."""
+    if input_type == "float32":
+        return values
+    tensor = model.inputs[index]
+    (reader,) = [
+        node.layer
+        for node in graph.calls(model)
+        if any(t is tensor for t in node.keras_inputs)
+    ]
+    return tflite.input_codes(reader, values, input_type)
+
+
+def _grid_of(node):
+    """The grid of what a node of the twin puts out; None for floats."""
+    if isinstance(node.layer, twin.ToCodes | twin.IntegerLinear | twin.IntegerAdd):
+        return node.layer.grid
+    if isinstance(node.layer, twin.ToValues | twin.Affine):
+        return None
+    if _computes_floats(node.layer):
+        return None
+    source = graph.producer(node.keras_inputs[0])
+    return None if source.is_input else _grid_of(source)
+
+
+def _computes_floats(layer) -> bool:
+    """Whether a stock layer of a twin computes with floats, whatever it reads."""
+    return isinstance(
+        layer,
+        keras.layers.Activation
+        | keras.layers.Add
+        | keras.layers.AveragePooling2D
+        | keras.layers.Conv1D
+        | keras.layers.Conv2D
+        | keras.layers.Dense
+        | keras.layers.GlobalAveragePooling2D
+        | keras.layers.ReLU,
+    )
+
+
+def _as_twin(values, node):
+    """A tensor of the file as the twin has it: codes without zero point, or floats."""
+    grid = _grid_of(node)
+    if grid is None:
+        return tf.constant(values)
+    return tf.constant(values.astype(np.float32) - grid.zero_point)
+
+
+def _behind_float(nodes) -> set[str]:
+    """Names of layers that a float computation comes before, or that are one."""
+    tainted: set[int] = set()
+    names = set()
+    for node in nodes:
+        is_float = isinstance(node.layer, twin.Affine) or _computes_floats(node.layer)
+        if is_float or any(id(t) in tainted for t in node.keras_inputs):
+            tainted.add(id(graph.outputs_of(node)[0]))
+            names.add(node.layer.name)
+    return names
+
+
+def _compare_tensor(row, node, known, own) -> None:
+    output = graph.outputs_of(node)[0]
+    have = known[id(output)].numpy()
+    inputs = [known.get(id(t)) for t in node.keras_inputs]
+    row.elements += have.size
+    if row.is_integer:
+        row.end_to_end += int((have != own).sum())
+    if any(value is None for value in inputs):
+        return
+    wanted = node.layer(inputs[0] if len(inputs) == 1 else inputs).numpy()
+    if row.is_integer:
+        row.mismatches += int((have != wanted).sum())
+        return
+    error = float(np.abs(have - wanted).max(initial=0.0))
+    error /= float(np.abs(wanted).max(initial=0.0)) or 1.0
+    row.error = max(row.error, error)
+
+
+def _count_predictions(predictions, chosen, labels) -> None:
+    """Adds one batch: `chosen` holds the classes that each network takes."""
+    size = len(chosen["file"])
+    predictions.examples += size
+    predictions.twin_agrees += int((chosen["file"] == chosen["twin"]).sum())
+    if "trained" in chosen:
+        agrees = int((chosen["file"] == chosen["trained"]).sum())
+        predictions.trained_agrees += agrees
+    if labels is not None and len(labels) == size:
+        predictions.labels += size
+        for name, classes in chosen.items():
+            right = int((classes == labels).sum())
+            predictions.right[name] = predictions.right.get(name, 0) + right
+
+
+def _argmax(outputs) -> np.ndarray:
+    return outputs.reshape(len(outputs), -1).argmax(axis=-1)
+
+
+def _judge(report, tainted) -> None:
+    is_tainted = False
+    for row in report.comparisons:
+        if row.is_integer:
+            is_tainted |= row.tensor in tainted
+            if row.mismatches:
+                report.failures.append(
+                    f"{row.tensor}: {row.mismatches} of {row.elements} codes are not "
+                    "what its inputs give"
+                )
+            elif row.end_to_end and row.tensor not in tainted:
+                report.failures.append(
+                    f"{row.tensor}: {row.end_to_end} of {row.elements} codes differ "
+                    "from the twin's"
+                )
+        elif not row.error <= FLOAT_TOLERANCE:
+            report.failures.append(
+                f"{row.tensor}: floats differ by {row.error:.1e} of the largest, "
+                f"allowed {FLOAT_TOLERANCE:.0e}"
+            )
+    found = report.predictions
+    if found.twin_agrees != found.examples and not is_tainted:
+        report.failures.append(
+            f"{found.examples - found.twin_agrees} of {found.examples} predictions are "
+            "not the twin's"
+        )

@@ -1,0 +1,155 @@
+"""`to_tflite`: from a trained network to a file."""
+
+import contextlib
+import dataclasses
+from pathlib import Path
+
+import rich.console
+import rich.progress
+
+from tf_lowbit.compat import keras
+from tf_lowbit.export import files, tflite, twin
+from tf_lowbit.export.flatbuffer import read_metadata
+from tf_lowbit.export.options import Options
+from tf_lowbit.export.snapping import Note, Snapped, snap
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """A file, and what it was made of.
+
+    Attributes:
+        path: the file.
+        snapped: the twin with its notes and ranges; `verify` takes it too.
+        size: bytes of the file.
+        gzip_size: bytes of the file behind `gzip -9`.
+    """
+
+    path: Path
+    snapped: Snapped
+    size: int
+    gzip_size: int
+
+    @property
+    def twin(self) -> keras.Model:
+        """The Keras model that computes what the file computes; not compiled."""
+        return self.snapped.twin
+
+    @property
+    def notes(self) -> tuple[Note, ...]:
+        """The layers that are not exactly what was trained."""
+        return self.snapped.notes
+
+    def __str__(self):
+        layers = len(twin.integer_layers(self.twin))
+        lines = [
+            f"{self.path}: {self.size:,} bytes, {self.gzip_size:,} gzipped; "
+            f"{layers} integer layers"
+        ]
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+
+def to_tflite(
+    model,
+    path,
+    data=None,
+    *,
+    target: str = "xnnpack",
+    storage: str = "int8",
+    first_layer: str = "int8",
+    head: str = "float",
+    input_type: str = "float32",
+    batches: int = 8,
+    info: dict | None = None,
+    verbose: int = 1,
+) -> Export:
+    """Writes a trained low-bitwidth network as a TFLite file of integer arithmetic.
+
+    Weight codes are those of the training's quantizers, batch normalisation and the
+    activations' clips are folded into scales and integer biases, and these are placed
+    so that each layer decides as the trained one for every possible accumulator,
+    wherever one scale and one bias can. What is not exactly what was trained is in the
+    result's `notes`. `tf_lowbit.export.verify` proves the file.
+
+    Args:
+        model: what `tf_lowbit.quantize` made, trained; a `LowBitTrainer` of one
+            student; or the `Snapped` of an earlier export, whose twin may have been
+            fine-tuned.
+        path: where the file goes; written under a temporary name, then renamed.
+        data: iterable of batches, `x` or `(x, y)`, to measure ranges on that the
+            training did not fix: the input of a first layer that was trained in float,
+            sums of residual branches without `residual_bits`. Not needed else.
+        target: "xnnpack": right under XNNPACK, to which TFLite delegates; "portable":
+            right under XNNPACK and TFLite's builtin kernels, wherever both can be.
+        storage: "int8", or "int4": half the bytes, four times as slow on a CPU.
+        first_layer: "int8" or "float": a first layer that was trained in float.
+        head: "float" or "int8": the last layer. Int8 logits tie now and then.
+        input_type: "float32"; or "int8", "uint8": the file takes the input's codes.
+        batches: how many batches of `data` to measure on.
+        info: JSON-ready facts to be kept in the file, such as how its input is
+            normalised; `read_info` gives them back.
+        verbose: 1 shows a progress bar, 0 is silent.
+
+    Returns:
+        The file's path and sizes, the twin and the notes.
+
+    Raises:
+        ValueError: for a model that is not quantized, options that there are not, or
+            missing `data`.
+        ExportError: (a ValueError) naming a layer that has no form in a file, weights
+            or ranges that are not ready.
+        OSError: if the file cannot be written. No half file is left.
+    """
+    options = Options(target, storage, first_layer, head)
+    _check_path(path)
+    if isinstance(model, Snapped):
+        snapped = model
+        if snapped.options != options:
+            raise ValueError(
+                "The options of a Snapped are those that it was made with: "
+                f"{snapped.options}. Received: {options}"
+            )
+    else:
+        with _progress(verbose) as progress:
+            snapped = snap(
+                model, data, options=options, batches=batches, progress=progress
+            )
+    content = tflite.to_bytes(snapped, input_type, info)
+    written = files.replace_file(path, content)
+    return Export(written, snapped, len(content), files.gzip_bytes(content))
+
+
+def read_info(file) -> dict:
+    """What `to_tflite(info=...)` put into a file.
+
+    Args:
+        file: path of the file, or its bytes.
+
+    Raises:
+        ValueError: if it is no file of `to_tflite`.
+        OSError: if it cannot be read.
+    """
+    return read_metadata(file if isinstance(file, bytes) else Path(file).read_bytes())[
+        "info"
+    ]
+
+
+def _check_path(path) -> None:
+    """Says before the work that there is no such folder."""
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"The file's folder must exist. Received: {str(path)!r}"
+        )
+
+
+@contextlib.contextmanager
+def _progress(verbose):
+    """Yields a function (done, total) that moves a bar; None where silent."""
+    if not verbose:
+        yield None
+        return
+    console = rich.console.Console(stderr=True)
+    with rich.progress.Progress(console=console, transient=True) as bar:
+        task = bar.add_task("Placing thresholds", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

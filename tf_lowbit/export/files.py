@@ -1,0 +1,44 @@
+"""Writing files whole or not at all."""
+
+import contextlib
+import gzip
+import os
+from pathlib import Path
+
+
+def replace_file(path, data: bytes) -> Path:
+    """Writes under a temporary name in the same folder, then renames.
+
+    Args:
+        path: where the file goes; one that is there stays until the new one is whole.
+        data: its bytes.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: if the folder is missing or cannot be written, or the disk is full.
+            Nothing is left behind.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"The file must be writable ({error.strerror}). Received: {str(path)!r}",
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return path
+
+
+def gzip_bytes(data: bytes) -> int:
+    """How many bytes `gzip -9` makes of some."""
+    return len(gzip.compress(data, 9, mtime=0))

@@ -1,0 +1,202 @@
+"""Linear layers on their way from Keras to integers: codes, bounds, geometry."""
+
+import dataclasses
+
+import numpy as np
+
+from tf_lowbit import quantizers
+from tf_lowbit.compat import keras
+from tf_lowbit.core import grid as core_grid
+from tf_lowbit.export import twin
+from tf_lowbit.scheme import registry
+
+_layers = keras.layers
+
+
+class ExportError(ValueError):
+    """A network, or a layer of it, that has no form in a file."""
+
+
+@dataclasses.dataclass
+class Linear:
+    """A linear layer whose output grid is still open.
+
+    Attributes:
+        kind: of `twin`; or "pool" for global average pooling.
+        layer: the trained layer, unwrapped; None where there is none of its own.
+        weights: its quantizer with variables; None for float weights.
+        source: what it reads.
+        gain: float64, a channel: from the layer's own output to the value.
+        offset: float64, likewise.
+        relu: None, "relu" or "relu6" behind it.
+        is_integer: whether it can read and put out codes.
+    """
+
+    kind: str
+    layer: object
+    weights: object
+    source: object
+    gain: np.ndarray
+    offset: np.ndarray
+    relu: str | None = None
+    is_integer: bool = True
+
+
+def per_channel(linear, values):
+    """Values of output channels, shaped to multiply the latent weights."""
+    if linear.kind == twin.DEPTHWISE:
+        kernel_shape = latent_shape(linear)
+        return values.reshape(kernel_shape[-2:])
+    return values
+
+
+def latent_shape(linear) -> tuple[int, ...]:
+    """The shape of a linear layer's weights, as Keras has it."""
+    if linear.weights is not None:
+        return tuple(linear.weights.latent.shape)
+    if linear.kind == twin.SCALE:
+        return (len(linear.gain),)
+    if isinstance(linear.layer, _layers.GlobalAveragePooling2D):
+        return (*linear.source.tensor.shape[1:3], len(linear.gain), 1)
+    if isinstance(linear.layer, _layers.AveragePooling2D):
+        return (*linear.layer.pool_size, len(linear.gain), 1)
+    (kernel,) = registry.kernels(linear.layer)
+    return tuple(getattr(linear.layer, kernel.attribute).shape)
+
+
+def weights(linear):
+    """Codes, step a channel, latent weights, quantizer and its variables' values."""
+    if linear.weights is None:
+        ones = np.ones(latent_shape(linear), np.float32)
+        return ones, np.ones(len(linear.gain)), ones, None, {}
+    tensor = linear.weights
+    codes = tensor.codes().numpy().astype(np.float64)
+    step = np.asarray(tensor.quantizer.step(tensor.latent, tensor.variables))
+    if linear.kind == twin.DEPTHWISE:
+        channels = np.broadcast_to(
+            step.reshape(step.shape[-2:] if step.ndim else ()), codes.shape[-2:]
+        )
+    else:
+        channels = np.broadcast_to(np.ravel(step), codes.shape[-1:])
+    state = {
+        name: np.asarray(variable)
+        for name, variable in tensor.variables.items()
+        if name != "calibrated"
+    }
+    latent = tensor.latent.numpy().astype(np.float32)
+    steps = np.ravel(channels).astype(np.float64)
+    return codes, steps, latent, tensor.quantizer, state
+
+
+def largest_code(linear, codes) -> int:
+    """The largest magnitude of a code that the weights' grid has."""
+    most = int(np.abs(codes).max(initial=1))
+    if linear.weights is not None:
+        quantizer, bits = linear.weights.quantizer, linear.weights.bits
+        if isinstance(quantizer, quantizers.DoReFaWeightQuantizer):
+            most = 2**bits - 1
+        else:
+            negative, positive = core_grid.signed_limits(bits, quantizer.narrow_range)
+            # -128 only if it is used: 8 bits without it are int8's -127..127.
+            most = max(most, int(positive), int(negative) if bits < 8 else 1)
+    if most > 127:
+        raise ExportError(
+            "Weight codes must lie in [-127, 127], what int8 weights hold. The odd "
+            "grid of DoReFa does up to 7 bits; at 8 use 'uniform', or 'lsq' with "
+            f"narrow_range=True. Received: {linear.layer.name!r}, codes up to {most}"
+        )
+    return most
+
+
+def bounds(kind, codes, grid):
+    """The smallest and the largest accumulator of each channel, over all inputs."""
+    positive = np.maximum(codes, 0.0)
+    negative = np.minimum(codes, 0.0)
+    low = positive * grid.low + negative * grid.high
+    high = positive * grid.high + negative * grid.low
+    if kind == twin.DEPTHWISE:
+        axes = tuple(range(codes.ndim - 2))
+    else:
+        axes = tuple(range(codes.ndim - 1))
+    return (
+        np.ravel(low.sum(axis=axes)).astype(np.int64),
+        np.ravel(high.sum(axis=axes)).astype(np.int64),
+    )
+
+
+def check_accumulator(name, smallest, largest, upscale) -> None:
+    """Refuses a layer whose accumulator could leave int32.
+
+    Raises:
+        ExportError: naming the layer.
+    """
+    most = upscale * max(np.abs(smallest).max(), np.abs(largest).max())
+    if most >= 2**30:
+        raise ExportError(
+            "Accumulators must stay below 2^30. "
+            f"Received: {name}, which can reach {most}"
+        )
+
+
+def window(linear) -> dict:
+    """Strides, padding and dilation, as arguments of the twin's layer."""
+    layer = linear.layer
+    if linear.kind in (twin.SCALE, twin.DENSE):
+        return {}
+    if isinstance(layer, _layers.GlobalAveragePooling2D):
+        return {"strides": (1, 1)}
+    arguments = {"strides": tuple(layer.strides), "padding": layer.padding}
+    if not isinstance(layer, _layers.AveragePooling2D):
+        arguments["dilation"] = tuple(layer.dilation_rate)
+    return arguments
+
+
+def check_geometry(layer) -> None:
+    """Refuses what the file's convolutions cannot do.
+
+    Raises:
+        ExportError: naming the layer and the setting.
+    """
+    if isinstance(layer, _layers.Dense):
+        return
+    problem = None
+    if layer.data_format != "channels_last":
+        problem = f"data_format={layer.data_format!r}"
+    elif layer.padding not in ("same", "valid"):
+        problem = f"padding={layer.padding!r}"
+    elif (
+        getattr(layer, "groups", 1) != 1 and type(layer) is not _layers.DepthwiseConv2D
+    ):
+        problem = f"groups={layer.groups}"
+    if problem:
+        raise ExportError(
+            "Convolutions must be channels_last, padded 'same' or 'valid', of one "
+            f"group. Received: {layer.name!r} with {problem}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class PostTraining:
+    """8-bit weights for a layer that was trained in float."""
+
+    latent: object
+    quantizer: object
+    variables: dict
+    bits: int = 8
+
+    def codes(self):
+        """Int32 codes."""
+        return self.quantizer.codes(self.latent, self.variables)
+
+    def quantized(self):
+        """Their values."""
+        return self.quantizer.quantize(self.latent, self.variables)
+
+
+def eight_bits(layer, kernel) -> PostTraining:
+    """8-bit weights, a scale for each channel, of a layer that was trained in float."""
+    quantizer = quantizers.UniformWeightQuantizer(
+        bits=8, per_axis=True, channel_axes=kernel.channel_axes
+    )
+    variables = {"bits": np.int32(8)}
+    return PostTraining(getattr(layer, kernel.attribute), quantizer, variables)

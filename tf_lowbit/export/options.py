@@ -1,0 +1,54 @@
+"""What a user may choose about an export, checked."""
+
+import dataclasses
+
+from tf_lowbit.export import kernels
+
+TARGETS = {
+    # The kernels that a layer's decisions must be right under.
+    "xnnpack": (kernels.XNNPACK,),
+    "portable": (kernels.XNNPACK, kernels.BUILTIN),
+}
+STORAGES = ("int8", "int4")
+PRECISIONS = ("int8", "float")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a network becomes integers.
+
+    Attributes:
+        target: "xnnpack", what TFLite delegates int8 layers to; or "portable":
+            decisions are to be right under TFLite's builtin kernels as well.
+        storage: "int8", or "int4" for the low-bit weights that fit.
+        first_layer: what becomes of a first layer that was trained in float: "int8", or
+            "float".
+        head: what becomes of a last layer behind global pooling: "float", or "int8".
+
+    Raises:
+        ValueError: for any other choice.
+    """
+
+    target: str = "xnnpack"
+    storage: str = "int8"
+    first_layer: str = "int8"
+    head: str = "float"
+
+    def __post_init__(self):
+        allowed = {
+            "target": tuple(TARGETS),
+            "storage": STORAGES,
+            "first_layer": PRECISIONS,
+            "head": PRECISIONS,
+        }
+        for name, choices in allowed.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} must be one of {choices}. "
+                    f"Received: {name}={getattr(self, name)!r}"
+                )
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """The kernels that int8 layers are to decide right under."""
+        return TARGETS[self.target]

@@ -1,0 +1,296 @@
+"""Proving that a file computes what was trained, or saying where it does not."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+
+from tf_lowbit import inspection
+from tf_lowbit.compat import keras, tf
+from tf_lowbit.export import files, flatbuffer, kernels, tflite, thresholds, twin
+from tf_lowbit.export.comparing import compare_on_data
+from tf_lowbit.export.contents import Tensors, check_operators, compare_plan
+from tf_lowbit.export.convert import Export
+from tf_lowbit.export.flatbuffer import FileBuilder, schema
+from tf_lowbit.export.options import Options
+from tf_lowbit.export.report import Decisions, Report
+from tf_lowbit.export.running import Runner, runtime
+from tf_lowbit.export.snapping import Snapped, snap
+
+_INT8 = np.arange(-128, 128, dtype=np.int8)
+
+
+def verify(
+    file,
+    model,
+    data=None,
+    *,
+    trained: keras.Model | None = None,
+    batches: int | None = None,
+    tensor_batches: int | None = None,
+    verbose: int = 1,
+) -> Report:
+    """Checks a file against the network that it was made of.
+
+    Its promises:
+
+    1. Every code, bias, scale, zero point, shape and operator is that of the plan,
+       which is made anew from the model.
+    2. Operators are of the allowed kinds and versions, and XNNPACK runs all of them;
+       INT4 layers and the conversion of uint8 pixels apart.
+    3. Over all accumulators, no more decisions are wrong than in the plan, which has
+       none where one scale and one bias can be right.
+    4. In every Add, every pair of int8 codes has the right sum.
+    5. On `data`, every layer computes the twin's codes; and, where no float layer comes
+       before, so does the whole network.
+    6. Predictions equal the twin's, unless a float layer comes before an integer one.
+
+    Agreement with the trained model is measured, not promised.
+
+    Args:
+        file: path of the file, or its bytes.
+        model: the trained, quantized model; or the `Export` or `Snapped` that the file
+            was made of (wanted where the twin was fine-tuned).
+        data: iterable of batches, `x` or `(x, y)` with integer labels; None leaves (5)
+            and (6) out.
+        trained: the trained model, where `model` is an `Export` or a `Snapped`.
+        batches: how many batches of `data` to use; None for all.
+        tensor_batches: on how many of them every tensor is compared, which takes
+            longer than the predictions; None for all.
+        verbose: 1 prints the report.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: if the file is no TFLite file of `to_tflite`.
+        OSError: if it cannot be read.
+    """
+    content = file if isinstance(file, bytes) else Path(file).read_bytes()
+    report = Report(
+        "bytes" if isinstance(file, bytes) else str(file),
+        runtime(),
+        len(content),
+        files.gzip_bytes(content),
+    )
+    found, about = _read(content)
+    snapped, trained = _plan(model, about, trained)
+    report.notes = [str(note) for note in snapped.notes]
+    expected = flatbuffer.unpack(tflite.to_bytes(snapped, about["input_type"]))
+    compare_plan(found, expected, report)
+    check_operators(found, report)
+    tensors = Tensors(found)
+    _check_decisions(snapped, tensors, report)
+    _check_additions(snapped, tensors, report)
+    runs = _check_delegation(content, snapped, report)
+    if data is not None and runs:
+        batch = itertools.islice(iter(data), batches)
+        compare_on_data(
+            content,
+            about["input_type"],
+            snapped.twin,
+            trained,
+            batch,
+            report,
+            tensor_batches,
+        )
+    if verbose:
+        print(report)
+    return report
+
+
+def _read(content):
+    """The file as schema objects, and what it says of its making."""
+    about = flatbuffer.read_metadata(content)
+    try:
+        Options(**about["options"])
+        is_known = about["input_type"] in tflite.INPUT_TYPES
+        dict(about["ranges"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            "The file's metadata must be those of tf_lowbit.export.to_tflite. "
+            f"Received: {error}"
+        ) from error
+    if not is_known:
+        raise ValueError(
+            f"The file's input_type must be one of {tflite.INPUT_TYPES}. "
+            f"Received: {about['input_type']!r}"
+        )
+    return flatbuffer.unpack(content), about
+
+
+def _plan(model, about, trained):
+    if isinstance(model, Export):
+        model = model.snapped
+    if isinstance(model, Snapped):
+        return model, trained
+    options = Options(**about["options"])
+    (network,) = inspection.networks(model)
+    return snap(network, options=options, ranges=about["ranges"]), network
+
+
+def _check_delegation(content, snapped, report) -> bool:
+    """Promise 2, second half; whether the file can be run at all."""
+    try:
+        runner = Runner(content)
+        report.not_delegated = runner.not_delegated()
+    except (ValueError, RuntimeError) as error:
+        report.failures.append(
+            f"the file cannot be run: {str(error).strip().splitlines()[0]}"
+        )
+        return False
+    expected = [
+        _OPERATOR[layer.kind]
+        for layer in twin.integer_layers(snapped.twin)
+        if layer.storage == "int4"
+    ]
+    if any(detail["dtype"] == np.uint8 for detail in runner.inputs):
+        expected.append("QUANTIZE")
+    for name in set(report.not_delegated):
+        extra = report.not_delegated.count(name) - expected.count(name)
+        if extra > 0:
+            report.failures.append(f"{extra} operators {name} are not delegated")
+    return True
+
+
+_OPERATOR = {
+    twin.CONV: "CONV_2D",
+    twin.DENSE: "FULLY_CONNECTED",
+    twin.DEPTHWISE: "DEPTHWISE_CONV_2D",
+    twin.SCALE: "DEPTHWISE_CONV_2D",
+}
+
+
+def _kernels(snapped, layer=None) -> tuple[str, ...]:
+    if snapped.options.storage == "int4":
+        is_int4 = layer is not None and layer.storage == "int4"
+        return (kernels.BUILTIN,) if is_int4 else kernels.KERNELS
+    return snapped.options.kernels
+
+
+def _check_decisions(snapped, tensors, report) -> None:
+    """Promise 3."""
+    for layer in twin.integer_layers(snapped.twin):
+        output = layer.name
+        if f"{layer.name}/out" in tensors:
+            output = f"{layer.name}/out"
+        operator = tensors.operator_of(output) if output in tensors else None
+        weights = f"{layer.name}/weights"
+        if operator is None or weights not in tensors or not operator[3][0]:
+            continue  # Named by the comparison with the plan.
+        codes = tensors.values(weights)
+        bias = tensors.values(f"{layer.name}/bias")
+        in_scale = tensors.scales(operator[3][0])
+        out_scale = tensors.scales(output)
+        scales = tensors.scales(weights)
+        sizes = (codes is None, bias is None, len(in_scale) != 1, len(out_scale) != 1)
+        if any(sizes) or len(scales) != layer.channels:
+            continue
+        axis = tensors.axis(weights)
+        total = np.moveaxis(codes.astype(np.int64), axis, 0).reshape(layer.channels, -1)
+        low, high = layer.input_grid.low, layer.input_grid.high
+        positive, negative = np.maximum(total, 0), np.minimum(total, 0)
+        smallest = (positive * low + negative * high).sum(axis=1) // layer.upscale
+        largest = (positive * high + negative * low).sum(axis=1) // layer.upscale
+        points = np.asarray(layer.thresholds, np.int64)
+        points = np.clip(points, smallest[:, None], largest[:, None] + 1)
+        inside = (points > smallest[:, None]) & (points <= largest[:, None])
+        for kernel in _kernels(snapped, layer):
+            wrong = _wrong(
+                layer, kernel, in_scale[0], scales, out_scale[0], bias,
+                smallest, largest, points,
+            )  # fmt: skip
+            planned = _wrong(
+                layer, kernel, layer.input_grid.scale, layer.weight_scales.numpy(),
+                layer.grid.scale, layer.biases.numpy(), smallest, largest, points,
+            )  # fmt: skip
+            report.decisions.append(
+                Decisions(
+                    layer.name,
+                    kernel,
+                    layer.channels,
+                    int(inside.sum()),
+                    tuple(int(w) for w in wrong),
+                )
+            )
+            if (wrong > planned).any():
+                report.failures.append(
+                    f"{layer.name}: {int(wrong.sum())} accumulators are decided "
+                    f"wrongly under {kernel}, planned {int(planned.sum())}"
+                )
+
+
+def _wrong(layer, kernel, in_scale, scales, out_scale, bias, smallest, largest, points):
+    multipliers = kernels.multiplier(kernel, in_scale, scales, out_scale)
+    with np.errstate(all="ignore"):
+        reached = thresholds.reached_by(
+            kernel, multipliers, bias, layer.upscale,
+            layer.grid.low, layer.grid.high, smallest, largest,
+        )  # fmt: skip
+    return thresholds.wrong_decisions(points, reached)
+
+
+def _check_additions(snapped, tensors, report) -> None:
+    """Promise 4: every pair of int8 codes, through the real kernels."""
+    seen: dict[tuple, int] = {}
+    for layer in snapped.twin.layers:
+        if not isinstance(layer, twin.IntegerAdd) or layer.name not in tensors:
+            continue
+        operator = tensors.operator_of(layer.name)
+        if operator is None:
+            continue
+        ends = []
+        for name in (*operator[3], layer.name):
+            scales, points = tensors.scales(name), tensors.zero_points(name)
+            if len(scales) != 1 or len(points) != 1:
+                break
+            ends.append((float(scales[0]), int(points[0])))
+        if len(ends) != 3:
+            continue
+        clamp = operator[2].get("fusedActivationFunction", 0)
+        # Scales beside one another; what they are apart from that does not matter.
+        for kernel in _kernels(snapped):
+            key = (*ends, clamp, kernel, layer.ratios, layer.grid)
+            if key not in seen:
+                seen[key] = wrong_sums(layer, ends, clamp, kernel)
+            report.additions[f"{layer.name} ({kernel})"] = seen[key]
+            if seen[key]:
+                report.failures.append(
+                    f"{layer.name}: {seen[key]} of 65536 pairs of codes have a wrong "
+                    f"sum under {kernel}"
+                )
+
+
+def wrong_sums(layer: twin.IntegerAdd, ends, clamp: int, kernel: str) -> int:
+    """How many pairs of int8 codes an ADD of the given tensors sums wrongly.
+
+    Args:
+        layer: what the sum should be.
+        ends: (scale, zero point) of both inputs and of the output.
+        clamp: the schema's fused activation.
+        kernel: "xnnpack" or "builtin".
+    """
+    builder = FileBuilder("one addition")
+    shape = (None, 1, 1, 1)
+    first, second, output = (
+        builder.activation(name, shape, np.int8, end)
+        for name, end in zip(("first", "second", "sum"), ends, strict=True)
+    )
+    builder.operator(
+        "ADD",
+        tflite.INTEGER_VERSIONS["ADD"],
+        [first, second],
+        [output],
+        schema.AddOptionsT(clamp),
+    )
+    data = builder.finish(
+        {"first": first, "second": second}, {"sum": output}, b"{}", "sum"
+    )
+    pairs = [p.reshape(-1, 1, 1, 1) for p in np.meshgrid(_INT8, _INT8)]
+    try:
+        found = Runner(data, kernel)(*pairs)["sum"]
+    except (ValueError, RuntimeError):
+        return pairs[0].size
+    codes = [p.astype(np.float32) - z for p, (_, z) in zip(pairs, ends, strict=False)]
+    wanted = layer([tf.constant(c) for c in codes]).numpy() + layer.grid.zero_point
+    return int((found != wanted).sum())

@@ -1,0 +1,525 @@
+"""From a trained quantized network to its snapped twin.
+
+The graph is walked once, layer by layer; `building` makes the twin's layers.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from tf_lowbit import inspection, quantizers
+from tf_lowbit.compat import keras
+from tf_lowbit.core import grid as core_grid
+from tf_lowbit.core import ratios
+from tf_lowbit.export import grids, twin
+from tf_lowbit.export import linear as linears
+from tf_lowbit.export.building import DROPOUTS, Builder, Note, Value
+from tf_lowbit.export.linear import ExportError
+from tf_lowbit.export.options import Options
+from tf_lowbit.scheme import graph, registry
+
+_layers = keras.layers
+# Layers that only move or select codes.
+_CODE_KEEPING = (
+    _layers.Flatten,
+    _layers.GlobalMaxPooling2D,
+    _layers.MaxPooling1D,
+    _layers.MaxPooling2D,
+    _layers.Permute,
+    _layers.Reshape,
+    _layers.ZeroPadding1D,
+    _layers.ZeroPadding2D,
+)
+_FLOAT_ACTIVATIONS = ("linear", "relu", "relu6", "sigmoid", "softmax", "tanh")
+_KINDS = {
+    _layers.Conv1D: twin.CONV,
+    _layers.Conv2D: twin.CONV,
+    _layers.Dense: twin.DENSE,
+    _layers.DepthwiseConv2D: twin.DEPTHWISE,
+}
+# Ratio of steps that counts as the same one: float32's resolution, some roundings over.
+_SAME = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapped:
+    """A twin, and how it was made.
+
+    Attributes:
+        twin: Keras model, not compiled; computes what the file computes.
+        options: the choices.
+        ranges: the measured ranges that were used, by tensor.
+        notes: layers that are not exactly what was trained, and why.
+    """
+
+    twin: keras.Model
+    options: Options
+    ranges: dict[str, tuple[float, float]]
+    notes: tuple[Note, ...]
+
+
+def snap(
+    model: keras.Model,
+    data=None,
+    *,
+    options: Options | None = None,
+    ranges: dict | None = None,
+    batches: int = 8,
+    progress=None,
+) -> Snapped:
+    """Makes the snapped twin of a trained network.
+
+    Args:
+        model: what `tf_lowbit.quantize` made, trained; or a `LowBitTrainer` of one
+            student.
+        data: iterable of batches, `x` or `(x, y)` or `(x, y, weight)`. Wanted where the
+            training fixed no range: the input of a first layer that was trained in
+            float, and residual sums without `residual_bits`.
+        options: the choices; None for the defaults.
+        ranges: measured before, as `Snapped.ranges`.
+        batches: how many batches are measured on.
+        progress: called with (done, total) behind each layer.
+
+    Returns:
+        The twin and what there is to say of it.
+
+    Raises:
+        ValueError: if the model is not quantized, a range is not calibrated, a weight
+            is not finite, or `data` is missing.
+        ExportError: naming a layer that has no form in a file.
+    """
+    options = options or Options()
+    (network,) = _single(model)
+    _check(network)
+    return _Snapper(network, data, options, ranges, batches).run(progress)
+
+
+def _single(model):
+    inspection.require_quantized(model)
+    networks = inspection.networks(model)
+    if len(networks) > 1:
+        raise ValueError(
+            "model must be one network: choose one of trainer.students. "
+            f"Received: a trainer of {len(networks)}"
+        )
+    return networks
+
+
+def _check(model) -> None:
+    for tensor in inspection.quantized_tensors(model):
+        if tensor.bits > core_grid.MAX_BITS:
+            raise ExportError(
+                "All quantizers must be at 1 to 8 bits to be exported: finish the "
+                f"stages first. Received: {tensor.name} at {tensor.bits} bits"
+            )
+        if not tensor.is_calibrated:
+            raise ExportError(
+                "All ranges must be calibrated or trained: call tf_lowbit.calibrate. "
+                f"Received: {tensor.name}, which is not"
+            )
+    for layer in model.layers:
+        for weight in inspection.parameters(layer):
+            if weight.dtype.is_floating and not np.isfinite(weight.numpy()).all():
+                raise ExportError(
+                    f"Weights must be finite. Received: NaN or inf in {weight.name}"
+                )
+
+
+class _Snapper(Builder):
+    """One walk over one network."""
+
+    def run(self, progress) -> Snapped:
+        """Walks the graph and builds the twin."""
+        inputs = []
+        for tensor in self.model.inputs:
+            made = keras.Input(
+                tensor.shape[1:], name=_layer_name(tensor), dtype=tensor.dtype
+            )
+            if not tensor.dtype.is_floating:
+                raise ExportError(
+                    "Inputs must be floats. "
+                    f"Received: {_layer_name(tensor)!r} of {tensor.dtype.name}"
+                )
+            self._names.add(_layer_name(tensor))
+            inputs.append(made)
+            self._values[id(tensor)] = Value(tensor, _layer_name(tensor), values=made)
+        nodes = list(graph.calls(self.model))
+        for done, node in enumerate(nodes, start=1):
+            self._visit(node)
+            if progress is not None:
+                progress(done, len(nodes))
+        outputs = [self.values(self._values[id(t)]) for t in self.model.outputs]
+        made = keras.Model(inputs, outputs, name=f"{self.model.name}_twin")
+        return Snapped(made, self.options, self.ranges.used, tuple(self.notes))
+
+    def _visit(self, node) -> None:
+        layer = inspection.wrapped_layer(node.layer)
+        sources = [self._values[id(t)] for t in node.keras_inputs]
+        if len(graph.outputs_of(node)) != 1:
+            raise ExportError(
+                "Every layer must have one output. "
+                f"Received: {layer.name!r} of type {type(layer).__name__}"
+            )
+        (tensor,) = graph.outputs_of(node)
+        if getattr(layer, "data_format", "channels_last") != "channels_last":
+            raise ExportError(
+                "Layers must have data_format='channels_last'. "
+                f"Received: {layer.name!r} with {layer.data_format!r}"
+            )
+        value = Value(tensor, node.layer.name)
+        self._values[id(tensor)] = value
+        quantizer = self._by_layer.get(node.layer.name, {}).get(
+            (quantizers.ACTIVATION, "output")
+        )
+        if quantizer is not None:
+            self._quantize(value, sources[0], quantizer)
+        elif registry.kernels(layer):
+            self._linear(value, sources[0], node.layer)
+        elif isinstance(layer, registry.BATCH_NORMS):
+            self._batch_norm(value, sources[0], layer)
+        elif registry.relu_kind(layer):
+            self._relu(value, sources[0], layer)
+        elif type(layer) in DROPOUTS:
+            self._alias(value, sources[0])
+        elif type(layer) is _layers.Add:
+            self._add(value, sources, layer)
+        elif type(layer) is _layers.Concatenate:
+            self._concatenate(value, sources, layer)
+        elif type(layer) is _layers.AveragePooling2D:
+            self._average_pool(value, sources[0], layer)
+        elif type(layer) is _layers.GlobalAveragePooling2D:
+            self._global_pool(value, sources[0], layer)
+        elif type(layer) in _CODE_KEEPING:
+            self._keep_codes(value, sources[0], layer)
+        elif type(layer) in (_layers.Activation, _layers.Softmax):
+            self._float_activation(value, sources[0], layer)
+        else:
+            raise ExportError(
+                "Every layer must have a form in the file; split or replace the layer. "
+                f"Received: {layer.name!r} of type {type(layer).__name__}"
+            )
+
+    def _alias(self, value, source) -> None:
+        for field in ("linear", "codes", "grid", "values"):
+            setattr(value, field, getattr(source, field))
+        if value.linear is not None:
+            # Both names must come to one layer in the file.
+            self._values[id(value.tensor)] = source
+
+    def _quantize(self, value, source, quantizer) -> None:
+        step, low, high = self.levels(quantizer)
+        if self.can_be_codes(source):
+            wanted = grids.grid(step, low, high)
+            if source.codes is not None and wanted.holds(source.grid):
+                value.codes, value.grid = source.codes, source.grid
+                return
+            pending = source.linear if source.codes is None else None
+            if pending is None or not self.may_consume(source):
+                pending = self.rescale(source)
+            self.emit_integer(value, pending, wanted)
+            return
+        wanted = grids.float_grid(step, low, high)
+        layer = twin.ToCodes(wanted, name=self.name(value.name))
+        value.codes, value.grid = layer(self.values(source)), wanted
+
+    def _linear(self, value, source, outer) -> None:
+        layer = inspection.wrapped_layer(outer)
+        if type(layer) not in _KINDS:
+            raise ExportError(
+                "Weight layers must be Dense, Conv1D, Conv2D or DepthwiseConv2D; a "
+                "separable convolution is a DepthwiseConv2D and a 1x1 Conv2D. "
+                f"Received: {layer.name!r} of type {type(layer).__name__}"
+            )
+        linears.check_geometry(layer)
+        kind = _KINDS[type(layer)]
+        (kernel,) = registry.kernels(layer)
+        weights = self._by_layer.get(outer.name, {}).get(
+            (quantizers.WEIGHT, kernel.attribute)
+        )
+        channels = int(value.tensor.shape[-1])
+        bias = np.zeros(channels)
+        if layer.use_bias:
+            bias = layer.bias.numpy().astype(np.float64)
+        integer = weights is not None and self.can_be_codes(source)
+        if not integer and self._wants_int8_edge(outer, source):
+            integer = True
+            self._input_codes(source)
+            if weights is None:
+                weights = linears.eight_bits(layer, kernel)
+                self.note(
+                    value.name, "was trained in float; its weights have 8 bits here"
+                )
+        value.linear = linears.Linear(
+            kind, layer, weights, source, np.ones(channels), bias, None, integer
+        )
+        own = registry.own_relu(layer)
+        if own:
+            value.linear.relu = own
+        elif layer.activation is not keras.activations.linear:
+            value.values = self._activate(
+                self.values(value), layer.activation, f"{value.name}_activation"
+            )
+            value.linear = None
+        if weights is not None and not integer:
+            self.note(
+                value.name, "reads floats, so it computes in float with its low-bit "
+                "weights' values",
+            )  # fmt: skip
+        self.settle(value)
+
+    def _wants_int8_edge(self, outer, source) -> bool:
+        """Whether a layer that was trained to read floats is to read codes."""
+        if outer.name in self._first and self.options.first_layer == "int8":
+            return source.values is not None and self._is_input(source.tensor)
+        if outer.name in self._last and self.options.head == "int8":
+            return self.can_be_codes(source)
+        return False
+
+    def _is_input(self, tensor) -> bool:
+        """Whether a tensor is the model's input, padding apart."""
+        node = graph.producer(tensor)
+        if node.is_input:
+            return True
+        kept = (_layers.ZeroPadding1D, _layers.ZeroPadding2D, _layers.Reshape)
+        return type(node.layer) in kept and self._is_input(node.keras_inputs[0])
+
+    def _input_codes(self, source) -> None:
+        """Codes of a float input, on the int8 grid over its measured range."""
+        if self.can_be_codes(source):
+            return
+        node = graph.producer(source.tensor)
+        if not node.is_input:
+            behind = self._values[id(node.keras_inputs[0])]
+            self._input_codes(behind)
+            self._keep_codes(source, behind, node.layer, self.name(node.layer.name))
+            return
+        low, high = self.ranges(source.tensor)
+        low, high = min(low, 0.0), max(high, 0.0)
+        step = (high - low) / 255 or 1.0
+        lowest = max(round(low / step), -255)
+        wanted = grids.float_grid(float(np.float32(step)), lowest, lowest + 255)
+        layer = twin.ToCodes(wanted, name=self.name(f"{source.name}_codes"))
+        source.codes, source.grid = layer(source.values), wanted
+        self.note(source.name, f"is quantized to 8 bits over [{low:g}, {high:g}]")
+
+    def _batch_norm(self, value, source, layer) -> None:
+        axis = layer.axis if isinstance(layer.axis, int) else layer.axis[0]
+        if axis not in (-1, len(value.tensor.shape) - 1):
+            raise ExportError(
+                "Batch normalisation must be over the last axis. "
+                f"Received: {layer.name!r} with axis={layer.axis}"
+            )
+        deviation = np.sqrt(_array(layer.moving_variance) + layer.epsilon)
+        gain = (_array(layer.gamma) if layer.scale else 1.0) / deviation
+        offset = -_array(layer.moving_mean) * gain
+        offset = offset + (_array(layer.beta) if layer.center else 0.0)
+        if source.linear is not None and source.linear.relu is None and (
+            self.may_consume(source)
+        ):  # fmt: skip
+            linear = source.linear
+            value.linear = dataclasses.replace(
+                linear, gain=linear.gain * gain, offset=linear.offset * gain + offset
+            )
+        else:
+            value.linear = self.rescale(source, gain, offset)
+        self.settle(value)
+
+    def _relu(self, value, source, layer) -> None:
+        kind = registry.relu_kind(layer)
+        if source.linear is not None and self.may_consume(source):
+            if source.linear.relu is None:
+                value.linear = dataclasses.replace(source.linear, relu=kind)
+            elif kind == "relu" or source.linear.relu == "relu6":
+                value.linear = source.linear
+        if value.linear is None and self.can_be_codes(source):
+            value.linear = dataclasses.replace(self.rescale(source), relu=kind)
+        if value.linear is None:
+            value.values = self.relu_layer(kind, value.name)(self.values(source))
+            return
+        self.settle(value)
+
+    def _add(self, value, sources, layer) -> None:
+        if not any(self.can_be_codes(s) for s in sources) or not all(
+            self.can_be_codes(s) for s in sources
+        ):
+            made = _copy(layer, self.name(value.name))
+            value.values = made([self.values(s) for s in sources])
+            return
+        if len(sources) != 2:
+            raise ExportError(
+                "An integer Add must have two inputs; write it as several Adds. "
+                f"Received: {layer.name!r} with {len(sources)}"
+            )
+        target = self.only_quantizer(value)
+        settled = [s for s in sources if s.codes is not None]
+        if target is not None:
+            wanted = target
+        else:
+            step = self.eight_bit_step(value)
+            if settled:
+                first = settled[0].grid.step
+                step = first / float(ratios.nearest_ratio(first / step))
+            wanted = grids.grid(step, *grids.INT8)
+            self.note_eight_bits(value)
+        terms, found = [], []
+        for index, source in enumerate(sources):
+            codes, ratio = self._term(source, wanted, f"{value.name}_input{index + 1}")
+            terms.append(codes)
+            found.append(ratio)
+        made = twin.IntegerAdd(wanted, found, name=self.name(value.name))
+        value.codes, value.grid = made(terms), wanted
+
+    def _term(self, source, wanted, name):
+        """A term's codes, and its step divided by the sum's."""
+        if source.codes is None:
+            least = self.eight_bit_step(source)
+            ratio = ratios.at_least_ratio(least / wanted.step)
+            grid = grids.grid(wanted.step * float(ratio), *grids.INT8)
+            source.codes = self.emit_integer(source, source.linear, grid)
+            self.note_eight_bits(source)
+            return source.codes, ratio
+        exact = source.grid.step / wanted.step
+        ratio = ratios.nearest_ratio(exact)
+        is_plain = math.isclose(
+            source.grid.scale, source.grid.step, rel_tol=_SAME
+        ) and math.isclose(wanted.scale, wanted.step, rel_tol=_SAME)
+        if is_plain and math.isclose(float(ratio), exact, rel_tol=_SAME):
+            return source.codes, ratio
+        # Put on a grid that has an odd ratio; 8 bits of what were perhaps fewer.
+        largest = max(-source.grid.low, source.grid.high) * source.grid.step
+        ratio = ratios.at_least_ratio(largest / 127 / wanted.step)
+        grid = grids.grid(wanted.step * float(ratio), *grids.INT8)
+        moved = Value(source.tensor, name)
+        self.emit_integer(moved, self.rescale(source), grid)
+        self.note(
+            name, f"{source.name} is rounded to a step that is {ratio} of the sum's"
+        )
+        return moved.codes, ratio
+
+    def _concatenate(self, value, sources, layer) -> None:
+        if not all(self.can_be_codes(s) for s in sources):
+            made = _copy(layer, self.name(value.name))
+            value.values = made([self.values(s) for s in sources])
+            return
+        known = [s.grid for s in sources if s.codes is not None]
+        wanted = known[0] if known and all(g == known[0] for g in known) else None
+        if wanted is None or len(known) < len(sources):
+            wanted = self.eight_bit_grid(value)
+            self.note_eight_bits(value)
+        terms = []
+        for index, source in enumerate(sources):
+            if source.codes is not None and source.grid == wanted:
+                terms.append(source.codes)
+                continue
+            moved = Value(source.tensor, f"{value.name}_input{index + 1}")
+            pending = source.linear if source.codes is None else None
+            if pending is None or not self.may_consume(source):
+                pending = self.rescale(source)
+            self.emit_integer(moved, pending, wanted, in_place=True)
+            terms.append(moved.codes)
+        made = _copy(layer, self.name(value.name))
+        value.codes, value.grid = made(terms), wanted
+
+    def _average_pool(self, value, source, layer) -> None:
+        if not self.can_be_codes(source):
+            made = _copy(layer, self.name(value.name))
+            value.values = made(self.values(source))
+            return
+        _, grid = self.codes(source)
+        size = math.prod(layer.pool_size)
+        if layer.padding != "valid" or layer.data_format != "channels_last":
+            raise ExportError(
+                "Average pooling of codes must have padding='valid' (the borders of "
+                "'same' average fewer of them) and channels_last. "
+                f"Received: {layer.name!r}"
+            )
+        channels = int(value.tensor.shape[-1])
+        value.linear = linears.Linear(
+            twin.DEPTHWISE, layer, None, source,
+            np.full(channels, 1.0 / size), np.zeros(channels),
+        )  # fmt: skip
+        if (grid.high - grid.low) * size < 256:
+            exact = grids.grid(grid.step / size, grid.low * size, grid.high * size)
+            self.emit_integer(value, value.linear, exact)
+        else:
+            span = grid.high - grid.low
+            coarse = grids.grid(grid.step * span / 255, 0, 255)
+            if grid.low < 0:
+                coarse = grids.grid(grid.step * -grid.low / 128, *grids.INT8)
+            self.emit_integer(value, value.linear, coarse)
+            self.note(value.name, "the average is rounded to 8 bits")
+
+    def _global_pool(self, value, source, layer) -> None:
+        is_int8_head = self.options.head == "int8" and self.can_be_codes(source)
+        if is_int8_head and layer.data_format == "channels_last" and all(
+            source.tensor.shape[1:3]
+        ):  # fmt: skip
+            _, grid = self.codes(source)
+            channels = int(source.tensor.shape[-1])
+            size = math.prod(source.tensor.shape[1:3])
+            pooled = Value(value.tensor, f"{value.name}_sum")
+            linear = linears.Linear(
+                twin.DEPTHWISE, layer, None, source,
+                np.full(channels, 1.0 / size), np.zeros(channels),
+            )  # fmt: skip
+            finer = 255 // (grid.high - grid.low)
+            step = grid.step * (grid.high - grid.low) / 255
+            wanted = (
+                grids.grid(step, 0, 255)
+                if grid.low == 0
+                else grids.grid(grid.step / finer, grid.low * finer, grid.high * finer)
+            )
+            self.emit_integer(pooled, linear, wanted)
+            self.note(value.name, "the average is rounded to 8 bits")
+            flat = _layers.Flatten(name=self.name(value.name))
+            if layer.keepdims:
+                value.codes, value.grid = pooled.codes, wanted
+            else:
+                value.codes, value.grid = flat(pooled.codes), wanted
+            return
+        made = _copy(layer, self.name(value.name))
+        value.values = made(self.values(source))
+
+    def _keep_codes(self, value, source, layer, name=None) -> None:
+        made = _copy(layer, name or self.name(value.name))
+        if self.can_be_codes(source):
+            codes, value.grid = self.codes(source)
+            value.codes = made(codes)
+        else:
+            value.values = made(self.values(source))
+
+    def _float_activation(self, value, source, layer) -> None:
+        function = getattr(layer, "activation", keras.activations.softmax)
+        if type(layer) is _layers.Softmax and layer.axis not in (
+            -1,
+            len(value.tensor.shape) - 1,
+        ):
+            raise ExportError(
+                f"Softmax must be over the last axis. Received: {layer.name!r}"
+            )
+        value.values = self._activate(self.values(source), function, value.name)
+
+    def _activate(self, tensor, function, name):
+        known = keras.activations.serialize(function)
+        if known not in _FLOAT_ACTIVATIONS:
+            raise ExportError(
+                f"Float activations must be one of {_FLOAT_ACTIVATIONS}. "
+                f"Received: {name!r} with {known!r}"
+            )
+        return _layers.Activation(known, name=self.name(name), dtype="float32")(tensor)
+
+
+def _array(variable) -> np.ndarray:
+    return variable.numpy().astype(np.float64)
+
+
+def _layer_name(tensor) -> str:
+    return tensor._keras_history.layer.name
+
+
+def _copy(layer, name):
+    """A stock layer in float32, under a name that is free."""
+    return type(layer).from_config(
+        {**layer.get_config(), "name": name, "dtype": "float32"}
+    )

@@ -1,0 +1,248 @@
+"""Scales and biases that make an integer kernel decide as the trained network does.
+
+A layer's accumulator `A` is a bounded integer, so a channel has finitely many decision
+points: `A_j`, the smallest accumulator whose output code is j or above. A kernel sees
+`acc = u A + b` and is monotone in it. If it is right at `A_j` and at `A_j - 1` for
+every j, it is right for all inputs. Upscaling the weights by the integer `u` leaves
+room between two accumulators for the integer bias `b` to be placed in (ours).
+"""
+
+import dataclasses
+
+import numpy as np
+
+from tf_lowbit.export import kernels
+
+# Scales that are tried around the nominal one; the middle one is the nominal.
+_CANDIDATES = 129
+
+
+@dataclasses.dataclass(frozen=True)
+class Affine:
+    """What an integer layer computes behind its accumulator, channel by channel.
+
+    Attributes:
+        weight_scales: float32: the scales of the file's weights.
+        biases: int32, in units of the upscaled accumulator.
+        constant: bool: channels whose output cannot change. Their weights are to be
+            zero, and the bias is their code.
+        thresholds: int64, channels x (high - low): the `A_j` of j = low + 1, ..., high.
+            Below the smallest accumulator: always reached; above the largest: never.
+    """
+
+    weight_scales: np.ndarray
+    biases: np.ndarray
+    constant: np.ndarray
+    thresholds: np.ndarray
+
+
+def ideal(gain, offset, low: int, high: int, smallest, largest) -> np.ndarray:
+    """The decision points of `code = clip(round(gain A + offset), low, high)`.
+
+    Half to even, as the trained network rounds; in float64.
+
+    Args:
+        gain: float64, one for each channel, >= 0: output codes for one of `A`.
+        offset: float64, likewise: the code at `A = 0`, not rounded.
+        low: lowest code.
+        high: highest code.
+        smallest: int64, likewise: the smallest accumulator.
+        largest: the largest one.
+
+    Returns:
+        Int64, channels x (high - low), clipped to [smallest, largest + 1].
+    """
+    codes = np.arange(low + 1, high + 1)
+    gain, offset = np.asarray(gain)[:, None], np.asarray(offset)[:, None]
+    smallest, largest = np.asarray(smallest)[:, None], np.asarray(largest)[:, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        real = np.ceil((codes - 0.5 - offset) / gain)
+    reached = np.broadcast_to(offset, real.shape)
+    real = np.where(
+        gain > 0, real, np.where(np.rint(reached) >= codes, -np.inf, np.inf)
+    )
+    points = np.clip(real, smallest, largest + 1).astype(np.int64)
+    # Division and ceil are off by one where gain A + offset is near a tie.
+    for _ in range(2):
+        points = np.where(np.rint(gain * points + offset) < codes, points + 1, points)
+        below = np.rint(gain * (points - 1) + offset) >= codes
+        points = np.where(below, points - 1, points)
+    return np.clip(points, smallest, largest + 1)
+
+
+def place(
+    gain,
+    offset,
+    *,
+    low: int,
+    high: int,
+    smallest,
+    largest,
+    upscale: int,
+    input_scale: float,
+    output_scale: float,
+    kernel_names=(kernels.XNNPACK,),
+) -> Affine:
+    """Finds float32 weight scales and integer biases with the fewest wrong decisions.
+
+    For a scale with `w = 1 / M`, the bias must lie between `w (j - 1/2) - u A_j` and
+    `w (j - 1/2) - u (A_j - 1)` for all j: the middle of the intersection is taken, and
+    of several scales that which leaves the widest one.
+
+    Args:
+        gain: as in `ideal`.
+        offset: as in `ideal`.
+        low: lowest code.
+        high: highest code.
+        smallest: as in `ideal`.
+        largest: as in `ideal`.
+        upscale: u.
+        input_scale: float32, of the file's input tensor.
+        output_scale: float32, of the file's output tensor.
+        kernel_names: kernels that are to decide right.
+
+    Returns:
+        The affine, one entry for each channel.
+    """
+    gain, offset = np.asarray(gain, np.float64), np.asarray(offset, np.float64)
+    points = ideal(gain, offset, low, high, smallest, largest)
+    smallest, largest = np.asarray(smallest, np.int64), np.asarray(largest, np.int64)
+    # Where no decision point lies inside, the code is the same for every accumulator.
+    inside = (points > smallest[:, None]) & (points <= largest[:, None])
+    constant = ~inside.any(axis=1)
+    unit = float(output_scale) / float(input_scale)
+
+    nominal = upscale / np.where(constant, 1.0, gain)
+    # With one decision point any scale serves that keeps the others out of reach; a
+    # small gain would ask for a bias beyond int32.
+    span = upscale * (largest - smallest + 1.0)
+    nominal = np.where(inside.sum(axis=1) == 1, np.minimum(nominal, 2 * span), nominal)
+    # So far that the outermost point moves by half an accumulator.
+    reach = np.minimum(0.5, 1.0 / (np.abs(nominal) * (high - low)) * upscale)
+    shifts = np.linspace(-1.0, 1.0, _CANDIDATES)
+    order = np.argsort(np.abs(shifts), kind="stable")
+    best_scales = np.zeros(len(gain), np.float32)
+    best_biases = np.zeros(len(gain), np.int64)
+    best = np.full((2, len(gain)), np.inf)  # violated decisions, minus the margin
+    limit = kernels.INT32_MAX - upscale * np.maximum(abs(smallest), abs(largest)) - 1
+    for shift in shifts[order]:
+        scales = (unit / (nominal * (1.0 + shift * reach))).astype(np.float32)
+        bias_low, bias_high = _bias_interval(
+            points, smallest, largest, low, upscale, input_scale, scales, output_scale
+        )
+        middle = (bias_low + bias_high) / 2
+        for biases in (np.floor(middle), np.ceil(middle)):
+            biases = np.clip(biases, -limit, limit).astype(np.int64)
+            margin = np.minimum(biases - bias_low, bias_high - biases)
+            violated = _violated(
+                points, smallest, largest, low, high, upscale, biases,
+                [kernels.multiplier(k, input_scale, scales, output_scale)
+                 for k in kernel_names], kernel_names,
+            )  # fmt: skip
+            score = np.stack([violated, -margin])
+            better = (score[0] < best[0]) | (
+                (score[0] == best[0]) & (score[1] < best[1])
+            )
+            best = np.where(better, score, best)
+            best_scales = np.where(better, scales, best_scales)
+            best_biases = np.where(better, biases, best_biases)
+        if not best[0].any() and (best[1] < -0.25 * upscale).all():
+            break  # Nothing is violated, and no bias is near an edge.
+    code = low + (points <= smallest[:, None]).sum(axis=1)
+    return Affine(
+        np.where(constant, np.float32(unit), best_scales).astype(np.float32),
+        np.where(constant, code, best_biases).astype(np.int32),
+        constant,
+        points,
+    )
+
+
+def _bias_interval(
+    points, smallest, largest, low, upscale, input_scale, scales, output_scale
+):
+    """Real biases between which all decisions are right at the given scales."""
+    m = kernels.multiplier(kernels.XNNPACK, input_scale, scales, output_scale)
+    edges = (low + np.arange(points.shape[1]) + 0.5) / m.astype(np.float64)[:, None]
+    smallest, largest = smallest[:, None], largest[:, None]
+    needs_reached = points <= largest  # at max(A_j, smallest)
+    needs_missed = points > smallest  # at min(A_j - 1, largest)
+    bias_low = np.where(needs_reached, edges - upscale * points, -np.inf).max(axis=1)
+    bias_high = np.where(needs_missed, edges - upscale * (points - 1), np.inf)
+    bias_high = bias_high.min(axis=1)
+    # One-sided only where the channel is constant; any bias beyond the edge serves.
+    bias_low = np.where(np.isfinite(bias_low), bias_low, bias_high - 2 * upscale)
+    bias_high = np.where(np.isfinite(bias_high), bias_high, bias_low + 2 * upscale)
+    return bias_low, bias_high
+
+
+def _violated(
+    points, smallest, largest, low, high, upscale, biases, multipliers, names
+):
+    """How many decision points each channel gets wrong, over all kernels."""
+    codes = np.arange(low + 1, high + 1)
+    at = np.clip(points, smallest[:, None], largest[:, None])
+    before = np.clip(points - 1, smallest[:, None], largest[:, None])
+    wrong = np.zeros(len(points), np.int64)
+    for name, m in zip(names, multipliers, strict=True):
+        arguments = (m[:, None], low, high)
+        reached = kernels.requantize(name, upscale * at + biases[:, None], *arguments)
+        missed = kernels.requantize(
+            name, upscale * before + biases[:, None], *arguments
+        )
+        wrong += ((points <= largest[:, None]) & (reached < codes)).sum(axis=1)
+        wrong += ((points > smallest[:, None]) & (missed >= codes)).sum(axis=1)
+    return wrong
+
+
+def reached_by(
+    kernel: str,
+    multipliers,
+    biases,
+    upscale: int,
+    low: int,
+    high: int,
+    smallest,
+    largest,
+) -> np.ndarray:
+    """The decision points that a kernel has, by bisection over all accumulators.
+
+    Args:
+        kernel: one of `kernels.KERNELS`.
+        multipliers: from `kernels.multiplier`.
+        biases: int, one for each channel.
+        upscale: u.
+        low: lowest code.
+        high: highest code.
+        smallest: the smallest accumulator, before upscaling.
+        largest: the largest one.
+
+    Returns:
+        Int64, channels x (high - low), in [smallest, largest + 1], as `ideal`.
+    """
+    codes = np.arange(low + 1, high + 1)
+    shape = (len(biases), len(codes))
+    left = np.broadcast_to(np.asarray(smallest, np.int64)[:, None], shape).copy()
+    right = np.broadcast_to(np.asarray(largest, np.int64)[:, None] + 1, shape).copy()
+    biases = np.asarray(biases, np.int64)[:, None]
+    while (left < right).any():
+        middle = (left + right) >> 1
+        got = kernels.requantize(
+            kernel, upscale * middle + biases, multipliers[:, None], low, high
+        )
+        is_reached = got >= codes
+        right = np.where(is_reached & (left < right), middle, right)
+        left = np.where(~is_reached & (left < right), middle + 1, left)
+    return left
+
+
+def wrong_decisions(points, reached) -> np.ndarray:
+    """How many accumulators each channel decides wrongly, over all codes.
+
+    Args:
+        points: the wanted decision points, channels x codes.
+        reached: those of the kernel.
+
+    Returns:
+        Int64, one for each channel.
+    """
+    return np.abs(np.asarray(points, np.int64) - reached).sum(axis=1)

@@ -1,0 +1,114 @@
+"""The 8-bit quantizer of residual streams: what an int8 Add does, in training."""
+
+import numbers
+
+from tf_lowbit.compat import as_float32, keras, tf
+from tf_lowbit.core import grid, ste
+from tf_lowbit.quantizers import ranges
+from tf_lowbit.quantizers.base import (
+    OPEN_RANGE,
+    SMALLEST_RANGE,
+    ActivationQuantizer,
+)
+
+RESIDUAL_BITS = 8
+# Until `calibrate` replaces it: a power of two, with the range [-8, 8).
+_FIRST_STEP = 2.0**-4
+
+
+@keras.utils.register_keras_serializable(package="tf_lowbit")
+class ResidualQuantizer(ActivationQuantizer):
+    """`s * round(clip(x / s, -128, 127))` with a calibrated step `s` (ours).
+
+    The grid is all of int8, zero point 0: an int8 Add clamps at the range of its type
+    and at no other. Gradient: `dy/dx = 1` in range, else 0; the step is not learned.
+    "Not rounded" keeps the clip.
+
+    Args:
+        bits: 8.
+
+    Raises:
+        ValueError: if `bits` is not 8.
+    """
+
+    signed = True
+    needs_calibration = True
+
+    def __init__(self, bits: int = RESIDUAL_BITS):
+        if not is_residual_bits(bits):
+            raise ValueError(
+                f"bits must be {RESIDUAL_BITS}: an int8 Add clamps at int8's own "
+                "range, and no other width has its clamps there. "
+                f"Received: bits={bits!r}"
+            )
+        super().__init__(bits)
+
+    def _build_range(self, tensor_shape, name, layer, variables):
+        variables["step"] = self._state(layer, f"{name}_step", _FIRST_STEP)
+        variables["calibrated"] = self._state(layer, f"{name}_calibrated", 0, tf.int32)
+
+    def assign_bits(self, variables, bits):
+        """See `LowBitQuantizer.assign_bits`; takes 8, 16 and 32 alone.
+
+        Raises:
+            ValueError: for any other value.
+        """
+        if grid.validate_bits(bits) not in (self.bits, *grid.UNROUNDED_BITS):
+            raise ValueError(
+                f"bits must be {self.bits}, or 16 or 32 for 'not rounded', on a "
+                f"residual stream. Received: bits={bits!r}"
+            )
+        super().assign_bits(variables, bits)
+
+    def quantize(self, inputs, variables):
+        """See `LowBitQuantizer.quantize`."""
+        step = tf.stop_gradient(self.step(inputs, variables))
+        return self._rounded(inputs, step, self._rounding_bits(variables))
+
+    def _rounded(self, inputs, step, rounding_bits):
+        return ste.scaled_round(
+            inputs,
+            step,
+            tf.constant(self.bits),
+            narrow_range=False,
+            rounding_bits=rounding_bits,
+        )
+
+    def codes(self, inputs, variables):
+        """Int32 codes in [-128, 127], the shape of `inputs`."""
+        scaled = as_float32(inputs) / self.step(inputs, variables)
+        codes = grid.signed_codes(scaled, self.bits, narrow_range=False)
+        return tf.cast(codes, tf.int32)
+
+    def step(self, inputs, variables):
+        """The calibrated step."""
+        return tf.maximum(as_float32(variables["step"]), SMALLEST_RANGE)
+
+    def open_range(self, variables):
+        """See `ActivationQuantizer.open_range`."""
+        variables["bits"].assign(grid.UNROUNDED_BITS[-1])
+        variables["step"].assign(self._step_of_clip(OPEN_RANGE))
+
+    def calibrate(self, samples, variables):
+        """Sets the step to `clip / 127`, the clip that of least squared error (ours).
+
+        `tf_lowbit.calibrate` then ties the steps of each Add to one another.
+        """
+        bits = tf.constant(self.bits)
+        clip = ranges.least_error_clip(
+            samples,
+            lambda x, c: self._rounded(x, self._step_of_clip(c), bits),
+            signed=True,
+        )
+        variables["step"].assign(self._step_of_clip(clip))
+        variables["calibrated"].assign(1)
+
+    def _step_of_clip(self, clip):
+        highest = grid.signed_limits(self.bits, narrow_range=False)[1]
+        return tf.convert_to_tensor(clip, tf.float32) / highest
+
+
+def is_residual_bits(bits) -> bool:
+    """Whether `bits` is the integer 8; not for bool, str and float."""
+    is_integer = isinstance(bits, numbers.Integral) and not isinstance(bits, bool)
+    return is_integer and bits == RESIDUAL_BITS
