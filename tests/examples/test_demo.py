@@ -16,7 +16,9 @@ NETWORKS = [
     ("W2A2 stochastic", "w2a2-stochastic", "2 / 2"),
     ("W2A2 distilled", "w2a2-distilled", "2 / 2"),
     ("W4A4 plain", "w4a4-plain", "4 / 4"),
+    ("W2A2 deployed", "w2a2-deployed", "2 / 2"),
 ]
+DEPLOYMENT = ["deployment.json", "float.tflite", "network.tflite"]
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +64,10 @@ def test_says_where_the_files_are_and_leaves_them(demo):
     shown, folder = demo
     for _, name, _ in NETWORKS:
         assert f"  out/{name}\n" in shown
-        assert sorted(path.name for path in (folder / "out" / name).iterdir()) == [
-            *("checkpoints", "log.csv", "model.h5", "result.json", "tensorboard")
-        ]
+        expected = ["checkpoints", "log.csv", "model.h5", "result.json", "tensorboard"]
+        expected += DEPLOYMENT if name == "w2a2-deployed" else []
+        found = sorted(path.name for path in (folder / "out" / name).iterdir())
+        assert found == sorted(expected)
     assert sorted(path.name for path in (folder / "out").iterdir()) == sorted(
         name for _, name, _ in NETWORKS
     )
@@ -97,6 +100,7 @@ def test_each_method_trained_as_it_says(demo):
         "w2a2-stochastic": [("2", "2")] * 3,
         "w2a2-distilled": [("2", "2")] * 3,
         "w4a4-plain": [("4", "4")] * 3,
+        "w2a2-deployed": [("2", "2")] * 3,
     }
 
 
@@ -105,9 +109,21 @@ def test_quantized_networks_are_smaller_and_at_their_bits(demo):
     sizes = {
         name: result(folder, name)["cost"]["weight_bytes"] for _, name, _ in NETWORKS
     }
+    deployed = sizes.pop("w2a2-deployed")  # Its first and last layer have 8 bits.
+    assert deployed < sizes["float"]
     assert len({size for name, size in sizes.items() if name[:4] == "w2a2"}) == 1
     assert sizes["w2a2-plain"] < sizes["w4a4-plain"] < sizes["float"]
     for _, name, bits in NETWORKS[1:]:
         model = tfl.load_model(folder / "out" / name / "model.h5", compile=False)
         found = {tensor.bits for tensor in tfl.inspection.quantized_tensors(model)}
-        assert found == {int(bits[0])}
+        expected = {2, 8} if name == "w2a2-deployed" else {int(bits[0])}
+        assert found == expected
+
+
+def test_ends_with_a_proved_file(demo):
+    shown, folder = demo
+    assert "Every promise is kept." in shown
+    found = json.loads((folder / "out/w2a2-deployed/deployment.json").read_text())
+    path = folder / "out" / "w2a2-deployed" / "network.tflite"
+    assert found["proved"]
+    assert found["bytes"] == path.stat().st_size
