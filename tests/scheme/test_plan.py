@@ -117,7 +117,7 @@ def test_edges_of_a_branched_model():
     x = layers.Dense(3, name="middle")(layers.Add()([a, b]))
     outputs = {"one": layers.Dense(1, name="one")(x), "two": x}
     model = keras.Model([left, right], outputs)
-    assert edge_layers(model) == {"a", "b", "one"}
+    assert edge_layers(model) == ({"a", "b"}, {"one"})
 
 
 def test_a_relu_before_pooling_padding_and_dropout_is_found():

@@ -97,7 +97,7 @@ from tf_lowbit import quantizers
 from tf_lowbit.compat import keras
 from tf_lowbit.core import grid as core_grid
 from tf_lowbit.core import packing
-from tf_lowbit.export import files, kernels, thresholds, twin
+from tf_lowbit.export import files, twin
 from tf_lowbit.export.grids import Grid
 from tf_lowbit.export.snapping import ExportError, Snapped
 from tf_lowbit.scheme import graph
@@ -382,7 +382,7 @@ def _of_integer_layer(layer):
         "weights": weights,
         **steps,
         "signs": layer.signs.numpy().astype(np.int8),
-        "thresholds": _decision_points(layer).astype(np.int32),
+        "thresholds": layer.thresholds.numpy(),
         "biases": layer.biases.numpy(),
         "weight_scales": layer.weight_scales.numpy(),
     }
@@ -429,46 +429,6 @@ def _weight_grid(quantizer, bits: int) -> dict:
         "weight_low": -int(negative),
         "weight_high": int(positive),
     }
-
-
-def _decision_points(layer) -> np.ndarray:
-    """The layer's thresholds, over all accumulators that its codes now allow.
-
-    Those of the snapping are clipped to the accumulators of that time. Fine-tuned
-    codes may leave these, so that the outermost points are asked of the kernel: where
-    it decides right, as it does on low-bit grids, they are the same in an untouched
-    twin.
-    """
-    points = layer.thresholds.numpy().astype(np.int64)
-    if not points.size:
-        return points
-    codes = np.rint(layer.codes().numpy()).astype(np.int64)
-    kept = 2 if layer.kind == twin.DEPTHWISE else 1
-    codes = codes.reshape(-1, math.prod(codes.shape[codes.ndim - kept :]))
-    positive, negative = np.maximum(codes, 0), np.minimum(codes, 0)
-    low, high = layer.input_grid.low, layer.input_grid.high
-    smallest = (positive * low + negative * high).sum(axis=0)
-    largest = (positive * high + negative * low).sum(axis=0)
-    multipliers = kernels.multiplier(
-        layer.kernel,
-        layer.input_grid.scale,
-        layer.weight_scales.numpy(),
-        layer.grid.scale,
-    )
-    reached = thresholds.reached_by(
-        layer.kernel,
-        multipliers,
-        layer.biases.numpy(),
-        layer.upscale,
-        layer.grid.low,
-        layer.grid.high,
-        smallest,
-        largest,
-    )
-    is_outer = (points == points[:, :1]) | (points == points[:, -1:])
-    is_constant = layer.signs.numpy()[:, None] == 0
-    points = np.where(is_outer & ~is_constant, reached, points)
-    return np.maximum.accumulate(points, axis=1)
 
 
 # --- reading --------------------------------------------------------------------------

@@ -12,12 +12,13 @@ import numpy as np
 from tf_lowbit import inspection, quantizers
 from tf_lowbit.compat import keras
 from tf_lowbit.core import grid as core_grid
-from tf_lowbit.export import grids, kernels, thresholds, twin
+from tf_lowbit.export import grids, thresholds, twin
 from tf_lowbit.export import linear as linears
 from tf_lowbit.export.grids import Grid
 from tf_lowbit.export.linear import ExportError
 from tf_lowbit.export.ranges import Ranges, key
 from tf_lowbit.scheme import graph, registry
+from tf_lowbit.scheme.plan import edge_layers
 
 _layers = keras.layers
 DROPOUTS = (_layers.Dropout, _layers.SpatialDropout1D, _layers.SpatialDropout2D)
@@ -82,7 +83,9 @@ class Builder:
         for tensor in inspection.quantized_tensors(model):
             table = self._by_layer.setdefault(tensor.layer.name, {})
             table[tensor.role, tensor.attribute] = tensor
-        self._first, self._last = _edges(model)
+        self._first, self._last = edge_layers(
+            model, lambda layer: registry.kernels(inspection.wrapped_layer(layer))
+        )
         self._outputs = {id(t) for t in model.outputs}
         self._readers: dict[int, list] = {}
         for node in reversed(list(graph.calls(model))):
@@ -281,7 +284,7 @@ class Builder:
         most = linears.largest_code(linear, codes)
         storage = self._storage(value, linear, most)
         upscale = (7 if storage == "int4" else 127) // most
-        names = (kernels.BUILTIN,) if storage == "int4" else self.options.kernels
+        names = self.options.kernels_of(linear.kind, storage, latent.shape[0])
         linears.check_accumulator(value.name, smallest, largest, upscale)
         affine = thresholds.place(
             gain,
@@ -294,6 +297,7 @@ class Builder:
             input_scale=input_grid.scale,
             output_scale=grid.scale,
             kernel_names=names,
+            away=twin.rounds_away(linear.kind, len(gain)),
         )
         layer = twin.IntegerLinear(
             grid,
@@ -334,6 +338,9 @@ class Builder:
             return "int8"
         if linear.weights is None:
             return "int8"
+        inputs, outputs = linears.latent_shape(linear)[-2:]
+        if linear.kind == twin.DENSE and outputs == 1 and inputs % 2 == 0:
+            return "int8"  # TensorFlow's runtime does not load such a layer in INT4.
         if most <= 7:
             return "int4"
         bits = linear.weights.bits
@@ -350,20 +357,3 @@ class Builder:
         return _layers.ReLU(
             6.0 if kind == "relu6" else None, name=self.name(name), dtype="float32"
         )
-
-
-def _edges(model) -> tuple[set[str], set[str]]:
-    """Names of the first and of the last weight layers."""
-    before: dict[int, set[str]] = {}
-    first, inner = set(), set()
-    for node in graph.calls(model):
-        earlier = set().union(*(before.get(id(t), set()) for t in node.keras_inputs))
-        if registry.kernels(inspection.wrapped_layer(node.layer)):
-            if not earlier:
-                first.add(node.layer.name)
-            inner |= earlier
-            earlier = {node.layer.name}
-        for tensor in graph.outputs_of(node):
-            before[id(tensor)] = earlier
-    weighted = set().union(*before.values()) | inner
-    return first, weighted - inner

@@ -46,7 +46,7 @@ def compare_on_data(
         trained_agrees=None if trained is None else 0
     )
     for count, batch in enumerate(batches):
-        values, labels = _split(batch)
+        values, labels = _split(batch, twin.input_names(model))
         fed = [_fed(model, input_type, index, v) for index, v in enumerate(values)]
         argument = values if len(values) > 1 else values[0]
         if tensor_batches is None or count < tensor_batches:
@@ -87,16 +87,25 @@ def _compare_tensors(rows, nodes, inputs, values, found, own) -> None:
             _compare_tensor(row, node, known, computed.numpy())
 
 
-def _split(batch):
-    """Inputs as a list of float32 arrays, and labels or None."""
+def _split(batch, names):
+    """Inputs as a list of float32 arrays in the model's order, and labels or None."""
     inputs, labels = (batch[0], batch[1]) if isinstance(batch, tuple) else (batch, None)
+    if isinstance(inputs, dict):
+        inputs = [inputs[name] for name in names]
     values = [np.asarray(v, np.float32) for v in tf.nest.flatten(inputs)]
     if not all(np.isfinite(v).all() for v in values):
         raise ValueError("data must be finite. Received: NaN or inf in an input")
     labels = None if labels is None else np.asarray(labels)
     if labels is not None and labels.ndim > 1 and labels.shape[-1] > 1:
         labels = labels.argmax(axis=-1)
-    return values, None if labels is None else labels.ravel()
+    if labels is None:
+        return values, None
+    if labels.size != len(values[0]):
+        raise ValueError(
+            "There must be one label for each example. "
+            f"Received: labels of shape {labels.shape}, {len(values[0])} examples"
+        )
+    return values, labels.ravel()
 
 
 def _fed(model, input_type, index, values):
@@ -185,7 +194,7 @@ def _count_predictions(predictions, chosen, labels) -> None:
     if "trained" in chosen:
         agrees = int((chosen["file"] == chosen["trained"]).sum())
         predictions.trained_agrees += agrees
-    if labels is not None and len(labels) == size:
+    if labels is not None:
         predictions.labels += size
         for name, classes in chosen.items():
             right = int((classes == labels).sum())

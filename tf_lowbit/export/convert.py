@@ -101,8 +101,14 @@ def to_tflite(
         OSError: if the file cannot be written. No half file is left.
     """
     options = Options(target, storage, first_layer, head)
+    tflite.check_input_type(input_type)
     _check_path(path)
     if isinstance(model, Snapped):
+        if data is not None:
+            raise ValueError(
+                "data must be None where model is a Snapped: its ranges were measured "
+                f"when it was made. Received: data={data!r}"
+            )
         snapped = model
         if snapped.options != options:
             raise ValueError(

@@ -2,8 +2,12 @@
 
 import contextlib
 import gzip
+import hashlib
 import os
 from pathlib import Path
+
+# File systems take names of 255 bytes; a temporary one is a little longer.
+_LONGEST = 240
 
 
 def replace_file(path, data: bytes) -> Path:
@@ -21,7 +25,10 @@ def replace_file(path, data: bytes) -> Path:
             Nothing is left behind.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.partial")
+    name = path.name
+    if len(os.fsencode(name)) > _LONGEST:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    temporary = path.with_name(f".{name}.partial")
     try:
         with open(temporary, "wb") as file:
             file.write(data)

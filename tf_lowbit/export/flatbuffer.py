@@ -206,7 +206,13 @@ def unpack(data: bytes):
         raise ValueError(
             f"The file must be a TFLite flatbuffer. Received: identifier {data[4:8]!r}"
         )
-    return schema.ModelT.InitFromPackedBuf(data, 0)
+    try:
+        return schema.ModelT.InitFromPackedBuf(data, 0)
+    except Exception as error:  # A torn flatbuffer fails in many ways.
+        raise ValueError(
+            "The file must be a whole TFLite flatbuffer. "
+            f"Received: contents that cannot be read ({error})"
+        ) from error
 
 
 def read_metadata(data: bytes) -> dict:
@@ -237,8 +243,17 @@ def pack_int4(values) -> np.ndarray:
 
     Returns:
         Uint8 vector of ceil(size / 2) bytes.
+
+    Raises:
+        ValueError: if a value is outside.
     """
-    flat = np.ravel(values).astype(np.int8)
+    flat = np.ravel(values)
+    if flat.size and (flat.min() < -8 or flat.max() > 7):
+        raise ValueError(
+            "Values must lie in [-8, 7]. "
+            f"Received: values in [{flat.min()}, {flat.max()}]"
+        )
+    flat = flat.astype(np.int8)
     nibbles = np.zeros(flat.size + flat.size % 2, np.uint8)
     nibbles[: flat.size] = flat.view(np.uint8) & 0xF
     return nibbles[0::2] | (nibbles[1::2] << 4)

@@ -55,6 +55,10 @@ class Grid:
             and other.high <= self.high
         )
 
+    def looks_like(self, other: "Grid") -> bool:
+        """Whether the tensors of both are alike; what clamps them is their makers'."""
+        return dataclasses.replace(self, clamp=other.clamp) == other
+
     def get_config(self) -> dict:
         """The attributes."""
         return dataclasses.asdict(self)
@@ -115,7 +119,8 @@ def _float32(value) -> float:
 
 
 def _check(step, low, high):
-    if not (low <= 0 <= high and high - low < 256 and 0 < step < float("inf")):
+    is_step = step > 0 and 0 < np.float32(step) < np.inf
+    if not (low <= 0 <= high and high - low < 256 and is_step):
         raise ValueError(
             "An int8 tensor needs at most 256 codes, zero among them, and a positive "
             f"step. Received: codes {low}..{high}, step {step}"

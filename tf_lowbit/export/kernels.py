@@ -6,7 +6,9 @@ Two of them, found by running every accumulator of small layers through the real
 - "xnnpack": `rint(float32(acc) * M)` with the float32 `M = (s_in * s_w) / s_out`, half
   to even. XNNPACK on x86; what `tf.lite.Interpreter` delegates int8 layers to.
 - "builtin": TFLite's own kernels. `M` in float64 becomes a 31-bit multiplier `q` and a
-  shift; `round(acc * q / 2^31)`, then a rounding shift, both half up.
+  shift; `round(acc * q / 2^31)`, then a rounding shift, both half up. A depthwise
+  convolution handles 8 channels at a time, and rounds the ties of the second one away
+  from zero in those that are left over (`rounds_away`).
 
 The zero point is added behind the rounding in both, so that codes here have none.
 """
@@ -51,20 +53,51 @@ def fixed_point(multipliers):
         Two int64 arrays: q and shift.
     """
     mantissa, shift = np.frexp(np.asarray(multipliers, np.float64))
-    q = np.rint(mantissa * 2.0**31).astype(np.int64)
+    q = np.floor(mantissa * 2.0**31 + 0.5).astype(np.int64)
     overflown = q == 2**31
     return np.where(overflown, 2**30, q), shift.astype(np.int64) + overflown
 
 
-def requantize(kernel: str, accumulators, multipliers, low: int, high: int):
+def rounds_away(is_depthwise: bool, channels: int) -> np.ndarray:
+    """Channels whose builtin kernel rounds ties away from zero, not up.
+
+    Args:
+        is_depthwise: whether the operator is a depthwise convolution.
+        channels: of the output.
+
+    Returns:
+        Bool vector of `channels`.
+    """
+    return np.arange(channels) >= (
+        channels - channels % 8 if is_depthwise else channels
+    )
+
+
+def largest_accumulator(kernel: str, multipliers) -> np.ndarray:
+    """The largest magnitude that a kernel computes right: the builtin one shifts left.
+
+    Args:
+        kernel: one of `KERNELS`.
+        multipliers: from `multiplier`.
+
+    Returns:
+        Int64 array of the multipliers' shape.
+    """
+    if kernel == XNNPACK:
+        return np.full(np.shape(multipliers), INT32_MAX, np.int64)
+    return INT32_MAX >> np.maximum(fixed_point(multipliers)[1], 0)
+
+
+def requantize(kernel: str, accumulators, multipliers, low: int, high: int, away=False):
     """Codes of accumulators: what the kernel computes, in NumPy.
 
     Args:
         kernel: one of `KERNELS`.
-        accumulators: int64 array within int32, bias included.
+        accumulators: int64 array within `largest_accumulator`, bias included.
         multipliers: from `multiplier`, broadcastable.
         low: lowest code.
         high: highest code.
+        away: bool, broadcastable: from `rounds_away`. Only the builtin kernel's.
 
     Returns:
         Int64 array of the broadcast shape.
@@ -76,6 +109,8 @@ def requantize(kernel: str, accumulators, multipliers, low: int, high: int):
     left, right = np.maximum(shift, 0), np.maximum(-shift, 0)
     high_part = ((np.asarray(accumulators) << left) * q + (1 << 30)) >> 31
     half = np.where(right > 0, 1 << np.maximum(right - 1, 0), 0)
+    # One less than half: ties of negative numbers go down.
+    half = half - (away & (high_part < 0) & (right > 0))
     return np.clip((high_part + half) >> right, low, high)
 
 
@@ -94,7 +129,9 @@ def stored(kernel: str, multipliers) -> np.ndarray:
     return np.stack(fixed_point(multipliers))
 
 
-def requantize_tensor(kernel: str, accumulators, multipliers, low: int, high: int):
+def requantize_tensor(
+    kernel: str, accumulators, multipliers, low: int, high: int, away=False
+):
     """`requantize` in TensorFlow.
 
     Args:
@@ -103,6 +140,7 @@ def requantize_tensor(kernel: str, accumulators, multipliers, low: int, high: in
         multipliers: tensor of what `stored` gives.
         low: lowest code.
         high: highest code.
+        away: from `rounds_away`, or False for none.
 
     Returns:
         Float32 tensor of integers, of the accumulators' shape.
@@ -118,5 +156,7 @@ def requantize_tensor(kernel: str, accumulators, multipliers, low: int, high: in
     )
     product = tf.cast(accumulators, tf.int64) * (tf.bitwise.left_shift(one, left) * q)
     high_part = tf.bitwise.right_shift(product + (1 << 30), 31 * one)
+    is_down = away & (high_part < 0) & (right > 0)
+    half -= tf.cast(is_down, tf.int64)
     codes = tf.bitwise.right_shift(high_part + half, right)
     return tf.cast(tf.clip_by_value(codes, low, high), tf.float32)

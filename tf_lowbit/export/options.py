@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from tf_lowbit.export import kernels
+from tf_lowbit.export import kernels, twin
 
 TARGETS = {
     # The kernels that a layer's decisions must be right under.
@@ -52,3 +52,16 @@ class Options:
     def kernels(self) -> tuple[str, ...]:
         """The kernels that int8 layers are to decide right under."""
         return TARGETS[self.target]
+
+    def kernels_of(self, kind: str, storage: str, inputs: int) -> tuple[str, ...]:
+        """The kernels that a layer is to decide right under; the first one runs it.
+
+        Args:
+            kind: of the layer, one of `twin`.
+            storage: "int8" or "int4", how its weights are held.
+            inputs: how many codes one of its outputs is summed over.
+        """
+        # XNNPACK takes INT4 weights of dense layers alone, and these by pairs.
+        if storage == "int4" and (kind != twin.DENSE or inputs % 2):
+            return (kernels.BUILTIN,)
+        return self.kernels

@@ -7,7 +7,15 @@ import numpy as np
 
 from tf_lowbit import inspection
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.export import files, flatbuffer, kernels, tflite, thresholds, twin
+from tf_lowbit.export import (
+    files,
+    flatbuffer,
+    kernels,
+    structure,
+    tflite,
+    thresholds,
+    twin,
+)
 from tf_lowbit.export.comparing import compare_on_data
 from tf_lowbit.export.contents import Tensors, check_operators, compare_plan
 from tf_lowbit.export.convert import Export
@@ -37,7 +45,8 @@ def verify(
     1. Every code, bias, scale, zero point, shape and operator is that of the plan,
        which is made anew from the model.
     2. Operators are of the allowed kinds and versions, and XNNPACK runs all of them;
-       INT4 layers and the conversion of uint8 pixels apart.
+       INT4 layers and the conversion of uint8 pixels apart. A file that is so far from
+       the plan that a kernel might end the process is not run.
     3. Over all accumulators, no more decisions are wrong than in the plan, which has
        none where one scale and one bias can be right.
     4. In every Add, every pair of int8 codes has the right sum.
@@ -53,7 +62,8 @@ def verify(
             was made of (wanted where the twin was fine-tuned).
         data: iterable of batches, `x` or `(x, y)` with integer labels; None leaves (5)
             and (6) out.
-        trained: the trained model, where `model` is an `Export` or a `Snapped`.
+        trained: the trained model, where `model` is an `Export` or a `Snapped`; not
+            given else.
         batches: how many batches of `data` to use; None for all.
         tensor_batches: on how many of them every tensor is compared, which takes
             longer than the predictions; None for all.
@@ -63,7 +73,8 @@ def verify(
         The report.
 
     Raises:
-        ValueError: if the file is no TFLite file of `to_tflite`.
+        ValueError: if the file is no whole TFLite file of `to_tflite`, or an argument
+            is not as above.
         OSError: if it cannot be read.
     """
     content = file if isinstance(file, bytes) else Path(file).read_bytes()
@@ -74,15 +85,23 @@ def verify(
         files.gzip_bytes(content),
     )
     found, about = _read(content)
-    snapped, trained = _plan(model, about, trained)
+    snapped, trained = _plan(model, about, trained, report)
     report.notes = [str(note) for note in snapped.notes]
     expected = flatbuffer.unpack(tflite.to_bytes(snapped, about["input_type"]))
     compare_plan(found, expected, report)
     check_operators(found, report)
+    differences = structure.differences(found, expected)
+    if differences and not report.failures:
+        paths = ", ".join(d.path for d in differences[:3])
+        report.failures.append(f"the file differs from the plan in {paths}")
     tensors = Tensors(found)
     _check_decisions(snapped, tensors, report)
-    _check_additions(snapped, tensors, report)
-    runs = _check_delegation(content, snapped, report)
+    runs = all(d.is_harmless for d in differences)
+    if runs:
+        _check_additions(snapped, tensors, report)
+        runs = _check_delegation(content, snapped, report)
+    else:
+        report.failures.append("the file is not run: it is too far from the plan")
     if data is not None and runs:
         batch = itertools.islice(iter(data), batches)
         compare_on_data(
@@ -116,15 +135,27 @@ def _read(content):
             f"The file's input_type must be one of {tflite.INPUT_TYPES}. "
             f"Received: {about['input_type']!r}"
         )
-    return flatbuffer.unpack(content), about
+    found = flatbuffer.unpack(content)
+    structure.require_consistent(found)
+    return found, about
 
 
-def _plan(model, about, trained):
+def _plan(model, about, trained, report):
     if isinstance(model, Export):
         model = model.snapped
-    if isinstance(model, Snapped):
-        return model, trained
     options = Options(**about["options"])
+    if isinstance(model, Snapped):
+        if model.options != options:
+            report.failures.append(
+                f"the file says that it was made with {options}, planned "
+                f"{model.options}"
+            )
+        return model, trained
+    if trained is not None:
+        raise ValueError(
+            "trained must only be given beside an Export or a Snapped: model is the "
+            f"trained one. Received: model={model!r}, trained={trained!r}"
+        )
     (network,) = inspection.networks(model)
     return snap(network, options=options, ranges=about["ranges"]), network
 
@@ -161,13 +192,6 @@ _OPERATOR = {
 }
 
 
-def _kernels(snapped, layer=None) -> tuple[str, ...]:
-    if snapped.options.storage == "int4":
-        is_int4 = layer is not None and layer.storage == "int4"
-        return (kernels.BUILTIN,) if is_int4 else kernels.KERNELS
-    return snapped.options.kernels
-
-
 def _check_decisions(snapped, tensors, report) -> None:
     """Promise 3."""
     for layer in twin.integer_layers(snapped.twin):
@@ -184,7 +208,7 @@ def _check_decisions(snapped, tensors, report) -> None:
         out_scale = tensors.scales(output)
         scales = tensors.scales(weights)
         sizes = (codes is None, bias is None, len(in_scale) != 1, len(out_scale) != 1)
-        if any(sizes) or len(scales) != layer.channels:
+        if any(sizes) or {len(scales), bias.size} != {layer.channels} or bias.ndim > 1:
             continue
         axis = tensors.axis(weights)
         total = np.moveaxis(codes.astype(np.int64), axis, 0).reshape(layer.channels, -1)
@@ -195,7 +219,9 @@ def _check_decisions(snapped, tensors, report) -> None:
         points = np.asarray(layer.thresholds, np.int64)
         points = np.clip(points, smallest[:, None], largest[:, None] + 1)
         inside = (points > smallest[:, None]) & (points <= largest[:, None])
-        for kernel in _kernels(snapped, layer):
+        for kernel in snapped.options.kernels_of(
+            layer.kind, layer.storage, layer.kernel_shape[0]
+        ):
             wrong = _wrong(
                 layer, kernel, in_scale[0], scales, out_scale[0], bias,
                 smallest, largest, points,
@@ -226,6 +252,7 @@ def _wrong(layer, kernel, in_scale, scales, out_scale, bias, smallest, largest, 
         reached = thresholds.reached_by(
             kernel, multipliers, bias, layer.upscale,
             layer.grid.low, layer.grid.high, smallest, largest,
+            twin.rounds_away(layer.kind, layer.channels),
         )  # fmt: skip
     return thresholds.wrong_decisions(points, reached)
 
@@ -249,7 +276,7 @@ def _check_additions(snapped, tensors, report) -> None:
             continue
         clamp = operator[2].get("fusedActivationFunction", 0)
         # Scales beside one another; what they are apart from that does not matter.
-        for kernel in _kernels(snapped):
+        for kernel in snapped.options.kernels:
             key = (*ends, clamp, kernel, layer.ratios, layer.grid)
             if key not in seen:
                 seen[key] = wrong_sums(layer, ends, clamp, kernel)

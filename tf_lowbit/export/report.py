@@ -4,6 +4,7 @@ import dataclasses
 import io
 
 import rich.console
+import rich.markup
 import rich.table
 
 
@@ -140,7 +141,9 @@ class Report:
 
 
 def _table(report) -> rich.table.Table:
-    table = rich.table.Table(title=f"Verification of {report.file}", show_header=False)
+    table = rich.table.Table(
+        title=rich.markup.escape(f"Verification of {report.file}"), show_header=False
+    )
     table.add_column("what", no_wrap=True)
     table.add_column("found")
     operators = ", ".join(f"{n} {name}" for name, n in sorted(report.operators.items()))

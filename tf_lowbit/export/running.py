@@ -80,6 +80,7 @@ class Runner:
         """
         shapes = [x.shape for x in inputs]
         if shapes != self._shape:
+            self._shape = None  # Until the file has taken the new one.
             for detail, x in zip(self.inputs, inputs, strict=True):
                 self._interpreter.resize_tensor_input(detail["index"], x.shape)
             self._interpreter.allocate_tensors()

@@ -38,6 +38,9 @@ _KINDS = {
     _layers.Dense: twin.DENSE,
     _layers.DepthwiseConv2D: twin.DEPTHWISE,
 }
+# Of an output's step: what makes the ties of an average go up, all of them, as an
+# integer bias can.
+_UP = 1e-6
 # Ratio of steps that counts as the same one: float32's resolution, some roundings over.
 _SAME = 1e-5
 
@@ -281,8 +284,8 @@ class _Snapper(Builder):
         node = graph.producer(tensor)
         if node.is_input:
             return True
-        kept = (_layers.ZeroPadding1D, _layers.ZeroPadding2D, _layers.Reshape)
-        return type(node.layer) in kept and self._is_input(node.keras_inputs[0])
+        kept = type(node.layer) in (*_CODE_KEEPING, *DROPOUTS)
+        return kept and self._is_input(node.keras_inputs[0])
 
     def _input_codes(self, source) -> None:
         """Codes of a float input, on the int8 grid over its measured range."""
@@ -292,7 +295,11 @@ class _Snapper(Builder):
         if not node.is_input:
             behind = self._values[id(node.keras_inputs[0])]
             self._input_codes(behind)
-            self._keep_codes(source, behind, node.layer, self.name(node.layer.name))
+            if type(node.layer) in DROPOUTS:
+                self._alias(source, behind)
+            else:
+                name = self.name(node.layer.name)
+                self._keep_codes(source, behind, node.layer, name)
             return
         low, high = self.ranges(source.tensor)
         low, high = min(low, 0.0), max(high, 0.0)
@@ -359,7 +366,9 @@ class _Snapper(Builder):
             step = self.eight_bit_step(value)
             if settled:
                 first = settled[0].grid.step
-                step = first / float(ratios.nearest_ratio(first / step))
+                # Of a sum far larger than its first term, that term moves instead.
+                if first / step > 0.9 * float(ratios.RATIOS[0]):
+                    step = first / float(ratios.nearest_ratio(first / step))
             wanted = grids.grid(step, *grids.INT8)
             self.note_eight_bits(value)
         terms, found = [], []
@@ -403,13 +412,14 @@ class _Snapper(Builder):
             value.values = made([self.values(s) for s in sources])
             return
         known = [s.grid for s in sources if s.codes is not None]
-        wanted = known[0] if known and all(g == known[0] for g in known) else None
+        are_alike = known and all(g.looks_like(known[0]) for g in known)
+        wanted = known[0] if are_alike else None
         if wanted is None or len(known) < len(sources):
             wanted = self.eight_bit_grid(value)
             self.note_eight_bits(value)
         terms = []
         for index, source in enumerate(sources):
-            if source.codes is not None and source.grid == wanted:
+            if source.codes is not None and source.grid.looks_like(wanted):
                 terms.append(source.codes)
                 continue
             moved = Value(source.tensor, f"{value.name}_input{index + 1}")
@@ -447,6 +457,7 @@ class _Snapper(Builder):
             coarse = grids.grid(grid.step * span / 255, 0, 255)
             if grid.low < 0:
                 coarse = grids.grid(grid.step * -grid.low / 128, *grids.INT8)
+            value.linear.offset += _UP * coarse.step
             self.emit_integer(value, value.linear, coarse)
             self.note(value.name, "the average is rounded to 8 bits")
 
@@ -459,10 +470,6 @@ class _Snapper(Builder):
             channels = int(source.tensor.shape[-1])
             size = math.prod(source.tensor.shape[1:3])
             pooled = Value(value.tensor, f"{value.name}_sum")
-            linear = linears.Linear(
-                twin.DEPTHWISE, layer, None, source,
-                np.full(channels, 1.0 / size), np.zeros(channels),
-            )  # fmt: skip
             finer = 255 // (grid.high - grid.low)
             step = grid.step * (grid.high - grid.low) / 255
             wanted = (
@@ -470,9 +477,13 @@ class _Snapper(Builder):
                 if grid.low == 0
                 else grids.grid(grid.step / finer, grid.low * finer, grid.high * finer)
             )
+            linear = linears.Linear(
+                twin.DEPTHWISE, layer, None, source,
+                np.full(channels, 1.0 / size), np.full(channels, _UP * wanted.step),
+            )  # fmt: skip
             self.emit_integer(pooled, linear, wanted)
             self.note(value.name, "the average is rounded to 8 bits")
-            flat = _layers.Flatten(name=self.name(value.name))
+            flat = _layers.Flatten(name=self.name(value.name), dtype="float32")
             if layer.keepdims:
                 value.codes, value.grid = pooled.codes, wanted
             else:

@@ -23,14 +23,14 @@ INTEGER_VERSIONS = {
     "CONV_2D": 3,
     "DEPTHWISE_CONV_2D": 3,
     "DEQUANTIZE": 2,
-    "FULLY_CONNECTED": 12,
+    "FULLY_CONNECTED": 5,
     "MAX_POOL_2D": 2,
     "PAD": 2,
     "QUANTIZE": 1,
     "RESHAPE": 1,
     "TRANSPOSE": 2,
 }
-INT4_VERSIONS = {"CONV_2D": 7, "DEPTHWISE_CONV_2D": 7, "FULLY_CONNECTED": 12}
+INT4_VERSIONS = {"CONV_2D": 7, "DEPTHWISE_CONV_2D": 7, "FULLY_CONNECTED": 10}
 FLOAT_VERSIONS = {
     "ADD": 1,
     "AVERAGE_POOL_2D": 1,
@@ -89,14 +89,19 @@ def to_bytes(
     Raises:
         ExportError: if the input is not quantized and `input_type` is not float32.
     """
+    check_input_type(input_type)
+    writer = _Writer(snapped.twin, input_type)
+    about = json.dumps(metadata(snapped, input_type, info), sort_keys=True)
+    return writer.run(about.encode())
+
+
+def check_input_type(input_type) -> None:
+    """Raises a ValueError for a type that there is not."""
     if input_type not in INPUT_TYPES:
         raise ValueError(
             f"input_type must be one of {INPUT_TYPES}. "
             f"Received: input_type={input_type!r}"
         )
-    writer = _Writer(snapped.twin, input_type)
-    about = json.dumps(metadata(snapped, input_type, info), sort_keys=True)
-    return writer.run(about.encode())
 
 
 class _Writer:
@@ -120,7 +125,9 @@ class _Writer:
             tensor._keras_history.layer.name: self._tensors[id(tensor)][0]
             for tensor in self.model.outputs
         }
-        return self.file.finish(self._inputs, outputs, about, SIGNATURE)
+        # In the model's order, which need not be that of its graph.
+        inputs = {name: self._inputs[name] for name in twin.input_names(self.model)}
+        return self.file.finish(inputs, outputs, about, SIGNATURE)
 
     def _input(self, node) -> None:
         (tensor,) = graph.outputs_of(node)
@@ -185,6 +192,11 @@ class _Writer:
         self.file.operator(name, versions[name], inputs, outputs, options)
 
     def _reshaped(self, index, grid, name, shape) -> int:
+        if list(shape).count(None) > 1:
+            raise ExportError(
+                "A tensor that is reshaped must have one open size, the batch. "
+                f"Received: {name!r} of shape {tuple(shape)}"
+            )
         target = self.file.constant(
             f"{name}/shape", np.array([s or -1 for s in shape], np.int32)
         )

@@ -13,8 +13,11 @@ import numpy as np
 
 from tf_lowbit.export import kernels
 
-# Scales that are tried around the nominal one; the middle one is the nominal.
-_CANDIDATES = 129
+# Biases that are tried on each side of the nominal one, over `_REACH` accumulators.
+_CANDIDATES = 16
+_REACH = 2
+# XNNPACK takes multipliers below 256.
+_LARGEST_MULTIPLIER = 255.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +85,14 @@ def place(
     input_scale: float,
     output_scale: float,
     kernel_names=(kernels.XNNPACK,),
+    away=False,
 ) -> Affine:
     """Finds float32 weight scales and integer biases with the fewest wrong decisions.
 
-    For a scale with `w = 1 / M`, the bias must lie between `w (j - 1/2) - u A_j` and
-    `w (j - 1/2) - u (A_j - 1)` for all j: the middle of the intersection is taken, and
-    of several scales that which leaves the widest one.
+    With `w = 1 / M`, decision j is right where `w (j - 1/2)` lies between
+    `u (A_j - 1) + b` and `u A_j + b`: for a bias `b`, an interval of `w`. Biases
+    around the nominal one are tried; each takes the scale in most of its intervals,
+    and of equals that is taken whose bias could move farthest.
 
     Args:
         gain: as in `ideal`.
@@ -100,52 +105,61 @@ def place(
         input_scale: float32, of the file's input tensor.
         output_scale: float32, of the file's output tensor.
         kernel_names: kernels that are to decide right.
+        away: from `kernels.rounds_away`; False for none.
 
     Returns:
         The affine, one entry for each channel.
     """
     gain, offset = np.asarray(gain, np.float64), np.asarray(offset, np.float64)
-    points = ideal(gain, offset, low, high, smallest, largest)
     smallest, largest = np.asarray(smallest, np.int64), np.asarray(largest, np.int64)
+    points = ideal(gain, offset, low, high, smallest, largest)
     # Where no decision point lies inside, the code is the same for every accumulator.
     inside = (points > smallest[:, None]) & (points <= largest[:, None])
     constant = ~inside.any(axis=1)
     unit = float(output_scale) / float(input_scale)
+    limit = kernels.INT32_MAX - upscale * np.maximum(abs(smallest), abs(largest)) - 1
 
     nominal = upscale / np.where(constant, 1.0, gain)
     # With one decision point any scale serves that keeps the others out of reach; a
     # small gain would ask for a bias beyond int32.
     span = upscale * (largest - smallest + 1.0)
     nominal = np.where(inside.sum(axis=1) == 1, np.minimum(nominal, 2 * span), nominal)
-    # So far that the outermost point moves by half an accumulator.
-    reach = np.minimum(0.5, 1.0 / (np.abs(nominal) * (high - low)) * upscale)
-    shifts = np.linspace(-1.0, 1.0, _CANDIDATES)
-    order = np.argsort(np.abs(shifts), kind="stable")
-    best_scales = np.zeros(len(gain), np.float32)
-    best_biases = np.zeros(len(gain), np.int64)
-    best = np.full((2, len(gain)), np.inf)  # violated decisions, minus the margin
-    limit = kernels.INT32_MAX - upscale * np.maximum(abs(smallest), abs(largest)) - 1
-    for shift in shifts[order]:
-        scales = (unit / (nominal * (1.0 + shift * reach))).astype(np.float32)
-        bias_low, bias_high = _bias_interval(
+    # What the bias has to be at the outermost decision must fit in any case.
+    edges = np.abs(low + np.arange(points.shape[1]) + 0.5)
+    outermost = np.where(inside, edges, 0.5).max(axis=1)
+    nominal = np.clip(nominal, 1 / _LARGEST_MULTIPLIER, limit / outermost)
+
+    def scales_of(widths):
+        return (unit / widths).astype(np.float32)
+
+    def bias_interval(scales):
+        return _bias_interval(
             points, smallest, largest, low, upscale, input_scale, scales, output_scale
         )
-        middle = (bias_low + bias_high) / 2
-        for biases in (np.floor(middle), np.ceil(middle)):
-            biases = np.clip(biases, -limit, limit).astype(np.int64)
-            margin = np.minimum(biases - bias_low, bias_high - biases)
-            violated = _violated(
-                points, smallest, largest, low, high, upscale, biases,
-                [kernels.multiplier(k, input_scale, scales, output_scale)
-                 for k in kernel_names], kernel_names,
-            )  # fmt: skip
-            score = np.stack([violated, -margin])
-            better = (score[0] < best[0]) | (
-                (score[0] == best[0]) & (score[1] < best[1])
+
+    middle = np.rint(sum(bias_interval(scales_of(nominal))) / 2)
+    best_scales, best_biases = scales_of(nominal), np.zeros(len(gain), np.int64)
+    best = np.full((2, len(gain)), np.inf)  # violated decisions, minus the margin
+    for shift in _shifts(upscale):
+        biases = np.clip(middle + shift, -limit, limit).astype(np.int64)
+        scales = scales_of(
+            _widths(
+                points, smallest, largest, low, upscale, biases, nominal, kernel_names
             )
-            best = np.where(better, score, best)
-            best_scales = np.where(better, scales, best_scales)
-            best_biases = np.where(better, biases, best_biases)
+        )
+        bias_low, bias_high = bias_interval(scales)
+        margin = np.minimum(biases - bias_low, bias_high - biases)
+        multipliers = {
+            name: kernels.multiplier(name, input_scale, scales, output_scale)
+            for name in kernel_names
+        }
+        violated = _violated(
+            points, smallest, largest, low, high, upscale, biases, multipliers, away
+        )
+        better = (violated < best[0]) | ((violated == best[0]) & (-margin < best[1]))
+        best = np.where(better, np.stack([violated, -margin]), best)
+        best_scales = np.where(better, scales, best_scales)
+        best_biases = np.where(better, biases, best_biases)
         if not best[0].any() and (best[1] < -0.25 * upscale).all():
             break  # Nothing is violated, and no bias is near an edge.
     code = low + (points <= smallest[:, None]).sum(axis=1)
@@ -155,6 +169,52 @@ def place(
         constant,
         points,
     )
+
+
+def _shifts(upscale: int) -> np.ndarray:
+    """By how much the nominal bias is moved, the least first."""
+    reach = _REACH * upscale
+    shifts = np.arange(-reach, reach + 1, max(1, reach // _CANDIDATES))
+    shifts = np.union1d(shifts, [-1, 0, 1])
+    return shifts[np.argsort(np.abs(shifts), kind="stable")]
+
+
+def _widths(points, smallest, largest, low, upscale, biases, nominal, names):
+    """`w = 1 / M` at which most decisions are right, for given biases."""
+    edges = low + np.arange(points.shape[1]) + 0.5
+    # The builtin kernel rounds twice. The first time makes it reach a code early, by
+    # half a unit of its own, of which 2^-shift make a code.
+    early = np.zeros((len(nominal), 1))
+    if kernels.BUILTIN in names:
+        early[:, 0] = 0.5 / np.frexp(1 / nominal)[0]
+    late = 0.0 if kernels.XNNPACK in names else early
+    reached = (upscale * points + biases[:, None] + late) / edges
+    missed = (upscale * (points - 1) + biases[:, None] + early) / edges
+    least = np.maximum(nominal[:, None] * 0.5, 1 / _LARGEST_MULTIPLIER)
+    most = nominal[:, None] * 2.0
+    # A point that no accumulator reaches, or all do, bounds on one side only.
+    must_reach, must_miss = points <= largest[:, None], points > smallest[:, None]
+    is_up = edges > 0
+    start = np.where(
+        is_up, np.where(must_miss, missed, least), np.where(must_reach, reached, least)
+    )
+    end = np.where(
+        is_up, np.where(must_reach, reached, most), np.where(must_miss, missed, most)
+    )
+    start, end = np.clip(start, least, most), np.clip(end, least, most)
+    is_open = (end > start).astype(np.int64)
+    # The stretch that most intervals cover, and of equals the widest.
+    ends = np.concatenate([least, start, end, most], axis=1)
+    turns = np.concatenate([0 * is_open[:, :1], is_open, -is_open], axis=1)
+    turns = np.pad(turns, ((0, 0), (0, 1)))
+    order = np.argsort(ends, axis=1, kind="stable")
+    ends = np.take_along_axis(ends, order, 1)
+    depth = np.cumsum(np.take_along_axis(turns, order, 1), axis=1)[:, :-1]
+    length = np.diff(ends, axis=1)
+    score = np.where(length > 0, depth + length / (2 * most), -1.0)
+    chosen = score.argmax(axis=1)[:, None]
+    pairs = [np.take_along_axis(ends, chosen + side, 1)[:, 0] for side in (0, 1)]
+    return (pairs[0] + pairs[1]) / 2
 
 
 def _bias_interval(
@@ -175,23 +235,29 @@ def _bias_interval(
     return bias_low, bias_high
 
 
-def _violated(
-    points, smallest, largest, low, high, upscale, biases, multipliers, names
-):
+def _violated(points, smallest, largest, low, high, upscale, biases, multipliers, away):
     """How many decision points each channel gets wrong, over all kernels."""
     codes = np.arange(low + 1, high + 1)
     at = np.clip(points, smallest[:, None], largest[:, None])
     before = np.clip(points - 1, smallest[:, None], largest[:, None])
     wrong = np.zeros(len(points), np.int64)
-    for name, m in zip(names, multipliers, strict=True):
-        arguments = (m[:, None], low, high)
+    for name, m in multipliers.items():
+        arguments = (m[:, None], low, high, np.reshape(away, (-1, 1)))
         reached = kernels.requantize(name, upscale * at + biases[:, None], *arguments)
         missed = kernels.requantize(
             name, upscale * before + biases[:, None], *arguments
         )
         wrong += ((points <= largest[:, None]) & (reached < codes)).sum(axis=1)
         wrong += ((points > smallest[:, None]) & (missed >= codes)).sum(axis=1)
+        held = _is_held(name, m, biases, upscale, smallest, largest)
+        wrong += np.where(held, 0, 2 * len(codes))
     return wrong
+
+
+def _is_held(name, multipliers, biases, upscale, smallest, largest):
+    """Whether the kernel computes every accumulator of a channel without overflow."""
+    ends = np.abs(upscale * np.stack([smallest, largest]) + biases).max(axis=0)
+    return ends <= kernels.largest_accumulator(name, multipliers)
 
 
 def reached_by(
@@ -203,6 +269,7 @@ def reached_by(
     high: int,
     smallest,
     largest,
+    away=False,
 ) -> np.ndarray:
     """The decision points that a kernel has, by bisection over all accumulators.
 
@@ -215,19 +282,26 @@ def reached_by(
         high: highest code.
         smallest: the smallest accumulator, before upscaling.
         largest: the largest one.
+        away: from `kernels.rounds_away`; False for none.
 
     Returns:
-        Int64, channels x (high - low), in [smallest, largest + 1], as `ideal`.
+        Int64, channels x (high - low), in [smallest, largest + 1], as `ideal`. In a
+        channel whose accumulators overflow in the kernel, which computes anything
+        then, no code is reached.
     """
     codes = np.arange(low + 1, high + 1)
     shape = (len(biases), len(codes))
-    left = np.broadcast_to(np.asarray(smallest, np.int64)[:, None], shape).copy()
-    right = np.broadcast_to(np.asarray(largest, np.int64)[:, None] + 1, shape).copy()
-    biases = np.asarray(biases, np.int64)[:, None]
+    smallest, largest = np.asarray(smallest, np.int64), np.asarray(largest, np.int64)
+    left = np.broadcast_to(smallest[:, None], shape).copy()
+    right = np.broadcast_to(largest[:, None] + 1, shape).copy()
+    biases = np.asarray(biases, np.int64)
+    held = _is_held(kernel, multipliers, biases, upscale, smallest, largest)
+    left = np.where(held[:, None], left, right)
+    biases, away = biases[:, None], np.reshape(away, (-1, 1))
     while (left < right).any():
         middle = (left + right) >> 1
         got = kernels.requantize(
-            kernel, upscale * middle + biases, multipliers[:, None], low, high
+            kernel, upscale * middle + biases, multipliers[:, None], low, high, away
         )
         is_reached = got >= codes
         right = np.where(is_reached & (left < right), middle, right)

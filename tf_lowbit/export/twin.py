@@ -250,9 +250,12 @@ class IntegerLinear(_Layer):
         strides, dilation = window(self.strides), window(self.dilation)
         padding = self.padding.upper()
         if self.kind == DEPTHWISE:
+            # TensorFlow has no unequal strides here. Only pooling has, always "valid".
+            skipped = (1, 1) if strides[0] == strides[1] else strides
+            strides = strides if skipped == (1, 1) else (1, 1)
             result = tf.nn.depthwise_conv2d(
                 inputs, codes, [1, *strides, 1], padding, dilations=dilation
-            )
+            )[:, :: skipped[0], :: skipped[1]]
         else:
             result = tf.nn.conv2d(inputs, codes, strides, padding, dilations=dilation)
         return result[:, 0] if is_1d else result
@@ -304,7 +307,12 @@ class IntegerLinear(_Layer):
         accumulators += tf.cast(self.biases, tf.float64)
         low, high = self.grid.low, self.grid.high
         exact = kernels.requantize_tensor(
-            self.kernel, accumulators, tf.convert_to_tensor(self.multipliers), low, high
+            self.kernel,
+            accumulators,
+            tf.convert_to_tensor(self.multipliers),
+            low,
+            high,
+            rounds_away(self.kind, self.channels),
         )
         # The real M, of which the kernel's is a rounding.
         slope = tf.convert_to_tensor(self.weight_scales) * np.float32(
@@ -353,9 +361,19 @@ class Affine(keras.layers.Layer):
         return inputs * self.gain + self.offset
 
 
+def rounds_away(kind: str, channels: int) -> np.ndarray:
+    """`kernels.rounds_away` of a kind of layer."""
+    return kernels.rounds_away(kind in (DEPTHWISE, SCALE), channels)
+
+
 def window(sizes) -> tuple[int, int]:
     """Strides or dilations in two dimensions, of one or two."""
     return (1, *sizes) if len(sizes) == 1 else tuple(sizes)
+
+
+def input_names(model: keras.Model) -> list[str]:
+    """Names of a model's inputs, in its order."""
+    return [tensor._keras_history.layer.name for tensor in model.inputs]
 
 
 def integer_layers(model: keras.Model) -> list[IntegerLinear]:

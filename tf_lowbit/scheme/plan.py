@@ -86,7 +86,7 @@ class _Planner:
         self._used: set[PrecisionRule] = set()
         self._inserted: dict[tuple[int, str], Insertion] = {}
         self._taken = {layer.name for layer in model.layers}
-        self._edges = edge_layers(model)
+        self._edges = set().union(*edge_layers(model))
         self._named_activations = self._plan_named_activations()
         for layer in model.layers:
             self._plan_layer(layer, eligible)
@@ -200,28 +200,33 @@ class _Planner:
         return graph.free_name(f"{source}_{suffix}", self._taken)
 
 
-def edge_layers(model: keras.Model) -> set[str]:
-    """Names of the first and the last weight layers.
+def edge_layers(
+    model: keras.Model, kernels=registry.kernels
+) -> tuple[set[str], set[str]]:
+    """Names of the first and of the last weight layers.
 
     First are those that no weight layer comes before on any path, last those that
     none comes after: one each in a chain, several in a branched model.
+
+    Args:
+        model: functional model.
+        kernels: what tells a layer's kernels; for a quantized model one that looks
+            into its wrappers.
     """
-    # Name of a weight layer -> whether a weight layer lies before, and after, it.
+    # Tensor -> the weight layers that come last before it.
     before: dict[int, set[str]] = {}
-    with_earlier: set[str] = set()
-    with_later: set[str] = set()
-    weighted: set[str] = set()
+    weighted, first, inner = set(), set(), set()
     for node in graph.calls(model):
         earlier = set().union(*(before.get(id(t), set()) for t in node.keras_inputs))
-        if registry.kernels(node.layer):
+        if kernels(node.layer):
             weighted.add(node.layer.name)
-            if earlier:
-                with_earlier.add(node.layer.name)
-            with_later |= earlier
+            if not earlier:
+                first.add(node.layer.name)
+            inner |= earlier
             earlier = {node.layer.name}
         for tensor in graph.outputs_of(node):
             before[id(tensor)] = earlier
-    return (weighted - with_earlier) | (weighted - with_later)
+    return first, weighted - inner
 
 
 def _weight_quantizer(rule, kernel):
