@@ -67,6 +67,13 @@ def load_data() -> datasets.Dataset:
     )
 
 
+def save_whole(path: Path, save) -> None:
+    """Saves under another name, then renames: a kill leaves no torn file."""
+    temporary = path.with_name(f"partial-{path.name}")
+    save(temporary)
+    temporary.replace(path)
+
+
 def fit(model, data, epochs, learning_rate) -> None:
     """Trains a network, its learning rate falling along a cosine."""
     steps = epochs * data.steps_per_epoch
@@ -90,7 +97,7 @@ def float_network(name, data) -> keras.Model:
         model.load_weights(path)
     else:
         fit(model, data, FLAGS.float_epochs, 0.1)
-        model.save_weights(path)
+        save_whole(path, model.save_weights)
     return model
 
 
@@ -123,7 +130,7 @@ def low_bit_network(name, bits, model, data) -> keras.Model:
     quantized = tfl.quantize(model, wanted, residual_bits=8)
     tfl.calibrate(quantized, data.train)
     fit(quantized, data, FLAGS.epochs, 0.02)
-    quantized.save(path, include_optimizer=False)
+    save_whole(path, lambda file: quantized.save(file, include_optimizer=False))
     return quantized
 
 

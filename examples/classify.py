@@ -30,8 +30,8 @@ flags.DEFINE_string("dataset", None, "A data set to classify, instead of images.
 flags.DEFINE_string("data_dir", None, "Folder of the data, as in train.py.")
 flags.DEFINE_integer("limit", None, "At most so many images of the data set.")
 flags.DEFINE_integer("batch_size", 100, "Images of the data set in a batch.")
-flags.DEFINE_integer("threads", 1, "Threads of the interpreter.")
-flags.DEFINE_integer("top", 3, "How many classes to print for an image.")
+flags.DEFINE_integer("threads", 1, "Threads of the interpreter.", lower_bound=1)
+flags.DEFINE_integer("top", 3, "How many classes to print for an image.", lower_bound=1)
 
 
 class Classifier:
@@ -46,8 +46,13 @@ class Classifier:
         data = path.read_bytes()
         if data[4:8] != b"TFL3":
             raise ValueError(f"The file must be a TFLite file. Received: {str(path)!r}")
+        try:
+            self._interpreter = Interpreter(model_content=data, num_threads=threads)
+        except ValueError as error:
+            raise ValueError(
+                f"The file must be whole. Received: {str(path)!r} ({error})"
+            ) from error
         self.info = read_info(data)
-        self._interpreter = Interpreter(model_content=data, num_threads=threads)
         self._input = self._interpreter.get_input_details()[0]
         self._output = self._interpreter.get_output_details()[0]
         self._batch = None
@@ -90,6 +95,11 @@ def read_image(path: str, shape, info: dict) -> np.ndarray:
     """A picture as the network wants it: float32 [H, W, C], normalised."""
     from PIL import Image
 
+    if len(shape) != 3 or shape[-1] not in (1, 3):
+        raise ValueError(
+            "The file must take images of 1 or 3 channels. "
+            f"Received: a file that takes {shape}"
+        )
     height, width, channels = shape
     with Image.open(path) as image:
         image = image.convert({1: "L", 3: "RGB"}[channels])
@@ -147,6 +157,13 @@ def main(argv):
         raise app.UsageError(
             f"Give a .tflite file, and images or --dataset. Received: {argv[1:]}"
         )
+    idle = ("data_dir", "limit", "batch_size") if FLAGS.dataset is None else ("top",)
+    for name in idle:
+        if FLAGS[name].present:
+            raise ValueError(
+                "A flag must have an effect. "
+                f"Received: --{name} {'without' if name != 'top' else 'with'} --dataset"
+            )
     classifier = Classifier(Path(argv[1]), FLAGS.threads)
     if FLAGS.dataset is not None:
         classify_dataset(classifier, FLAGS.dataset)

@@ -23,11 +23,14 @@ from absl import app, flags
 
 import tf_lowbit as tfl
 from tf_lowbit import datasets
+from tf_lowbit.compat import tf
 from tf_lowbit.export.options import PRECISIONS, STORAGES, TARGETS
 from tf_lowbit.export.tflite import INPUT_TYPES
 from tf_lowbit.report import environment
 
 FLAGS = flags.FLAGS
+
+REPORTS = ("report.txt", "report.json")
 
 flags.DEFINE_string("model", None, "The trained network: model.h5 or a SavedModel.")
 flags.DEFINE_enum("dataset", "digits", datasets.names(), "What it was trained on.")
@@ -74,6 +77,7 @@ def finetune(twin, data: datasets.Dataset) -> None:
         steps_per_epoch=data.steps_per_epoch,
         epochs=FLAGS.finetune_epochs,
         validation_data=data.test,
+        callbacks=[experiment.StayFinite()],
     )
 
 
@@ -85,15 +89,17 @@ def export(model, data: datasets.Dataset, folder: Path) -> tfl.export.Report:
     }
     options["info"] = experiment.deployment_info(data)
     path = folder / "network.tflite"
+    for name in REPORTS:  # Those of an earlier file say nothing of this one.
+        (folder / name).unlink(missing_ok=True)
     # Without augmentation: ranges are to be those of what the file will see.
     result = tfl.export.to_tflite(model, path, data.train, **options)
-    source = model
+    source, trained = model, None
     if FLAGS.finetune_epochs:
         finetune(result.twin, data)
         result = tfl.export.to_tflite(result.snapped, path, **options)
-        source = result
+        source, trained = result, model
     tfl.export.save_archive(result.snapped, folder / "archive.npz")
-    return tfl.export.verify(path, source, data.test, trained=model)
+    return tfl.export.verify(path, source, data.test, trained=trained)
 
 
 def main(argv):
@@ -111,20 +117,25 @@ def main(argv):
             "A flag must have an effect. Received: --learning_rate without "
             "--finetune_epochs"
         )
+    tfl.Stage(1, learning_rate=FLAGS.learning_rate)
     folder = experiment.require_writable(Path(FLAGS.output_dir))
     model = tfl.load_model(FLAGS.model, compile=False)
-    report = export(model, load_data(), folder)
+    data = load_data()
+    if not tf.TensorShape(model.input_shape[1:]).is_compatible_with(data.input_shape):
+        raise ValueError(
+            f"The images of {data.name} are {data.input_shape}. "
+            f"Received: a network that takes {model.input_shape[1:]}"
+        )
+    report = export(model, data, folder)
     table = {
         **report.as_dict(),
         "settings": experiment.flag_settings(__name__),
         **environment(),
     }
-    for name, text in (
-        ("report.txt", str(report)),
-        ("report.json", json.dumps(table, indent=2, sort_keys=True)),
-    ):
+    texts = (str(report), json.dumps(table, indent=2, sort_keys=True))
+    for name, text in zip(REPORTS, texts, strict=True):
         experiment.replace_text(folder / name, f"{text}\n")
-    for name in ("network.tflite", "archive.npz", "report.txt", "report.json"):
+    for name in ("network.tflite", "archive.npz", *REPORTS):
         print(f"Written: {folder / name}")
     if FLAGS.strict and not report.ok:
         sys.exit(1)

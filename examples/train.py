@@ -299,6 +299,7 @@ def check_flags() -> None:
     """
     tfl.StochasticPrecision(start=FLAGS.sp_start, seed=FLAGS.seed)
     tfl.Stage(1, learning_rate=FLAGS.teacher_learning_rate)
+    tfl.LowBitScheme(residual_bits=FLAGS.residual_bits)
     without_teacher = FLAGS.distill == "none"
     idle = {
         "sp_unit": FLAGS.method != "sp",

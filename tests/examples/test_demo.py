@@ -6,6 +6,7 @@ import pytest
 
 import tf_lowbit as tfl
 from tests.examples import programs
+from tf_lowbit import datasets
 
 # Label, folder, bits.
 NETWORKS = [
@@ -123,7 +124,25 @@ def test_quantized_networks_are_smaller_and_at_their_bits(demo):
 def test_ends_with_a_proved_file(demo):
     shown, folder = demo
     assert "Every promise is kept." in shown
-    found = json.loads((folder / "out/w2a2-deployed/deployment.json").read_text())
-    path = folder / "out" / "w2a2-deployed" / "network.tflite"
+    deployed = folder / "out" / "w2a2-deployed"
+    found = json.loads((deployed / "deployment.json").read_text())
+    path = deployed / "network.tflite"
     assert found["proved"]
-    assert found["bytes"] == path.stat().st_size
+    model = tfl.load_model(deployed / "model.h5", compile=False)
+    assert tfl.export.verify(path, model, verbose=0).ok
+    assert found["latency_ratio"] > 0
+    contents = path.read_bytes(), (deployed / "float.tflite").read_bytes()
+    assert tfl.export.read_info(contents[0])["dataset"] == "digits"
+    data = datasets.load("digits", batch_size=100)
+    table = shown[shown.index("TFLite files") :]
+    labels = ("W2A2 deployed", ""), ("float32", "float_")
+    for content, (label, prefix) in zip(contents, labels, strict=True):
+        assert found[f"{prefix}bytes"] == len(content)
+        assert found[f"{prefix}gzip_bytes"] == tfl.export.gzip_bytes(content)
+        runner, right = tfl.export.Runner(content), 0
+        for images, classes in data.test.as_numpy_iterator():
+            (logits,) = runner(images).values()
+            right += int((logits.argmax(axis=-1) == classes).sum())
+        assert found[f"{prefix}accuracy"] == right / data.test_size
+        row = rf"{label} +│ +{len(content):,} │ .*│ +{100 * right / data.test_size:.2f}"
+        assert re.search(row, table)

@@ -237,6 +237,18 @@ def test_replace_file_writes_and_replaces(tmp_path):
         assert files(tmp_path) == ["model.h5"]
 
 
+def test_replace_text_keeps_the_old_text_if_writing_fails(tmp_path):
+    path = tmp_path / "result.json"
+    experiment.replace_text(path, "old\n")
+    assert path.read_text() == "old\n"
+    with pytest.raises(UnicodeEncodeError):
+        experiment.replace_text(path, "half a text, then \ud800")
+    assert path.read_text() == "old\n"
+    experiment.replace_text(path, "new\n")
+    assert path.read_text() == "new\n"
+    assert files(tmp_path) == ["result.json"]
+
+
 LOG = 'epoch,accuracy,note\r\n0,0.5,a\r\n1,0.625,"b,c"\r\n2,0.75,d\r\n'
 
 
@@ -852,3 +864,31 @@ def test_labels_out_of_the_models_range_are_an_error(tmp_path):
     model = float_model(classes=5)
     with pytest.raises(ValueError, match=r"label.*Received: "):
         experiment.train(model, load_data, [tfl.Stage(1, learning_rate=RATE)], tmp_path)
+
+
+# Deployment
+
+
+@pytest.mark.parametrize("name", ["digits", "synthetic"])
+def test_deployment_info_is_how_pixels_become_inputs(name):
+    data = datasets.load(name, batch_size=4, limit=4, augment=False)
+    info = experiment.deployment_info(data)
+    assert json.loads(json.dumps(info)) == info
+    assert info["dataset"] == name
+    shares = np.linspace(0, 1, 64).reshape(1, 8, 8, 1)
+    ours = shares - info["normalization"]["mean"]
+    ours /= info["normalization"]["deviation"]
+    # The data set's own way, from what it stores.
+    theirs = data.normalization(shares * data.normalization.scale)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_float_tflite_computes_what_the_network_does_and_is_silent(capfd):
+    model = float_net()
+    capfd.readouterr()
+    content = experiment.float_tflite(model)
+    assert capfd.readouterr().out == ""
+    assert content[4:8] == b"TFL3"
+    (images, _), *_ = load_data().test
+    (found,) = tfl.export.Runner(content)(images.numpy()).values()
+    np.testing.assert_allclose(found, model(images, training=False), atol=1e-4)

@@ -344,6 +344,34 @@ def test_runs_on_several_devices(runs):
     assert float(row["val_accuracy"]) == pytest.approx(result["test_accuracy"])
 
 
+# What is trained for deployment
+
+
+def test_residual_sums_are_trained_at_8_bits(trained_for_deployment):
+    flags, folder = trained_for_deployment
+    tensors = list(tfl.inspection.quantized_tensors(reloaded(folder)))
+    residual = [t for t in tensors if t.is_residual]
+    # Three Adds: each one's sum and what it reads; an identity is quantized already.
+    assert {t.layer.name for t in residual} == {
+        *("stage1_block1_conv2_residual", "stage1_block1_add_residual"),
+        *("stage2_block1_conv2_residual", "stage2_block1_shortcut_residual"),
+        *("stage2_block1_add_residual", "stage3_block1_conv2_residual"),
+        *("stage3_block1_shortcut_residual", "stage3_block1_add_residual"),
+    }
+    assert all(t.bits == 8 and t.is_calibrated for t in residual)
+    assert {t.bits for t in tensors if not t.is_residual} == {2, 8}
+    result = json.loads((folder / "quantized" / "result.json").read_text())
+    assert {n: result["settings"][n] for n in flags} == flags
+    (row,) = rows(folder / "quantized")
+    assert np.isfinite(float(row["loss"]))
+
+
+def test_residual_sums_stay_float_without_the_flag(whole):
+    _, folder = whole
+    tensors = tfl.inspection.quantized_tensors(reloaded(folder))
+    assert not any(t.is_residual for t in tensors)
+
+
 # Of each kind of mistake one: its flags, and what the message must hold.
 IDLE = r"flag must have an effect\. Received: "
 BAD = {
@@ -354,6 +382,7 @@ BAD = {
     ),
     "logical_cpus": (["--logical_cpus=2"], r"effect.*Received: --logical_cpus"),
     "weight_bits": (["--weight_bits=9"], r"\[1, 8\].*Received: weight_bits=9"),
+    "residual_bits": (["--residual_bits=4"], r"must be 8.*Received: residual_bits=4"),
     "ladder": (["--method=pq", "--ladder=8,x"], r"ladder.*Received: .*x"),
     "epochs": (["--method=pq", "--epochs=2"], r"stages need.*Received: total=2"),
     "model": (["--model=nope"], r"preact_resnet8.*Received: name='nope'"),

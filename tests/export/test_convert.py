@@ -236,6 +236,15 @@ def test_data_beside_a_snapped(snapped, path):
         convert(snapped, path, [IMAGES])
 
 
+def test_a_twin_with_nan_in_it(model, path):
+    made = export.snap(model, [IMAGES])
+    latent = made.twin.get_layer("first").latent
+    latent.assign(np.full(latent.shape, np.nan))
+    with pytest.raises(export.ExportError, match=r"finite.*first/latent"):
+        convert(made, path)
+    assert names(path.parent) == []
+
+
 def test_missing_data(model, path):
     with pytest.raises(ValueError, match=r"data must be given.*Received: data=None"):
         convert(model, path)

@@ -884,6 +884,15 @@ def test_labels_of_another_length(snapped, file):
         verify(file, snapped, [(IMAGES, LABELS[:-1])])
 
 
+def test_floats_that_are_not_numbers_are_no_agreement(trained):
+    snapped = export.snap(trained, [IMAGES])
+    head = snapped.twin.get_layer("head")
+    kernel, bias = head.get_weights()
+    head.set_weights([kernel, np.full_like(bias, np.nan)])
+    report = verify(tflite.to_bytes(snapped), snapped, [IMAGES])
+    assert any("head: floats differ by nan" in f for f in report.failures)
+
+
 # --- data -----------------------------------------------------------------------------
 
 

@@ -3,6 +3,8 @@ import os
 import platform
 from importlib import metadata
 
+import numpy as np
+
 import tf_lowbit as tfl
 from tf_lowbit.compat import tf
 from tf_lowbit.report import environment
@@ -26,6 +28,11 @@ def test_machine_and_its_devices():
     assert machine["cpus"] == os.cpu_count()
     assert machine["processor"] == platform.machine()
     assert machine["platform"] == platform.platform()
+    assert machine["instructions"] == sorted(set(machine["instructions"]))
+    # NumPy asks the CPU itself.
+    features = np._core._multiarray_umath.__cpu_features__
+    assert ("avx2" in machine["instructions"]) == features.get("AVX2", False)
+    assert ("fma" in machine["instructions"]) == features.get("FMA3", False)
 
 
 def test_is_ready_for_json():

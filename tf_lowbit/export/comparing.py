@@ -183,7 +183,7 @@ def _compare_tensor(row, node, known, own) -> None:
         return
     error = float(np.abs(have - wanted).max(initial=0.0))
     error /= float(np.abs(wanted).max(initial=0.0)) or 1.0
-    row.error = max(row.error, error)
+    row.error = float(np.maximum(row.error, error))  # Which keeps a NaN.
 
 
 def _count_predictions(predictions, chosen, labels) -> None:

@@ -121,6 +121,15 @@ def _check(model) -> None:
                 "All ranges must be calibrated or trained: call tf_lowbit.calibrate. "
                 f"Received: {tensor.name}, which is not"
             )
+    require_finite(model)
+
+
+def require_finite(model) -> None:
+    """Refuses a network with a weight that is NaN or infinite.
+
+    Raises:
+        ExportError: naming the weight.
+    """
     for layer in model.layers:
         for weight in inspection.parameters(layer):
             if weight.dtype.is_floating and not np.isfinite(weight.numpy()).all():

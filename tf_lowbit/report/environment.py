@@ -2,7 +2,9 @@
 
 import os
 import platform
+import re
 from importlib import metadata
+from pathlib import Path
 
 from tf_lowbit.compat import tf
 from tf_lowbit.version import __version__
@@ -14,6 +16,11 @@ _PACKAGES = (
     "keras",
     "numpy",
 )
+# What decides how fast float32 and int8 are: on x86, then on ARM.
+_INSTRUCTIONS = {
+    *("avx2", "fma", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8"),
+    *("asimd", "asimddp", "i8mm", "sve"),
+}
 
 
 def environment() -> dict:
@@ -21,7 +28,9 @@ def environment() -> dict:
 
     Returns:
         JSON-ready: "versions" (of this library, Python and packages) and "machine"
-        (platform, processor, number of CPUs, kinds of TensorFlow's devices).
+        (platform, processor, number of CPUs, their instruction sets that matter
+        to float32 and int8, empty where the system does not tell, and kinds of
+        TensorFlow's devices).
     """
     return {
         "versions": {
@@ -33,6 +42,17 @@ def environment() -> dict:
             "platform": platform.platform(),
             "processor": platform.machine(),
             "cpus": os.cpu_count(),
+            "instructions": _instructions(),
             "devices": [d.device_type for d in tf.config.list_logical_devices()],
         },
     }
+
+
+def _instructions() -> list[str]:
+    """Of one CPU; Linux tells."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    return sorted(_INSTRUCTIONS & set(flags[1].split())) if flags else []

@@ -1,0 +1,154 @@
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+import tf_lowbit as tfl
+from tests.examples import programs
+from tf_lowbit.report import environment
+
+RESULTS = programs.ROOT / "benchmarks" / "results" / "deployment.json"
+SETTINGS = {
+    "dataset": "digits",
+    "limit": 32,
+    "float_epochs": 1,
+    "epochs": 1,
+    "tensor_batches": 1,
+    "rounds": 1,
+    "seed": 3,
+}
+# At 4 bits these activations have no INT4 codes: that file is refused.
+OURS = "W4A4 int8"
+PEERS = ["float32", "post-training int8", "TF-MOT 8-bit"]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """Output, JSON and folder of a tiny run."""
+    folder = tmp_path_factory.mktemp("deployment")
+    program = programs.ROOT / "benchmarks" / "deployment.py"
+    flags = [f"--{name}={value}" for name, value in SETTINGS.items()]
+    flags += ["--network=plain_cnn", "--bits=W4A4", "--folder=networks"]
+    done = subprocess.run(
+        [sys.executable, str(program), *flags, "--output=deployment.json"],
+        cwd=folder,
+        env=programs.environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((folder / "deployment.json").read_text())
+    return done.stdout, result, folder
+
+
+def test_every_file_is_measured_and_ours_are_proved(measured):
+    _, result, folder = measured
+    assert list(result["results"]) == ["plain_cnn"]
+    found = result["results"]["plain_cnn"]
+    assert list(found["refused"]) == ["W4A4 int4"]
+    assert "storage='int4' holds codes in [-7, 7]" in found["refused"]["W4A4 int4"]
+    assert set(found["files"]) == {OURS, *PEERS}
+    base = found["files"]["float32"]
+    for row in found["files"].values():
+        assert row["size"] == row["bytes"] / base["bytes"]
+        assert row["gzip"] == row["gzip_bytes"] / base["bytes"]
+        assert 0 <= row["accuracy"] <= 1
+        for peer in PEERS:
+            assert row[f"latency to {peer}"] > 0
+    assert base["latency to float32"] == 1
+    row = found["files"][OURS]
+    assert row["proved"]
+    assert row["failures"] == []
+    assert row["mismatches"] == row["end_to_end_mismatches"] == 0
+    assert row["twin_agrees"] == row["test_images"] == 32
+    assert row["codes"] > 0
+    content = (folder / "networks" / "plain_cnn-W4A4-int8.tflite").read_bytes()
+    assert row["bytes"] == len(content) < base["bytes"]
+    assert row["gzip_bytes"] == tfl.export.gzip_bytes(content)
+
+
+def test_the_table_shows_what_is_written(measured):
+    shown, result, _ = measured
+    lines = [line for line in shown.splitlines() if line.startswith("│ plain_cnn")]
+    cells = [[cell.strip() for cell in line[1:-1].split("│")] for line in lines]
+    files = result["results"]["plain_cnn"]["files"]
+    assert [row[1] for row in cells] == [*PEERS, OURS]
+    for _, label, size, gzip, latency, *_, accuracy in cells:
+        row = files[label]
+        assert float(size) == pytest.approx(row["size"], abs=6e-4)
+        assert float(gzip) == pytest.approx(row["gzip"], abs=6e-4)
+        assert float(latency) == pytest.approx(row["latency to float32"], abs=6e-3)
+        assert accuracy == f"{100 * row['accuracy']:.2f} %"
+
+
+def test_says_with_what_it_was_measured(measured):
+    _, result, _ = measured
+    settings = result["settings"]
+    assert {name: settings[name] for name in SETTINGS} == SETTINGS
+    assert settings["network"] == ["plain_cnn"]
+    assert settings["bits"] == ["W4A4"]
+    assert "output" not in settings
+    assert result["versions"] == environment()["versions"]
+    assert "machine" in result
+
+
+def test_the_networks_are_kept_for_a_second_call(measured):
+    *_, folder = measured
+    assert {path.name for path in (folder / "networks").iterdir()} == {
+        *("plain_cnn.weights.h5", "plain_cnn-W4A4.h5"),
+        "plain_cnn-W4A4-int8.tflite",
+    }
+    assert sorted(p.name for p in folder.iterdir()) == ["deployment.json", "networks"]
+
+
+# What is committed
+
+
+@pytest.fixture(scope="module")
+def committed():
+    """The committed figures, and the section that quotes them."""
+    text = (programs.ROOT / "benchmarks" / "README.md").read_text()
+    section = text[text.index("## `deployment.py`") :]
+    return json.loads(RESULTS.read_text()), section[: section.index("\n## ")]
+
+
+def test_the_readmes_table_is_the_committed_json(committed):
+    data, section = committed
+    pattern = r"^\| (\w+), ([^|]+) \| (\S+) \| (\S+) \| (\S+) \|$"
+    _, *rows = re.findall(pattern, section, re.M)
+    # All rows but heading and rule were understood.
+    assert len(rows) == len(re.findall(r"^\|", section, re.M)) - 2 > 0
+    for network, label, *figures in rows:
+        row = data["results"][network]["files"][label]
+        assert figures == [
+            f"{row['size']:.3f}".removeprefix("0"),
+            f"{row['gzip']:.3f}".removeprefix("0"),
+            f"{row['latency to float32']:.2f}",
+        ], (network, label)
+
+
+def test_what_the_readme_says_of_the_proofs_is_in_the_committed_json(committed):
+    data, section = committed
+    words = " ".join(section.split())
+    found = re.search(
+        r"equal to its twin in (\d+) to (\d+) million codes and on all ([\d,]+) test",
+        words,
+    )
+    assert found, words
+    ours = [
+        row
+        for result in data["results"].values()
+        for row in result["files"].values()
+        if "codes" in row
+    ]
+    assert all(row["proved"] and not row["mismatches"] for row in ours)
+    assert not any(row["end_to_end_mismatches"] for row in ours)
+    codes = [round(row["codes"] / 1e6) for row in ours]
+    assert (min(codes), max(codes)) == (int(found[1]), int(found[2]))
+    images = int(found[3].replace(",", ""))
+    assert {row["test_images"] for row in ours} == {images}
+    assert {row["twin_agrees"] for row in ours} == {images}
