@@ -35,8 +35,10 @@ $(STAMP): requirements.lock setup.py pyproject.toml
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
+# A worker takes up to 4 GB; a file's tests stay together, for they share networks.
+WORKERS ?= 2
 test: $(STAMP)
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile tests
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -24,7 +24,12 @@ EXTRAS = {
     # What the example programs log with; TensorFlow 2.21 no longer brings it.
     "examples": ["tensorboard>=2.20,<2.22"],
     "datasets": ["scikit-learn>=1.5,<2", "tensorflow-datasets>=4.9.9,<5"],
-    "dev": ["hypothesis>=6.100,<7", "pytest>=8,<10", "ruff==0.17.5"],
+    "dev": [
+        "hypothesis>=6.100,<7",
+        "pytest>=8,<10",
+        "pytest-xdist>=3.6,<4",
+        "ruff==0.17.5",
+    ],
 }
 EXTRAS["all"] = sorted(set().union(*EXTRAS.values()))
 
