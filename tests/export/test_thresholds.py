@@ -486,6 +486,44 @@ def test_nearly_constant_channels_stay_nearly_constant():
     assert wrong[0] <= reach + 1
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("gains", [(0.02, 0.2), (0.2, 0.45), (1.0, 1.9), (2.1, 3.9)])
+def test_no_scale_and_bias_of_a_dense_search_are_better(gains, kernel):
+    """Decisions that lie closer than the kernel can tell, at multipliers below 1/2,
+    where the builtin kernel rounds twice, from there to 1, and above it."""
+    rng = np.random.default_rng(1)
+    count, reach, upscale, low, high = 6, 300, 2, 0, 255
+    gain = rng.uniform(*gains, count)
+    offset = rng.uniform(0, 40, count)
+    smallest, largest = np.full(count, -reach), np.full(count, reach)
+    points = thresholds.ideal(gain, offset, low, high, smallest, largest)
+
+    def wrong(scales, biases):
+        m = kernels.multiplier(kernel, _INPUT_SCALE, scales, _STEP)
+        reached = thresholds.reached_by(
+            kernel, m, biases, upscale, low, high, smallest, largest
+        )
+        return (reached != points).sum(axis=1)
+
+    affine = thresholds.place(
+        gain, offset, low=low, high=high, smallest=smallest, largest=largest,
+        upscale=upscale, input_scale=_INPUT_SCALE, output_scale=_STEP,
+        kernel_names=(kernel,),
+    )  # fmt: skip
+    nominal = gain / upscale * _STEP / _INPUT_SCALE
+    middle = np.rint(offset * upscale / gain).astype(np.int64)
+    best = np.min(
+        [
+            wrong((nominal * (1 + change)).astype(np.float32), middle + shift)
+            for change in np.linspace(-0.01, 0.01, 201)
+            for shift in range(-3, 4)
+        ],
+        axis=0,
+    )
+    assert best.max() > 0  # So that it matters which are taken.
+    assert (wrong(affine.weight_scales, affine.biases) <= best + 1).all()
+
+
 # --- counting -------------------------------------------------------------------------
 
 

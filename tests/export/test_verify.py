@@ -678,6 +678,15 @@ DEADLY = {
 }
 
 
+DEADLY["zero point"] = lambda edit: setattr(
+    edit.tensor("stem").quantization, "zeroPoint", [2**40]
+)
+DEADLY["channels' axis"] = lambda edit: setattr(
+    edit.tensor("stem/weights").quantization, "quantizedDimension", 2**30
+)
+DEADLY["stride"] = lambda edit: edit.option("stem", "strideW", 0)
+
+
 def _survives(group):
     """Runs `deadly` or `flips` in a process; what it printed for each."""
     code = f"from tests.export import test_verify; test_verify.try_{group}()"

@@ -14,7 +14,7 @@ from tf_lowbit.export.flatbuffer import schema
 _HARMLESS = re.compile(
     r"data\[\d+\]"
     r"|.*\.builtinOptions\.(fusedActivationFunction|padding)"
-    r"|.*\.(zeroPoint|isVariable|signatureKey|quantizedDimension)"
+    r"|.*\.(isVariable|signatureKey)"
     r"|metadata|signatures.*"
 )
 # By so much scales and strides may differ. Far beyond it a kernel's checks fail.
@@ -42,6 +42,12 @@ class Difference:
             return True
         if self.path.endswith((".scale", "strideW", "strideH")):
             return self.are_near
+        if self.path.endswith(".zeroPoint"):
+            points = np.ravel(self.have)
+            is_code = ((points >= -128) & (points <= 255)).all()
+            return len(points) == len(np.ravel(self.want)) and bool(is_code)
+        if self.path.endswith(".quantizedDimension"):
+            return 0 <= self.have < 4
         if self.path.endswith(".inputs"):
             return sorted(np.ravel(self.have)) == sorted(np.ravel(self.want))
         return False

@@ -182,11 +182,12 @@ def _shifts(upscale: int) -> np.ndarray:
 def _widths(points, smallest, largest, low, upscale, biases, nominal, names):
     """`w = 1 / M` at which most decisions are right, for given biases."""
     edges = low + np.arange(points.shape[1]) + 0.5
-    # The builtin kernel rounds twice. The first time makes it reach a code early, by
-    # half a unit of its own, of which 2^-shift make a code.
+    # The builtin kernel rounds twice if it shifts to the right. The first time makes it
+    # reach a code early, by half a unit of its own, of which 2^-shift make a code.
     early = np.zeros((len(nominal), 1))
     if kernels.BUILTIN in names:
-        early[:, 0] = 0.5 / np.frexp(1 / nominal)[0]
+        mantissa, shift = np.frexp(1 / nominal)
+        early[:, 0] = np.where(shift < 0, 0.5 / mantissa, 0.0)
     late = 0.0 if kernels.XNNPACK in names else early
     reached = (upscale * points + biases[:, None] + late) / edges
     missed = (upscale * (points - 1) + biases[:, None] + early) / edges
