@@ -151,7 +151,7 @@ def deploy(float_model: keras.Model, folder: Path, console) -> dict:
         model, folder / "network.tflite", data.train, info=info
     )
     report = tfl.export.verify(result.path, model, data.test, verbose=0)
-    console.print(str(report), highlight=False)
+    console.print(str(report), highlight=False, markup=False, soft_wrap=True)
     floats = experiment.float_tflite(float_model)
     (folder / "float.tflite").write_bytes(floats)
     files = {"float32": floats, DEPLOYED: result.path.read_bytes()}

@@ -132,7 +132,7 @@ class Report:
 
     def __str__(self):
         text = io.StringIO()
-        rich.console.Console(file=text, width=100).print(_table(self))
+        rich.console.Console(file=text, width=80).print(_table(self))
         lines = [text.getvalue().rstrip()]
         lines += [f"note: {note}" for note in self.notes]
         lines += [f"FAILED: {failure}" for failure in self.failures]
