@@ -118,8 +118,8 @@ def committed():
 
 def test_the_readmes_table_is_the_committed_json(committed):
     data, section = committed
-    pattern = r"^\| (\w+), ([^|]+) \| (\S+) \| (\S+) \| (\S+) \|$"
-    _, *rows = re.findall(pattern, section, re.M)
+    pattern = r"^\| (\w+), ([^|]+)" + r" \| (\S+)" * 5 + r" \|$"
+    rows = re.findall(pattern, section, re.M)
     # All rows but heading and rule were understood.
     assert len(rows) == len(re.findall(r"^\|", section, re.M)) - 2 > 0
     for network, label, *figures in rows:
@@ -128,7 +128,13 @@ def test_the_readmes_table_is_the_committed_json(committed):
             f"{row['size']:.3f}".removeprefix("0"),
             f"{row['gzip']:.3f}".removeprefix("0"),
             f"{row['latency to float32']:.2f}",
+            f"{row['trained_agrees'] / row['test_images']:.2%}".removesuffix("%")
+            if "codes" in row
+            else "—",
+            f"{row['accuracy']:.2%}".removesuffix("%"),
         ], (network, label)
+    every = {(n, f) for n, r in data["results"].items() for f in r["files"]}
+    assert {row[:2] for row in rows} == every
 
 
 def test_what_the_readme_says_of_the_proofs_is_in_the_committed_json(committed):
