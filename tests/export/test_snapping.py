@@ -867,6 +867,10 @@ def test_a_network_trained_in_mixed_precision_leaves():
         keras.mixed_precision.set_global_policy("mixed_float16")
         made = network(lambda x: conv_bn_relu(x, 4, name="inner"))
         model = quantize(made, [EDGE, Rule("inner", 2, 2)])
-        prove(model, images())
+        proof = prove(model, images())
+        assert isinstance(proof.layer("inner"), twin.IntegerLinear)
+        assert {layer.compute_dtype for layer in proof.snapped.twin.layers} == {
+            "float32"
+        }
     finally:
         keras.mixed_precision.set_global_policy("float32")

@@ -327,7 +327,8 @@ def test_depthwise_dense_and_1d_weights_in_4_bits():
     model = quantize(network(body), [EDGE, Rule("deep|line|wide", 2, 2)])
     # XNNPACK takes the dense layer: it has an even number of inputs.
     outside = ["CONV_2D", "DEPTHWISE_CONV_2D"]
-    prove(model, images(), "float32", outside, storage="int4")
+    proof = prove(model, images(), "float32", outside, storage="int4")
+    assert {proof.layer(name).storage for name in ("deep", "line", "wide")} == {"int4"}
 
 
 # --- what a file says of itself -------------------------------------------------------

@@ -447,10 +447,10 @@ class _Snapper(Builder):
             return
         _, grid = self.codes(source)
         size = math.prod(layer.pool_size)
-        if layer.padding != "valid" or layer.data_format != "channels_last":
+        if layer.padding != "valid":
             raise ExportError(
                 "Average pooling of codes must have padding='valid' (the borders of "
-                "'same' average fewer of them) and channels_last. "
+                "'same' average fewer of them). "
                 f"Received: {layer.name!r}"
             )
         channels = int(value.tensor.shape[-1])
@@ -472,9 +472,7 @@ class _Snapper(Builder):
 
     def _global_pool(self, value, source, layer) -> None:
         is_int8_head = self.options.head == "int8" and self.can_be_codes(source)
-        if is_int8_head and layer.data_format == "channels_last" and all(
-            source.tensor.shape[1:3]
-        ):  # fmt: skip
+        if is_int8_head and all(source.tensor.shape[1:3]):
             _, grid = self.codes(source)
             channels = int(source.tensor.shape[-1])
             size = math.prod(source.tensor.shape[1:3])
