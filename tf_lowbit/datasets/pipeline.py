@@ -14,6 +14,9 @@ from tf_lowbit.datasets.dataset import (
 )
 from tf_lowbit.datasets.splitting import stratified_split
 
+# Enough to bridge the end of an epoch, few enough for ImageNet's batches of 150 MB.
+_BATCHES_AHEAD = 4
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Examples:
@@ -189,9 +192,13 @@ def finish(dataset: tf.data.Dataset) -> tf.data.Dataset:
     """
     options = tf.data.Options()
     options.deterministic = True
+    # Its thread sleeps for up to a minute between looks, and an iterator's end now and
+    # then waits for it: `fit` and `evaluate` stood still. Parallel calls are as many as
+    # there are cores without it.
+    options.autotune.enabled = False
     sharding = options.experimental_distribute
     sharding.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
-    return dataset.with_options(options).prefetch(tf.data.AUTOTUNE)
+    return dataset.prefetch(_BATCHES_AHEAD).with_options(options)
 
 
 def _training_batches(
