@@ -80,6 +80,7 @@ def stages_for(
     learning_rate: float,
     decay: str,
     ladder: tuple[int, ...],
+    last_only: bool = False,
 ) -> list[tfl.Stage]:
     """The stages of a method, with a given total of epochs.
 
@@ -90,6 +91,8 @@ def stages_for(
         learning_rate: at the start of every stage.
         decay: within a stage, as in `Stage`.
         ladder: bit-widths of the progressive methods.
+        last_only: whether "ts+pq" takes weights and activations apart only at the
+            last rung.
 
     Raises:
         ValueError: if the method is unknown or has more stages than epochs.
@@ -103,8 +106,11 @@ def stages_for(
         rate = {"learning_rate": learning_rate, "decay": decay}
         if method == "ts":
             return tfl.two_stage(bits, epochs_per_stage, **rate)
-        schedule = tfl.progressive if method == "pq" else tfl.two_stage_progressive
-        return schedule(bits, epochs_per_stage, ladder, **rate)
+        if method == "pq":
+            return tfl.progressive(bits, epochs_per_stage, ladder, **rate)
+        return tfl.two_stage_progressive(
+            bits, epochs_per_stage, ladder, **rate, last_only=last_only
+        )
 
     # How many stages a ladder comes to is known once they are made.
     count = 2 if method == "ts" else len(made(1))
@@ -267,7 +273,7 @@ def train(
         callbacks = [
             tfl.callbacks.StagedPrecision(stages, verbose=0 if label else 1)
             if is_quantized
-            else _float_learning_rate(stages, data.steps_per_epoch, first_epoch),
+            else float_learning_rate(stages[0], data, first_epoch),
             StayFinite(save_every),
             keras.callbacks.CSVLogger(records / "log.csv", append=first_epoch > 0),
             keras.callbacks.TensorBoard(records / "tensorboard", write_graph=False),
@@ -416,9 +422,16 @@ def _check_labels(model, data):
         )
 
 
-def _float_learning_rate(stages, steps_per_epoch, first_epoch):
-    """Follows the single stage of a float training, step by step."""
-    (stage,) = stages
+def float_learning_rate(
+    stage: tfl.Stage, data: datasets.Dataset, first_epoch: int = 0
+) -> keras.callbacks.Callback:
+    """Follows the single stage of a float training, step by step.
+
+    Args:
+        stage: whose learning rate it is.
+        data: what is trained on.
+        first_epoch: the one that the training starts with.
+    """
 
     class LearningRate(keras.callbacks.Callback):
         epoch = first_epoch
@@ -427,7 +440,7 @@ def _float_learning_rate(stages, steps_per_epoch, first_epoch):
             self.epoch = epoch
 
         def on_train_batch_begin(self, batch, logs=None):
-            progress = (self.epoch + batch / steps_per_epoch) / stage.epochs
+            progress = (self.epoch + batch / data.steps_per_epoch) / stage.epochs
             self.model.optimizer.learning_rate = stage.learning_rate_at(progress)
 
     return LearningRate()

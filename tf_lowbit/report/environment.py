@@ -29,8 +29,8 @@ def environment() -> dict:
     Returns:
         JSON-ready: "versions" (of this library, Python and packages) and "machine"
         (platform, processor, number of CPUs, their instruction sets that matter
-        to float32 and int8, empty where the system does not tell, and kinds of
-        TensorFlow's devices).
+        to float32 and int8, empty where the system does not tell, what was asked of
+        TensorFlow's oneDNN kernels, and kinds of TensorFlow's devices).
     """
     return {
         "versions": {
@@ -43,6 +43,8 @@ def environment() -> dict:
             "processor": platform.machine(),
             "cpus": os.cpu_count(),
             "instructions": _instructions(),
+            # It computes other last bits, and is on by default on some CPUs only.
+            "onednn": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "default"),
             "devices": [d.device_type for d in tf.config.list_logical_devices()],
         },
     }

@@ -1,0 +1,136 @@
+"""Accuracy of all methods and bit-widths on Fashion-MNIST, over several seeds.
+
+  python benchmarks/accuracy.py
+
+The same command goes on with an interrupted sweep: each finished run is a JSON file in
+--results_dir, and is not done again. The phases (float networks, tuning of the learning
+rates, W2A2, ...) follow one another; --phases picks some. Two processes of one thread
+each do more than one of two threads.
+
+  python benchmarks/accuracy.py --report
+
+draws tables and plots from the files and writes them into benchmarks/README.md.
+"""
+
+import concurrent.futures
+import dataclasses
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import rich.progress
+import sweep
+from absl import app, flags
+from rich.progress import MofNCompleteColumn
+
+ROOT = Path(__file__).resolve().parents[1]
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_string("results_dir", "benchmarks/results/accuracy", "One file a run.")
+flags.DEFINE_list("phases", None, "Only these phases; all without it.")
+flags.DEFINE_integer("workers", 2, "Processes, of one thread each.")
+flags.DEFINE_bool("report", False, "Draw tables and plots; train nothing.")
+flags.DEFINE_integer("seeds", 5, "Seeds of the main table's 2-bit rows.")
+flags.DEFINE_integer("dear_seeds", 3, "Seeds of the other rows.")
+flags.DEFINE_string("data_dir", None, "Folder of the data; empty for the default.")
+_DEFAULTS = sweep.Settings()
+flags.DEFINE_string("dataset", _DEFAULTS.dataset, "What to train on.")
+flags.DEFINE_integer("limit", _DEFAULTS.limit, "Use only so many examples.")
+flags.DEFINE_integer("width", _DEFAULTS.width, "Channels of the first stage.")
+flags.DEFINE_integer("float_epochs", _DEFAULTS.float_epochs, "Of the float networks.")
+flags.DEFINE_integer("epochs", _DEFAULTS.epochs, "Of the low-bit ones, in total.")
+
+
+def with_rates(runs, rates: dict[str, float]) -> list[sweep.Run]:
+    """The runs, with the learning rates that the tuning chose."""
+    return [
+        run
+        if run.learning_rate is not None
+        else dataclasses.replace(run, learning_rate=rates[run.method])
+        for run in runs
+    ]
+
+
+def perform_all(runs, settings, folder) -> None:
+    """Trains what is not done yet, several at a time, each in a process of its own.
+
+    A process that dies (killed for memory, say) is tried once more.
+
+    Raises:
+        RuntimeError: with what the process said, if a run fails.
+    """
+    left = [run for run in runs if not sweep.is_done(folder, run, settings)]
+    columns = (*rich.progress.Progress.get_default_columns(), MofNCompleteColumn())
+    with (
+        rich.progress.Progress(*columns) as bar,
+        concurrent.futures.ThreadPoolExecutor(FLAGS.workers) as pool,
+    ):
+        task = bar.add_task(f"{len(left)} runs", total=len(left))
+        futures = {pool.submit(train, run, settings, folder): run for run in left}
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
+                bar.advance(task)
+                if not bar.console.is_terminal:
+                    print(time.strftime("%H:%M:%S"), futures[future].path, flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def train(run: sweep.Run, settings: sweep.Settings, folder: Path) -> None:
+    """Trains one network in a process of its own, which writes its file."""
+    arguments = [run, settings, folder.resolve(), FLAGS.data_dir]
+    for attempt in (1, 2):
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "benchmarks" / "accuracy_run.py")],
+            input=pickle.dumps(arguments),
+            capture_output=True,
+            check=False,
+        )
+        if done.returncode == 0:
+            return
+        if done.returncode > 0 or attempt == 2:
+            raise RuntimeError(
+                f"A run must end without an error. Received: {run}, exit status "
+                f"{done.returncode}:\n{done.stderr.decode(errors='replace')[-3000:]}"
+            )
+
+
+def main(argv):
+    """Trains what is missing, or draws what there is."""
+    if len(argv) > 1:
+        raise app.UsageError(f"Received: arguments that are no flags: {argv[1:]}")
+    folder = Path(FLAGS.results_dir)
+    settings = sweep.Settings(
+        dataset=FLAGS.dataset,
+        limit=FLAGS.limit,
+        width=FLAGS.width,
+        float_epochs=FLAGS.float_epochs,
+        epochs=FLAGS.epochs,
+    )
+    if FLAGS.report:
+        import accuracy_report
+
+        accuracy_report.write(folder)
+        return
+    every = sweep.phases(settings, FLAGS.seeds, FLAGS.dear_seeds)
+    unknown = set(FLAGS.phases or []) - set(every)
+    if unknown:
+        raise ValueError(
+            f"--phases must be of {list(every)}. Received: {sorted(unknown)}"
+        )
+    for name in FLAGS.phases or every:
+        runs = every[name]
+        if any(run.learning_rate is None for run in runs):
+            runs = with_rates(runs, sweep.tuned(folder, settings))
+        left = [run for run in runs if not sweep.is_done(folder, run, settings)]
+        print(f"{name}: {len(runs)} runs, {len(left)} of them to do", flush=True)
+        perform_all(runs, settings, folder)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,169 @@
+"""One training of the accuracy sweep, in a process of one thread.
+
+`accuracy.py` starts it, and hands it the run, pickled, on its standard input.
+"""
+
+import os
+import pickle
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# TensorFlow leaves oneDNN off on CPUs without VNNI; these networks train in a third of
+# the time with it there, too.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+# The examples are no package: they are found from the repository's root.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import sweep
+
+import tf_lowbit as tfl
+from examples import experiment
+from tf_lowbit import datasets, models
+from tf_lowbit.compat import keras, tf
+from tf_lowbit.report import environment
+
+
+def perform(
+    run: sweep.Run, settings: sweep.Settings, folder: Path, data_dir: str | None = None
+) -> None:
+    """Trains, measures after the last epoch, and writes the run's file.
+
+    A training that diverges is a result: its accuracy is null.
+
+    Args:
+        run: with its learning rate.
+        settings: of the sweep.
+        folder: of the results.
+        data_dir: of the data set, or None for its default.
+    """
+    experiment.quiet()
+    # Two processes of one thread each do more than one of two.
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    keras.utils.set_random_seed(run.seed)
+    data = load_data(run, settings, data_dir)
+    model = models.get(
+        run.network,
+        classes=data.classes,
+        input_shape=data.input_shape,
+        width=settings.width,
+    )
+    if not run.is_start:
+        load_start(model, folder / sweep.start_file(run.network, run.seed))
+    trained, stages, callbacks = prepared(model, run, settings, data)
+    callbacks.append(experiment.StayFinite())
+    wall, cpu = time.perf_counter(), time.process_time()
+    try:
+        history = trained.fit(
+            data.train,
+            steps_per_epoch=data.steps_per_epoch,
+            epochs=run.epochs,
+            callbacks=callbacks,
+            verbose=0,
+        ).history
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        measured = data.validation if run.is_held_out else data.test
+        loss, accuracy = trained.evaluate(
+            measured, callbacks=[experiment.StayFinite()], verbose=0
+        )
+        diverged = None
+    except ValueError as error:
+        if "must stay finite" not in str(error):
+            raise
+        history, accuracy, loss, diverged = {}, None, None, str(error)
+    if run.is_start:
+        save_start(model, folder / sweep.start_file(run.network, run.seed))
+    network = trained.student if isinstance(trained, tfl.LowBitTrainer) else trained
+    cost = tfl.summary(network).cost
+    sweep.write(
+        folder / run.path,
+        {
+            "purpose": run.purpose,
+            "network": run.network,
+            "method": run.method,
+            "bits": run.bits,
+            "seed": run.seed,
+            "epochs": run.epochs,
+            "learning_rate": run.learning_rate,
+            "stages": [[s.epochs, s.weight_bits, s.activation_bits] for s in stages],
+            "measured_on": "held-out" if run.is_held_out else "test",
+            "accuracy": accuracy,
+            "loss": loss,
+            "diverged": diverged,
+            "training_loss": [round(float(x), 5) for x in history.get("loss", [])],
+            "wall_seconds": round(wall, 1),
+            "cpu_seconds": round(cpu, 1),
+            "weight_bytes": cost.weight_bytes,
+            "bops": cost.bops,
+            "settings": settings.as_json(),
+            **environment(),
+        },
+    )
+
+
+def load_data(run, settings, data_dir) -> datasets.Dataset:
+    """The run's data set; in the tuning with held-out images."""
+    files = {"data_dir": data_dir} if data_dir else {}
+    return datasets.load(
+        settings.dataset,
+        batch_size=settings.batch_size,
+        seed=run.seed,
+        limit=settings.limit,
+        validation_fraction=settings.held_out if run.is_held_out else 0.0,
+        **files,
+    )
+
+
+def prepared(model, run, settings, data):
+    """What is to be trained, compiled; its stages; and the callback they need."""
+    rate = run.learning_rate
+    if run.bits is None:
+        stage = tfl.Stage(run.epochs, learning_rate=rate, decay="cosine")
+        experiment.compile_model(model, rate)
+        return model, [stage], [experiment.float_learning_rate(stage, data)]
+    method = sweep.METHODS[run.method]
+    stages = experiment.stages_for(
+        method.staging,
+        run.bits,
+        run.epochs,
+        rate,
+        "cosine",
+        settings.ladder,
+        last_only=True,
+    )
+    rule = tfl.PrecisionRule(".*", *run.bits, *method.quantizers)
+    quantized = tfl.quantize(model, [rule])
+    tfl.calibrate(quantized, data.train)
+    trainer = experiment.trainer_for(
+        quantized, model, method.staging, method.distill, seed=run.seed
+    )
+    steps = run.epochs * data.steps_per_epoch
+    experiment.compile_model(
+        trainer,
+        rate,
+        teacher_optimizer=experiment.teacher_optimizer(
+            method.distill, rate, "cosine", steps
+        ),
+    )
+    return trainer, stages, [tfl.callbacks.StagedPrecision(stages)]
+
+
+def save_start(model: keras.Model, path: Path) -> None:
+    """Writes a float network's weights, by name, for all runs that start from it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".partial-{path.name}")
+    np.savez_compressed(temporary, **{w.name: w.numpy() for w in model.weights})
+    temporary.replace(path)
+
+
+def load_start(model: keras.Model, path: Path) -> None:
+    """Gives a float network the weights that `save_start` wrote."""
+    with np.load(path) as weights:
+        model.set_weights([weights[weight.name] for weight in model.weights])
+
+
+if __name__ == "__main__":
+    perform(*pickle.load(sys.stdin.buffer))

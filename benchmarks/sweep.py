@@ -1,0 +1,259 @@
+"""The accuracy sweep as data: which runs there are, in which order, and their files.
+
+Nothing here imports TensorFlow: tables are drawn from the committed files alone.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+# A run's seed in the tuning is none of those whose accuracy is reported.
+TUNING_SEED = 100
+FLOAT = "float"
+TUNED_AT = (2, 2)
+# Main table: equal total epochs; full epochs per stage; and the runs before them.
+PURPOSES = ("float", "tuning", "equal", "per_stage")
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """How a low-bit network is trained.
+
+    Attributes:
+        staging: one of `examples.experiment.METHODS`.
+        distill: one of `examples.experiment.DISTILLATIONS`.
+        quantizers: of weights and activations.
+    """
+
+    staging: str = "plain"
+    distill: str = "none"
+    quantizers: tuple[str, str] = ("dorefa", "dorefa")
+
+
+METHODS = {
+    "plain": Method(),
+    "TS": Method("ts"),
+    "PQ": Method("pq"),
+    "TS+PQ": Method("ts+pq"),
+    "SP": Method("sp"),
+    "JKD": Method(distill="joint"),
+    "TS+PQ+JKD": Method("ts+pq", "joint"),
+    "SP+JKD": Method("sp", "joint"),
+    "LSQ": Method(quantizers=("lsq", "lsq")),
+    "PACT": Method(quantizers=("dorefa", "pact")),
+}
+# Stages at two bits, ladder 8, 4, 2; weights and activations apart at the last rung.
+STAGES = {"TS": 2, "PQ": 3, "TS+PQ": 4}
+# What the larger network is trained with.
+LEADING = ("plain", "SP", "JKD", "LSQ")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What all runs of a sweep share.
+
+    Attributes:
+        dataset: name of the data set.
+        limit: examples used, None for all.
+        width: channels of the networks' first stage.
+        float_epochs: of the float networks that all start from.
+        epochs: of each low-bit training, over all its stages.
+        float_learning_rate: of the float networks.
+        learning_rates: the grid of the tuning.
+        batch_size: images in a batch.
+        held_out: share of the training images that the tuning is measured on.
+        ladder: rungs of the progressive methods.
+    """
+
+    dataset: str = "fashion_mnist"
+    limit: int | None = None
+    width: int = 8
+    float_epochs: int = 8
+    epochs: int = 4
+    float_learning_rate: float = 0.1
+    learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1)
+    batch_size: int = 128
+    held_out: float = 0.1
+    ladder: tuple[int, ...] = (8, 4, 2)
+
+    def as_json(self) -> dict:
+        """The same, as it comes back from a JSON file."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes:
+        purpose: one of `PURPOSES`.
+        network: a name of `tf_lowbit.models`.
+        method: a key of `METHODS`, or `FLOAT`.
+        bits: of weights and activations; None for a float network.
+        seed: of data order, augmentation, initial weights and draws.
+        epochs: in total.
+        learning_rate: at the start of each stage; None until the tuning has told.
+    """
+
+    purpose: str
+    network: str
+    method: str
+    bits: tuple[int, int] | None
+    seed: int
+    epochs: int
+    learning_rate: float | None = None
+
+    @property
+    def is_start(self) -> bool:
+        """Whether this trains a float network that others start from."""
+        return self.purpose == "float"
+
+    @property
+    def is_held_out(self) -> bool:
+        """Whether it is measured on held-out training images, not on the test set."""
+        return self.seed == TUNING_SEED
+
+    @property
+    def path(self) -> Path:
+        """Of its JSON file, in the folder of results."""
+        bits = "" if self.bits is None else f"-w{self.bits[0]}a{self.bits[1]}"
+        name = f"{self.method.lower()}{bits}-{self.epochs}epochs"
+        if self.purpose == "tuning":
+            name += f"-rate{self.learning_rate:g}"
+        return Path(self.network, self.purpose, f"{name}-seed{self.seed}.json")
+
+
+def start_file(network: str, seed: int) -> Path:
+    """Of the float weights that a seed's runs start from, in the folder of results."""
+    return Path(network, "float", f"seed{seed}.npz")
+
+
+def phases(settings: Settings, seeds: int = 5, dear: int = 3) -> dict[str, list[Run]]:
+    """All runs by phase; a phase needs those before it.
+
+    Args:
+        settings: of the sweep.
+        seeds: of the main table's 2-bit rows.
+        dear: seeds of the other rows.
+
+    Returns:
+        Name -> runs, their learning rates still to be set but in the first two.
+    """
+    small, large = "preact_resnet8", "preact_resnet20"
+    two = (2, 2)
+
+    def rows(purpose, network, methods, bits, count, epochs=settings.epochs):
+        return [
+            Run(purpose, network, method, bits, seed, epochs)
+            for seed in range(count)
+            for method in methods
+        ]
+
+    def starts(network, seed_list):
+        rate = settings.float_learning_rate
+        return [
+            Run("float", network, FLOAT, None, seed, settings.float_epochs, rate)
+            for seed in seed_list
+        ]
+
+    tuning = [
+        Run("tuning", small, method, bits, TUNING_SEED, settings.epochs, rate)
+        for method, bits in [*((m, TUNED_AT) for m in METHODS), (FLOAT, None)]
+        for rate in settings.learning_rates
+    ]
+    per_stage = [
+        run
+        for method, count in STAGES.items()
+        for run in [
+            *rows("per_stage", small, [method], two, dear, count * settings.epochs),
+            *rows("per_stage", small, ["plain"], two, dear, count * settings.epochs),
+        ]
+    ]
+    return {
+        "float": starts(small, [TUNING_SEED, *range(seeds)]),
+        "tuning": tuning,
+        "W2A2": rows("equal", small, METHODS, two, seeds)
+        + rows("equal", small, [FLOAT], None, seeds),
+        "per stage": per_stage,
+        "W4A4": rows("equal", small, METHODS, (4, 4), dear),
+        "W1A2": rows("equal", small, METHODS, (1, 2), dear),
+        "W3A3": rows("equal", small, METHODS, (3, 3), dear),
+        "float 20": starts(large, range(dear)),
+        "W2A2 20": rows("equal", large, LEADING, two, dear),
+        "W4A4 20": rows("equal", large, ["plain"], (4, 4), dear)
+        + rows("equal", large, [FLOAT], None, dear),
+    }
+
+
+def read(folder: Path, run: Run) -> dict | None:
+    """What a run gave, or None where it was not done.
+
+    Raises:
+        ValueError: if the file is not JSON.
+    """
+    path = folder / run.path
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"A result must be JSON: remove the file to run it again ({error}). "
+            f"Received: {str(path)!r}"
+        ) from error
+
+
+def write(path: Path, content: dict) -> None:
+    """Writes JSON under a temporary name, then renames."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    temporary.replace(path)
+
+
+def is_done(folder: Path, run: Run, settings: Settings) -> bool:
+    """Whether a run's file is there, and is of these settings.
+
+    Raises:
+        ValueError: if it is of other settings: they must not be mixed.
+    """
+    found = read(folder, run)
+    if found is None:
+        return False
+    if found["settings"] != settings.as_json():
+        raise ValueError(
+            "The results of a sweep must have the same settings: choose another "
+            f"--results_dir. Received: {str(folder / run.path)!r} with "
+            f"{found['settings']}"
+        )
+    return not run.is_start or (folder / start_file(run.network, run.seed)).exists()
+
+
+def tuned(folder: Path, settings: Settings) -> dict[str, float]:
+    """The learning rate of each method: the best on the held-out images.
+
+    The smaller one where two are equal; a diverged run counts as none.
+
+    Raises:
+        ValueError: if a run of the tuning is missing, or all of a method diverged.
+    """
+    best: dict[str, tuple[float, float]] = {}
+    for run in phases(settings)["tuning"]:
+        found = read(folder, run)
+        if found is None:
+            raise ValueError(
+                "The learning rates must have been tuned. "
+                f"Received: no file {str(folder / run.path)!r}"
+            )
+        if found["accuracy"] is None:
+            continue
+        score = (found["accuracy"], -run.learning_rate)
+        best[run.method] = max(score, best.get(run.method, score))
+    missing = {*METHODS, FLOAT} - set(best)
+    if missing:
+        raise ValueError(
+            "Each method must have a learning rate with which it does not diverge. "
+            f"Received: none for {sorted(missing)}"
+        )
+    return {method: -negative for method, (_, negative) in best.items()}
