@@ -23,6 +23,12 @@ EXTRAS = {
     "litert": ["ai-edge-litert>=2.1,<3"],
     # What the example programs log with; TensorFlow 2.21 no longer brings it.
     "examples": ["tensorboard>=2.20,<2.22"],
+    # The tables and plots of the accuracy benchmark.
+    "benchmarks": [
+        "matplotlib>=3.9,<4",
+        "scipy>=1.13,<2",
+        "tabulate>=0.9,<1",
+    ],
     "datasets": ["scikit-learn>=1.5,<2", "tensorflow-datasets>=4.9.9,<5"],
     "dev": [
         "hypothesis>=6.100,<7",

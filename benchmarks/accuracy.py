@@ -63,6 +63,8 @@ def perform_all(runs, settings, folder) -> None:
         RuntimeError: with what the process said, if a run fails.
     """
     left = [run for run in runs if not sweep.is_done(folder, run, settings)]
+    if not left:
+        return
     columns = (*rich.progress.Progress.get_default_columns(), MofNCompleteColumn())
     with (
         rich.progress.Progress(*columns) as bar,
@@ -113,9 +115,10 @@ def main(argv):
         epochs=FLAGS.epochs,
     )
     if FLAGS.report:
+        # Matplotlib takes a second to import: only where it is needed.
         import accuracy_report
 
-        accuracy_report.write(folder)
+        accuracy_report.write(folder, ROOT / "benchmarks" / "README.md")
         return
     every = sweep.phases(settings, FLAGS.seeds, FLAGS.dear_seeds)
     unknown = set(FLAGS.phases or []) - set(every)
@@ -125,6 +128,9 @@ def main(argv):
         )
     for name in FLAGS.phases or every:
         runs = every[name]
+        while name == "tuning" and (left := sweep.next_of_tuning(folder, settings)):
+            print(f"tuning: {len(left)} runs, and perhaps more", flush=True)
+            perform_all(left, settings, folder)
         if any(run.learning_rate is None for run in runs):
             runs = with_rates(runs, sweep.tuned(folder, settings))
         left = [run for run in runs if not sweep.is_done(folder, run, settings)]

@@ -40,9 +40,6 @@ def perform(
         data_dir: of the data set, or None for its default.
     """
     experiment.quiet()
-    # Two processes of one thread each do more than one of two.
-    tf.config.threading.set_intra_op_parallelism_threads(1)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
     keras.utils.set_random_seed(run.seed)
     data = load_data(run, settings, data_dir)
     model = models.get(
@@ -166,4 +163,7 @@ def load_start(model: keras.Model, path: Path) -> None:
 
 
 if __name__ == "__main__":
+    # Two processes of one thread each do more than one of two.
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
     perform(*pickle.load(sys.stdin.buffer))

@@ -8,22 +8,18 @@ step of the same round, with the smallest and the largest ratio beside it. A ste
 what `fit` runs: the model's own `train_function`, metrics included.
 """
 
-import json
 import os
-import time
-from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import numpy as np
 import rich.console
 import rich.table
+import stepping
 from absl import app, flags
 
 import tf_lowbit as tfl
 from tf_lowbit import models
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.report import environment
 
 FLAGS = flags.FLAGS
 
@@ -85,57 +81,18 @@ def variants() -> dict[str, keras.Model]:
     }
 
 
-def step_function(model):
-    """The step that `fit` runs, on one fixed batch."""
-    arguments = {}
-    if isinstance(model, tfl.LowBitTrainer) and model.trains_teacher:
-        arguments["teacher_optimizer"] = keras.optimizers.SGD(0.01, momentum=0.9)
-    model.compile(
-        keras.optimizers.SGD(0.01, momentum=0.9),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
-        **arguments,
-    )
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(FLAGS.batch_size, 32, 32, 3)).astype("float32")
-    y = rng.integers(10, size=FLAGS.batch_size)
-    batches = iter(tf.data.Dataset.from_tensors((x, y)).cache().repeat())
-    function = model.make_train_function()
-    return lambda: function(batches)
-
-
-def cpu_seconds(step) -> float:
-    """CPU time of a round, over all threads of the process."""
-    start = time.process_time()
-    for _ in range(FLAGS.steps):
-        step()["loss"].numpy()
-    return time.process_time() - start
-
-
 def measure() -> list[dict]:
     """For each comparison: names, median, least and largest ratio."""
-    steps = {name: step_function(model) for name, model in variants().items()}
-    rounds = [
-        {name: cpu_seconds(step) for name, step in steps.items()}
-        for _ in range(FLAGS.rounds + 1)
-    ][1:]
+    steps = {
+        name: stepping.step_function(model, FLAGS.batch_size)
+        for name, model in variants().items()
+    }
+    rounds = stepping.take_turns(steps, FLAGS.rounds, FLAGS.steps)
     for taken in rounds:
         for name, parts in SUMS.items():
             taken[name] = sum(taken[part] for part in parts)
     pairs = [(name, "float") for name in rounds[0] if name != "float"] + COMPARISONS
-    return [compare(rounds, name, other) for name, other in pairs]
-
-
-def compare(rounds, name, other) -> dict:
-    """Statistics of the ratio of two steps."""
-    ratios = np.array([taken[name] / taken[other] for taken in rounds])
-    return {
-        "step": name,
-        "relative to": other,
-        "median": round(float(np.median(ratios)), 3),
-        "least": round(float(ratios.min()), 3),
-        "largest": round(float(ratios.max()), 3),
-    }
+    return [stepping.compare(rounds, name, other) for name, other in pairs]
 
 
 def main(argv):
@@ -154,14 +111,7 @@ def main(argv):
         table.add_row(*(str(value) for value in figure.values()))
     rich.console.Console().print(table)
     if FLAGS.output:
-        own = FLAGS.get_key_flags_for_module(__name__)
-        result = {
-            "ratios": figures,
-            "settings": {flag.name: flag.value for flag in own},
-            **environment(),
-        }
-        Path(FLAGS.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(FLAGS.output).write_text(json.dumps(result, indent=2) + "\n")
+        stepping.write(FLAGS.output, {"ratios": figures}, __name__)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,10 @@ from pathlib import Path
 TUNING_SEED = 100
 FLOAT = "float"
 TUNED_AT = (2, 2)
+# The grid of learning rates. The tuning starts with two of them, and goes on in the
+# direction of the better one until the best stands between two others.
+RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+_FIRST_RATES = (0.03, 0.1)
 # Main table: equal total epochs; full epochs per stage; and the runs before them.
 PURPOSES = ("float", "tuning", "equal", "per_stage")
 
@@ -60,7 +64,6 @@ class Settings:
         float_epochs: of the float networks that all start from.
         epochs: of each low-bit training, over all its stages.
         float_learning_rate: of the float networks.
-        learning_rates: the grid of the tuning.
         batch_size: images in a batch.
         held_out: share of the training images that the tuning is measured on.
         ladder: rungs of the progressive methods.
@@ -72,7 +75,6 @@ class Settings:
     float_epochs: int = 8
     epochs: int = 4
     float_learning_rate: float = 0.1
-    learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1)
     batch_size: int = 128
     held_out: float = 0.1
     ladder: tuple[int, ...] = (8, 4, 2)
@@ -138,7 +140,7 @@ def phases(settings: Settings, seeds: int = 5, dear: int = 3) -> dict[str, list[
         dear: seeds of the other rows.
 
     Returns:
-        Name -> runs, their learning rates still to be set but in the first two.
+        Name -> runs, their learning rates still to be set but for the float networks.
     """
     small, large = "preact_resnet8", "preact_resnet20"
     two = (2, 2)
@@ -157,11 +159,6 @@ def phases(settings: Settings, seeds: int = 5, dear: int = 3) -> dict[str, list[
             for seed in seed_list
         ]
 
-    tuning = [
-        Run("tuning", small, method, bits, TUNING_SEED, settings.epochs, rate)
-        for method, bits in [*((m, TUNED_AT) for m in METHODS), (FLOAT, None)]
-        for rate in settings.learning_rates
-    ]
     per_stage = [
         run
         for method, count in STAGES.items()
@@ -172,7 +169,8 @@ def phases(settings: Settings, seeds: int = 5, dear: int = 3) -> dict[str, list[
     ]
     return {
         "float": starts(small, [TUNING_SEED, *range(seeds)]),
-        "tuning": tuning,
+        # Each run of it says which come next: `next_of_tuning`.
+        "tuning": [],
         "W2A2": rows("equal", small, METHODS, two, seeds)
         + rows("equal", small, [FLOAT], None, seeds),
         "per stage": per_stage,
@@ -230,30 +228,71 @@ def is_done(folder: Path, run: Run, settings: Settings) -> bool:
     return not run.is_start or (folder / start_file(run.network, run.seed)).exists()
 
 
+def tuning(folder: Path, settings: Settings) -> dict[str, dict[float, float | None]]:
+    """Accuracy on the held-out images, None where it diverged, by method and rate."""
+    return {
+        method: {
+            rate: found["accuracy"]
+            for rate in RATES
+            if (found := read(folder, tuning_run(method, rate, settings))) is not None
+        }
+        for method in (*METHODS, FLOAT)
+    }
+
+
+def tuning_run(method: str, rate: float, settings: Settings) -> Run:
+    """A method's run with a learning rate of the grid."""
+    bits = None if method == FLOAT else TUNED_AT
+    network = "preact_resnet8"
+    epochs = settings.epochs
+    return Run("tuning", network, method, bits, TUNING_SEED, epochs, rate)
+
+
+def next_of_tuning(folder: Path, settings: Settings) -> list[Run]:
+    """The runs that the tuning still needs, as far as is known; none when it is done.
+
+    For each method the first two rates, then the next one beyond the best, until the
+    best is none of the outermost that were tried, or there is no rate beyond.
+    """
+    return [
+        tuning_run(method, rate, settings)
+        for method, scores in tuning(folder, settings).items()
+        for rate in next_rates(scores)
+    ]
+
+
+def next_rates(scores: dict[float, float | None]) -> list[float]:
+    """The learning rates to try after those that have been.
+
+    Args:
+        scores: accuracy by rate, None where it diverged.
+    """
+    missing = [rate for rate in _FIRST_RATES if rate not in scores]
+    if missing:
+        return missing
+    here = RATES.index(best_rate(scores))
+    beside = RATES[max(0, here - 1) : here + 2]
+    return [rate for rate in beside if rate not in scores]
+
+
+def best_rate(scores: dict[float, float | None]) -> float:
+    """The rate of the best accuracy; the smaller of equals, and never a diverged one.
+
+    The least rate where all diverged.
+    """
+    return min(scores, key=lambda rate: (-(scores[rate] or 0.0), rate))
+
+
 def tuned(folder: Path, settings: Settings) -> dict[str, float]:
     """The learning rate of each method: the best on the held-out images.
 
-    The smaller one where two are equal; a diverged run counts as none.
-
     Raises:
-        ValueError: if a run of the tuning is missing, or all of a method diverged.
+        ValueError: if the tuning is not done.
     """
-    best: dict[str, tuple[float, float]] = {}
-    for run in phases(settings)["tuning"]:
-        found = read(folder, run)
-        if found is None:
-            raise ValueError(
-                "The learning rates must have been tuned. "
-                f"Received: no file {str(folder / run.path)!r}"
-            )
-        if found["accuracy"] is None:
-            continue
-        score = (found["accuracy"], -run.learning_rate)
-        best[run.method] = max(score, best.get(run.method, score))
-    missing = {*METHODS, FLOAT} - set(best)
+    missing = next_of_tuning(folder, settings)
     if missing:
         raise ValueError(
-            "Each method must have a learning rate with which it does not diverge. "
-            f"Received: none for {sorted(missing)}"
+            "The learning rates must have been tuned. "
+            f"Received: no file {str(folder / missing[0].path)!r}"
         )
-    return {method: -negative for method, (_, negative) in best.items()}
+    return {m: best_rate(scores) for m, scores in tuning(folder, settings).items()}

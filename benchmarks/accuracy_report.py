@@ -1,0 +1,401 @@
+"""Tables and plots of the accuracy sweep, drawn from its files alone."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib
+import matplotlib.figure
+import numpy as np
+import scipy.stats
+import sweep
+import tabulate
+
+CONFIDENCE = 0.95
+BITS = ((4, 4), (3, 3), (2, 2), (1, 2))
+SMALL, LARGE = "preact_resnet8", "preact_resnet20"
+_NOTHING = "—"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The runs of one method that differ in their seed only.
+
+    Attributes:
+        accuracies: final test accuracy in percent, by seed.
+        cpu_seconds: of the training, by seed.
+        weight_bytes: of the network at its final bits.
+        bops: likewise.
+    """
+
+    accuracies: dict[int, float]
+    cpu_seconds: dict[int, float]
+    weight_bytes: int
+    bops: int
+
+    @property
+    def mean(self) -> float:
+        """Mean accuracy in percent."""
+        return float(np.mean(list(self.accuracies.values())))
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean; NaN with one seed."""
+        return standard_error(list(self.accuracies.values()))
+
+
+def standard_error(values: list[float]) -> float:
+    """Of the mean: the sample's deviation over the root of its size."""
+    if len(values) < 2:
+        return math.nan
+    return float(np.std(values, ddof=1) / math.sqrt(len(values)))
+
+
+def paired(row: Row, other: Row) -> tuple[float, float]:
+    """Difference of two rows, seed by seed.
+
+    Args:
+        row: minuend.
+        other: subtrahend.
+
+    Returns:
+        Mean difference in points, and the half width of its 95 % confidence interval
+        after Student's t over the seeds that both have; NaN with less than two.
+    """
+    seeds = sorted(set(row.accuracies) & set(other.accuracies))
+    if not seeds:
+        return math.nan, math.nan
+    differences = [row.accuracies[s] - other.accuracies[s] for s in seeds]
+    quantile = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(seeds) - 1)
+    return float(np.mean(differences)), quantile * standard_error(differences)
+
+
+def cost_ratio(row: Row, other: Row) -> float:
+    """CPU time of the training relative to another row's, the median over seeds."""
+    seeds = sorted(set(row.cpu_seconds) & set(other.cpu_seconds))
+    if not seeds:
+        return math.nan
+    return float(np.median([row.cpu_seconds[s] / other.cpu_seconds[s] for s in seeds]))
+
+
+def rows(folder: Path) -> dict[tuple, Row]:
+    """All reported runs, by (purpose, network, method, bits, epochs).
+
+    Raises:
+        ValueError: if runs of other settings are among them, or one diverged.
+    """
+    found: dict[tuple, list[dict]] = {}
+    settings = None
+    for path in sorted(folder.glob("*/*/*.json")):
+        run = json.loads(path.read_text())
+        if settings not in (None, run["settings"]):
+            raise ValueError(
+                "The runs of a table must have the same settings. Received: "
+                f"{str(path)!r} with {run['settings']}, others with {settings}"
+            )
+        settings = run["settings"]
+        if run["measured_on"] != "test":
+            continue
+        if run["accuracy"] is None:
+            raise ValueError(
+                f"A reported run must not diverge. Received: {str(path)!r}, "
+                f"{run['diverged']}"
+            )
+        bits = run["bits"] and tuple(run["bits"])
+        key = (run["purpose"], run["network"], run["method"], bits, run["epochs"])
+        found.setdefault(key, []).append(run)
+    return {
+        key: Row(
+            {run["seed"]: 100 * run["accuracy"] for run in runs},
+            {run["seed"]: run["cpu_seconds"] for run in runs},
+            runs[0]["weight_bytes"],
+            runs[0]["bops"],
+        )
+        for key, runs in found.items()
+    }
+
+
+def settings_of(folder: Path) -> sweep.Settings:
+    """The settings that the files of a sweep were made with."""
+    path = next(iter(sorted(folder.glob("*/*/*.json"))))
+    found = json.loads(path.read_text())["settings"]
+    lists = {name: tuple(v) for name, v in found.items() if isinstance(v, list)}
+    return sweep.Settings(**{**found, **lists})
+
+
+def label(bits) -> str:
+    """Bits as they are written in the field; "float" for none."""
+    return "float" if bits is None else f"W{bits[0]}A{bits[1]}"
+
+
+def tables(folder: Path) -> dict[str, str]:
+    """The tables in Markdown, by the name that their place in the README has.
+
+    What was not run is left out, or shown as a dash.
+    """
+    found, settings = rows(folder), settings_of(folder)
+    return {
+        "W2A2": equal_table(found, settings, SMALL, (2, 2)),
+        "bits": bits_table(found, settings),
+        "per stage": per_stage_table(found, settings),
+        "ResNet-20": large_table(found, settings),
+        "tuning": tuning_table(folder, settings),
+    }
+
+
+def _table(headers: list[str], lines: Iterable[list]) -> str:
+    lines = list(lines)
+    if not lines:
+        return "Not run yet."
+    align = ["left", *["right"] * (len(headers) - 1)]
+    return tabulate.tabulate(
+        lines, headers, tablefmt="github", disable_numparse=True, colalign=align
+    )
+
+
+def _accuracy(row: Row | None) -> str:
+    if row is None:
+        return _NOTHING
+    return f"{row.mean:.2f}" + ("" if math.isnan(row.error) else f" ± {row.error:.2f}")
+
+
+def _difference(row: Row | None, other: Row | None) -> str:
+    if row is None or other is None or row is other:
+        return _NOTHING
+    mean, half = paired(row, other)
+    if math.isnan(half):
+        return _NOTHING if math.isnan(mean) else f"{mean:+.2f}"
+    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+
+
+def _ratio(row: Row, other: Row | None) -> str:
+    ratio = math.nan if other is None else cost_ratio(row, other)
+    return _NOTHING if math.isnan(ratio) else f"{ratio:.2f}"
+
+
+def equal_table(found, settings, network, bits) -> str:
+    """All methods with the same total of epochs."""
+    named = [
+        (sweep.FLOAT, "float", None, settings.float_epochs, "float, the start"),
+        (sweep.FLOAT, "equal", None, settings.epochs, "float, trained on as long"),
+        *((m, "equal", bits, settings.epochs, m) for m in sweep.METHODS),
+    ]
+    plain = found.get(("equal", network, "plain", bits, settings.epochs))
+    lines = []
+    for method, purpose, wanted, epochs, name in named:
+        row = found.get((purpose, network, method, wanted, epochs))
+        if row is not None:
+            lines.append(
+                [
+                    name,
+                    str(len(row.accuracies)),
+                    _accuracy(row),
+                    _difference(row, plain),
+                    _ratio(row, plain) if purpose == "equal" else _NOTHING,
+                ]
+            )
+    return _table(["method", "seeds", "accuracy, %", "against plain", "CPU"], lines)
+
+
+def bits_table(found, settings) -> str:
+    """Methods by bit-widths."""
+    lines = []
+    for method in sweep.METHODS:
+        cells = [
+            found.get(("equal", SMALL, method, bits, settings.epochs)) for bits in BITS
+        ]
+        if any(cells):
+            lines.append([method, *map(_accuracy, cells)])
+    return _table(["method", *map(label, BITS)], lines)
+
+
+def per_stage_table(found, settings) -> str:
+    """Full epochs for each stage, beside plain training that is as long."""
+    plain = found.get(("equal", SMALL, "plain", (2, 2), settings.epochs))
+    lines = []
+    for method, count in sweep.STAGES.items():
+        epochs = count * settings.epochs
+        row = found.get(("per_stage", SMALL, method, (2, 2), epochs))
+        long = found.get(("per_stage", SMALL, "plain", (2, 2), epochs))
+        for name, each in ((method, row), (f"plain, {epochs} epochs", long)):
+            if each is not None:
+                lines.append(
+                    [
+                        name,
+                        str(epochs),
+                        str(len(each.accuracies)),
+                        _accuracy(each),
+                        _difference(each, plain),
+                        _difference(each, long),
+                        _ratio(each, plain),
+                    ]
+                )
+    headers = ["method", "epochs", "seeds", "accuracy, %"]
+    headers += [f"against plain, {settings.epochs} epochs", "against plain, as long"]
+    return _table([*headers, "CPU"], lines)
+
+
+def large_table(found, settings) -> str:
+    """The larger network."""
+    lines = []
+    for bits in BITS:
+        plain = found.get(("equal", LARGE, "plain", bits, settings.epochs))
+        for method in sweep.METHODS:
+            row = found.get(("equal", LARGE, method, bits, settings.epochs))
+            if row is not None:
+                lines.append(
+                    [
+                        f"{label(bits)}, {method}",
+                        str(len(row.accuracies)),
+                        _accuracy(row),
+                        _difference(row, plain),
+                    ]
+                )
+    for purpose, epochs, name in (
+        ("equal", settings.epochs, "float, trained on as long"),
+        ("float", settings.float_epochs, "float, the start"),
+    ):
+        row = found.get((purpose, LARGE, sweep.FLOAT, None, epochs))
+        if row is not None:
+            count = str(len(row.accuracies))
+            lines.insert(0, [name, count, _accuracy(row), _NOTHING])
+    return _table(["network", "seeds", "accuracy, %", "against plain"], lines)
+
+
+def tuning_table(folder: Path, settings: sweep.Settings) -> str:
+    """Accuracy on the held-out images by learning rate; the best in bold."""
+    found = {
+        m: scores for m, scores in sweep.tuning(folder, settings).items() if scores
+    }
+    rates = sorted({rate for scores in found.values() for rate in scores})
+    lines = []
+    for method, scores in found.items():
+        best = sweep.best_rate(scores)
+        cells = []
+        for rate in rates:
+            if rate not in scores:
+                cells.append(_NOTHING)
+            elif scores[rate] is None:
+                cells.append("diverged")
+            else:
+                text = f"{100 * scores[rate]:.2f}"
+                cells.append(f"**{text}**" if rate == best else text)
+        lines.append([method, *cells])
+    return _table(["method", *(f"{rate:g}" for rate in rates)], lines)
+
+
+def replaced(text: str, made: dict[str, str]) -> str:
+    """A Markdown text with each table between its two marks.
+
+    The marks are `<!-- accuracy: NAME -->` and `<!-- end -->`.
+
+    Raises:
+        ValueError: if a mark is missing.
+    """
+    for name, table in made.items():
+        start, end = f"<!-- accuracy: {name} -->\n", "<!-- end -->"
+        head, found, rest = text.partition(start)
+        _, closed, tail = rest.partition(end)
+        if not found or not closed:
+            raise ValueError(f"The text must have the marks {start!r}, {end!r}.")
+        text = f"{head}{start}\n{table}\n\n{end}{tail}"
+    return text
+
+
+def plots(folder: Path) -> dict:
+    """Matplotlib figures by file name; without those that there is no run for yet."""
+    found, settings = rows(folder), settings_of(folder)
+    # Equal figures give equal files.
+    matplotlib.rcParams["svg.hashsalt"] = "tf_lowbit"
+    cost = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
+    _plot_cost(cost.subplots(), found, settings)
+    bits = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
+    _plot_bits(bits.subplots(), found, settings)
+    figures = {"accuracy_cost.svg": cost, "accuracy_bits.svg": bits}
+    return {name: made for name, made in figures.items() if made.axes[0].has_data()}
+
+
+def _plot_cost(axes, found, settings):
+    """W2A2: what the training costs, and what it comes to."""
+    plain = found.get(("equal", SMALL, "plain", (2, 2), settings.epochs))
+    if plain is None:
+        return
+    markers = {"equal": "o", "per_stage": "s"}
+    names = {"equal": "equal total of epochs", "per_stage": "full epochs per stage"}
+    colors = dict(zip(sweep.METHODS, matplotlib.colormaps["tab10"].colors, strict=True))
+    for (purpose, network, method, bits, epochs), row in found.items():
+        if network != SMALL or bits != (2, 2):
+            continue
+        axes.errorbar(
+            cost_ratio(row, plain),
+            row.mean,
+            yerr=None if math.isnan(row.error) else row.error,
+            marker=markers[purpose],
+            color=colors[method],
+            capsize=3,
+        )
+        axes.annotate(
+            method if purpose == "equal" else f"{method}, {epochs} epochs",
+            (cost_ratio(row, plain), row.mean),
+            xytext=(6, 4),
+            textcoords="offset points",
+            fontsize=8,
+        )
+    float_row = found.get(("equal", SMALL, sweep.FLOAT, None, settings.epochs))
+    if float_row is not None:
+        axes.axhline(float_row.mean, color="black", linestyle="--", linewidth=1)
+        axes.annotate(
+            "float, trained on as long",
+            (1.0, float_row.mean),
+            xycoords=("axes fraction", "data"),
+            xytext=(-4, 4),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+        )
+    for purpose, marker in markers.items():
+        axes.plot([], [], marker, color="gray", label=names[purpose])
+    axes.set_xscale("log")
+    axes.set_xlabel("CPU time of the training, relative to plain")
+    axes.set_ylabel("test accuracy, %")
+    axes.set_title("ResNet-8, W2A2, Fashion-MNIST: mean and standard error over seeds")
+    axes.legend(fontsize=8)
+
+
+def _plot_bits(axes, found, settings):
+    """What the bits cost in accuracy, by method."""
+    for method in sweep.METHODS:
+        here = {
+            bits: found[key]
+            for bits in BITS
+            if (key := ("equal", SMALL, method, bits, settings.epochs)) in found
+        }
+        if len(here) < 2:
+            continue
+        axes.errorbar(
+            [row.bops / 1e6 for row in here.values()],
+            [row.mean for row in here.values()],
+            yerr=[0 if math.isnan(r.error) else r.error for r in here.values()],
+            marker="o",
+            markersize=4,
+            capsize=3,
+            linewidth=1,
+            label=method,
+        )
+    axes.set_xlabel("million bit operations per image (float first and last layer)")
+    axes.set_ylabel("test accuracy, %")
+    axes.set_title("ResNet-8 by bit-width: mean and standard error over seeds")
+    if axes.has_data():
+        axes.legend(fontsize=8, ncols=2)
+
+
+def write(folder: Path, readme: Path) -> None:
+    """Writes the tables into the README and the plots beside the results."""
+    text = replaced(readme.read_text(), tables(folder))
+    temporary = readme.with_name(f".{readme.name}.partial")
+    temporary.write_text(text)
+    temporary.replace(readme)
+    for name, figure in plots(folder).items():
+        figure.savefig(folder / name, metadata={"Date": None})

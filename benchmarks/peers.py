@@ -1,0 +1,214 @@
+"""This library against TF-MOT, QKeras, Larq and TFLite's post-training int8.
+
+  python benchmarks/peers.py --setup
+
+makes a virtual environment with all of them. Then
+
+  python benchmarks/peers.py
+
+trains the same networks from the same float weights with each of them, converts what
+they trained, and measures what a training step costs in time and memory. The same
+command goes on where it was interrupted: each finished run is a JSON file in
+--results_dir. What accuracy.py has trained already is copied from --sweep_dir.
+
+  python benchmarks/peers.py --report
+
+prints the tables of what there is.
+"""
+
+import concurrent.futures
+import os
+import pickle
+import subprocess
+import time
+from pathlib import Path
+
+import peers_plan
+import peers_setup
+import rich.progress
+import sweep
+from absl import app, flags
+
+# The CIFAR ResNet-20 of step_cost.py.
+NETWORK = {"depth": 20, "width": 16, "batch_size": 128}
+# Steps of a process whose memory is measured: the peak comes with the first ones.
+MEMORY_STEPS = 5
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_bool("setup", False, "Make the environment; run nothing.")
+flags.DEFINE_bool("report", False, "Print the tables; run nothing.")
+flags.DEFINE_string("environment", peers_setup.FOLDER, "Folder that --setup makes.")
+flags.DEFINE_string("results_dir", "benchmarks/results/peers", "One file a run.")
+flags.DEFINE_string(
+    "sweep_dir", "benchmarks/results/accuracy", "Results of accuracy.py."
+)
+flags.DEFINE_multi_enum(
+    "phase", list(peers_plan.PHASES), list(peers_plan.PHASES), "Which phases."
+)
+flags.DEFINE_multi_enum(
+    "network",
+    list(peers_plan.NETWORKS[:1]),
+    list(peers_plan.NETWORKS),
+    "Which networks; the second is what TF-MOT takes without being told each tensor.",
+)
+flags.DEFINE_integer("workers", 2, "Trainings at a time, of one thread each.")
+flags.DEFINE_integer("seeds", 3, "Seeds of each training.")
+flags.DEFINE_string("data_dir", None, "Folder of the data; empty for the default.")
+flags.DEFINE_integer("rounds", 7, "Turns of each step that count, in the step cost.")
+flags.DEFINE_integer("steps", 3, "Steps in a round of the step cost.")
+flags.DEFINE_integer("repeats", 3, "Processes of each variant that measure memory.")
+_DEFAULTS = sweep.Settings()
+flags.DEFINE_string("dataset", _DEFAULTS.dataset, "What to train on.")
+flags.DEFINE_integer("limit", _DEFAULTS.limit, "Use only so many examples.")
+flags.DEFINE_integer("width", _DEFAULTS.width, "Channels of the first stage.")
+flags.DEFINE_integer("float_epochs", _DEFAULTS.float_epochs, "Of the float networks.")
+flags.DEFINE_integer("epochs", _DEFAULTS.epochs, "Of the low-bit ones.")
+
+
+def in_process(program: str, arguments: list, variables: dict | None = None) -> None:
+    """Runs one of the programs beside this one, in the peers' environment.
+
+    A process that dies (killed for memory, say) is tried once more.
+
+    Args:
+        program: its file's name.
+        arguments: pickled to its standard input.
+        variables: of its process environment; this process's without them.
+
+    Raises:
+        RuntimeError: with what it said, if it fails.
+        ValueError: if there is no such environment.
+    """
+    python = peers_setup.python_of(Path(FLAGS.environment).absolute())
+    for attempt in (1, 2):
+        done = subprocess.run(
+            [python, Path(__file__).with_name(program)],
+            input=pickle.dumps(arguments),
+            env=variables,
+            capture_output=True,
+            check=False,
+        )
+        if done.returncode == 0:
+            return
+        if done.returncode > 0 or attempt == 2:
+            raise RuntimeError(
+                f"A run must end without an error. Received: {arguments}, exit status "
+                f"{done.returncode}:\n{done.stderr.decode(errors='replace')[-3000:]}"
+            )
+
+
+def train_all(phase: str, settings: sweep.Settings, folder: Path) -> None:
+    """Trains what a phase lacks."""
+    if phase == "tuning":
+        # What comes next depends on what the last ones gave.
+        while runs := peers_plan.next_of_tuning(folder, settings, FLAGS.network):
+            train(phase, runs, settings, folder)
+    else:
+        runs = peers_plan.trainings(phase, settings, FLAGS.seeds, FLAGS.network)
+        train(phase, runs, settings, folder)
+
+
+def train(
+    phase: str, runs: list[sweep.Run], settings: sweep.Settings, folder: Path
+) -> None:
+    """Trains those of a phase's runs that nobody has done yet, several at a time."""
+    for run in runs:
+        peers_plan.adopt(run, settings, Path(FLAGS.sweep_dir), folder)
+    left = [run for run in runs if not sweep.is_done(folder, run, settings)]
+    print(f"{phase}: {len(runs)} runs, {len(left)} of them to do", flush=True)
+    if phase in ("equal", "deployment"):
+        left = [peers_plan.with_rate(folder, settings, run) for run in left]
+    tasks = {
+        str(run.path): ["peers_run.py", [run, settings, folder, FLAGS.data_dir]]
+        for run in left
+    }
+    perform(tasks, FLAGS.workers)
+
+
+def measure_steps(folder: Path) -> None:
+    """Measures the steps' CPU time with and without oneDNN, one after the other."""
+    settings = {**NETWORK, "rounds": FLAGS.rounds, "steps": FLAGS.steps}
+    tasks = {}
+    for onednn in peers_plan.ONEDNN:
+        path = folder / peers_plan.step_cost_file(onednn)
+        if not path.exists():
+            arguments = ["step cost", path, settings]
+            tasks[str(path)] = ["peers_cost.py", arguments, variables(onednn)]
+    perform(tasks, 1)
+
+
+def measure_memory(folder: Path) -> None:
+    """Measures the peak memory of each variant, in processes of its own."""
+    settings = {**NETWORK, "steps": MEMORY_STEPS}
+    tasks = {}
+    for repeat in range(FLAGS.repeats):
+        for variant in peers_plan.MEASURED:
+            path = folder / peers_plan.memory_file(variant, repeat)
+            if not path.exists():
+                arguments = ["memory", path, settings, variant]
+                tasks[str(path)] = ["peers_cost.py", arguments, variables("default")]
+    perform(tasks, 1)
+
+
+def variables(onednn: str) -> dict[str, str]:
+    """The environment variables of a process with oneDNN asked for, or not."""
+    found = {k: v for k, v in os.environ.items() if k != "TF_ENABLE_ONEDNN_OPTS"}
+    return found if onednn == "default" else {**found, "TF_ENABLE_ONEDNN_OPTS": onednn}
+
+
+def perform(tasks: dict[str, list], workers: int) -> None:
+    """Runs tasks, each in a process of its own.
+
+    Args:
+        tasks: what to show -> arguments of `in_process`.
+        workers: how many at a time.
+    """
+    with (
+        rich.progress.Progress() as bar,
+        concurrent.futures.ThreadPoolExecutor(workers) as pool,
+    ):
+        shown = bar.add_task(f"{len(tasks)} runs", total=len(tasks))
+        futures = {pool.submit(in_process, *task): name for name, task in tasks.items()}
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
+                bar.advance(shown)
+                if not bar.console.is_terminal:
+                    print(time.strftime("%H:%M:%S"), futures[future], flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def main(argv):
+    """Sets up, prints, or runs what is missing."""
+    if len(argv) > 1:
+        raise app.UsageError(f"Received: arguments that are no flags: {argv[1:]}")
+    folder = Path(FLAGS.results_dir).absolute()
+    if FLAGS.setup:
+        peers_setup.set_up(Path(FLAGS.environment).absolute())
+        return
+    if FLAGS.report:
+        import peers_report
+
+        for name, table in peers_report.tables(folder).items():
+            print(f"### {name}\n\n{table}\n")
+        return
+    settings = sweep.Settings(
+        dataset=FLAGS.dataset,
+        limit=FLAGS.limit,
+        width=FLAGS.width,
+        float_epochs=FLAGS.float_epochs,
+        epochs=FLAGS.epochs,
+    )
+    measurements = {"step cost": measure_steps, "memory": measure_memory}
+    for phase in FLAGS.phase:
+        if phase in measurements:
+            measurements[phase](folder)
+        else:
+            train_all(phase, settings, folder)
+
+
+if __name__ == "__main__":
+    app.run(main)

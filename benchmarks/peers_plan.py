@@ -1,0 +1,176 @@
+"""What `peers.py` runs, in which order, and its files; nothing here needs TensorFlow.
+
+A training is a `sweep.Run` whose method is one of `PEERS` or of `OURS`; its file is
+where `sweep.Run.path` says, in the folder of results.
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import sweep
+
+# Key -> what tables call it. "tfmot" annotates as its guide says; "tfmot_by_hand" names
+# each tensor, so that it quantizes what the others quantize.
+PEERS = {
+    "tfmot": "TF-MOT n-bit",
+    "tfmot_by_hand": "TF-MOT n-bit, by hand",
+    "qkeras": "QKeras",
+    "larq": "Larq DoReFa",
+}
+# Keys of `sweep.METHODS`.
+OURS = {"plain": "tf_lowbit DoReFa", "LSQ": "tf_lowbit LSQ"}
+# Ours with first and last layer and residual sums at 8 bits: trained as its file is.
+FOR_FILE = "for_file"
+POST_TRAINING = "tflite_int8"
+NAMES = {
+    **OURS,
+    FOR_FILE: "tf_lowbit DoReFa, 8-bit edges",
+    **PEERS,
+    POST_TRAINING: "TFLite post-training int8",
+}
+# The distribution whose version is written beside a peer's results.
+PACKAGES = {
+    "tfmot": "tensorflow-model-optimization",
+    "tfmot_by_hand": "tensorflow-model-optimization",
+    "qkeras": "qkeras",
+    "larq": "larq",
+}
+NETWORKS = ("preact_resnet8", "plain_cnn")
+BITS = ((2, 2), (4, 4))
+PHASES = ("float", "tuning", "equal", "deployment", "step cost", "memory")
+# Of step cost and memory: TF-MOT as its guide says refuses that network.
+MEASURED = ("float", "plain", "LSQ", "tfmot_by_hand", "qkeras", "larq")
+ONEDNN = ("default", "1")
+
+
+def trainings(
+    phase: str, settings: sweep.Settings, seeds: int, networks: Sequence[str] = NETWORKS
+) -> list[sweep.Run]:
+    """The trainings of a phase; those of the tuning are `next_of_tuning`'s.
+
+    Args:
+        phase: "float", "equal" or "deployment".
+        settings: of all runs.
+        seeds: that accuracy is measured with.
+        networks: some of `NETWORKS`.
+
+    Returns:
+        The runs; but for the float networks' their learning rates are still to be set.
+    """
+
+    def runs(methods, bits, seed_list, epochs=settings.epochs, rate=None):
+        return [
+            sweep.Run(phase, network, method, pair, seed, epochs, rate)
+            for network in networks
+            for seed in seed_list
+            for pair in bits
+            for method in methods
+        ]
+
+    if phase == "float":
+        every = [sweep.TUNING_SEED, *range(seeds)]
+        rate = settings.float_learning_rate
+        return runs([sweep.FLOAT], [None], every, settings.float_epochs, rate)
+    if phase == "equal":
+        return runs([*OURS, *PEERS], BITS, range(seeds))
+    # Post-training quantization trains nothing: its files are cheap.
+    post_training = runs([POST_TRAINING], [(8, 8)], range(seeds), 0)
+    return runs([*OURS, FOR_FILE], BITS, [0]) + post_training
+
+
+def next_of_tuning(
+    folder: Path, settings: sweep.Settings, networks: Sequence[str] = NETWORKS
+) -> list[sweep.Run]:
+    """The runs that the tuning still needs, as far as is known; none when it is done.
+
+    All are tuned at `sweep.TUNED_AT`, in the way of the sweep.
+
+    Args:
+        folder: of the results.
+        settings: of all runs.
+        networks: some of `NETWORKS`.
+    """
+    return [
+        _tuning_run(network, method, rate, settings)
+        for network in networks
+        for method in (*OURS, *PEERS)
+        for rate in _next_rates(_tuning(folder, network, method, settings))
+    ]
+
+
+def _tuning_run(network, method, rate, settings) -> sweep.Run:
+    run = sweep.tuning_run(method, rate, settings)
+    return dataclasses.replace(run, network=network)
+
+
+def _tuning(folder, network, method, settings) -> dict[float, dict]:
+    """What the runs of a tuning gave, by learning rate."""
+    every = {
+        rate: sweep.read(folder, _tuning_run(network, method, rate, settings))
+        for rate in sweep.RATES
+    }
+    return {rate: found for rate, found in every.items() if found is not None}
+
+
+def _next_rates(tuning: dict[float, dict]) -> list[float]:
+    if any(found.get("refused") for found in tuning.values()):
+        return []  # Another learning rate would not change that.
+    return sweep.next_rates(_scores(tuning))
+
+
+def _scores(tuning: dict[float, dict]) -> dict[float, float | None]:
+    return {rate: found["accuracy"] for rate, found in tuning.items()}
+
+
+def with_rate(folder: Path, settings: sweep.Settings, run: sweep.Run) -> sweep.Run:
+    """A run with the learning rate that was best on the held-out images.
+
+    Args:
+        folder: of the results.
+        settings: of all runs.
+        run: of the phases "equal" or "deployment".
+
+    Raises:
+        ValueError: if the tuning is not done.
+    """
+    if run.method == POST_TRAINING:
+        return dataclasses.replace(run, learning_rate=0.0)
+    method = "plain" if run.method == FOR_FILE else run.method
+    tuning = _tuning(folder, run.network, method, settings)
+    missing = _next_rates(tuning)
+    if missing:
+        path = _tuning_run(run.network, method, missing[0], settings).path
+        raise ValueError(
+            "The learning rates must have been tuned. "
+            f"Received: no file {str(folder / path)!r}"
+        )
+    return dataclasses.replace(run, learning_rate=sweep.best_rate(_scores(tuning)))
+
+
+def adopt(run: sweep.Run, settings: sweep.Settings, source: Path, folder: Path) -> None:
+    """Copies what the accuracy sweep has of a run, unless it is there already.
+
+    Raises:
+        ValueError: if either is of other settings.
+    """
+    if sweep.is_done(folder, run, settings) or not sweep.is_done(source, run, settings):
+        return
+    paths = [run.path]
+    if run.is_start:
+        paths.append(sweep.start_file(run.network, run.seed))
+    # The JSON file last: it says that the run is done.
+    for path in reversed(paths):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / path, folder / path)
+
+
+def step_cost_file(onednn: str) -> Path:
+    """Of the ratios of steps, in the folder of results."""
+    return Path("step_cost", f"onednn-{onednn}.json")
+
+
+def memory_file(variant: str, repeat: int) -> Path:
+    """Of one process's peak memory, in the folder of results."""
+    return Path("memory", f"{variant.lower()}-{repeat}.json")
