@@ -53,8 +53,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/$(NAME).py $(ARGS)
 else
 bench:
-	@for f in benchmarks/[!_]*.py; do \
-	  test -f "$$f" || { echo "There are no benchmarks yet."; break; }; \
+	@for f in $$(grep -l 'app\.run(main)' benchmarks/*.py); do \
 	  printf 'make bench NAME=%-20s %s\n' "$$(basename "$$f" .py)" \
 	    "$$(sed -n '1s/^[rR]*"""//;1s/"""$$//;1p' "$$f")"; \
 	done

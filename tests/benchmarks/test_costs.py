@@ -12,6 +12,12 @@ BASE = {"batch": 2, "width": 4, "depth": 8, "input": 12}
 PROGRAMS = {
     "scaling": "--rounds=1 --batch=3 --width=5 --depth= --input=16",
     "input_pipeline": "--rounds=1 --steps=1 --batch_size=2 --dataset=digits,cifar10",
+    "startup": "--rounds=1 --depth=8 --batch_size=2",
+}
+BEFORE = {
+    "scaling": f"program.BASE = {BASE}; program._MOST_PIXELS = 300",
+    # In this process: nothing is asked here of how long the import takes.
+    "startup": "program.in_process = program.once",
 }
 
 
@@ -22,13 +28,10 @@ def measured(tmp_path_factory):
     for name, arguments in PROGRAMS.items():
         folder = tmp_path_factory.mktemp(name)
         command = [*arguments.split(), "--output=new/figures.json"]
-        before = (
-            f"program.BASE = {BASE}; program._MOST_PIXELS = 300"
-            if name == "scaling"
-            else ""
-        )
         runs = {"run": (folder, command)}
-        ran, _ = programs.run_each(name, runs, before, folder="benchmarks")
+        ran, _ = programs.run_each(
+            name, runs, BEFORE.get(name, ""), folder="benchmarks"
+        )
         code, error, shown = ran["run"]
         assert code == 0, error
         found[name] = shown, json.loads((folder / "new" / "figures.json").read_text())
@@ -75,3 +78,17 @@ def test_says_with_what_it_was_measured(measured, name):
     assert result["settings"]["rounds"] == 1
     assert result["versions"] == environment()["versions"]
     assert "output" not in result["settings"]
+
+
+def test_startup_is_told_by_part_and_relative_to_float(measured):
+    shown, result = measured["startup"]
+    assert [found["step"] for found in result["startup"]] == ["float", "W2A2", "SP+JKD"]
+    base = result["startup"][0]["to_first_step"]
+    for found, cells in zip(result["startup"], rows(shown), strict=True):
+        parts = found["cpu_seconds"]
+        assert list(parts) == ["import", "build", "first step", "second step"]
+        total = sum(parts.values()) - parts["second step"]
+        assert found["to_first_step"] == pytest.approx(total)
+        assert found["median"] == pytest.approx(total / base, abs=1e-3)
+        assert cells[0] == found["step"]
+        assert cells[-1] == f"{found['median']:.2f}"
