@@ -14,7 +14,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import rich.progress
@@ -81,6 +81,7 @@ def stages_for(
     decay: str,
     ladder: tuple[int, ...],
     last_only: bool = False,
+    milestones: Sequence[float] = STEP_MILESTONES,
 ) -> list[tfl.Stage]:
     """The stages of a method, with a given total of epochs.
 
@@ -93,6 +94,7 @@ def stages_for(
         ladder: bit-widths of the progressive methods.
         last_only: whether "ts+pq" takes weights and activations apart only at the
             last rung.
+        milestones: of the decay "step", as in `Stage`; shares of every stage.
 
     Raises:
         ValueError: if the method is unknown or has more stages than epochs.
@@ -100,10 +102,14 @@ def stages_for(
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}. Received: {method!r}")
     if method in ("plain", "sp"):
-        return [tfl.Stage(epochs, *bits, learning_rate, decay)]
+        return [tfl.Stage(epochs, *bits, learning_rate, decay, milestones)]
+    rate = {
+        "learning_rate": learning_rate,
+        "decay": decay,
+        "milestones": milestones,
+    }
 
     def made(epochs_per_stage):
-        rate = {"learning_rate": learning_rate, "decay": decay}
         if method == "ts":
             return tfl.two_stage(bits, epochs_per_stage, **rate)
         if method == "pq":
@@ -178,7 +184,11 @@ def compile_model(model: keras.Model, learning_rate: float, **arguments) -> None
 
 
 def teacher_optimizer(
-    distill: str, learning_rate: float, decay: str, steps: int
+    distill: str,
+    learning_rate: float,
+    decay: str,
+    steps: int,
+    milestones: Sequence[float] = STEP_MILESTONES,
 ) -> keras.optimizers.Optimizer | None:
     """The teacher's `sgd`, whose learning rate decays once over the whole training.
 
@@ -187,6 +197,7 @@ def teacher_optimizer(
         learning_rate: at the start.
         decay: as in `Stage`.
         steps: of the whole training.
+        milestones: of the decay "step", as in `Stage`; shares of the whole training.
 
     Returns:
         None where no teacher is trained.
@@ -198,11 +209,21 @@ def teacher_optimizer(
         return sgd(schedules.CosineDecay(learning_rate, steps))
     if decay == "step":
         # As in Stage, step by step.
-        stage = tfl.Stage(1, learning_rate=learning_rate, decay="step")
-        edges = [math.ceil(share * steps) - 1 for share in STEP_MILESTONES]
-        rates = [stage.learning_rate_at(share) for share in (0.0, *STEP_MILESTONES)]
+        stage = tfl.Stage(
+            1, learning_rate=learning_rate, decay="step", milestones=milestones
+        )
+        # A boundary is the last step at the rate before it.
+        edges = [_first_step_at(share, steps) - 1 for share in stage.milestones]
+        rates = [stage.learning_rate_at(share) for share in (0.0, *stage.milestones)]
         return sgd(schedules.PiecewiseConstantDecay(edges, rates))
     return sgd(learning_rate)
+
+
+def _first_step_at(share: float, steps: int) -> int:
+    """The first step whose `step / steps`, as a float, has reached a share."""
+    # The product may be rounded to the wrong side of a whole number.
+    near = math.floor(share * steps)
+    return next(step for step in range(near - 1, near + 3) if step / steps >= share)
 
 
 def require_writable(folder: Path) -> Path:

@@ -26,11 +26,16 @@ Stochastic precision and joint distillation together, on all GPUs of the machine
 
   python examples/train.py --method=sp --distill=joint --output_dir=runs/sp-jkd
 
+The settings of a published recipe, from a file (examples/configs/ has more):
+
+  python examples/train.py --flagfile=examples/configs/cifar100_resnet20_jkd.flags
+
 The output folder gets float/ and quantized/, each with checkpoints, log.csv,
 tensorboard/, model.h5 and result.json. The same command with --resume goes on
 where a stopped run was.
 """
 
+import fractions
 import os
 from pathlib import Path
 
@@ -44,7 +49,7 @@ from absl import app, flags
 import tf_lowbit as tfl
 from tf_lowbit import datasets, models, quantizers
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.core.stages import DECAYS, DEFAULT_LADDER
+from tf_lowbit.core.stages import DECAYS, DEFAULT_LADDER, STEP_MILESTONES
 
 FLAGS = flags.FLAGS
 
@@ -93,6 +98,11 @@ flags.DEFINE_list(
     [str(bits) for bits in DEFAULT_LADDER],
     "Falling bit-widths of the methods pq and ts+pq; 16 and 32 train unrounded.",
 )
+flags.DEFINE_bool(
+    "last_only",
+    False,
+    "Whether ts+pq takes weights and activations apart only at the last rung.",
+)
 flags.DEFINE_enum(
     "sp_unit", "layer", ("layer", "block"), "What the method sp draws as one."
 )
@@ -116,9 +126,19 @@ flags.DEFINE_float(
     None,
     "At the start, decaying by --schedule over all epochs; --learning_rate without it.",
 )
-flags.DEFINE_integer("epochs", 20, "Epochs of the quantized training, in total.")
+flags.DEFINE_integer(
+    "epochs",
+    20,
+    "Epochs of the quantized training, in total; 0 trains the float network alone.",
+)
 flags.DEFINE_float("learning_rate", 0.05, "At the start of each quantized stage.")
 flags.DEFINE_enum("schedule", "cosine", DECAYS, "Learning rate within a stage.")
+flags.DEFINE_list(
+    "milestones",
+    [str(share) for share in STEP_MILESTONES],
+    "Where --schedule=step takes the learning rate x 0.1: rising shares of each stage, "
+    "such as 0.3,0.6 or 15/30,25/30.",
+)
 flags.DEFINE_integer(
     "float_epochs",
     20,
@@ -158,6 +178,13 @@ flags.DEFINE_enum(
     "Keras's precision policy of convolutions; quantizers compute in float32.",
 )
 flags.DEFINE_bool("jit_compile", False, "Compile the training steps with XLA.")
+
+
+# With --epochs=0 none of them has an effect; flags that depend on these do not either.
+_QUANTIZED_TRAINING = (
+    *("method", "distill", "learning_rate", "first_last_bits", "residual_bits"),
+    *("weight_bits", "activation_bits", "weight_quantizer", "activation_quantizer"),
+)
 
 
 def load_data(first_epoch: int = 0, first_step: int = 0) -> datasets.Dataset:
@@ -231,18 +258,54 @@ def train_float(model: keras.Model, folder: Path) -> None:
     experiment.compile_model(
         model, FLAGS.float_learning_rate, jit_compile=FLAGS.jit_compile
     )
-    stage = tfl.Stage(
-        FLAGS.float_epochs,
-        learning_rate=FLAGS.float_learning_rate,
-        decay=FLAGS.schedule,
-    )
-    outcome = run(model, [stage], folder)
+    outcome = run(model, [float_stage(FLAGS.float_epochs)], folder)
     print(f"Float network: test accuracy {outcome.accuracy:.4f}")
     write_result(folder, outcome)
 
 
+def train_quantized(
+    model: keras.Model,
+    precision: list[tfl.PrecisionRule],
+    schedule: list[tfl.Stage],
+    folder: Path,
+) -> None:
+    """Quantizes the float model, trains the result and writes what came out."""
+    trainer = make_trainer(model, precision)
+    outcome = run(trainer, schedule, folder)
+    print(tfl.summary(trainer.student))
+    print(f"Quantized network: test accuracy {outcome.accuracy:.4f}")
+    write_result(folder, outcome)
+
+
+def milestones() -> tuple[float, ...]:
+    """The flags' milestones; a fraction becomes the float that is nearest to it.
+
+    Raises:
+        ValueError: if one is no number. Their order and range are `Stage`'s affair.
+    """
+    try:
+        return tuple(float(fractions.Fraction(share)) for share in FLAGS.milestones)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(
+            "--milestones must be shares, such as 0.3,0.6 or 15/30,25/30. "
+            f"Received: {','.join(FLAGS.milestones)!r}"
+        ) from error
+
+
+def float_stage(epochs: int) -> tfl.Stage:
+    """The flags' single stage of the float training."""
+    return tfl.Stage(
+        epochs,
+        learning_rate=FLAGS.float_learning_rate,
+        decay=FLAGS.schedule,
+        milestones=milestones(),
+    )
+
+
 def stages() -> list[tfl.Stage]:
-    """The flags' stages of the quantized training."""
+    """The flags' stages of the quantized training; none with --epochs=0."""
+    if not FLAGS.epochs:
+        return []
     if not all(rung.strip().isdigit() for rung in FLAGS.ladder):
         raise ValueError(
             "--ladder must be falling bit-widths, such as 8,4,2. "
@@ -255,6 +318,8 @@ def stages() -> list[tfl.Stage]:
         FLAGS.learning_rate,
         FLAGS.schedule,
         tuple(int(rung) for rung in FLAGS.ladder),
+        last_only=FLAGS.last_only,
+        milestones=milestones(),
     )
 
 
@@ -285,6 +350,7 @@ def make_trainer(
             FLAGS.learning_rate if rate is None else rate,
             FLAGS.schedule,
             FLAGS.epochs * data.steps_per_epoch,
+            milestones(),
         ),
         jit_compile=FLAGS.jit_compile,
     )
@@ -300,17 +366,33 @@ def check_flags() -> None:
     tfl.StochasticPrecision(start=FLAGS.sp_start, seed=FLAGS.seed)
     tfl.Stage(1, learning_rate=FLAGS.teacher_learning_rate)
     tfl.LowBitScheme(residual_bits=FLAGS.residual_bits)
+    float_stage(1)
+    if FLAGS.float_checkpoint == "":
+        raise ValueError(
+            "--float_checkpoint must name the file of a float network; a recipe that "
+            "leaves it empty starts from a pretrained one. Received: ''"
+        )
+    has_float_training = FLAGS.float_checkpoint is None and FLAGS.float_epochs != 0
+    if not (has_float_training or FLAGS.epochs):
+        raise ValueError(
+            "There must be something to train. Received: --epochs=0 with "
+            f"--float_epochs={FLAGS.float_epochs}, "
+            f"--float_checkpoint={FLAGS.float_checkpoint}"
+        )
     without_teacher = FLAGS.distill == "none"
     idle = {
+        **dict.fromkeys(_QUANTIZED_TRAINING, not FLAGS.epochs),
         "sp_unit": FLAGS.method != "sp",
         "sp_start": FLAGS.method != "sp",
         "distill_target": without_teacher,
         "hints": without_teacher,
         "teacher_learning_rate": FLAGS.distill in ("none", "frozen"),
         "ladder": FLAGS.method not in ("pq", "ts+pq"),
+        "last_only": FLAGS.method != "ts+pq",
+        "milestones": FLAGS.schedule != "step",
         "logical_cpus": FLAGS.strategy != "mirrored",
         "float_epochs": FLAGS.float_checkpoint is not None,
-        "float_learning_rate": FLAGS.float_checkpoint is not None,
+        "float_learning_rate": not has_float_training,
     }
     given = [n for n, is_idle in idle.items() if is_idle and FLAGS[n].present]
     if given:
@@ -318,7 +400,9 @@ def check_flags() -> None:
             "A flag must have an effect. Received: "
             f"{', '.join(f'--{name}' for name in given)} with "
             f"--method={FLAGS.method}, --distill={FLAGS.distill}, "
-            f"--strategy={FLAGS.strategy}, --float_checkpoint={FLAGS.float_checkpoint}"
+            f"--strategy={FLAGS.strategy}, --schedule={FLAGS.schedule}, "
+            f"--epochs={FLAGS.epochs}, --float_epochs={FLAGS.float_epochs}, "
+            f"--float_checkpoint={FLAGS.float_checkpoint}"
         )
 
 
@@ -337,11 +421,8 @@ def main(argv):
     with strategy.scope():
         model = build_float_model(load_data())
         train_float(model, output / "float")
-        trainer = make_trainer(model, precision)
-        outcome = run(trainer, schedule, output / "quantized")
-        print(tfl.summary(trainer.student))
-        print(f"Quantized network: test accuracy {outcome.accuracy:.4f}")
-        write_result(output / "quantized", outcome)
+        if schedule:
+            train_quantized(model, precision, schedule, output / "quantized")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ ABOUT_PROGRAMS = ("README.md", "examples/README.md", "benchmarks/README.md")
 DOCUMENTS = sorted(
     {
         *ABOUT_PROGRAMS,
-        *("CONTRIBUTING.md", "CHANGELOG.md"),
+        *("CONTRIBUTING.md", "CHANGELOG.md", "examples/configs/README.md"),
         *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md")),
     }
 )
@@ -25,7 +25,7 @@ PROGRAMS = {
     for path in (ROOT / folder).glob("*.py")
 }
 # absl's own, and those of other tools.
-OTHER_FLAGS = {"helpshort", "check"}
+OTHER_FLAGS = {"helpshort", "flagfile", "check"}
 
 
 def flags_of(path):

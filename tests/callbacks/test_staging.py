@@ -214,6 +214,25 @@ def test_reset_gives_the_state_of_a_fresh_optimizer(optimizer):
     assert float(optimizer.learning_rate) == pytest.approx(0.03)
 
 
+def test_steps_fall_on_the_milestones_of_each_stage():
+    used = []
+
+    class Rates(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            used.append(float(self.model.optimizer.learning_rate.numpy()))
+
+    stages = tfl.two_stage(
+        2,
+        (6, 12),
+        learning_rate=(0.5, 0.2),
+        decay="step",
+        milestones=(3 / 6, 5 / 6),
+    )
+    fit(quantized_net(), stages, [Rates()])
+    epochs = [0.5] * 3 + [0.05] * 2 + [0.005] + [0.2] * 6 + [0.02] * 4 + [0.002] * 2
+    np.testing.assert_allclose(used, np.repeat(epochs, STEPS), rtol=1e-6)
+
+
 def test_cosine_decays_within_each_stage_and_starts_anew():
     rates = []
 

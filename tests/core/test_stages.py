@@ -191,6 +191,43 @@ def test_a_stage_refuses_bad_arguments(arguments, message):
         Stage(**arguments)
 
 
+MILESTONES = "milestones must be shares of the stage in"
+
+
+@pytest.mark.parametrize(
+    ("milestones", "message"),
+    [
+        ((), MILESTONES + r".*Received: milestones=\(\)"),
+        ((0.0, 0.5), MILESTONES),
+        ((0.5, 1.0), MILESTONES),
+        ((0.6, 0.3), MILESTONES + r".*Received: milestones=\(0.6, 0.3\)"),
+        ((0.3, 0.3), MILESTONES),
+        ((math.nan,), MILESTONES),
+        (("0.3",), MILESTONES),
+        ("0.3", MILESTONES),
+        (0.3, MILESTONES + ".*Received: milestones=0.3"),
+        (None, MILESTONES),
+    ],
+)
+def test_milestones_are_rising_shares(milestones, message):
+    with pytest.raises(ValueError, match=message):
+        Stage(1, learning_rate=0.1, decay="step", milestones=milestones)
+
+
+@pytest.mark.parametrize("decay", ["constant", "cosine"])
+def test_milestones_belong_to_the_step_decay(decay):
+    with pytest.raises(ValueError, match=rf"\(0.5,\), decay='{decay}'"):
+        Stage(1, learning_rate=0.1, decay=decay, milestones=(0.5,))
+    # The default's values are no others.
+    Stage(1, learning_rate=0.1, decay=decay, milestones=(0.3, 0.6))
+
+
+def test_a_list_of_milestones_is_that_tuple():
+    stage = Stage(1, learning_rate=0.1, decay="step", milestones=[0.5, 0.75])
+    assert stage == Stage(1, None, None, 0.1, "step", (0.5, 0.75))
+    assert hash(stage) == hash(dataclasses.replace(stage))
+
+
 def test_a_stage_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Stage(1).epochs = 2
@@ -217,6 +254,64 @@ def test_cosine_falls_from_the_rate_to_zero(progress, expected):
 def test_step_decay_is_the_recipe_of_200_epochs(epoch, expected):
     stage = Stage(200, learning_rate=0.1, decay="step")
     assert stage.learning_rate_at(epoch / 200) == pytest.approx(expected)
+
+
+# Epochs and milestones in them, and the learning rate of some epochs.
+@pytest.mark.parametrize(
+    ("epochs", "milestones", "expected"),
+    [
+        (30, (15, 25), {0: 5e-3, 14: 5e-3, 15: 5e-4, 24: 5e-4, 25: 5e-5, 29: 5e-5}),
+        (200, (80, 120), {79: 5e-3, 80: 5e-4, 119: 5e-4, 120: 5e-5, 199: 5e-5}),
+        (90, (30, 60, 80), {29: 5e-3, 30: 5e-4, 60: 5e-5, 79: 5e-5, 80: 5e-6}),
+        (3, (2,), {0: 5e-3, 1: 5e-3, 2: 5e-4}),
+    ],
+)
+@pytest.mark.parametrize("steps", [1, 391, 5005])
+def test_milestones_fall_on_the_first_step_of_their_epoch(
+    epochs, milestones, expected, steps
+):
+    shares = tuple(milestone / epochs for milestone in milestones)
+    stage = Stage(epochs, learning_rate=0.005, decay="step", milestones=shares)
+    for epoch, rate in expected.items():
+        for step in (0, steps - 1):
+            # As the callback computes it.
+            progress = (epoch + step / steps) / epochs
+            assert stage.learning_rate_at(progress) == pytest.approx(rate, rel=1e-12)
+
+
+def test_no_epochs_milestone_is_missed_by_rounding():
+    """Each quotient is rounded correctly, so equal fractions are equal floats."""
+    for epochs in range(2, 301):
+        for milestone in range(1, epochs):
+            share = milestone / epochs
+            stage = Stage(epochs, learning_rate=1, decay="step", milestones=(share,))
+            rates = [
+                stage.learning_rate_at((milestone - 1 + 0.9998) / epochs),
+                stage.learning_rate_at(milestone / epochs),
+            ]
+            assert rates == [1, 0.1]
+
+
+@pytest.mark.parametrize(
+    ("make", "count"),
+    [
+        (lambda **kw: two_stage(2, (10, 20), **kw), 2),
+        (lambda **kw: progressive(2, 10, (8, 4, 2), **kw), 3),
+        (lambda **kw: two_stage_progressive(2, 10, (4, 2), **kw), 4),
+    ],
+)
+def test_every_stage_has_the_milestones_as_its_own_shares(make, count):
+    rate = {"learning_rate": 0.1, "decay": "step"}
+    made = make(**rate, milestones=(0.4, 0.7))
+    assert [stage.milestones for stage in made] == [(0.4, 0.7)] * count
+    assert [stage.milestones for stage in make(**rate)] == [(0.3, 0.6)] * count
+    # A tenth at epoch 4 of 10, at epoch 8 of 20.
+    for stage in made:
+        edge = stage.epochs * 4 // 10
+        rates = [stage.learning_rate_at(e / stage.epochs) for e in (edge - 1, edge)]
+        assert rates == pytest.approx([0.1, 0.01])
+    with pytest.raises(ValueError, match="Received: milestones="):
+        make(learning_rate=0.1, milestones=(0.4,))
 
 
 @pytest.mark.parametrize(

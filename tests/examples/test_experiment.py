@@ -178,6 +178,15 @@ def test_fewer_epochs_than_stages_are_refused(method):
 
 
 @pytest.mark.parametrize("method", experiment.METHODS)
+def test_every_stage_has_the_milestones(method):
+    made = experiment.stages_for(
+        method, (2, 3), 6, 0.1, "step", (8, 4), milestones=(0.4, 0.6)
+    )
+    assert {stage.milestones for stage in made} == {(0.4, 0.6)}
+    assert {s.milestones for s in stages_of(method, 6, "step")} == {(0.3, 0.6)}
+
+
+@pytest.mark.parametrize("method", experiment.METHODS)
 def test_no_epochs_are_refused(method):
     with pytest.raises(ValueError, match=r"Received: "):
         stages_of(method, 0)
@@ -408,6 +417,31 @@ def test_a_teachers_schedule_is_that_of_one_stage(decay, steps):
     expected = [stage.learning_rate_at(step / steps) for step in range(steps)]
     # Float32 leaves something at the cosine's end.
     np.testing.assert_allclose(rates, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps", "milestones"),
+    [
+        # ImageNet's and CIFAR's recipes; products that are rounded up and down.
+        (30, 5005, (15, 25)),
+        (200, 391, (80, 120)),
+        (10, 7, (1, 7)),
+        (100, 29, (29, 57, 58)),
+        (3, 1, (1, 2)),
+    ],
+)
+def test_a_teachers_milestones_fall_on_the_first_step_of_their_epoch(
+    epochs, steps, milestones
+):
+    shares = [milestone / epochs for milestone in milestones]
+    optimizer = experiment.teacher_optimizer(
+        "joint", 0.001, "step", epochs * steps, shares
+    )
+    for passed, milestone in enumerate(milestones):
+        step = milestone * steps
+        rates = [float(optimizer._learning_rate(s)) for s in (step - 1, step)]
+        expected = [0.001 * 0.1**passed, 0.0001 * 0.1**passed]
+        np.testing.assert_allclose(rates, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("decay", ["cosine", "step"])

@@ -411,6 +411,46 @@ BAD = {
         IDLE + "--teacher_learning_rate with --method=plain, --distill=frozen",
     ),
     "ladder without rungs": (["--ladder=4,2"], IDLE + "--ladder with --method=plain"),
+    "milestones": (
+        ["--schedule=step", "--milestones=0.3,late"],
+        r"--milestones must be shares.*Received: '0.3,late'",
+    ),
+    "milestones that fall": (
+        ["--schedule=step", "--milestones=25/30,15/30"],
+        r"strictly rising. Received: milestones=\(0.83.*, 0.5\)",
+    ),
+    "milestones over zero epochs": (
+        ["--schedule=step", "--milestones=1/0"],
+        r"--milestones must be shares.*Received: '1/0'",
+    ),
+    "milestones of no step decay": (
+        ["--milestones=0.3,0.6"],
+        IDLE + "--milestones with .*--schedule=cosine",
+    ),
+    "last_only without rungs": (
+        ["--method=pq", "--last_only"],
+        IDLE + "--last_only with --method=pq",
+    ),
+    "a method of the float network alone": (
+        ["--epochs=0", "--method=ts", "--weight_bits=4"],
+        IDLE + "--method, --weight_bits with --method=ts.*--epochs=0",
+    ),
+    "float rate of no float training": (
+        ["--float_epochs=0", "--float_learning_rate=0.1"],
+        IDLE + "--float_learning_rate with .*--float_epochs=0",
+    ),
+    "nothing to train": (
+        ["--epochs=0", "--float_epochs=0"],
+        r"something to train. Received: --epochs=0 with --float_epochs=0",
+    ),
+    "a checkpoint and nothing to train": (
+        ["--epochs=0", "--float_checkpoint=model.h5"],
+        r"something to train. Received: .*--float_checkpoint=model.h5",
+    ),
+    "no checkpoint": (
+        ["--float_checkpoint="],
+        r"--float_checkpoint must name .*Received: ''",
+    ),
     "several idle ones": (
         ["--ladder=4,2", "--hints", "--method=sp"],
         IDLE + "--hints, --ladder with --method=sp",

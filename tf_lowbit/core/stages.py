@@ -17,7 +17,7 @@ DECAYS = ("constant", "cosine", "step")
 # Paper's ladder as recalled; `8 -> 4 -> 2` is the "shortened" one.
 DEFAULT_LADDER = (32, 16, 8, 4, 2)
 FLOAT_BITS = 32
-# The authors' CIFAR-100 recipe: x 0.1 at epochs 60 and 120 of 200.
+# The authors' CIFAR-100 baseline: x 0.1 at epochs 60 and 120 of 200.
 STEP_MILESTONES = (0.3, 0.6)
 _STEP_FACTOR = 0.1
 
@@ -39,10 +39,14 @@ class Stage:
             still clipped.
         learning_rate: at the stage's start; None leaves the optimizer's alone.
         decay: "constant"; "cosine" from `learning_rate` to 0 over the stage; or "step":
-            x 0.1 after 30 % and after 60 % of it.
+            x 0.1 at each of `milestones`.
+        milestones: shares of the stage, strictly rising, each in (0, 1). `15 / 30` is
+            the start of epoch 15 of 30 exactly. Others than the default are for
+            decay="step" only.
 
     Raises:
-        ValueError: for a value outside of what is said above.
+        ValueError: for a value outside of what is said above, and for milestones that
+            would have no effect.
     """
 
     epochs: int
@@ -50,6 +54,7 @@ class Stage:
     activation_bits: int | None = None
     learning_rate: float | None = None
     decay: str = "constant"
+    milestones: tuple[float, ...] = STEP_MILESTONES
 
     def __post_init__(self):
         _positive_integer(self.epochs, "epochs")
@@ -72,6 +77,12 @@ class Stage:
                 f"decay={self.decay!r} needs a learning_rate to start from. "
                 "Received: learning_rate=None"
             )
+        object.__setattr__(self, "milestones", _rising_shares(self.milestones))
+        if self.decay != "step" and self.milestones != STEP_MILESTONES:
+            raise ValueError(
+                'milestones must have an effect, which needs decay="step". '
+                f"Received: milestones={self.milestones}, decay={self.decay!r}"
+            )
 
     def learning_rate_at(self, progress: float) -> float | None:
         """The learning rate after a share of the stage.
@@ -88,7 +99,7 @@ class Stage:
         if self.learning_rate is None or self.decay == "constant":
             return self.learning_rate
         if self.decay == "step":
-            passed = sum(progress >= milestone for milestone in STEP_MILESTONES)
+            passed = sum(progress >= milestone for milestone in self.milestones)
             return self.learning_rate * _STEP_FACTOR**passed
         cosine = 0.5 * (1.0 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
         return self.learning_rate * cosine
@@ -99,6 +110,7 @@ def two_stage(
     epochs: Sequence[int],
     learning_rate: float | Sequence[float] | None = None,
     decay: str = "constant",
+    milestones: Sequence[float] = STEP_MILESTONES,
 ) -> list[Stage]:
     """TS: quantized weights first, then quantized activations too.
 
@@ -110,13 +122,14 @@ def two_stage(
         epochs: epochs of the two stages.
         learning_rate: one for both, one each, or None.
         decay: as in `Stage`.
+        milestones: as in `Stage`, shares of each stage.
 
     Returns:
         Two stages. In the first, activations are clipped and not rounded (ours).
     """
     weight_bits, activation_bits = _pair(bits)
     pairs = [(weight_bits, FLOAT_BITS), (weight_bits, activation_bits)]
-    return _stages(pairs, epochs, learning_rate, decay)
+    return _stages(pairs, epochs, learning_rate, decay, milestones)
 
 
 def progressive(
@@ -125,6 +138,7 @@ def progressive(
     ladder: Sequence[int] = DEFAULT_LADDER,
     learning_rate: float | Sequence[float] | None = None,
     decay: str = "constant",
+    milestones: Sequence[float] = STEP_MILESTONES,
 ) -> list[Stage]:
     """PQ: weights and activations together, from many bits down to few.
 
@@ -138,11 +152,14 @@ def progressive(
             final pair is appended where the ladder does not reach it.
         learning_rate: one for all, one each, or None.
         decay: as in `Stage`.
+        milestones: as in `Stage`, shares of each stage.
 
     Returns:
         One stage a rung.
     """
-    return _stages(_rungs(_pair(bits), ladder), epochs, learning_rate, decay)
+    return _stages(
+        _rungs(_pair(bits), ladder), epochs, learning_rate, decay, milestones
+    )
 
 
 def two_stage_progressive(
@@ -152,6 +169,7 @@ def two_stage_progressive(
     learning_rate: float | Sequence[float] | None = None,
     decay: str = "constant",
     last_only: bool = False,
+    milestones: Sequence[float] = STEP_MILESTONES,
 ) -> list[Stage]:
     """TS+PQ: at each rung of the ladder weights first, then activations.
 
@@ -168,6 +186,7 @@ def two_stage_progressive(
         learning_rate: one for all, one each, or None.
         decay: as in `Stage`.
         last_only: take weights and activations apart only at the last rung.
+        milestones: as in `Stage`, shares of each stage.
 
     Returns:
         Up to two stages a rung; a stage that would change nothing is left out.
@@ -179,7 +198,7 @@ def two_stage_progressive(
         if not last_only or (weight_bits, activation_bits) == rungs[-1]:
             pairs.append((weight_bits, before))
         pairs.append((weight_bits, activation_bits))
-    return _stages(_without_repeats(pairs), epochs, learning_rate, decay)
+    return _stages(_without_repeats(pairs), epochs, learning_rate, decay, milestones)
 
 
 def split_epochs(total: int, parts: int) -> tuple[int, ...]:
@@ -273,11 +292,23 @@ def _each(values, count: int, name: str) -> list:
     return list(values)
 
 
-def _stages(pairs, epochs, learning_rate, decay) -> list[Stage]:
+def _rising_shares(milestones) -> tuple[float, ...]:
+    is_sequence = isinstance(milestones, Sequence) and not isinstance(milestones, str)
+    shares = tuple(milestones) if is_sequence else ()
+    are_shares = all(isinstance(s, numbers.Real) and 0 < s < 1 for s in shares)
+    if not shares or not are_shares or sorted(set(shares)) != list(shares):
+        raise ValueError(
+            "milestones must be shares of the stage in (0, 1), strictly rising. "
+            f"Received: milestones={milestones!r}"
+        )
+    return shares
+
+
+def _stages(pairs, epochs, learning_rate, decay, milestones) -> list[Stage]:
     epochs = _each(epochs, len(pairs), "epochs")
     rates = _each(learning_rate, len(pairs), "learning_rate")
     return [
-        Stage(count, weight_bits, activation_bits, rate, decay)
+        Stage(count, weight_bits, activation_bits, rate, decay, milestones)
         for (weight_bits, activation_bits), count, rate in zip(
             pairs, epochs, rates, strict=True
         )
