@@ -7,9 +7,7 @@ The same command goes on with an interrupted sweep: each finished run is a JSON 
 rates, W2A2, ...) follow one another; --phases picks some. Two processes of one thread
 each do more than one of two threads.
 
-  python benchmarks/accuracy.py --report
-
-draws tables and plots from the files and writes them into benchmarks/README.md.
+report.py draws the tables and plots.
 """
 
 import concurrent.futures
@@ -25,14 +23,11 @@ import sweep
 from absl import app, flags
 from rich.progress import MofNCompleteColumn
 
-ROOT = Path(__file__).resolve().parents[1]
-
 FLAGS = flags.FLAGS
 
 flags.DEFINE_string("results_dir", "benchmarks/results/accuracy", "One file a run.")
 flags.DEFINE_list("phases", None, "Only these phases; all without it.")
 flags.DEFINE_integer("workers", 2, "Processes, of one thread each.")
-flags.DEFINE_bool("report", False, "Draw tables and plots; train nothing.")
 flags.DEFINE_integer("seeds", 5, "Seeds of the main table's 2-bit rows.")
 flags.DEFINE_integer("dear_seeds", 3, "Seeds of the other rows.")
 flags.DEFINE_string("data_dir", None, "Folder of the data; empty for the default.")
@@ -88,7 +83,7 @@ def train(run: sweep.Run, settings: sweep.Settings, folder: Path) -> None:
     arguments = [run, settings, folder.resolve(), FLAGS.data_dir]
     for attempt in (1, 2):
         done = subprocess.run(
-            [sys.executable, str(ROOT / "benchmarks" / "accuracy_run.py")],
+            [sys.executable, str(Path(__file__).with_name("accuracy_run.py"))],
             input=pickle.dumps(arguments),
             capture_output=True,
             check=False,
@@ -103,7 +98,7 @@ def train(run: sweep.Run, settings: sweep.Settings, folder: Path) -> None:
 
 
 def main(argv):
-    """Trains what is missing, or draws what there is."""
+    """Trains what is missing."""
     if len(argv) > 1:
         raise app.UsageError(f"Received: arguments that are no flags: {argv[1:]}")
     folder = Path(FLAGS.results_dir)
@@ -114,12 +109,6 @@ def main(argv):
         float_epochs=FLAGS.float_epochs,
         epochs=FLAGS.epochs,
     )
-    if FLAGS.report:
-        # Matplotlib takes a second to import: only where it is needed.
-        import accuracy_report
-
-        accuracy_report.write(folder, ROOT / "benchmarks" / "README.md")
-        return
     every = sweep.phases(settings, FLAGS.seeds, FLAGS.dear_seeds)
     unknown = set(FLAGS.phases or []) - set(every)
     if unknown:

@@ -145,7 +145,7 @@ def tables(folder: Path) -> dict[str, str]:
     }
 
 
-def _table(headers: list[str], lines: Iterable[list]) -> str:
+def table(headers: list[str], lines: Iterable[list]) -> str:
     lines = list(lines)
     if not lines:
         return "Not run yet."
@@ -196,7 +196,7 @@ def equal_table(found, settings, network, bits) -> str:
                     _ratio(row, plain) if purpose == "equal" else _NOTHING,
                 ]
             )
-    return _table(["method", "seeds", "accuracy, %", "against plain", "CPU"], lines)
+    return table(["method", "seeds", "accuracy, %", "against plain", "CPU"], lines)
 
 
 def bits_table(found, settings) -> str:
@@ -208,7 +208,7 @@ def bits_table(found, settings) -> str:
         ]
         if any(cells):
             lines.append([method, *map(_accuracy, cells)])
-    return _table(["method", *map(label, BITS)], lines)
+    return table(["method", *map(label, BITS)], lines)
 
 
 def per_stage_table(found, settings) -> str:
@@ -234,7 +234,7 @@ def per_stage_table(found, settings) -> str:
                 )
     headers = ["method", "epochs", "seeds", "accuracy, %"]
     headers += [f"against plain, {settings.epochs} epochs", "against plain, as long"]
-    return _table([*headers, "CPU"], lines)
+    return table([*headers, "CPU"], lines)
 
 
 def large_table(found, settings) -> str:
@@ -261,7 +261,7 @@ def large_table(found, settings) -> str:
         if row is not None:
             count = str(len(row.accuracies))
             lines.insert(0, [name, count, _accuracy(row), _NOTHING])
-    return _table(["network", "seeds", "accuracy, %", "against plain"], lines)
+    return table(["network", "seeds", "accuracy, %", "against plain"], lines)
 
 
 def tuning_table(folder: Path, settings: sweep.Settings) -> str:
@@ -283,25 +283,7 @@ def tuning_table(folder: Path, settings: sweep.Settings) -> str:
                 text = f"{100 * scores[rate]:.2f}"
                 cells.append(f"**{text}**" if rate == best else text)
         lines.append([method, *cells])
-    return _table(["method", *(f"{rate:g}" for rate in rates)], lines)
-
-
-def replaced(text: str, made: dict[str, str]) -> str:
-    """A Markdown text with each table between its two marks.
-
-    The marks are `<!-- accuracy: NAME -->` and `<!-- end -->`.
-
-    Raises:
-        ValueError: if a mark is missing.
-    """
-    for name, table in made.items():
-        start, end = f"<!-- accuracy: {name} -->\n", "<!-- end -->"
-        head, found, rest = text.partition(start)
-        _, closed, tail = rest.partition(end)
-        if not found or not closed:
-            raise ValueError(f"The text must have the marks {start!r}, {end!r}.")
-        text = f"{head}{start}\n{table}\n\n{end}{tail}"
-    return text
+    return table(["method", *(f"{rate:g}" for rate in rates)], lines)
 
 
 def plots(folder: Path) -> dict:
@@ -389,13 +371,3 @@ def _plot_bits(axes, found, settings):
     axes.set_title("ResNet-8 by bit-width: mean and standard error over seeds")
     if axes.has_data():
         axes.legend(fontsize=8, ncols=2)
-
-
-def write(folder: Path, readme: Path) -> None:
-    """Writes the tables into the README and the plots beside the results."""
-    text = replaced(readme.read_text(), tables(folder))
-    temporary = readme.with_name(f".{readme.name}.partial")
-    temporary.write_text(text)
-    temporary.replace(readme)
-    for name, figure in plots(folder).items():
-        figure.savefig(folder / name, metadata={"Date": None})

@@ -11,9 +11,7 @@ they trained, and measures what a training step costs in time and memory. The sa
 command goes on where it was interrupted: each finished run is a JSON file in
 --results_dir. What accuracy.py has trained already is copied from --sweep_dir.
 
-  python benchmarks/peers.py --report
-
-prints the tables of what there is.
+report.py draws the tables.
 """
 
 import concurrent.futures
@@ -37,7 +35,6 @@ MEMORY_STEPS = 5
 FLAGS = flags.FLAGS
 
 flags.DEFINE_bool("setup", False, "Make the environment; run nothing.")
-flags.DEFINE_bool("report", False, "Print the tables; run nothing.")
 flags.DEFINE_string("environment", peers_setup.FOLDER, "Folder that --setup makes.")
 flags.DEFINE_string("results_dir", "benchmarks/results/peers", "One file a run.")
 flags.DEFINE_string(
@@ -182,18 +179,12 @@ def perform(tasks: dict[str, list], workers: int) -> None:
 
 
 def main(argv):
-    """Sets up, prints, or runs what is missing."""
+    """Sets up, or runs what is missing."""
     if len(argv) > 1:
         raise app.UsageError(f"Received: arguments that are no flags: {argv[1:]}")
     folder = Path(FLAGS.results_dir).absolute()
     if FLAGS.setup:
         peers_setup.set_up(Path(FLAGS.environment).absolute())
-        return
-    if FLAGS.report:
-        import peers_report
-
-        for name, table in peers_report.tables(folder).items():
-            print(f"### {name}\n\n{table}\n")
         return
     settings = sweep.Settings(
         dataset=FLAGS.dataset,

@@ -10,7 +10,6 @@ import numpy as np
 import peers_plan
 import scipy.stats
 import sweep
-import tabulate
 
 _NOTHING = "—"
 _FLOAT = "float, which all start from"
@@ -261,6 +260,4 @@ def refusal_table(every: dict[str, _Runs]) -> str:
 
 
 def _table(headers: list[str], lines: list[list]) -> str:
-    if not lines:
-        return ""
-    return tabulate.tabulate(lines, headers, tablefmt="pipe", disable_numparse=True)
+    return accuracy_report.table(headers, lines) if lines else ""

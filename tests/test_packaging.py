@@ -81,7 +81,9 @@ def test_every_package_of_the_library_is_packaged_and_nothing_else(arguments):
 
 def test_requirements_have_two_bounds(arguments):
     extras = arguments["extras_require"]
-    assert extras.keys() == {"all", "datasets", "dev", "examples", "litert"}
+    assert extras.keys() == {
+        *("all", "benchmarks", "datasets", "dev", "examples", "litert")
+    }
     parts = (extras[name] for name in extras if name != "all")
     assert set(extras["all"]) == set().union(*parts)
     for text in [*arguments["install_requires"], *extras["all"]]:

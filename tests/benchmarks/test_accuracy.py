@@ -15,8 +15,6 @@ sys.path.insert(0, str(programs.ROOT / "benchmarks"))
 import accuracy_report
 import sweep
 
-RESULTS = programs.ROOT / "benchmarks" / "results" / "accuracy"
-README = programs.ROOT / "benchmarks" / "README.md"
 SETTINGS = sweep.Settings()
 
 
@@ -153,20 +151,6 @@ def test_all_runs_of_a_seed_start_and_are_measured_alike():
             assert run.epochs == SETTINGS.epochs
         if run.purpose == "per_stage" and run.method != "plain":
             assert run.epochs == SETTINGS.epochs * sweep.STAGES[run.method]
-
-
-def test_tables_stand_between_their_marks():
-    text = "a\n<!-- accuracy: bits -->\nold\n<!-- end -->\nb\n"
-    done = accuracy_report.replaced(text, {"bits": "new"})
-    assert done == "a\n<!-- accuracy: bits -->\n\nnew\n\n<!-- end -->\nb\n"
-    assert accuracy_report.replaced(done, {"bits": "new"}) == done
-    with pytest.raises(ValueError, match="must have the marks"):
-        accuracy_report.replaced(text, {"W2A2": "new"})
-
-
-def test_the_readme_has_what_the_committed_files_give():
-    text = README.read_text()
-    assert accuracy_report.replaced(text, accuracy_report.tables(RESULTS)) == text
 
 
 def test_plots_show_every_row(made_up):
