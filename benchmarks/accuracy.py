@@ -10,18 +10,14 @@ each do more than one of two threads.
 report.py draws the tables and plots.
 """
 
-import concurrent.futures
 import dataclasses
-import pickle
-import subprocess
+import functools
 import sys
-import time
 from pathlib import Path
 
-import rich.progress
+import processes
 import sweep
 from absl import app, flags
-from rich.progress import MofNCompleteColumn
 
 FLAGS = flags.FLAGS
 
@@ -50,51 +46,18 @@ def with_rates(runs, rates: dict[str, float]) -> list[sweep.Run]:
 
 
 def perform_all(runs, settings, folder) -> None:
-    """Trains what is not done yet, several at a time, each in a process of its own.
-
-    A process that dies (killed for memory, say) is tried once more.
-
-    Raises:
-        RuntimeError: with what the process said, if a run fails.
-    """
-    left = [run for run in runs if not sweep.is_done(folder, run, settings)]
-    if not left:
-        return
-    columns = (*rich.progress.Progress.get_default_columns(), MofNCompleteColumn())
-    with (
-        rich.progress.Progress(*columns) as bar,
-        concurrent.futures.ThreadPoolExecutor(FLAGS.workers) as pool,
-    ):
-        task = bar.add_task(f"{len(left)} runs", total=len(left))
-        futures = {pool.submit(train, run, settings, folder): run for run in left}
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                future.result()
-                bar.advance(task)
-                if not bar.console.is_terminal:
-                    print(time.strftime("%H:%M:%S"), futures[future].path, flush=True)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def train(run: sweep.Run, settings: sweep.Settings, folder: Path) -> None:
-    """Trains one network in a process of its own, which writes its file."""
-    arguments = [run, settings, folder.resolve(), FLAGS.data_dir]
-    for attempt in (1, 2):
-        done = subprocess.run(
-            [sys.executable, str(Path(__file__).with_name("accuracy_run.py"))],
-            input=pickle.dumps(arguments),
-            capture_output=True,
-            check=False,
+    """Trains what is not done yet, several at a time, each in a process of its own."""
+    tasks = {
+        str(run.path): functools.partial(
+            processes.run,
+            sys.executable,
+            "accuracy_run.py",
+            [run, settings, folder.resolve(), FLAGS.data_dir],
         )
-        if done.returncode == 0:
-            return
-        if done.returncode > 0 or attempt == 2:
-            raise RuntimeError(
-                f"A run must end without an error. Received: {run}, exit status "
-                f"{done.returncode}:\n{done.stderr.decode(errors='replace')[-3000:]}"
-            )
+        for run in runs
+        if not sweep.is_done(folder, run, settings)
+    }
+    processes.perform(tasks, FLAGS.workers)
 
 
 def main(argv):

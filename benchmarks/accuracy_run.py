@@ -3,6 +3,7 @@
 `accuracy.py` starts it, and hands it the run, pickled, on its standard input.
 """
 
+import dataclasses
 import os
 import pickle
 import sys
@@ -75,30 +76,38 @@ def perform(
         save_start(model, folder / sweep.start_file(run.network, run.seed))
     network = trained.student if isinstance(trained, tfl.LowBitTrainer) else trained
     cost = tfl.summary(network).cost
-    sweep.write(
-        folder / run.path,
-        {
-            "purpose": run.purpose,
-            "network": run.network,
-            "method": run.method,
-            "bits": run.bits,
-            "seed": run.seed,
-            "epochs": run.epochs,
-            "learning_rate": run.learning_rate,
-            "stages": [[s.epochs, s.weight_bits, s.activation_bits] for s in stages],
-            "measured_on": "held-out" if run.is_held_out else "test",
-            "accuracy": accuracy,
-            "loss": loss,
-            "diverged": diverged,
-            "training_loss": [round(float(x), 5) for x in history.get("loss", [])],
-            "wall_seconds": round(wall, 1),
-            "cpu_seconds": round(cpu, 1),
-            "weight_bytes": cost.weight_bytes,
-            "bops": cost.bops,
-            "settings": settings.as_json(),
-            **environment(),
-        },
-    )
+    found = {
+        "stages": [[s.epochs, s.weight_bits, s.activation_bits] for s in stages],
+        "accuracy": accuracy,
+        "loss": loss,
+        "diverged": diverged,
+        "training_loss": [round(float(x), 5) for x in history.get("loss", [])],
+        "wall_seconds": round(wall, 1),
+        "cpu_seconds": round(cpu, 1),
+        "weight_bytes": cost.weight_bytes,
+        "bops": cost.bops,
+    }
+    sweep.write(folder / run.path, record(run, settings, found))
+
+
+def record(run: sweep.Run, settings: sweep.Settings, found: dict) -> dict:
+    """What is written of a run.
+
+    Args:
+        run: what was trained.
+        settings: of the sweep.
+        found: what came of it, JSON-ready.
+
+    Returns:
+        JSON-ready: run, what was found, settings, versions and machine.
+    """
+    return {
+        **dataclasses.asdict(run),
+        "measured_on": "held-out" if run.is_held_out else "test",
+        **found,
+        "settings": settings.as_json(),
+        **environment(),
+    }
 
 
 def load_data(run, settings, data_dir) -> datasets.Dataset:

@@ -14,16 +14,14 @@ command goes on where it was interrupted: each finished run is a JSON file in
 report.py draws the tables.
 """
 
-import concurrent.futures
+import functools
 import os
-import pickle
-import subprocess
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import peers_plan
 import peers_setup
-import rich.progress
+import processes
 import sweep
 from absl import app, flags
 
@@ -63,36 +61,16 @@ flags.DEFINE_integer("float_epochs", _DEFAULTS.float_epochs, "Of the float netwo
 flags.DEFINE_integer("epochs", _DEFAULTS.epochs, "Of the low-bit ones.")
 
 
-def in_process(program: str, arguments: list, variables: dict | None = None) -> None:
-    """Runs one of the programs beside this one, in the peers' environment.
-
-    A process that dies (killed for memory, say) is tried once more.
-
-    Args:
-        program: its file's name.
-        arguments: pickled to its standard input.
-        variables: of its process environment; this process's without them.
+def in_process(
+    program: str, arguments: list, variables: dict | None = None
+) -> Callable[[], None]:
+    """A call of `processes.run` in the peers' environment, to be made later.
 
     Raises:
-        RuntimeError: with what it said, if it fails.
         ValueError: if there is no such environment.
     """
     python = peers_setup.python_of(Path(FLAGS.environment).absolute())
-    for attempt in (1, 2):
-        done = subprocess.run(
-            [python, Path(__file__).with_name(program)],
-            input=pickle.dumps(arguments),
-            env=variables,
-            capture_output=True,
-            check=False,
-        )
-        if done.returncode == 0:
-            return
-        if done.returncode > 0 or attempt == 2:
-            raise RuntimeError(
-                f"A run must end without an error. Received: {arguments}, exit status "
-                f"{done.returncode}:\n{done.stderr.decode(errors='replace')[-3000:]}"
-            )
+    return functools.partial(processes.run, python, program, arguments, variables)
 
 
 def train_all(phase: str, settings: sweep.Settings, folder: Path) -> None:
@@ -117,10 +95,12 @@ def train(
     if phase in ("equal", "deployment"):
         left = [peers_plan.with_rate(folder, settings, run) for run in left]
     tasks = {
-        str(run.path): ["peers_run.py", [run, settings, folder, FLAGS.data_dir]]
+        str(run.path): in_process(
+            "peers_run.py", [run, settings, folder, FLAGS.data_dir]
+        )
         for run in left
     }
-    perform(tasks, FLAGS.workers)
+    processes.perform(tasks, FLAGS.workers)
 
 
 def measure_steps(folder: Path) -> None:
@@ -131,8 +111,8 @@ def measure_steps(folder: Path) -> None:
         path = folder / peers_plan.step_cost_file(onednn)
         if not path.exists():
             arguments = ["step cost", path, settings]
-            tasks[str(path)] = ["peers_cost.py", arguments, variables(onednn)]
-    perform(tasks, 1)
+            tasks[str(path)] = in_process("peers_cost.py", arguments, variables(onednn))
+    processes.perform(tasks, 1)
 
 
 def measure_memory(folder: Path) -> None:
@@ -144,38 +124,16 @@ def measure_memory(folder: Path) -> None:
             path = folder / peers_plan.memory_file(variant, repeat)
             if not path.exists():
                 arguments = ["memory", path, settings, variant]
-                tasks[str(path)] = ["peers_cost.py", arguments, variables("default")]
-    perform(tasks, 1)
+                tasks[str(path)] = in_process(
+                    "peers_cost.py", arguments, variables("default")
+                )
+    processes.perform(tasks, 1)
 
 
 def variables(onednn: str) -> dict[str, str]:
     """The environment variables of a process with oneDNN asked for, or not."""
     found = {k: v for k, v in os.environ.items() if k != "TF_ENABLE_ONEDNN_OPTS"}
     return found if onednn == "default" else {**found, "TF_ENABLE_ONEDNN_OPTS": onednn}
-
-
-def perform(tasks: dict[str, list], workers: int) -> None:
-    """Runs tasks, each in a process of its own.
-
-    Args:
-        tasks: what to show -> arguments of `in_process`.
-        workers: how many at a time.
-    """
-    with (
-        rich.progress.Progress() as bar,
-        concurrent.futures.ThreadPoolExecutor(workers) as pool,
-    ):
-        shown = bar.add_task(f"{len(tasks)} runs", total=len(tasks))
-        futures = {pool.submit(in_process, *task): name for name, task in tasks.items()}
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                future.result()
-                bar.advance(shown)
-                if not bar.console.is_terminal:
-                    print(time.strftime("%H:%M:%S"), futures[future], flush=True)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def main(argv):

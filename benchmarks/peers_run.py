@@ -23,7 +23,6 @@ import tf_lowbit as tfl
 from examples import experiment
 from tf_lowbit import datasets, models
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.report import environment
 
 
 def perform(
@@ -63,23 +62,8 @@ def perform(
     else:
         found = {"file": our_file(model, run, settings, data)}
     package = peers_plan.PACKAGES.get(run.method)
-    sweep.write(
-        folder / run.path,
-        {
-            "purpose": run.purpose,
-            "network": run.network,
-            "method": run.method,
-            "bits": run.bits,
-            "seed": run.seed,
-            "epochs": run.epochs,
-            "learning_rate": run.learning_rate,
-            "measured_on": "held-out" if run.is_held_out else "test",
-            **found,
-            "peer": {package: metadata.version(package)} if package else {},
-            "settings": settings.as_json(),
-            **environment(),
-        },
-    )
+    found["peer"] = {package: metadata.version(package)} if package else {}
+    sweep.write(folder / run.path, accuracy_run.record(run, settings, found))
 
 
 def trained_peer(model, run: sweep.Run, data: datasets.Dataset) -> dict:
