@@ -17,6 +17,7 @@ from pathlib import Path
 
 import processes
 import sweep
+import sweep_flags
 from absl import app, flags
 
 FLAGS = flags.FLAGS
@@ -26,13 +27,7 @@ flags.DEFINE_list("phases", None, "Only these phases; all without it.")
 flags.DEFINE_integer("workers", 2, "Processes, of one thread each.")
 flags.DEFINE_integer("seeds", 5, "Seeds of the main table's 2-bit rows.")
 flags.DEFINE_integer("dear_seeds", 3, "Seeds of the other rows.")
-flags.DEFINE_string("data_dir", None, "Folder of the data; empty for the default.")
-_DEFAULTS = sweep.Settings()
-flags.DEFINE_string("dataset", _DEFAULTS.dataset, "What to train on.")
-flags.DEFINE_integer("limit", _DEFAULTS.limit, "Use only so many examples.")
-flags.DEFINE_integer("width", _DEFAULTS.width, "Channels of the first stage.")
-flags.DEFINE_integer("float_epochs", _DEFAULTS.float_epochs, "Of the float networks.")
-flags.DEFINE_integer("epochs", _DEFAULTS.epochs, "Of the low-bit ones, in total.")
+flags.adopt_module_key_flags(sweep_flags)
 
 
 def with_rates(runs, rates: dict[str, float]) -> list[sweep.Run]:
@@ -65,13 +60,7 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Received: arguments that are no flags: {argv[1:]}")
     folder = Path(FLAGS.results_dir)
-    settings = sweep.Settings(
-        dataset=FLAGS.dataset,
-        limit=FLAGS.limit,
-        width=FLAGS.width,
-        float_epochs=FLAGS.float_epochs,
-        epochs=FLAGS.epochs,
-    )
+    settings = sweep_flags.settings()
     every = sweep.phases(settings, FLAGS.seeds, FLAGS.dear_seeds)
     unknown = set(FLAGS.phases or []) - set(every)
     if unknown:

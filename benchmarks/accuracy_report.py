@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import matplotlib
@@ -53,23 +53,24 @@ def standard_error(values: list[float]) -> float:
     return float(np.std(values, ddof=1) / math.sqrt(len(values)))
 
 
-def paired(row: Row, other: Row) -> tuple[float, float]:
-    """Difference of two rows, seed by seed.
+def paired(values: dict[int, float], other: dict[int, float]) -> tuple[float, float]:
+    """Difference of two rows' accuracies, seed by seed.
 
     Args:
-        row: minuend.
+        values: minuend, by seed.
         other: subtrahend.
 
     Returns:
-        Mean difference in points, and the half width of its 95 % confidence interval
-        after Student's t over the seeds that both have; NaN with less than two.
+        Mean difference, and the half width of its 95 % confidence interval after
+        Student's t over the seeds that both have; NaN where there are none, or for the
+        half width, one.
     """
-    seeds = sorted(set(row.accuracies) & set(other.accuracies))
+    seeds = sorted(set(values) & set(other))
     if not seeds:
         return math.nan, math.nan
-    differences = [row.accuracies[s] - other.accuracies[s] for s in seeds]
+    differences = [values[seed] - other[seed] for seed in seeds]
     quantile = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(seeds) - 1)
-    return float(np.mean(differences)), quantile * standard_error(differences)
+    return float(np.mean(differences)), float(quantile * standard_error(differences))
 
 
 def cost_ratio(row: Row, other: Row) -> float:
@@ -80,15 +81,14 @@ def cost_ratio(row: Row, other: Row) -> float:
     return float(np.median([row.cpu_seconds[s] / other.cpu_seconds[s] for s in seeds]))
 
 
-def rows(folder: Path) -> dict[tuple, Row]:
-    """All reported runs, by (purpose, network, method, bits, epochs).
+def read_alike(paths: Iterable[Path]) -> Iterator[tuple[Path, dict]]:
+    """Yields the runs' files, sorted, with what they hold.
 
     Raises:
-        ValueError: if runs of other settings are among them, or one diverged.
+        ValueError: if their settings differ.
     """
-    found: dict[tuple, list[dict]] = {}
     settings = None
-    for path in sorted(folder.glob("*/*/*.json")):
+    for path in sorted(paths):
         run = json.loads(path.read_text())
         if settings not in (None, run["settings"]):
             raise ValueError(
@@ -96,6 +96,17 @@ def rows(folder: Path) -> dict[tuple, Row]:
                 f"{str(path)!r} with {run['settings']}, others with {settings}"
             )
         settings = run["settings"]
+        yield path, run
+
+
+def rows(folder: Path) -> dict[tuple, Row]:
+    """All reported runs, by (purpose, network, method, bits, epochs).
+
+    Raises:
+        ValueError: if runs of other settings are among them, or one diverged.
+    """
+    found: dict[tuple, list[dict]] = {}
+    for path, run in read_alike(folder.glob("*/*/*.json")):
         if run["measured_on"] != "test":
             continue
         if run["accuracy"] is None:
@@ -164,7 +175,7 @@ def _accuracy(row: Row | None) -> str:
 def _difference(row: Row | None, other: Row | None) -> str:
     if row is None or other is None or row is other:
         return _NOTHING
-    mean, half = paired(row, other)
+    mean, half = paired(row.accuracies, other.accuracies)
     if math.isnan(half):
         return _NOTHING if math.isnan(mean) else f"{mean:+.2f}"
     return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"

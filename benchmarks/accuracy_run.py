@@ -53,7 +53,7 @@ def perform(
         load_start(model, folder / sweep.start_file(run.network, run.seed))
     trained, stages, callbacks = prepared(model, run, settings, data)
     callbacks.append(experiment.StayFinite())
-    wall, cpu = time.perf_counter(), time.process_time()
+    clock = Clock()
     try:
         history = trained.fit(
             data.train,
@@ -62,15 +62,17 @@ def perform(
             callbacks=callbacks,
             verbose=0,
         ).history
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        times = clock.seconds()
         measured = data.validation if run.is_held_out else data.test
         loss, accuracy = trained.evaluate(
             measured, callbacks=[experiment.StayFinite()], verbose=0
         )
         diverged = None
     except ValueError as error:
-        if "must stay finite" not in str(error):
+        # Nothing could start from a float network that diverged.
+        if run.is_start or "must stay finite" not in str(error):
             raise
+        times = clock.seconds()
         history, accuracy, loss, diverged = {}, None, None, str(error)
     if run.is_start:
         save_start(model, folder / sweep.start_file(run.network, run.seed))
@@ -82,12 +84,26 @@ def perform(
         "loss": loss,
         "diverged": diverged,
         "training_loss": [round(float(x), 5) for x in history.get("loss", [])],
-        "wall_seconds": round(wall, 1),
-        "cpu_seconds": round(cpu, 1),
+        **times,
         "weight_bytes": cost.weight_bytes,
         "bops": cost.bops,
     }
     sweep.write(folder / run.path, record(run, settings, found))
+
+
+class Clock:
+    """Wall and CPU time of this process since it was made."""
+
+    def __init__(self):
+        self._start = time.perf_counter(), time.process_time()
+
+    def seconds(self) -> dict[str, float]:
+        """What has passed, as it is written of a run."""
+        wall, cpu = self._start
+        return {
+            "wall_seconds": round(time.perf_counter() - wall, 1),
+            "cpu_seconds": round(time.process_time() - cpu, 1),
+        }
 
 
 def record(run: sweep.Run, settings: sweep.Settings, found: dict) -> dict:

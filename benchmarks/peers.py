@@ -23,6 +23,7 @@ import peers_plan
 import peers_setup
 import processes
 import sweep
+import sweep_flags
 from absl import app, flags
 
 # The CIFAR ResNet-20 of step_cost.py.
@@ -49,16 +50,10 @@ flags.DEFINE_multi_enum(
 )
 flags.DEFINE_integer("workers", 2, "Trainings at a time, of one thread each.")
 flags.DEFINE_integer("seeds", 3, "Seeds of each training.")
-flags.DEFINE_string("data_dir", None, "Folder of the data; empty for the default.")
 flags.DEFINE_integer("rounds", 7, "Turns of each step that count, in the step cost.")
 flags.DEFINE_integer("steps", 3, "Steps in a round of the step cost.")
 flags.DEFINE_integer("repeats", 3, "Processes of each variant that measure memory.")
-_DEFAULTS = sweep.Settings()
-flags.DEFINE_string("dataset", _DEFAULTS.dataset, "What to train on.")
-flags.DEFINE_integer("limit", _DEFAULTS.limit, "Use only so many examples.")
-flags.DEFINE_integer("width", _DEFAULTS.width, "Channels of the first stage.")
-flags.DEFINE_integer("float_epochs", _DEFAULTS.float_epochs, "Of the float networks.")
-flags.DEFINE_integer("epochs", _DEFAULTS.epochs, "Of the low-bit ones.")
+flags.adopt_module_key_flags(sweep_flags)
 
 
 def in_process(
@@ -144,13 +139,7 @@ def main(argv):
     if FLAGS.setup:
         peers_setup.set_up(Path(FLAGS.environment).absolute())
         return
-    settings = sweep.Settings(
-        dataset=FLAGS.dataset,
-        limit=FLAGS.limit,
-        width=FLAGS.width,
-        float_epochs=FLAGS.float_epochs,
-        epochs=FLAGS.epochs,
-    )
+    settings = sweep_flags.settings()
     measurements = {"step cost": measure_steps, "memory": measure_memory}
     for phase in FLAGS.phase:
         if phase in measurements:

@@ -6,9 +6,7 @@ import statistics
 from pathlib import Path
 
 import accuracy_report
-import numpy as np
 import peers_plan
-import scipy.stats
 import sweep
 
 _NOTHING = "—"
@@ -45,20 +43,12 @@ def trainings(folder: Path) -> dict[str, _Runs]:
         ValueError: if their settings differ.
     """
     found: dict[str, _Runs] = {"float": {}, "equal": {}, "deployment": {}}
-    settings = None
-    for purpose, runs in found.items():
-        for path in sorted(folder.glob(f"*/{purpose}/*.json")):
-            run = json.loads(path.read_text())
-            if settings not in (None, run["settings"]):
-                raise ValueError(
-                    "The runs of a table must have the same settings. Received: "
-                    f"{str(path)!r} with {run['settings']}, others with {settings}"
-                )
-            settings = run["settings"]
-            if run["seed"] != sweep.TUNING_SEED:
-                bits = run["bits"] and tuple(run["bits"])
-                key = (run["network"], run["method"], bits)
-                runs.setdefault(key, {})[run["seed"]] = run
+    paths = (p for purpose in found for p in folder.glob(f"*/{purpose}/*.json"))
+    for _, run in accuracy_report.read_alike(paths):
+        if run["seed"] != sweep.TUNING_SEED:
+            bits = run["bits"] and tuple(run["bits"])
+            key = (run["network"], run["method"], bits)
+            found[run["purpose"]].setdefault(key, {})[run["seed"]] = run
     return found
 
 
@@ -66,28 +56,6 @@ def accuracies(runs: dict[int, dict]) -> dict[int, float]:
     """Accuracy in percent by seed, of the seeds that have one."""
     found = {seed: run.get("accuracy", None) for seed, run in runs.items()}
     return {seed: 100 * value for seed, value in found.items() if value is not None}
-
-
-def difference(values: dict[int, float], other: dict[int, float]) -> tuple:
-    """Mean difference by seed, and the half width of its 95 % confidence interval.
-
-    Args:
-        values: minuend, by seed.
-        other: subtrahend.
-
-    Returns:
-        Both after Student's t over the seeds that both have; NaN where there are none,
-        or for the half width, one.
-    """
-    seeds = sorted(set(values) & set(other))
-    if not seeds:
-        return math.nan, math.nan
-    each = [values[seed] - other[seed] for seed in seeds]
-    if len(each) < 2:
-        return each[0], math.nan
-    share = (1 + accuracy_report.CONFIDENCE) / 2
-    quantile = float(scipy.stats.t.ppf(share, len(each) - 1))
-    return float(np.mean(each)), quantile * accuracy_report.standard_error(each)
 
 
 def accuracy_table(every: dict[str, _Runs], network: str) -> str:
@@ -139,7 +107,7 @@ def _with_error(values: dict[int, float]) -> str:
 
 
 def _plus_minus(values, other) -> str:
-    mean, half = difference(values, other)
+    mean, half = accuracy_report.paired(values, other)
     if math.isnan(mean):
         return _NOTHING
     return f"{mean:+.2f}" + ("" if math.isnan(half) else f" ± {half:.2f}")

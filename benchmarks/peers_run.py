@@ -6,7 +6,6 @@
 import pickle
 import sys
 import tempfile
-import time
 from importlib import metadata
 from pathlib import Path
 
@@ -88,10 +87,10 @@ def trained_peer(model, run: sweep.Run, data: datasets.Dataset) -> dict:
     found["float_difference"] = peers_networks.float_difference(run.method, model)
     before = {w.name: w.numpy() for w in network.trainable_weights}
     experiment.compile_model(network, run.learning_rate)
-    wall, cpu = time.perf_counter(), time.process_time()
+    clock = accuracy_run.Clock()
     try:
         history = fit(network, run, data)
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        found |= clock.seconds()
         found["loss"], found["accuracy"] = network.evaluate(
             data.validation if run.is_held_out else data.test,
             callbacks=[experiment.StayFinite()],
@@ -110,8 +109,6 @@ def trained_peer(model, run: sweep.Run, data: datasets.Dataset) -> dict:
     found |= {
         "unmoved": unmoved,
         "training_loss": [round(float(x), 5) for x in history["loss"]],
-        "wall_seconds": round(wall, 1),
-        "cpu_seconds": round(cpu, 1),
     }
     if run.is_held_out:
         return found

@@ -57,7 +57,7 @@ def test_statistics_are_those_computed_by_hand(made_up):
     assert plain.mean == pytest.approx(81.0)
     # Deviations -1, 1, 0: variance 1, over the root of 3.
     assert plain.error == pytest.approx(1 / math.sqrt(3))
-    mean, half = accuracy_report.paired(other, plain)
+    mean, half = accuracy_report.paired(other.accuracies, plain.accuracies)
     assert mean == pytest.approx(2.0)
     # Student's t for 2 degrees of freedom at 97.5 %: 4.303.
     assert half == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
@@ -71,7 +71,7 @@ def test_pairs_are_of_the_same_seed(made_up):
     row, plain = (
         rows["equal", "preact_resnet8", method, (2, 2), 4] for method in ("TS", "plain")
     )
-    mean, half = accuracy_report.paired(row, plain)
+    mean, half = accuracy_report.paired(row.accuracies, plain.accuracies)
     assert mean == pytest.approx(1.0)
     assert math.isnan(half)
 
@@ -231,6 +231,12 @@ model = models.get(run.network, classes=10, input_shape=data.input_shape, width=
 accuracy_run.load_start(model, folder / sweep.start_file(run.network, 0))
 np.savez(sys.argv[3], **{w.name: w.numpy() for w in model.weights})
 accuracy_run.perform(run, settings, folder)
+for purpose, method, bits in (("equal", "plain", (2, 2)), ("float", "float", None)):
+    run = sweep.Run(purpose, "preact_resnet8", method, bits, 0, 2, 1e30)
+    try:
+        accuracy_run.perform(run, settings, folder)
+    except ValueError as error:
+        print(f"{purpose}: {error}")
 """
     loaded = tmp_path / "loaded.npz"
     done = subprocess.run(
@@ -252,3 +258,14 @@ accuracy_run.perform(run, settings, folder)
     assert result["stages"] == [[2, 2, 2]]
     assert result["bops"] > 0
     assert len(result["training_loss"]) == 2
+    # A low-bit training that diverges is a result; nothing starts from a float one.
+    lost = sweep.Run("equal", "preact_resnet8", "plain", (2, 2), 0, 2, 1e30)
+    result = sweep.read(folder, lost)
+    assert result["accuracy"] is None
+    assert "must stay finite" in result["diverged"]
+    assert 0 <= result["wall_seconds"] < 600
+    assert "float: The training loss must stay finite" in done.stdout
+    assert "equal: " not in done.stdout
+    with np.load(folder / sweep.start_file("preact_resnet8", 0)) as file:
+        for name, value in start.items():
+            np.testing.assert_array_equal(file[name], value)
