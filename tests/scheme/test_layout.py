@@ -55,6 +55,13 @@ def test_split_activations_keep_the_function():
     assert model.get_layer("a").activation is keras.activations.relu
 
 
+def test_a_model_without_own_activations_is_not_built_anew():
+    inputs = keras.Input((4,))
+    outputs = keras.layers.ReLU()(keras.layers.Dense(3)(inputs))
+    model = keras.Model(inputs, outputs)
+    assert split_activations(model) is model
+
+
 def test_split_activations_of_a_shared_layer():
     inputs = keras.Input((4,), name="in")
     shared = layers.Dense(4, activation="relu", name="shared")

@@ -88,6 +88,11 @@ class LowBitLayout(tfmot.quantization.keras.QuantizeLayoutTransform):
             )
 
 
+def _owned_relu(layer) -> str | None:
+    """The kind of ReLU that a weight layer has as its activation, if it has one."""
+    return registry.own_relu(layer) if registry.kernels(layer) else None
+
+
 def split_activations(model: keras.Model) -> keras.Model:
     """Turns every `activation="relu"` of a weight layer into a ReLU layer behind it.
 
@@ -97,12 +102,15 @@ def split_activations(model: keras.Model) -> keras.Model:
         model: functional model.
 
     Returns:
-        A model with the same function and the same weights.
+        A model with the same function and the same weights; the given one where there
+        is nothing to split.
     """
+    if not any(map(_owned_relu, model.layers)):
+        return model
     copies, relus = {}, {}
     taken = {layer.name for layer in model.layers}
     for layer in model.layers:
-        kind = registry.own_relu(layer) if registry.kernels(layer) else None
+        kind = _owned_relu(layer)
         copies[layer.name] = copy = graph.copy_layer(layer)
         if kind is not None:
             copy.activation = keras.activations.linear
