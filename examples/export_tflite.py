@@ -32,7 +32,9 @@ FLAGS = flags.FLAGS
 
 REPORTS = ("report.txt", "report.json")
 
-flags.DEFINE_string("model", None, "The trained network: model.h5 or a SavedModel.")
+flags.DEFINE_string(
+    "model", None, "The trained network: model.h5, .keras or a SavedModel."
+)
 flags.DEFINE_enum("dataset", "digits", datasets.names(), "What it was trained on.")
 flags.DEFINE_string("data_dir", None, "Folder of the data, as in train.py.")
 flags.DEFINE_integer("limit", None, "Use only so many examples, for a quick try.")

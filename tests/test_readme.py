@@ -59,7 +59,7 @@ def test_the_code_of_the_readme_runs(first):
     """On a small network and random data."""
     names, folder, printed = first
     np.testing.assert_array_equal(
-        tfl.load_model(folder / "low_bit.h5").predict(names["images"], verbose=0),
+        tfl.load_model(folder / "low_bit.keras").predict(names["images"], verbose=0),
         names["again"].predict(names["images"], verbose=0),
     )
     assert "Stage 2/2: weights at 2 bits, activations at 2 bits" in printed
@@ -88,7 +88,7 @@ def test_the_trainer_goes_on_from_there(first, blocks, monkeypatch):
     # The defaults keep two checkpoints.
     kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert kept == [f"epoch-{epoch:05}-step-0000000" for epoch in (9, 10)]
-    again = tfl.load_model(folder / "student.h5")
+    again = tfl.load_model(folder / "student.keras")
     np.testing.assert_array_equal(
         again.predict(names["images"], verbose=0),
         student.predict(names["images"], verbose=0),

@@ -1,30 +1,23 @@
 """Loading quantized models without scopes."""
 
-import os
-
 from tf_lowbit.compat import keras, tfmot
 
 
 def load_model(path, **arguments) -> keras.Model:
-    """Loads a quantized model from an HDF5 file or a SavedModel folder.
+    """Loads a quantized model from a file or folder that `model.save` wrote.
 
-    Latent weights, learned ranges, bits and batch statistics come back exactly.
-    `model.save_weights` and `load_weights` work as ever on a model that `quantize`
-    made from the same float model and the same rules.
+    Latent weights, learned ranges, bits and batch statistics come back exactly, in all
+    three formats; so do the networks, optimizers and counters of a `LowBitTrainer`,
+    which is saved as `.keras`. `model.save_weights` and `load_weights` work as ever
+    on a model that `quantize` made from the same float model and the same rules.
 
     Args:
-        path: `.h5` file or SavedModel folder, as `model.save` wrote it. The `.keras`
-            format is refused: TF-MOT's wrapper does not reload from it.
+        path: `.keras` file, `.h5` file or SavedModel folder.
         **arguments: of `keras.models.load_model`, such as `compile=False`.
 
     Raises:
-        ValueError: if the path ends in `.keras`.
         OSError: if there is no such file.
+        ValueError: if it is none of these formats, or damaged.
     """
-    if os.fspath(path).endswith(".keras"):
-        raise ValueError(
-            "path must be an .h5 file or a SavedModel folder: TF-MOT's wrapped layers "
-            f"do not reload from .keras. Received: path={os.fspath(path)!r}"
-        )
     with tfmot.quantization.keras.quantize_scope():
         return keras.models.load_model(path, **arguments)

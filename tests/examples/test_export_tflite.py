@@ -30,7 +30,7 @@ BAD = {
     "missing model": (["--model=nope.h5"], r"^OSError: .*nope\.h5"),
     "a run's folder": (["--model=.."], r"^OSError: .*SavedModel"),
     "torn model": (["--model=../torn.h5"], r"^OSError: .*truncated file"),
-    "format": (["--model=net.keras"], r"^ValueError: .*\.h5 file.*'net\.keras'"),
+    "missing .keras": (["--model=net.keras"], r"^OSError: .*net\.keras"),
     "float network": (["--model=../float.h5"], r"^ValueError: .*nothing is quantized"),
     "other images": (
         ["--model=../six.h5"],
@@ -106,14 +106,14 @@ def exports(tmp_path_factory, trained_for_deployment):
     folder = tmp_path_factory.mktemp("exports")
     _, run = trained_for_deployment
     trained = run / "quantized" / "model.h5"
-    small(8).save(folder / "small.h5", include_optimizer=False)
+    small(8).save(folder / "small.keras")
     small(6).save(folder / "six.h5", include_optimizer=False)
     models.plain_cnn(width=2, input_shape=(8, 8, 1)).save(folder / "float.h5")
     (folder / "torn.h5").write_bytes(trained.read_bytes()[:9000])
     (folder / "file").write_text("")
     cases = {}
 
-    def add(name, *flags, model="../small.h5", out="out"):
+    def add(name, *flags, model="../small.keras", out="out"):
         (folder / name).mkdir()
         common = ("--dataset=digits", "--batch_size=16", f"--limit={LIMIT}")
         flags = (f"--model={model}", *common, f"--output_dir={out}", *flags)

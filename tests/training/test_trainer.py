@@ -766,11 +766,81 @@ def test_a_checkpoint_brings_all_back_and_training_goes_on(tmp_path):
     assert_same(values(*networks[0]), values(*networks[1]))
 
 
-def test_a_trainer_is_not_saved_to_a_file_that_cannot_be_loaded(tmp_path):
+def compiled_like(model):
+    """What a trainer was compiled with, but for networks."""
+    optimizers = [model.optimizer, model.teacher_optimizer]
+    return [o and o.get_config() for o in optimizers] + [model.get_compile_config()]
+
+
+def test_a_keras_file_brings_a_trainer_back_and_training_goes_on(tmp_path):
+    model = fresh_trainer(1)
+    nets.by_name(model.student)["mid/kernel"].assign_bits(3)
+    model.fit(X, Y, epochs=1, batch_size=4, shuffle=False, verbose=0)
+    model.save(tmp_path / "trainer.keras")
+    again = tfl.load_model(tmp_path / "trainer.keras")
+    assert isinstance(again, tfl.LowBitTrainer)
+    assert again.name == model.name
+    assert again._plan.distillation == model._plan.distillation
+    assert again._plan.hints[0][0].student == model._plan.hints[0][0].student
+    assert compiled_like(again) == compiled_like(model)
+    assert_same(complete(again), complete(model))
+    assert int(again.progress.step) == 2
+    for each in (model, again):
+        each.fit(
+            X, Y, initial_epoch=1, epochs=2, batch_size=4, shuffle=False, verbose=0
+        )
+    assert_same(complete(again), complete(model))
+    assert int(again.progress.step) == 4
+
+
+def falling(progress):
+    return 1.0 - progress
+
+
+@pytest.mark.parametrize(
+    "schedule", [None, keras.saving.register_keras_serializable("tests")(falling)]
+)
+def test_a_keras_file_has_several_students_and_stochastic_precision(schedule, tmp_path):
+    precision = tfl.StochasticPrecision(
+        None if schedule else 0.3, schedule=schedule, unit=["mid"], seed=7
+    )
+    students = {"low": fresh_student("dorefa"), "four": fresh_student("learned")}
+    model = tfl.LowBitTrainer(students, stochastic_precision=precision, name="both")
+    model.compile(SGD(0.1), SPARSE(), metrics=["accuracy"], run_eagerly=True)
+    model.fit(X, Y, epochs=1, batch_size=4, verbose=0)
+    model.save(tmp_path / "trainer.keras")
+    again = tfl.load_model(tmp_path / "trainer.keras")
+    assert again.get_config()["stochastic_precision"]["config"] == (
+        precision.get_config()
+    )
+    assert again.teacher is None
+    assert_same(values(*again.students), values(*model.students))
+    logs = [
+        each.fit(X, Y, epochs=1, batch_size=4, shuffle=False, verbose=0).history
+        for each in (model, again)
+    ]
+    assert logs[0] == logs[1]
+    assert "four_accuracy" in logs[0]
+
+
+def test_a_trainer_that_was_not_compiled_comes_back(tmp_path):
+    losses = tfl.JointDistillation(teacher="frozen", hints=[("relu2", "relu2")])
+    model = tfl.LowBitTrainer(fresh_student("learned"), net(3), distillation=losses)
+    model.save(tmp_path / "trainer.keras")
+    again = tfl.load_model(tmp_path / "trainer.keras")
+    assert again._plan.distillation == losses
+    assert again.optimizer is None
+    assert_same(
+        values(again.student, again.teacher), values(model.student, model.teacher)
+    )
+
+
+@pytest.mark.parametrize("name", ["trainer.h5", "trainer"])
+def test_a_trainer_is_saved_to_no_other_file(name, tmp_path):
     model = trainer()
-    model.train_on_batch(X, Y)
-    with pytest.raises(NotImplementedError, match=r"trainer\.student\.save"):
-        model.save(tmp_path / "trainer.keras")
+    with pytest.raises(ValueError, match=rf"trainer\.student.*Received: .*{name}'"):
+        model.save(tmp_path / name)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_student_is_saved_by_itself(tmp_path):

@@ -1,13 +1,18 @@
-"""TF-MOT's wrapper, made to honour `trainable = False`."""
+"""TF-MOT's wrapper, made to honour `trainable = False` and to reload from `.keras`."""
 
 from tf_lowbit.compat import keras, tf, tfmot
+from tf_lowbit.scheme import graph
 
 _QuantizeWrapper = tfmot.quantization.keras.QuantizeWrapperV2
 
 
 @keras.utils.register_keras_serializable(package="tf_lowbit")
 class LowBitWrapper(_QuantizeWrapper):
-    """TF-MOT lists latent weights and learned steps as trainable even if frozen."""
+    """TF-MOT's lists latent weights and learned steps as trainable even if frozen.
+
+    And its wrapped layer, built before the wrapper when a `.keras` file is read, gets
+    its weights in another order; this one's are saved and read by name.
+    """
 
     def add_weight(self, *args, **kwargs):
         """As Keras's; TF-MOT's step counter, too, is one and the same everywhere."""
@@ -34,3 +39,48 @@ class LowBitWrapper(_QuantizeWrapper):
         if self.trainable:
             return state
         return self._dedup_weights(super().trainable_weights + state)
+
+    def get_config(self):
+        """As TF-MOT's, but for the shape that the wrapped layer was built for."""
+        config = super().get_config()
+        # The wrapper builds it: built before, its weights had other names and places.
+        config["layer"].pop("build_config", None)
+        return config
+
+    def get_build_config(self):
+        """None: a call builds the layer, as in `quantize`, and scopes its weights."""
+        return None
+
+    def save_own_variables(self, store):
+        """Writes all weights, the wrapped layer's among them, by name."""
+        for name, weight in self._named_weights().items():
+            store[name] = weight.numpy()
+
+    def load_own_variables(self, store):
+        """Reads what `save_own_variables` wrote, or Keras's in an older file.
+
+        Raises:
+            ValueError: if the file's weights are not this layer's.
+        """
+        if "0" in store.keys():
+            # By number, without those of the wrapped layer: Keras wrote them so.
+            super().load_own_variables(store)
+            return
+        weights = self._named_weights()
+        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        found = {name: tuple(store[name].shape) for name in store.keys()}
+        if found != shapes:
+            raise ValueError(
+                f"The weights in the file must be those of layer {self.name!r}, "
+                f"{shapes}. Received: {found}"
+            )
+        for name, weight in weights.items():
+            weight.assign(store[name])
+
+    def _named_weights(self) -> dict:
+        """The weights by the last part of their name, numbered where it is taken."""
+        taken: set[str] = set()
+        return {
+            graph.free_name(self._weight_name(weight.name), taken): weight
+            for weight in self.weights
+        }

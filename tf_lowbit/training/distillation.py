@@ -16,6 +16,7 @@ from tf_lowbit.compat import keras, tf
 from tf_lowbit.quantizers import ACTIVATION
 from tf_lowbit.scheme import registry
 from tf_lowbit.training.scores import DISTILLATION, HINT, TASK, Batch
+from tf_lowbit.training.settings import Settings
 
 POSTERIORS, LOGITS = "posteriors", "logits"
 JOINT, TASK_ONLY, FROZEN = "joint", "task", "frozen"
@@ -43,8 +44,9 @@ _WEIGHTS = {
 _HINT_STAGES = 2
 
 
+@keras.utils.register_keras_serializable(package="tf_lowbit")
 @dataclasses.dataclass(frozen=True)
-class JointDistillation:
+class JointDistillation(Settings):
     """The losses of teacher and student.
 
     With `CE` the compiled loss, `D` the mean over the batch of the distance to the
@@ -106,6 +108,9 @@ class JointDistillation:
         _check_choice("target", self.target, TARGETS)
         _check_choice("teacher", self.teacher, TEACHERS)
         _check_hints(self.hints)
+        if self.hints is not None and not isinstance(self.hints, str):
+            hints = (h if isinstance(h, str) else tuple(h) for h in self.hints)
+            object.__setattr__(self, "hints", tuple(hints))
         is_joint, has_hints = self.teacher == JOINT, self.hints is not None
         defaults = {
             **_WEIGHTS[self.target],

@@ -15,12 +15,14 @@ from tf_lowbit.compat import keras, tf
 from tf_lowbit.core.schedules import LinearRamp
 from tf_lowbit.quantizers import sampling
 from tf_lowbit.training import units
+from tf_lowbit.training.settings import Settings
 
 _CHECKED_POINTS = 100
 
 
+@keras.utils.register_keras_serializable(package="tf_lowbit")
 @dataclasses.dataclass(frozen=True)
-class StochasticPrecision:
+class StochasticPrecision(Settings):
     """How sub-networks are sampled in training.
 
     At each step every unit is quantized with probability p, else in full precision:
@@ -37,7 +39,8 @@ class StochasticPrecision:
             With less than that, see `tf_lowbit.recalibrate_batch_norm`.
         schedule: another course of p: a function from the share of the training that
             has passed, scalar float32 tensor in [0, 1], to a scalar in [0, 1]. In
-            place of `start` and `tail`.
+            place of `start` and `tail`. A trainer that is to be saved needs it
+            registered (`keras.saving.register_keras_serializable`).
         unit: "layer", "block" or a list of patterns (`find_units`).
         seed: of the draws, an int in [0, 2**63).
         steps: steps of the whole training; None for what `fit` is to do, from epoch 0

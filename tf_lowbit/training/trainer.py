@@ -1,6 +1,7 @@
 """The model whose `train_step` runs stochastic precision and joint distillation."""
 
 import inspect
+import os
 from collections.abc import Mapping
 
 from tf_lowbit import inspection
@@ -13,14 +14,16 @@ from tf_lowbit.training.scores import DISTILLATION, HINT, TASK, Batch, Board
 from tf_lowbit.training.stochastic_precision import StochasticPrecision
 
 
+@keras.utils.register_keras_serializable(package="tf_lowbit")
 class LowBitTrainer(keras.Model):
     """Trains low-bitwidth networks as the method has it.
 
     `fit` trains the students, plainly or with stochastic precision, and with a teacher
     jointly with it: both see each batch once, in one step, and each has its own
     optimizer. `evaluate` and `predict` are the student's, fully quantized; the network
-    to be saved and deployed is `trainer.student`. Staging callbacks work on a trainer
-    as on a network.
+    to be deployed is `trainer.student`. Staging callbacks work on a trainer as on a
+    network. `save` writes all of it to a `.keras` file, networks, optimizers and
+    counters, and `tf_lowbit.load_model` reads it.
 
     Logged: `loss`, the student's whole loss, and the compiled metrics; with a teacher
     also the parts `task_loss`, `distillation_loss` and `hint_loss`, without their
@@ -75,6 +78,7 @@ class LowBitTrainer(keras.Model):
         super().__init__(name=name, dtype=_policy(everyone), autocast=False)
         self._plan = plan
         self._names = list(named)
+        self._precision = stochastic_precision
         self._steps = stochastic_precision and stochastic_precision.steps
         self._knows_steps = self._steps is not None
         self.students = networks
@@ -252,17 +256,74 @@ class LowBitTrainer(keras.Model):
             scores.record(parts, outputs, batch)
         return self._board.logs(in_training=False)
 
-    def get_config(self):
-        """Refuses: a trainer is no network, and its file could not be loaded.
+    def save(self, filepath, *args, **kwargs):
+        """Saves networks, settings, optimizers and counters; see `keras.Model.save`.
+
+        Args:
+            filepath: of a `.keras` file. A single network may have another format:
+                `trainer.student.save(path)`.
+            *args: as Keras has them.
+            **kwargs: likewise.
 
         Raises:
-            NotImplementedError: always.
+            ValueError: for another kind of file.
         """
-        raise NotImplementedError(
-            "A LowBitTrainer is not saved as a model: save its student, "
-            "trainer.student.save(path), or its state with callbacks.Recovery, "
-            "tf.train.Checkpoint or save_weights"
-        )
+        if not os.fspath(filepath).endswith(".keras"):
+            raise ValueError(
+                "A LowBitTrainer is saved to a .keras file; its networks, such as "
+                "trainer.student, to any format. "
+                f"Received: filepath={os.fspath(filepath)!r}"
+            )
+        super().save(filepath, *args, **kwargs)
+
+    def get_config(self):
+        """The constructor's arguments, serialized."""
+        arguments = {
+            "student": dict(zip(self._names, self.students, strict=True)),
+            "teacher": self.teacher,
+            "distillation": self._plan.distillation,
+            "stochastic_precision": self._precision,
+            "name": self.name,
+        }
+        serialize = keras.saving.serialize_keras_object
+        return {name: serialize(value) for name, value in arguments.items()}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        """The trainer that `get_config` wrote; its weights are new."""
+        with keras.utils.custom_object_scope(custom_objects or {}):
+            deserialize = keras.saving.deserialize_keras_object
+            return cls(**{name: deserialize(value) for name, value in config.items()})
+
+    def get_compile_config(self):
+        """What `compile` was given, serialized; None if it was not called."""
+        config = super().get_compile_config()
+        if config is not None:
+            config["teacher_optimizer"] = keras.saving.serialize_keras_object(
+                self.teacher_optimizer
+            )
+        return config
+
+    def compile_from_config(self, config):
+        """Compiles as `get_compile_config` says."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+
+    def save_own_variables(self, store):
+        """Keras's: writes what is neither a network's nor an optimizer's."""
+        for name, counted in self._counters().items():
+            store[name] = counted.numpy()
+
+    def load_own_variables(self, store):
+        """Keras's: reads it; older files of weights have none of it."""
+        if store.keys():
+            for name, counted in self._counters().items():
+                counted.assign(store[name][()])
+
+    def _counters(self) -> dict:
+        return {
+            "step": self.progress.step,
+            "total_steps": self.progress.total_steps,
+        }
 
     def _expect_steps(self, steps) -> None:
         """Checks that the length of the training that `fit` begins is known."""
