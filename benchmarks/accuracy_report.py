@@ -150,6 +150,7 @@ def tables(folder: Path) -> dict[str, str]:
     return {
         "W2A2": equal_table(found, settings, SMALL, (2, 2)),
         "bits": bits_table(found, settings),
+        "ablations": ablations_table(found, settings),
         "per stage": per_stage_table(found, settings),
         "ResNet-20": large_table(found, settings),
         "tuning": tuning_table(folder, settings),
@@ -220,6 +221,28 @@ def bits_table(found, settings) -> str:
         if any(cells):
             lines.append([method, *map(_accuracy, cells)])
     return table(["method", *map(label, BITS)], lines)
+
+
+def ablations_table(found, settings) -> str:
+    """Methods with one thing changed, beside what they are without the change."""
+    plain = found.get(("equal", SMALL, "plain", (2, 2), settings.epochs))
+    lines = []
+    for name, (method, _) in sweep.ABLATIONS.items():
+        row = found.get(("ablation", SMALL, name, (2, 2), settings.epochs))
+        if row is not None:
+            parent = found.get(("equal", SMALL, method, (2, 2), settings.epochs))
+            lines.append(
+                [
+                    name,
+                    str(len(row.accuracies)),
+                    _accuracy(row),
+                    _difference(row, plain),
+                    _difference(row, parent),
+                    _ratio(row, plain),
+                ]
+            )
+    headers = ["changed", "seeds", "accuracy, %", "against plain"]
+    return table([*headers, "against the method itself", "CPU"], lines)
 
 
 def per_stage_table(found, settings) -> str:
@@ -319,7 +342,7 @@ def _plot_cost(axes, found, settings):
     names = {"equal": "equal total of epochs", "per_stage": "full epochs per stage"}
     colors = dict(zip(sweep.METHODS, matplotlib.colormaps["tab10"].colors, strict=True))
     for (purpose, network, method, bits, epochs), row in found.items():
-        if network != SMALL or bits != (2, 2):
+        if network != SMALL or bits != (2, 2) or purpose not in markers:
             continue
         axes.errorbar(
             cost_ratio(row, plain),

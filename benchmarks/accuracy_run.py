@@ -146,7 +146,7 @@ def prepared(model, run, settings, data):
         stage = tfl.Stage(run.epochs, learning_rate=rate, decay="cosine")
         experiment.compile_model(model, rate)
         return model, [stage], [experiment.float_learning_rate(stage, data)]
-    method = sweep.METHODS[run.method]
+    method = sweep.method_of(run)
     stages = experiment.stages_for(
         method.staging,
         run.bits,
@@ -160,14 +160,19 @@ def prepared(model, run, settings, data):
     quantized = tfl.quantize(model, [rule])
     tfl.calibrate(quantized, data.train)
     trainer = experiment.trainer_for(
-        quantized, model, method.staging, method.distill, seed=run.seed
+        quantized,
+        model,
+        method.staging,
+        method.distill,
+        start=method.start,
+        seed=run.seed,
     )
     steps = run.epochs * data.steps_per_epoch
     experiment.compile_model(
         trainer,
         rate,
         teacher_optimizer=experiment.teacher_optimizer(
-            method.distill, rate, "cosine", steps
+            method.distill, rate * method.teacher_rate, "cosine", steps
         ),
     )
     return trainer, stages, [tfl.callbacks.StagedPrecision(stages)]

@@ -16,8 +16,8 @@ TUNED_AT = (2, 2)
 # direction of the better one until the best stands between two others.
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 _FIRST_RATES = (0.03, 0.1)
-# Main table: equal total epochs; full epochs per stage; and the runs before them.
-PURPOSES = ("float", "tuning", "equal", "per_stage")
+# Equal total epochs, full epochs per stage, one thing changed; and what is before them.
+PURPOSES = ("float", "tuning", "equal", "per_stage", "ablation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +28,15 @@ class Method:
         staging: one of `examples.experiment.METHODS`.
         distill: one of `examples.experiment.DISTILLATIONS`.
         quantizers: of weights and activations.
+        teacher_rate: the teacher's learning rate relative to the student's.
+        start: of stochastic precision, the probability at the start.
     """
 
     staging: str = "plain"
     distill: str = "none"
     quantizers: tuple[str, str] = ("dorefa", "dorefa")
+    teacher_rate: float = 1.0
+    start: float = 0.5
 
 
 METHODS = {
@@ -46,6 +50,13 @@ METHODS = {
     "SP+JKD": Method("sp", "joint"),
     "LSQ": Method(quantizers=("lsq", "lsq")),
     "PACT": Method(quantizers=("dorefa", "pact")),
+}
+# What a method does where one thing about it is changed: name -> (method, changed).
+# The learning rate is the method's.
+ABLATIONS = {
+    "JKD, slow teacher": ("JKD", Method(distill="joint", teacher_rate=0.2)),
+    "JKD, frozen teacher": ("JKD", Method(distill="frozen")),
+    "SP from 0.8": ("SP", Method("sp", start=0.8)),
 }
 # Stages at two bits, ladder 8, 4, 2; weights and activations apart at the last rung.
 STAGES = {"TS": 2, "PQ": 3, "TS+PQ": 4}
@@ -91,7 +102,7 @@ class Run:
     Attributes:
         purpose: one of `PURPOSES`.
         network: a name of `tf_lowbit.models`.
-        method: a key of `METHODS`, or `FLOAT`.
+        method: a key of `METHODS` or `ABLATIONS`, or `FLOAT`.
         bits: of weights and activations; None for a float network.
         seed: of data order, augmentation, initial weights and draws.
         epochs: in total.
@@ -120,10 +131,18 @@ class Run:
     def path(self) -> Path:
         """Of its JSON file, in the folder of results."""
         bits = "" if self.bits is None else f"-w{self.bits[0]}a{self.bits[1]}"
-        name = f"{self.method.lower()}{bits}-{self.epochs}epochs"
+        method = self.method.lower().replace(", ", "-").replace(" ", "-")
+        name = f"{method}{bits}-{self.epochs}epochs"
         if self.purpose == "tuning":
             name += f"-rate{self.learning_rate:g}"
         return Path(self.network, self.purpose, f"{name}-seed{self.seed}.json")
+
+
+def method_of(run: Run) -> Method:
+    """How a low-bit run trains."""
+    if run.method in METHODS:
+        return METHODS[run.method]
+    return ABLATIONS[run.method][1]
 
 
 def start_file(network: str, seed: int) -> Path:
@@ -173,6 +192,7 @@ def phases(settings: Settings, seeds: int = 5, dear: int = 3) -> dict[str, list[
         "tuning": [],
         "W2A2": rows("equal", small, METHODS, two, seeds)
         + rows("equal", small, [FLOAT], None, seeds),
+        "ablations": rows("ablation", small, ABLATIONS, two, dear),
         "per stage": per_stage,
         "W4A4": rows("equal", small, METHODS, (4, 4), dear),
         "W1A2": rows("equal", small, METHODS, (1, 2), dear),
@@ -284,7 +304,7 @@ def best_rate(scores: dict[float, float | None]) -> float:
 
 
 def tuned(folder: Path, settings: Settings) -> dict[str, float]:
-    """The learning rate of each method: the best on the held-out images.
+    """The learning rate of each method and ablation: the best on the held-out images.
 
     Raises:
         ValueError: if the tuning is not done.
@@ -295,4 +315,5 @@ def tuned(folder: Path, settings: Settings) -> dict[str, float]:
             "The learning rates must have been tuned. "
             f"Received: no file {str(folder / missing[0].path)!r}"
         )
-    return {m: best_rate(scores) for m, scores in tuning(folder, settings).items()}
+    rates = {m: best_rate(scores) for m, scores in tuning(folder, settings).items()}
+    return rates | {name: rates[method] for name, (method, _) in ABLATIONS.items()}

@@ -122,7 +122,14 @@ def test_the_tuning_goes_on_until_the_best_rate_stands_between_others(tmp_path):
             is_lost = run.method == "TS" and steps > 0
             put(tmp_path, run, None if is_lost else 0.9 - 0.1 * abs(steps))
     rates = sweep.tuned(tmp_path, SETTINGS)
-    assert rates == {**dict.fromkeys([*sweep.METHODS, "float"], 0.1), **best}
+    expected = {**dict.fromkeys([*sweep.METHODS, "float"], 0.1), **best}
+    assert {method: rates.pop(method) for method in expected} == expected
+    # An ablation has the rate of its method.
+    assert rates == {
+        "JKD, slow teacher": 0.01,
+        "JKD, frozen teacher": 0.01,
+        "SP from 0.8": 0.3,
+    }
     # 0.03, 0.1 and 0.3 for seven; one or two more for the others.
     assert tried == 7 * 3 + (4 + 4 + 4 + 4)
     lines = accuracy_report.tables(tmp_path)["tuning"].splitlines()
@@ -151,6 +158,24 @@ def test_all_runs_of_a_seed_start_and_are_measured_alike():
             assert run.epochs == SETTINGS.epochs
         if run.purpose == "per_stage" and run.method != "plain":
             assert run.epochs == SETTINGS.epochs * sweep.STAGES[run.method]
+
+
+def test_an_ablation_stands_beside_its_method(made_up):
+    run = low_bit("SP from 0.8", 0, purpose="ablation")
+    assert run.path.name == "sp-from-0.8-w2a2-4epochs-seed0.json"
+    for seed, accuracy in enumerate([0.82, 0.84, 0.83]):
+        run = dataclasses.replace(run, seed=seed)
+        put(made_up, run, accuracy, 120.0)
+    line = accuracy_report.tables(made_up)["ablations"].splitlines()[-1]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[:3] == ["SP from 0.8", "3", "83.00 ± 0.58"]
+    # By seed +2, +2, +2 to plain; +1, 0, -1 to SP: 4.303 times 1 over the root of 3.
+    assert cells[3] == "+2.00 [+2.00, +2.00]"
+    assert cells[4] == "+0.00 [-2.48, +2.48]"
+    assert cells[5] == "1.20"
+    # The plot is of the methods.
+    shown = accuracy_report.plots(made_up)["accuracy_cost.svg"].axes[0].texts
+    assert "SP from 0.8" not in {text.get_text() for text in shown}
 
 
 def test_plots_show_every_row(made_up):
@@ -219,18 +244,30 @@ def test_runs_start_from_the_float_weights_of_their_seed(swept, tmp_path):
         start = {name: file[name] for name in file.files}
     # At a vanishing learning rate the float network stays as it started.
     script = """
-import sys, pathlib
+import dataclasses, sys, pathlib
 sys.path.insert(0, sys.argv[1])
 import accuracy_run, sweep, numpy as np
 settings = sweep.Settings(dataset="digits", limit=40, float_epochs=1)
 folder = pathlib.Path(sys.argv[2])
 run = sweep.Run("equal", "preact_resnet8", "SP+JKD", (2, 2), 0, 2, 0.03)
 from tf_lowbit import models
+from examples import experiment
 data = accuracy_run.load_data(run, settings, None)
 model = models.get(run.network, classes=10, input_shape=data.input_shape, width=8)
 accuracy_run.load_start(model, folder / sweep.start_file(run.network, 0))
 np.savez(sys.argv[3], **{w.name: w.numpy() for w in model.weights})
 accuracy_run.perform(run, settings, folder)
+changed = sweep.Run("ablation", "preact_resnet8", "", (2, 2), 0, 2, 0.03)
+for method in sweep.ABLATIONS:
+    experiment.quiet()
+    network = models.get(run.network, classes=10, input_shape=data.input_shape, width=8)
+    one = dataclasses.replace(changed, method=method)
+    trainer, _, _ = accuracy_run.prepared(network, one, settings, data)
+    teacher = trainer.teacher_optimizer
+    precision = trainer.get_config()["stochastic_precision"]
+    print(f"{method}:", trainer.teacher is not None,
+        teacher and round(float(teacher.learning_rate), 6),
+        precision and precision["config"]["start"])
 for purpose, method, bits in (("equal", "plain", (2, 2)), ("float", "float", None)):
     run = sweep.Run(purpose, "preact_resnet8", method, bits, 0, 2, 1e30)
     try:
@@ -266,6 +303,10 @@ for purpose, method, bits in (("equal", "plain", (2, 2)), ("float", "float", Non
     assert 0 <= result["wall_seconds"] < 600
     assert "float: The training loss must stay finite" in done.stdout
     assert "equal: " not in done.stdout
+    # Whether there is a teacher, its rate, and where stochastic precision starts.
+    assert "JKD, slow teacher: True 0.006 None\n" in done.stdout
+    assert "JKD, frozen teacher: True None None\n" in done.stdout
+    assert "SP from 0.8: False None 0.8\n" in done.stdout
     with np.load(folder / sweep.start_file("preact_resnet8", 0)) as file:
         for name, value in start.items():
             np.testing.assert_array_equal(file[name], value)
