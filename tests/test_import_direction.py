@@ -20,7 +20,7 @@ LAYERS = (
     {"scheme"},
     {"inspection", "saving"},
     {"api", "calibration"},
-    {"callbacks", "training", "export", "report"},
+    {"callbacks", "training", "export", "report", "requantization"},
 )
 FOUNDATION = {"compat", "version"}  # imports itself only; everything may import it
 APART = {"models", "datasets"}

@@ -12,6 +12,7 @@ from tf_lowbit.core.stages import (
     two_stage_progressive,
 )
 from tf_lowbit.report import Cost, Summary, cost, summary
+from tf_lowbit.requantization import requantize, strip
 from tf_lowbit.saving import load_model
 from tf_lowbit.scheme.layout import QuantizationWarning
 from tf_lowbit.scheme.rules import PrecisionRule
@@ -45,7 +46,9 @@ __all__ = [
     "quantize",
     "quantizers",
     "recalibrate_batch_norm",
+    "requantize",
     "split_epochs",
+    "strip",
     "summary",
     "two_stage",
     "two_stage_progressive",

@@ -56,13 +56,25 @@ def quantize(
     )
     quantized = graph.clone(applied, _own_wrapper)
     inspection.initialize_weight_ranges(quantized)
-    for layer in model.layers:
-        same = quantized.get_layer(layer.name)
-        same.trainable = layer.trainable
-        if getattr(layer, "synchronized", False):
-            # Keras leaves it out of the configuration, so that no copy has it.
-            same.synchronized, same.fused = True, False
+    take_flags(model, quantized)
     return quantized
+
+
+def take_flags(source: keras.Model, target: keras.Model) -> None:
+    """Gives layers what those of the same name have and a copy has not.
+
+    Args:
+        source: whose `trainable` and `synchronized` flags are taken.
+        target: which may lack some of its layers, and have others.
+    """
+    given = {layer.name: layer for layer in source.layers}
+    for layer in target.layers:
+        if layer.name not in given:
+            continue
+        layer.trainable = given[layer.name].trainable
+        if getattr(given[layer.name], "synchronized", False):
+            # Keras leaves it out of the configuration, so that no copy has it.
+            layer.synchronized, layer.fused = True, False
 
 
 def _own_wrapper(layer):
@@ -91,12 +103,7 @@ def _functional(model) -> keras.Model:
             "model must be Sequential or Functional: the graph of a subclassed model "
             f"cannot be read. Received: {type(model).__name__}"
         )
-    nested = [layer.name for layer in model.layers if isinstance(layer, keras.Model)]
-    if nested:
-        raise ValueError(
-            "model must not hold models as layers; flatten them first. "
-            f"Received: nested models {nested}"
-        )
+    require_flat(model)
     wrapped = [
         layer.name
         for layer in model.layers
@@ -104,12 +111,22 @@ def _functional(model) -> keras.Model:
     ]
     if wrapped:
         raise ValueError(
-            "model must be a float model. "
+            "model must be a float model; tf_lowbit.requantize takes a quantized one. "
             f"Received: layers that are quantized already: {wrapped[:5]}"
         )
     if isinstance(model, keras.Sequential):
         return keras.Model(model.inputs, model.outputs, name=model.name)
     return model
+
+
+def require_flat(model: keras.Model) -> None:
+    """Raises a ValueError if models are among the model's layers."""
+    nested = [layer.name for layer in model.layers if isinstance(layer, keras.Model)]
+    if nested:
+        raise ValueError(
+            "model must not hold models as layers; flatten them first. "
+            f"Received: nested models {nested}"
+        )
 
 
 def _annotate(model: keras.Model) -> keras.Model:
