@@ -7,8 +7,16 @@ import numpy as np
 import pytest
 
 from tests.scheme import nets
-from tf_lowbit import PrecisionRule, calibrate, inspection, quantize, quantizers
+from tf_lowbit import (
+    PrecisionRule,
+    calibrate,
+    inspection,
+    quantize,
+    quantizers,
+    requantize,
+)
 from tf_lowbit.compat import keras, tf
+from tf_lowbit.scheme import graph
 
 layers = keras.layers
 W2A2 = PrecisionRule(".*", weight_bits=2, activation_bits=2)
@@ -249,11 +257,46 @@ def test_a_sequential_model_that_was_built_by_shape_is_taken():
     }
 
 
-def test_a_nested_model_is_refused():
-    inner = keras.Sequential([layers.Dense(3, input_shape=(4,))], name="inner")
-    model = keras.Sequential([inner, layers.Dense(2)])
-    with pytest.raises(ValueError, match=r"Received: nested models \['inner'\]"):
+def test_a_nested_model_is_flattened():
+    """A frozen backbone that stays in inference mode, as for transfer learning."""
+    backbone = nets.mobilenet_like()
+    backbone.trainable = False
+    image = keras.Input((16, 16, 3), name="photo")
+    x = layers.ReLU(name="relu")(backbone(image, training=False))
+    model = nets.randomize(keras.Model(image, layers.Dense(3, name="new_head")(x)))
+    quantized = quantize(model, W2A2)
+    found = nets.by_name(quantized)
+    assert {"block1_expand/kernel", "head/kernel"} <= set(found)
+    expected = {w.name: w.numpy() for w in graph.flatten(model).weights}
+    for tensor in found.values():
+        if tensor.latent is not None:
+            np.testing.assert_array_equal(tensor.latent, expected[tensor.latent.name])
+    before = {w.name: w.numpy() for w in quantized.weights}
+    images = nets.images(shape=(16, 16, 3))
+    nets.train_step(quantized, images, nets.labels(classes=3), eager=True)
+    moved = {w.name for w in quantized.weights if (w.numpy() != before[w.name]).any()}
+    assert moved == {"new_head/kernel:0", "new_head/bias:0"}
+
+
+def test_a_subclassed_model_within_is_refused():
+    class Own(keras.Model):
+        def call(self, inputs):
+            return inputs
+
+    image = keras.Input((4,))
+    model = keras.Model(image, layers.Dense(2)(Own(name="own")(image)))
+    with pytest.raises(ValueError, match=r"Received: 'own', Own"):
         quantize(model, W2A2)
+
+
+def test_a_quantized_model_within_is_refused():
+    within = quantize(nets.chain(), W2A2)
+    image = keras.Input(nets.IMAGE)
+    model = keras.Model(image, layers.Dense(2)(within(image)))
+    with pytest.raises(ValueError, match=r"requantize .*Received: .*'relu1'"):
+        quantize(model, W2A2)
+    again = requantize(model, W2A2)
+    assert "mid/kernel" in nets.by_name(again)
 
 
 @pytest.mark.parametrize("model", [None, "model.h5", 3, keras.layers.Dense(2)])

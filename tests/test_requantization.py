@@ -258,9 +258,18 @@ def test_another_librarys_quantizer_is_named():
             tfl.strip(mixed)
 
 
-def test_a_model_within_is_named():
-    quantized = tfl.quantize(nets.chain(), W2A2)
-    inputs = keras.Input((nets.CLASSES,))
-    within = keras.Model(inputs, layers.Dense(2)(inputs), name="within")
-    with pytest.raises(ValueError, match=r"flatten them.*nested models \['within'\]"):
-        tfl.strip(keras.Model(quantized.input, within(quantized.output)))
+def test_a_network_within_a_model():
+    quantized = tfl.quantize(nets.randomize(nets.chain()), LEARNED)
+    image = keras.Input(nets.IMAGE)
+    model = keras.Model(image, layers.Dense(2, name="after")(quantized(image)))
+    stripped = tfl.strip(model)
+    assert "mid" in types(stripped)
+    expected = layers.Dense(2)
+    expected.build((None, nets.CLASSES))
+    expected.set_weights(model.get_layer("after").get_weights())
+    np.testing.assert_allclose(
+        stripped(nets.images()),
+        expected(tfl.strip(quantized)(nets.images())),
+        rtol=1e-6,
+        atol=1e-6,
+    )

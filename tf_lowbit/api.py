@@ -22,6 +22,9 @@ def quantize(
     a weight layer becomes a layer of its own behind it, `conv` -> `conv_relu`. A
     quantized ReLU clips at its own range, also where a ReLU6 stood.
 
+    Models among the layers are flattened: their layers keep their names, and have the
+    model's in front where a name stands twice, `backbone_conv1`.
+
     The float weights carry over as the latent weights, and learned weight steps start
     from them. Learned or fixed activation ranges want `tf_lowbit.calibrate`. The
     float model is not changed.
@@ -42,12 +45,13 @@ def quantize(
         A new Functional model, not compiled.
 
     Raises:
-        ValueError: if the model is subclassed, not built, nested or has no layer that
-            the rules quantize; if `residual_bits` is neither 8 nor None; and as
-            `strict` says.
+        ValueError: if the model, or one among its layers, is subclassed; if it is not
+            built, is quantized already or has no layer that the rules quantize; if
+            `residual_bits` is neither 8 nor None; and as `strict` says.
     """
     scheme = LowBitScheme(rules, strict, residual_bits)
-    annotated = _annotate(_functional(model))
+    model = _functional(model)
+    annotated = _annotate(model)
     applied = tfmot.quantization.keras.quantize_apply(
         # No prefix: the user's layer names are what rules and hints go by.
         annotated,
@@ -69,12 +73,8 @@ def take_flags(source: keras.Model, target: keras.Model) -> None:
     """
     given = {layer.name: layer for layer in source.layers}
     for layer in target.layers:
-        if layer.name not in given:
-            continue
-        layer.trainable = given[layer.name].trainable
-        if getattr(given[layer.name], "synchronized", False):
-            # Keras leaves it out of the configuration, so that no copy has it.
-            layer.synchronized, layer.fused = True, False
+        if layer.name in given:
+            graph.take_flags(given[layer.name], layer)
 
 
 def _own_wrapper(layer):
@@ -103,11 +103,10 @@ def _functional(model) -> keras.Model:
             "model must be Sequential or Functional: the graph of a subclassed model "
             f"cannot be read. Received: {type(model).__name__}"
         )
-    require_flat(model)
     wrapped = [
-        layer.name
-        for layer in model.layers
-        if isinstance(layer, tfmot.quantization.keras.QuantizeWrapper)
+        module.name
+        for module in model.submodules
+        if isinstance(module, tfmot.quantization.keras.QuantizeWrapper)
     ]
     if wrapped:
         raise ValueError(
@@ -115,18 +114,8 @@ def _functional(model) -> keras.Model:
             f"Received: layers that are quantized already: {wrapped[:5]}"
         )
     if isinstance(model, keras.Sequential):
-        return keras.Model(model.inputs, model.outputs, name=model.name)
-    return model
-
-
-def require_flat(model: keras.Model) -> None:
-    """Raises a ValueError if models are among the model's layers."""
-    nested = [layer.name for layer in model.layers if isinstance(layer, keras.Model)]
-    if nested:
-        raise ValueError(
-            "model must not hold models as layers; flatten them first. "
-            f"Received: nested models {nested}"
-        )
+        model = keras.Model(model.inputs, model.outputs, name=model.name)
+    return graph.flatten(model)
 
 
 def _annotate(model: keras.Model) -> keras.Model:

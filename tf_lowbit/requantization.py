@@ -1,7 +1,7 @@
 """Back to a float model, and on to other bits and rules."""
 
 from tf_lowbit import inspection
-from tf_lowbit.api import quantize, require_flat, take_flags
+from tf_lowbit.api import quantize, take_flags
 from tf_lowbit.compat import keras
 from tf_lowbit.quantizers import WEIGHT
 from tf_lowbit.scheme import graph
@@ -30,15 +30,14 @@ def strip(model: keras.Model, weights: str = LATENT) -> keras.Model:
         names and their `trainable` flags.
 
     Raises:
-        ValueError: if nothing in the model is quantized, it is a trainer or has models
-            as layers, a layer is quantized by another library's config, or `weights`
-            is neither of the two.
+        ValueError: if nothing in the model is quantized, it is a trainer, a layer is
+            quantized by another library's config, or `weights` is neither of the two.
     """
     if weights not in (LATENT, QUANTIZED):
         raise ValueError(
             f"weights must be {LATENT!r} or {QUANTIZED!r}. Received: {weights!r}"
         )
-    tensors = _network_tensors(model)
+    model = _network(model)
     copies = {layer.name: _stripped(layer) for layer in model.layers}
 
     def call(node, args, kwargs):
@@ -50,7 +49,7 @@ def strip(model: keras.Model, weights: str = LATENT) -> keras.Model:
         if layer.weights and copies[layer.name] is not None:
             _copy_weights(layer, copies[layer.name])
     if weights == QUANTIZED:
-        for tensor in tensors:
+        for tensor in inspection.quantized_tensors(model):
             if tensor.role == WEIGHT:
                 own = getattr(copies[tensor.layer.name], tensor.attribute)
                 own.assign(tensor.quantized())
@@ -84,7 +83,8 @@ def requantize(
     Raises:
         ValueError: as `strip` and `quantize` say.
     """
-    before = {tensor.name: tensor for tensor in _network_tensors(model)}
+    model = _network(model)
+    before = {t.name: t for t in inspection.quantized_tensors(model)}
     fresh = quantize(strip(model), rules, strict=strict, residual_bits=residual_bits)
     for tensor in inspection.quantized_tensors(fresh):
         old = before.get(tensor.name)
@@ -95,15 +95,18 @@ def requantize(
     return fresh
 
 
-def _network_tensors(model) -> list[inspection.QuantizedTensor]:
-    tensors = inspection.require_quantized(model)
-    if inspection.networks(model) != [model] or not model._is_graph_network:
+def _network(model) -> keras.Model:
+    """The model, flat; or an error if it is none with quantizers."""
+    is_network = getattr(model, "_is_graph_network", False)
+    if is_network:
+        model = graph.flatten(model)
+    inspection.require_quantized(model)
+    if not is_network:
         raise ValueError(
             "model must be a Functional network, such as a trainer's student. "
             f"Received: {type(model).__name__}"
         )
-    require_flat(model)
-    return tensors
+    return model
 
 
 def _stripped(layer) -> keras.layers.Layer | None:

@@ -3,6 +3,7 @@
 Keras gives the nodes of a model no public name; this module alone reads them.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 
 from tf_lowbit.compat import keras, tf
@@ -85,6 +86,20 @@ def rebuild(
         return new
 
     inputs = tf.nest.map_structure(new_input, model._nested_inputs)
+    outputs = _run(model, made, call, put_out, edge)
+    return keras.Model(inputs, outputs, name=model.name)
+
+
+def _run(model, made, call, put_out, edge=None):
+    """Calls something at each node; gives what then stands for the model's outputs.
+
+    Args:
+        model: a functional model.
+        made: id of a tensor -> what stands for it; that of the inputs is there.
+        call: as in `rebuild`.
+        put_out: function (old tensor, new tensor) that sets it in `made`.
+        edge: as in `rebuild`.
+    """
     for node in calls(model):
         # Keras pops one tensor for each place in which the node reads it.
         read: dict[str, list] = {}
@@ -96,8 +111,89 @@ def rebuild(
         result = call(node, args, kwargs)
         for old, new in zip(outputs_of(node), tf.nest.flatten(result), strict=True):
             put_out(old, new)
-    outputs = tf.nest.map_structure(lambda t: made[id(t)], model._nested_outputs)
-    return keras.Model(inputs, outputs, name=model.name)
+    return tf.nest.map_structure(lambda t: made[id(t)], model._nested_outputs)
+
+
+def nested_models(model: keras.Model) -> list[keras.Model]:
+    """The models among the model's own layers."""
+    return [layer for layer in model.layers if isinstance(layer, keras.Model)]
+
+
+def flatten(model: keras.Model) -> keras.Model:
+    """A copy with weights, in which models among the layers are their layers.
+
+    A layer keeps its name where that is free, else the name of the model that it is in
+    goes in front. A model that is called with `training` hands it on to its layers, but
+    for those that were called with one of their own.
+
+    Args:
+        model: a functional model; it is not changed.
+
+    Returns:
+        A functional model without models among its layers, of the same function, with
+        the layers' `trainable` flags; the given one where there is none in it.
+
+    Raises:
+        ValueError: if a model within has no graph that can be read.
+    """
+    if not nested_models(model):
+        return model
+    copies: dict[int, tuple] = {}
+    taken = {layer.name for layer in model.layers} - {
+        within.name for within in nested_models(model)
+    }
+
+    def copied(layer, owner):
+        if id(layer) not in copies:
+            config = layer.get_config()
+            if owner is not None:
+                name = layer.name if layer.name not in taken else None
+                config["name"] = free_name(name or f"{owner}_{layer.name}", taken)
+            copies[id(layer)] = layer, type(layer).from_config(config)
+        return copies[id(layer)][1]
+
+    def caller(owner, training):
+        def call(node, args, kwargs):
+            layer = node.layer
+            is_open = kwargs.get("training") is None and _takes_training(layer)
+            if training is not None and is_open:
+                kwargs = {**kwargs, "training": training}
+            if isinstance(layer, keras.Model):
+                return inlined(layer, args[0], kwargs.get("training"))
+            return copied(layer, owner)(*args, **kwargs)
+
+        return call
+
+    def inlined(within, inputs, training):
+        if not within._is_graph_network:
+            raise ValueError(
+                "Models among the layers must be Sequential or Functional: the graph "
+                f"of a subclassed one cannot be read. Received: {within.name!r}, "
+                f"{type(within).__name__}"
+            )
+        news = within._flatten_to_reference_inputs(inputs)
+        made = dict(zip(map(id, within.inputs), news, strict=True))
+        call = caller(within.name, training)
+        return _run(within, made, call, lambda old, new: made.update({id(old): new}))
+
+    flat = rebuild(model, caller(None, None))
+    for layer, copy in copies.values():
+        if layer.weights:
+            copy.set_weights(layer.get_weights())
+        take_flags(layer, copy)
+    return flat
+
+
+def _takes_training(layer) -> bool:
+    return "training" in inspect.signature(layer.call).parameters
+
+
+def take_flags(source: keras.layers.Layer, target: keras.layers.Layer) -> None:
+    """Gives a layer what another has and its copy has not."""
+    target.trainable = source.trainable
+    if getattr(source, "synchronized", False):
+        # Keras leaves it out of the configuration, so that no copy has it.
+        target.synchronized, target.fused = True, False
 
 
 def copy_weights(source: keras.Model, target: keras.Model) -> None:

@@ -1,0 +1,139 @@
+"""Models among the layers of a model."""
+
+import numpy as np
+import pytest
+
+from tests.scheme import nets
+from tf_lowbit.compat import keras, tf
+from tf_lowbit.scheme import graph
+
+layers = keras.layers
+
+
+def names(model):
+    return [layer.name for layer in model.layers]
+
+
+def assert_same_function(first, second, inputs, **options):
+    found, expected = first(inputs, **options), second(inputs, **options)
+    tf.nest.map_structure(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6),
+        found,
+        expected,
+    )
+
+
+def on_a_backbone(training=None):
+    """A frozen network, called as for transfer learning, and a head."""
+    backbone = nets.mobilenet_like()
+    backbone = keras.Model(
+        backbone.input, backbone.get_layer("features_relu").output, name="backbone"
+    )
+    backbone.trainable = False
+    image = keras.Input((16, 16, 3), name="photo")
+    x = layers.Rescaling(0.5, name="rescale")(image)
+    x = backbone(x, training=training)
+    x = layers.GlobalAveragePooling2D(name="pool")(x)
+    x = layers.Dense(3, name="head")(x)
+    return nets.randomize(keras.Model(image, x, name="transfer")), backbone
+
+
+@pytest.mark.parametrize("training", [None, False, True])
+def test_a_backbone_is_its_layers(training):
+    model, backbone = on_a_backbone(training)
+    flat = graph.flatten(model)
+    assert flat.name == "transfer"
+    inner = names(backbone)[1:]
+    assert names(flat) == ["photo", "rescale", *inner, "pool", "head"]
+    images = nets.images(shape=(16, 16, 3))
+    assert_same_function(flat, model, images)
+    assert_same_function(flat, model, images, training=True)
+    frozen = {layer.name for layer in flat.layers if not layer.trainable}
+    assert frozen == set(inner)
+    # The given model is as it was, and shares nothing with the copy.
+    assert not {id(v) for v in model.weights} & {id(v) for v in flat.weights}
+    assert model.get_layer("backbone") is backbone
+
+
+def test_batch_statistics_stay_where_the_backbone_was_called_for_inference():
+    for training, is_fixed in ((False, True), (None, False)):
+        model, backbone = on_a_backbone(training)
+        backbone.trainable = True
+        flat = graph.flatten(model)
+        before = [w.numpy() for w in flat.get_layer("stem_bn").weights[2:]]
+        flat(nets.images(shape=(16, 16, 3)), training=True)
+        after = [w.numpy() for w in flat.get_layer("stem_bn").weights[2:]]
+        same = [np.array_equal(a, b) for a, b in zip(before, after, strict=True)]
+        assert same == [is_fixed, is_fixed]
+
+
+def test_a_layers_own_training_stays():
+    inner_image = keras.Input((4,))
+    x = layers.BatchNormalization(name="fixed")(inner_image, training=False)
+    x = layers.BatchNormalization(name="open")(x)
+    inner = keras.Model(inner_image, x, name="inner")
+    image = keras.Input((4,))
+    model = nets.randomize(keras.Model(image, inner(image, training=True)))
+    flat = graph.flatten(model)
+    data = nets.images(8, (4,))
+    assert_same_function(flat, model, data)
+    means = {
+        name: flat.get_layer(name).moving_mean.numpy() for name in ("fixed", "open")
+    }
+    flat(data)
+    assert (flat.get_layer("fixed").moving_mean.numpy() == means["fixed"]).all()
+    assert (flat.get_layer("open").moving_mean.numpy() != means["open"]).any()
+
+
+def test_names_that_stand_twice_have_the_models_in_front():
+    def part(name):
+        return keras.Sequential(
+            [
+                layers.Dense(4, activation="relu", input_shape=(4,), name="dense"),
+                layers.Dense(4, name="last"),
+            ],
+            name=name,
+        )
+
+    model = nets.randomize(
+        keras.Sequential([part("one"), part("two"), layers.Dense(4, name="last")])
+    )
+    model = keras.Model(model.inputs, model.outputs)
+    flat = graph.flatten(model)
+    assert names(flat)[1:] == ["dense", "one_last", "two_dense", "two_last", "last"]
+    assert_same_function(flat, model, nets.images(shape=(4,)))
+
+
+def test_models_within_models_with_several_inputs_and_outputs():
+    left, right = keras.Input((4,), name="left"), keras.Input((4,), name="right")
+    total = layers.Add(name="sum")([left, layers.Dense(4, name="turn")(right)])
+    pair = keras.Model([left, right], {"sum": total, "left": left}, name="pair")
+    outer = keras.Input((4,), name="outer")
+    found = pair({"left": outer, "right": layers.ReLU(name="relu")(outer)})
+    middle = keras.Model(outer, [found["left"], found["sum"]], name="middle")
+    a, b = keras.Input((4,), name="a"), keras.Input((4,), name="b")
+    # Called twice: its layers are shared.
+    first, second = middle(a), middle(b)
+    model = keras.Model([a, b], {"first": first, "second": second[1] * 2.0})
+    nets.randomize(model)
+    flat = graph.flatten(model)
+    assert names(flat).count("turn") == 1
+    assert not graph.nested_models(flat)
+    data = [nets.images(shape=(4,), seed=seed) for seed in (1, 2)]
+    assert_same_function(flat, model, data)
+
+
+def test_a_flat_model_is_itself():
+    model = nets.chain()
+    assert graph.flatten(model) is model
+
+
+def test_a_subclassed_model_within_is_named():
+    class Own(keras.Model):
+        def call(self, inputs):
+            return inputs
+
+    image = keras.Input((4,))
+    model = keras.Model(image, Own(name="own")(image))
+    with pytest.raises(ValueError, match=r"cannot be read\. Received: 'own', Own"):
+        graph.flatten(model)
