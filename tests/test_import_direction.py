@@ -18,7 +18,7 @@ LAYERS = (
     {"core"},
     {"quantizers"},
     {"scheme"},
-    {"inspection", "saving"},
+    {"inspection", "keras3", "saving"},
     {"api", "calibration"},
     {"callbacks", "training", "export", "report", "requantization"},
 )

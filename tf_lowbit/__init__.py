@@ -11,6 +11,7 @@ from tf_lowbit.core.stages import (
     two_stage,
     two_stage_progressive,
 )
+from tf_lowbit.keras3 import from_keras3
 from tf_lowbit.report import Cost, Summary, cost, summary
 from tf_lowbit.requantization import requantize, strip
 from tf_lowbit.saving import load_model
@@ -40,6 +41,7 @@ __all__ = [
     "callbacks",
     "cost",
     "export",
+    "from_keras3",
     "inspection",
     "load_model",
     "progressive",

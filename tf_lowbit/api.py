@@ -1,6 +1,6 @@
 """`quantize`: a float Keras model in, a low-bitwidth one out."""
 
-from tf_lowbit import inspection
+from tf_lowbit import inspection, keras3
 from tf_lowbit.compat import keras, tfmot
 from tf_lowbit.scheme import graph, registry
 from tf_lowbit.scheme.scheme import LowBitScheme
@@ -30,7 +30,8 @@ def quantize(
     float model is not changed.
 
     Args:
-        model: built Sequential or Functional model of `tf_keras`.
+        model: built Sequential or Functional model of `tf_keras`, or of Keras 3
+            (`from_keras3`).
         rules: `PrecisionRule`s, the first match wins; None for 2-bit weights and
             activations everywhere but at the first and the last layer.
         strict: raise where a rule matches nothing or a layer cannot be quantized,
@@ -86,11 +87,12 @@ def _own_wrapper(layer):
 
 def _functional(model) -> keras.Model:
     """The model as a Functional one, or an error that says why there is none."""
+    if keras3.is_keras3(model):
+        model = keras3.from_keras3(model)
     if not isinstance(model, keras.Model):
         raise ValueError(
-            "model must be a tf_keras Sequential or Functional model (Keras 3 models "
-            "are not tf_keras models; set TF_USE_LEGACY_KERAS=1 before TensorFlow is "
-            f"imported). Received: {type(model).__module__}.{type(model).__name__}"
+            "model must be a Sequential or Functional model. "
+            f"Received: {type(model).__module__}.{type(model).__name__}"
         )
     if isinstance(model, keras.Sequential) and not model.built:
         raise ValueError(

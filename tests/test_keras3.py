@@ -1,0 +1,236 @@
+"""Keras 3 models come over whole, or are refused with a reason."""
+
+import subprocess
+import sys
+
+import keras as keras3
+import numpy as np
+import pytest
+
+import tf_lowbit as tfl
+from tests.scheme import nets
+from tf_lowbit.compat import keras
+
+layers = keras3.layers
+IMAGE = (16, 16, 3)
+
+
+def randomize(model, seed=0):
+    """Weights that are far from what a new layer has."""
+    random = np.random.default_rng(seed)
+    model.set_weights(
+        [random.uniform(0.2, 1.2, size=w.shape) * _sign(w) for w in model.weights]
+    )
+    return model
+
+
+def _sign(weight):
+    if len(weight.shape) < 2:
+        return 1.0
+    random = np.random.default_rng(len(weight.path))
+    return random.choice([-1.0, 1.0], size=weight.shape) / np.sqrt(weight.shape[0])
+
+
+def classifier():
+    """Squeeze and excite, residual sums, and activations of many kinds."""
+    x = image = keras3.Input(IMAGE, name="image")
+    x = layers.Conv2D(
+        8,
+        3,
+        padding="same",
+        name="stem",
+        kernel_regularizer=keras3.regularizers.L2(1e-3),
+    )(x)
+    x = layers.BatchNormalization(name="stem_bn", momentum=0.9, epsilon=1e-5)(x)
+    x = layers.ReLU(6.0, name="stem_relu")(x)
+    x = layers.DepthwiseConv2D(3, activation="relu", name="depthwise")(x)
+    x = layers.LeakyReLU(negative_slope=0.2, name="leaky")(x)
+    x = layers.PReLU(shared_axes=[1, 2], name="prelu")(x)
+    x = layers.Activation("hard_silu", name="silu")(x)
+    x = layers.Dropout(0.1, name="dropout")(x)
+    y = layers.Conv2D(8, 1, name="side", trainable=False)(x)
+    x = layers.Add(name="sum")([x, y])
+    x = (x * 2.0 - y) / 3.0 + x
+    gate = layers.GlobalAveragePooling2D(keepdims=True, name="squeeze")(x)
+    gate = layers.Dense(8, activation="hard_sigmoid", name="excite")(gate)
+    x = layers.Multiply(name="gated")([x, -gate])
+    x = keras3.ops.relu(x)
+    x = layers.LayerNormalization(name="norm")(x)
+    x = layers.SeparableConv2D(6, 3, name="separable")(x)
+    x = layers.Flatten(name="flat")(x)
+    x = layers.Dense(nets.CLASSES, name="head")(x)
+    return randomize(keras3.Model(image, x, name="net"))
+
+
+def assert_same(first, second, inputs):
+    found, expected = np.asarray(first(inputs)), np.asarray(second(inputs))
+    scale = np.abs(expected).max()
+    assert scale > 0.01
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * scale)
+
+
+def test_a_network_comes_over_whole():
+    model = classifier()
+    before = [weight.copy() for weight in model.get_weights()]
+    converted = tfl.from_keras3(model)
+    assert isinstance(converted, keras.Model)
+    assert converted.name == "net"
+    names = {layer.name for layer in converted.layers}
+    assert {layer.name for layer in model.layers if layer.weights} <= names
+    for images in (nets.images(shape=IMAGE), 3 * nets.images(shape=IMAGE, seed=1)):
+        assert_same(converted, model, images)
+    nets.assert_all_equal(model.get_weights(), before)
+    assert len(converted.losses) == len(model.losses) == 1
+    np.testing.assert_allclose(converted.losses[0], float(model.losses[0]), rtol=1e-5)
+    assert converted.get_layer("stem_bn").momentum == 0.9
+    frozen = [layer.name for layer in converted.layers if not layer.trainable]
+    assert frozen == ["side"]
+
+
+def test_what_comes_over_is_saved_and_read(tmp_path):
+    converted = tfl.from_keras3(classifier())
+    converted.save(tmp_path / "net.keras")
+    again = tfl.load_model(tmp_path / "net.keras")
+    images = nets.images(shape=IMAGE)
+    np.testing.assert_array_equal(again(images), converted(images))
+
+
+def test_quantize_takes_it():
+    x = image = keras3.Input(nets.IMAGE, name="image")
+    for name in ("stem", "mid", "last"):
+        x = layers.Conv2D(4, 3, padding="same", name=name)(x)
+        x = layers.BatchNormalization(name=f"{name}_bn")(x)
+        x = layers.ReLU(name=f"{name}_relu")(x)
+    x = layers.GlobalAveragePooling2D(name="pool")(x)
+    model = keras3.Model(image, layers.Dense(nets.CLASSES, name="head")(x))
+    rule = tfl.PrecisionRule(".*", 2, 2)
+    quantized = tfl.quantize(model, rule)
+    assert {"mid/kernel", "last/kernel", "stem_relu/output", "mid_relu/output"} == set(
+        nets.by_name(quantized)
+    )
+    latent = nets.by_name(quantized)["mid/kernel"].latent
+    np.testing.assert_array_equal(latent, np.asarray(model.get_layer("mid").kernel))
+    before = latent.numpy()
+    nets.train_step(quantized, nets.images(), nets.labels(), eager=True)
+    assert (latent.numpy() != before).any()
+    # A teacher is converted likewise.
+    trainer = tfl.LowBitTrainer(quantized, tfl.from_keras3(model))
+    assert trainer.predict(nets.images(), verbose=0).shape == (4, nets.CLASSES)
+
+
+def test_it_does_not_matter_what_is_imported_first():
+    program = """
+import keras, tf_lowbit
+model = keras.Sequential([keras.layers.Input((4,)), keras.layers.Dense(2, name="d")])
+rule = tf_lowbit.PrecisionRule(".*", 2, 2, edges=True)
+print([layer.name for layer in tf_lowbit.quantize(model, rule).layers])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert "'d']" in done.stdout, done.stderr
+
+
+def test_models_within_and_shared_layers():
+    shared = layers.Dense(4, activation="tanh", name="shared")
+    inner = keras3.Sequential([layers.Input((4,)), shared, layers.ReLU()], name="inner")
+    inner.trainable = False
+    a, b = keras3.Input((4,), name="a"), keras3.Input((4,), name="b")
+    x = layers.Concatenate(name="both")([inner(a, training=False), inner(b)])
+    model = keras3.Model([a, b], {"logits": layers.Dense(2, name="head")(x), "x": x})
+    randomize(model)
+    converted = tfl.from_keras3(model)
+    data = [nets.images(shape=(4,), seed=seed) for seed in (1, 2)]
+    found, expected = converted(data), model(data)
+    assert found.keys() == expected.keys() == {"logits", "x"}
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], np.asarray(value), rtol=1e-5, atol=1e-5)
+    assert len(converted.weights) == 4
+    assert not converted.get_layer("inner").trainable
+    flat = tfl.quantize(model, tfl.PrecisionRule(".*", 4, 4, edges=True))
+    assert "shared/kernel" in nets.by_name(flat)
+
+
+def test_a_sequential_model():
+    model = keras3.Sequential(
+        [layers.Input((5,)), layers.Dense(4, activation="relu"), layers.Dense(2)]
+    )
+    assert_same(tfl.from_keras3(randomize(model)), model, nets.images(shape=(5,)))
+
+
+class Own(keras3.layers.Layer):
+    def call(self, inputs):
+        return inputs
+
+
+class Dense(keras3.layers.Dense):
+    """Of the name of Keras's own."""
+
+
+class OwnModel(keras3.Model):
+    def call(self, inputs):
+        return inputs
+
+
+def on_an_input(function):
+    image = keras3.Input((4,), name="in")
+    return keras3.Model(image, function(image), name="refused")
+
+
+REFUSED = {
+    "own layer": (
+        lambda: on_an_input(Own(name="mine")),
+        "layer 'mine', Own: tf_keras has no such layer",
+    ),
+    "own class of a known name": (
+        lambda: on_an_input(Dense(2, name="mine")),
+        "layer 'mine', Dense: tf_keras has no such",
+    ),
+    "new layer": (
+        lambda: on_an_input(layers.RMSNormalization(name="rms")),
+        "layer 'rms', RMSNormalization: tf_keras has no",
+    ),
+    "new option": (
+        lambda: on_an_input(layers.Dense(8, name="low", lora_rank=2)),
+        "layer 'low', Dense: tf_keras has no lora_rank=2",
+    ),
+    "new activation": (
+        lambda: on_an_input(layers.Dense(2, "sparsemax", name="sparse")),
+        "layer 'sparse', Dense: .*sparsemax",
+    ),
+    "operation": (
+        lambda: on_an_input(keras3.ops.sin),
+        "use a layer instead.*operation 'sin.*', Sin",
+    ),
+    "operation with options": (
+        lambda: on_an_input(lambda x: keras3.ops.mean(x, axis=1)),
+        "operation 'mean.*', Mean",
+    ),
+    "subclass": (OwnModel, "unbuilt or subclassed Keras 3 OwnModel"),
+    "unbuilt": (
+        lambda: keras3.Sequential([layers.Dense(2)], name="later"),
+        "unbuilt Keras 3 Sequential 'later'",
+    ),
+    "no model": (
+        lambda: "net",
+        r"must be a model of Keras 3\. Received: builtins\.str",
+    ),
+    "tf_keras": (nets.chain, r"must be a model of Keras 3\. Received: tf_keras\."),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_converted_is_named(name):
+    make, message = REFUSED[name]
+    with pytest.raises(ValueError, match=rf"(?s){message}"):
+        tfl.from_keras3(make())
+
+
+def test_a_difference_would_be_seen(monkeypatch):
+    """The check of the outputs, with an activation whose two versions differ."""
+    from tf_lowbit import keras3 as own
+
+    monkeypatch.delitem(own._ACTIVATIONS, "hard_sigmoid")
+    model = on_an_input(layers.Dense(3, activation="hard_sigmoid"))
+    with pytest.raises(ValueError, match=r"differ by 0\.0"):
+        tfl.from_keras3(randomize(model))

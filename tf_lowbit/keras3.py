@@ -1,0 +1,259 @@
+"""Keras 3 models as models of `tf_keras`, on which TF-MOT and this library work."""
+
+import inspect
+import operator
+import sys
+
+import numpy as np
+
+from tf_lowbit.compat import keras, tf
+
+# What layers call otherwise there: class -> {name in Keras 3: name in tf_keras}.
+_RENAMED = {"LeakyReLU": {"negative_slope": "alpha"}}
+
+
+@keras.utils.register_keras_serializable(package="tf_lowbit")
+def hard_sigmoid(x):
+    """Keras 3's, `relu6(x + 3) / 6`; the one of `tf_keras` has another slope."""
+    return tf.nn.relu6(x + 3.0) / 6.0
+
+
+@keras.utils.register_keras_serializable(package="tf_lowbit")
+def hard_silu(x):
+    """Keras 3's, `x hard_sigmoid(x)`."""
+    return x * hard_sigmoid(x)
+
+
+_ACTIVATIONS = {"hard_sigmoid": hard_sigmoid, "hard_silu": hard_silu}
+# Operations that are no layers.
+_OPERATORS = {
+    "Add": operator.add,
+    "Divide": operator.truediv,
+    "Multiply": operator.mul,
+    "Negative": operator.neg,
+    "Subtract": operator.sub,
+    "TrueDivide": operator.truediv,
+}
+_RELUS = {"Relu": None, "Relu6": 6.0}
+# Float32 sums of another order.
+_TOLERANCE = 1e-4
+_SIZE_OF_OPEN_DIMENSION = 32
+
+
+def is_keras3(model) -> bool:
+    """Whether an object is a model of Keras 3."""
+    module = sys.modules.get("keras")
+    base = getattr(module, "Model", None)
+    is_other = base is not None and base is not keras.Model
+    return is_other and isinstance(model, base)
+
+
+def from_keras3(model) -> keras.Model:
+    """Converts a Keras 3 model to one of `tf_keras`, weights included.
+
+    `tf_lowbit.quantize` does so by itself; a teacher, or a float network to compare
+    with, is converted by this. Layers keep their names. The two models' outputs are
+    compared on random inputs before the new one is handed out.
+
+    Args:
+        model: built Sequential or Functional model of Keras 3, of any backend. It is
+            not changed. Models among its layers are converted likewise.
+
+    Returns:
+        A Functional model of `tf_keras`, not compiled, of the same function.
+
+    Raises:
+        ValueError: if the model is none of Keras 3, not built or subclassed; if a layer
+            or an operation has no counterpart in `tf_keras`, which is named with the
+            reason; or if the outputs differ.
+    """
+    if not is_keras3(model):
+        raise ValueError(
+            "model must be a model of Keras 3. "
+            f"Received: {type(model).__module__}.{type(model).__name__}"
+        )
+    converted = _Conversion().of(model)
+    _check_outputs(model, converted)
+    return converted
+
+
+class _Conversion:
+    """Layers that have been converted: one that is called twice is shared."""
+
+    def __init__(self):
+        self._layers: dict[int, keras.layers.Layer] = {}
+
+    def of(self, model) -> keras.Model:
+        graph = _graph_of(model)
+        made: dict[int, object] = {}
+
+        def new_input(tensor):
+            layer = tensor._keras_history.operation
+            made[id(tensor)] = keras.Input(
+                batch_shape=tensor.shape, dtype=tensor.dtype, name=layer.name
+            )
+            return made[id(tensor)]
+
+        inputs = _map(new_input, graph._inputs_struct)
+        for depth in sorted(graph._nodes_by_depth, reverse=True):
+            for node in graph._nodes_by_depth[depth]:
+                if node.is_input:
+                    continue
+                args, kwargs = node.arguments.fill_in(made)
+                results = self._called(node.operation, args, kwargs)
+                outputs = tf.nest.flatten(results)
+                for old, new in zip(node.outputs, outputs, strict=True):
+                    made[id(old)] = new
+        outputs = _map(lambda tensor: made[id(tensor)], graph._outputs_struct)
+        return keras.Model(inputs, outputs, name=model.name)
+
+    def _called(self, operation, args, kwargs):
+        kind = type(operation).__name__
+        if _is_layer(operation):
+            # Some layers of tf_keras do not take all that may be None.
+            given = {name: v for name, v in kwargs.items() if v is not None}
+            return self._called_layer(operation, args, given)
+        if kind in _RELUS and not kwargs:
+            return keras.layers.ReLU(_RELUS[kind], name=operation.name)(*args)
+        if kind in _OPERATORS and not kwargs:
+            return _OPERATORS[kind](*args)
+        raise ValueError(
+            "A Keras 3 operation must have a counterpart in tf_keras: use a layer "
+            f"instead. Received: operation {operation.name!r}, {kind}"
+        )
+
+    def _called_layer(self, layer, args, kwargs):
+        if id(layer) in self._layers:
+            return self._layers[id(layer)](*args, **kwargs)
+        is_model = isinstance(layer, sys.modules["keras"].Model)
+        converted = self.of(layer) if is_model else _converted_layer(layer)
+        if is_model and not layer.trainable:
+            converted.trainable = False
+        self._layers[id(layer)] = converted
+        outputs = converted(*args, **kwargs)
+        if not is_model:
+            _copy_weights(layer, converted)
+        return outputs
+
+
+def _graph_of(model):
+    """What holds a Keras 3 model's graph.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    # A Sequential has it within, once it is built.
+    graph = getattr(model, "_functional", model)
+    if graph is None or not hasattr(graph, "_nodes_by_depth"):
+        kind = "unbuilt or subclassed" if graph is model else "unbuilt"
+        raise ValueError(
+            "model must be a built Sequential or Functional model, whose graph can be "
+            f"read. Received: {kind} Keras 3 {type(model).__name__} {model.name!r}"
+        )
+    return graph
+
+
+def _is_layer(operation) -> bool:
+    return isinstance(operation, sys.modules["keras"].layers.Layer)
+
+
+def _converted_layer(layer) -> keras.layers.Layer:
+    """The layer of `tf_keras`, of the same settings."""
+    name = type(layer).__name__
+    kind = getattr(keras.layers, name, None)
+    is_own = type(layer) is not getattr(sys.modules["keras"].layers, name, None)
+    if kind is None or is_own:
+        raise _no_counterpart(layer, "tf_keras has no such layer")
+    config = layer.get_config()
+    config["dtype"] = layer.dtype_policy.name
+    for key, value in config.items():
+        if key.endswith("activation") and isinstance(value, str):
+            config[key] = _ACTIVATIONS.get(value, value)
+    for theirs, ours in _RENAMED.get(name, {}).items():
+        config[ours] = config.pop(theirs)
+    known = _arguments(kind)
+    defaults = {
+        parameter.name: parameter.default
+        for parameter in inspect.signature(type(layer).__init__).parameters.values()
+    }
+    for key in [key for key in config if key not in known]:
+        value = config.pop(key)
+        # What the signature does not show is an option that is off if it is False.
+        if value is not None and value != defaults.get(key, False):
+            raise _no_counterpart(layer, f"tf_keras has no {key}={value!r}")
+    try:
+        return kind.from_config(_without_none(config))
+    except (TypeError, ValueError) as error:
+        raise _no_counterpart(layer, str(error)) from error
+
+
+def _without_none(config: dict) -> dict:
+    """The settings, in which initializers and the like have no arguments of None."""
+    return {
+        name: {**value, "config": {k: v for k, v in inner.items() if v is not None}}
+        if isinstance(value, dict) and isinstance(inner := value.get("config"), dict)
+        else value
+        for name, value in config.items()
+    }
+
+
+def _arguments(kind) -> set[str]:
+    """The arguments of a layer's class, and of those that it hands others on to."""
+    names = {"name", "trainable", "dtype", "synchronized"}
+    for base in kind.__mro__:
+        if base is keras.layers.Layer:
+            break
+        names |= set(inspect.signature(base.__init__).parameters)
+    return names - {"self", "kwargs", "args"}
+
+
+def _no_counterpart(layer, reason: str) -> ValueError:
+    return ValueError(
+        "A Keras 3 layer must have a counterpart in tf_keras. Received: layer "
+        f"{layer.name!r}, {type(layer).__name__}: {reason}"
+    )
+
+
+def _copy_weights(source, target) -> None:
+    values = source.get_weights()
+    shapes = [value.shape for value in values]
+    own = [tuple(weight.shape) for weight in target.weights]
+    if own != shapes:
+        raise _no_counterpart(source, f"its weights are {shapes}, in tf_keras {own}")
+    target.set_weights(values)
+
+
+def _map(function, structure):
+    """`tf.nest.map_structure`, over lists, tuples and dicts as Keras 3 has them."""
+    if isinstance(structure, dict):
+        return {name: _map(function, value) for name, value in structure.items()}
+    if isinstance(structure, list | tuple):
+        return type(structure)(_map(function, value) for value in structure)
+    return function(structure)
+
+
+def _check_outputs(model, converted) -> None:
+    """Compares the two on random inputs.
+
+    Raises:
+        ValueError: if they differ by more than float arithmetic does.
+    """
+    random = np.random.default_rng(0)
+
+    def sample(tensor):
+        sizes = [size or _SIZE_OF_OPEN_DIMENSION for size in tensor.shape[1:]]
+        values = random.normal(size=[2, *sizes])
+        return values.astype(tf.as_dtype(tensor.dtype).as_numpy_dtype)
+
+    inputs = _map(sample, _graph_of(model)._inputs_struct)
+    to_numpy = sys.modules["keras"].ops.convert_to_numpy
+    expected = [to_numpy(value) for value in tf.nest.flatten(model(inputs))]
+    found = [value.numpy() for value in tf.nest.flatten(converted(inputs))]
+    for theirs, ours in zip(expected, found, strict=True):
+        allowed = _TOLERANCE * max(1.0, float(np.abs(theirs).max(initial=0.0)))
+        difference = float(np.abs(theirs - ours).max(initial=0.0))
+        if not difference <= allowed:
+            raise ValueError(
+                "The converted model must put out what the Keras 3 model does. "
+                f"Received: {model.name!r}, outputs that differ by {difference:.3g}"
+            )
