@@ -30,6 +30,8 @@ EXTRAS = {
         "tabulate>=0.9,<1",
     ],
     "datasets": ["scikit-learn>=1.5,<2", "tensorflow-datasets>=4.9.9,<5"],
+    # The solver of `allocate_bits`.
+    "search": ["scipy>=1.13,<2"],
     "dev": [
         "hypothesis>=6.100,<7",
         "pytest>=8,<10",

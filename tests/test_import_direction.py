@@ -21,6 +21,7 @@ LAYERS = (
     {"inspection", "keras3", "saving"},
     {"api", "calibration"},
     {"callbacks", "training", "export", "report", "requantization"},
+    {"bit_allocation"},
 )
 FOUNDATION = {"compat", "version"}  # imports itself only; everything may import it
 APART = {"models", "datasets"}

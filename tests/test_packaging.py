@@ -82,7 +82,7 @@ def test_every_package_of_the_library_is_packaged_and_nothing_else(arguments):
 def test_requirements_have_two_bounds(arguments):
     extras = arguments["extras_require"]
     assert extras.keys() == {
-        *("all", "benchmarks", "datasets", "dev", "examples", "litert")
+        *("all", "benchmarks", "datasets", "dev", "examples", "litert", "search")
     }
     parts = (extras[name] for name in extras if name != "all")
     assert set(extras["all"]) == set().union(*parts)
@@ -111,7 +111,9 @@ def test_lock_has_one_tensorflow_only(pins):
 
 
 def test_library_imports_only_what_setup_py_declares(arguments):
-    """Extras may be imported by `datasets` alone, LiteRT by what runs files."""
+    """Extras may be imported by `datasets` alone, LiteRT by what runs files, SciPy by
+    the search for bits.
+    """
     distributions = {
         "ai_edge_litert": "ai-edge-litert",
         "absl": "absl-py",
@@ -125,6 +127,7 @@ def test_library_imports_only_what_setup_py_declares(arguments):
     for path in (ROOT / "tf_lowbit").rglob("*.py"):
         allowed = runtime | (extra if path.parent.name == "datasets" else set())
         allowed |= {"ai-edge-litert"} if path.name == "running.py" else set()
+        allowed |= {"scipy"} if path.parent.name == "bit_allocation" else set()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]

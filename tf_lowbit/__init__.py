@@ -2,6 +2,7 @@
 
 from tf_lowbit import callbacks, export, inspection, quantizers
 from tf_lowbit.api import quantize
+from tf_lowbit.bit_allocation import Sensitivity, allocate_bits, sensitivity
 from tf_lowbit.calibration import calibrate, recalibrate_batch_norm
 from tf_lowbit.core.schedules import LinearRamp
 from tf_lowbit.core.stages import (
@@ -33,10 +34,12 @@ __all__ = [
     "LowBitTrainer",
     "PrecisionRule",
     "QuantizationWarning",
+    "Sensitivity",
     "Stage",
     "StochasticPrecision",
     "Summary",
     "__version__",
+    "allocate_bits",
     "calibrate",
     "callbacks",
     "cost",
@@ -49,6 +52,7 @@ __all__ = [
     "quantizers",
     "recalibrate_batch_norm",
     "requantize",
+    "sensitivity",
     "split_epochs",
     "strip",
     "summary",

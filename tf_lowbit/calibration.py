@@ -203,11 +203,9 @@ def recalibrate_batch_norm(model, dataset, batches: int = 32) -> list[str]:
 
 def _average_batch_norm(network, dataset, batches) -> list[str]:
     with (
-        _settings(network, _DROPOUT, "rate") as dropouts,
+        without_dropout(network),
         _settings(network, registry.BATCH_NORMS, "momentum") as norms,
     ):
-        for layer in dropouts:
-            layer.rate = 0.0
         norms = [layer for layer in norms if layer.trainable]
         _refuse_shared(network, norms)
         for layer in norms:
@@ -267,9 +265,7 @@ def _measuring(model, tensors):
     try:
         for tensor in tensors:
             tensor.quantizer.open_range(tensor.variables)
-        with _settings(model, _DROPOUT, "rate") as layers:
-            for layer in layers:
-                layer.rate = 0.0
+        with without_dropout(model):
             yield
     finally:
         for variable, value in state:
@@ -286,6 +282,15 @@ def _unchanged_on_error(variables):
         for variable, value in state:
             variable.assign(value)
         raise
+
+
+@contextlib.contextmanager
+def without_dropout(model):
+    """A context in which nothing is dropped out in training."""
+    with _settings(model, _DROPOUT, "rate") as layers:
+        for layer in layers:
+            layer.rate = 0.0
+        yield
 
 
 @contextlib.contextmanager

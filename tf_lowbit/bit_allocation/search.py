@@ -1,0 +1,245 @@
+"""Bits for each layer that meet a budget at the least loss (ours).
+
+An integer program: each layer takes one pair of bits, layers that read the same tensor
+take the same bits for it, the losses of all tensors add up, and so do bytes and bit
+operations. SciPy's solver finds the optimum of it.
+"""
+
+import dataclasses
+import itertools
+import re
+
+import numpy as np
+
+from tf_lowbit import inspection
+from tf_lowbit.bit_allocation.sensitivity import Sensitivity, restored
+from tf_lowbit.compat import keras
+from tf_lowbit.quantizers import LSQActivationQuantizer
+from tf_lowbit.report import cost
+from tf_lowbit.scheme.rules import PrecisionRule
+
+
+def allocate_bits(
+    model: keras.Model,
+    found: Sensitivity,
+    *,
+    weight_bytes: int | None = None,
+    bops: int | None = None,
+) -> list[PrecisionRule]:
+    """Chooses the bits of each quantized layer within a budget.
+
+    Of all choices that meet the budget it takes the one whose losses, tensor by tensor
+    (`Sensitivity.loss`), have the least sum. That losses add up is an assumption: it
+    ignores how one tensor's error acts on another's.
+
+    Args:
+        model: the network that `found` was measured on. It is not changed.
+        found: what `tf_lowbit.sensitivity` returned; its bits are what is chosen from.
+        weight_bytes: the most that `tf_lowbit.cost(model).weight_bytes` may be.
+        bops: the most that `tf_lowbit.cost(model).bops` may be.
+
+    Returns:
+        One rule for each quantized layer, for `tf_lowbit.requantize(model, rules)`, or
+        for `quantize` with the float network. Layers that are float stay float.
+
+    Raises:
+        ValueError: if there is no budget, no choice meets it, a layer's cost is
+            unknown, or `found` is of another network.
+        ImportError: without SciPy (`pip install 'tf_lowbit[search]'`).
+    """
+    if weight_bytes is None and bops is None:
+        raise ValueError(
+            "A budget must be given: weight_bytes, bops or both. Received: neither"
+        )
+    parts = _parts(model, found)
+    table = _costs(model, found.bits, parts)
+    budgets = {"weight_bytes": weight_bytes, "bops": bops}
+    budgets = {name: value for name, value in budgets.items() if value is not None}
+    chosen = _solve(parts, found, table, budgets)
+    return [_rule(part, *chosen[part.layer]) for part in parts]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A layer and what its rule decides.
+
+    Attributes:
+        layer: its name.
+        weights: its weight tensors.
+        sources: the activation quantizers that it reads.
+        group: number shared with the layers whose inputs have the same bits.
+    """
+
+    layer: str
+    weights: tuple[inspection.QuantizedTensor, ...]
+    sources: tuple[inspection.QuantizedTensor, ...]
+    group: int
+
+
+def _parts(model, found) -> list[_Part]:
+    inspection.require_quantized(model)
+    tensors = [t for t in inspection.quantized_tensors(model) if not t.is_residual]
+    if {t.name for t in tensors} != set(found.scores):
+        raise ValueError(
+            "The sensitivity must be that of the model's tensors. Received: "
+            f"{sorted({t.name for t in tensors} ^ set(found.scores))[:5]} in one only"
+        )
+    weights: dict[str, list] = {}
+    for tensor in tensors:
+        if tensor.latent is not None:
+            weights.setdefault(tensor.layer.name, []).append(tensor)
+    reads = {
+        layer: tuple(t for t in sources if t is not None and not t.is_residual)
+        for layer, sources in inspection.input_activations(model).items()
+        if layer in weights or any(t is not None for t in sources)
+    }
+    groups = _groups({layer: {t.name for t in own} for layer, own in reads.items()})
+    return [
+        _Part(layer, tuple(weights.get(layer, ())), own, groups[layer])
+        for layer, own in reads.items()
+    ]
+
+
+def _groups(reads: dict[str, set[str]]) -> dict[str, int]:
+    """Numbers layers so that two that read a tensor in common have the same number."""
+    numbers = {layer: number for number, layer in enumerate(reads)}
+    changed = True
+    while changed:
+        changed = False
+        for first, second in itertools.combinations(reads, 2):
+            if reads[first] & reads[second] and numbers[first] != numbers[second]:
+                numbers[first] = numbers[second] = min(numbers[first], numbers[second])
+                changed = True
+    return numbers
+
+
+def _costs(model, widths, parts) -> dict:
+    """(weight bits, activation bits) -> `Cost` with all quantizers at these."""
+    tensors = [t for part in parts for t in (*part.weights, *part.sources)]
+    table = {}
+    with restored([v for t in tensors for v in t.variables.values()]):
+        for pair in itertools.product(widths, repeat=2):
+            for part in parts:
+                for tensor in part.weights:
+                    tensor.assign_bits(pair[0])
+                for tensor in part.sources:
+                    tensor.assign_bits(pair[1])
+            table[pair] = cost(model)
+    return table
+
+
+def _solve(parts, found, table, budgets) -> dict[str, tuple[int, int]]:
+    """Layer -> bits of its weights and of what it reads."""
+    try:
+        from scipy import optimize, sparse
+    except ImportError as error:
+        raise ImportError(
+            "allocate_bits needs SciPy: pip install 'tf_lowbit[search]'"
+        ) from error
+    pairs = list(table)
+    layers = {pair: {c.name: c for c in whole.layers} for pair, whole in table.items()}
+    groups = sorted({part.group for part in parts})
+    # One variable for each layer and pair, then one for each group and width.
+    first_of_groups = len(parts) * len(pairs)
+    count = first_of_groups + len(groups) * len(found.bits)
+    objective = np.zeros(count)
+    usage = {name: np.zeros(count) for name in budgets}
+    rows, lower, upper = [], [], []
+
+    def require(entries, low, high):
+        rows.append(entries)
+        lower.append(low)
+        upper.append(high)
+
+    for index, part in enumerate(parts):
+        at = {pair: index * len(pairs) + i for i, pair in enumerate(pairs)}
+        for pair, column in at.items():
+            objective[column] = sum(found.loss(t.name, pair[0]) for t in part.weights)
+            for name in budgets:
+                usage[name][column] = _known(layers[pair][part.layer], name)
+        require(dict.fromkeys(at.values(), 1.0), 1.0, 1.0)
+        group = groups.index(part.group)
+        for i, width in enumerate(found.bits):
+            same = {column: 1.0 for pair, column in at.items() if pair[1] == width}
+            same[first_of_groups + group * len(found.bits) + i] = -1.0
+            require(same, 0.0, 0.0)
+    for index, group in enumerate(groups):
+        sources = {
+            t.name for part in parts if part.group == group for t in part.sources
+        }
+        for i, width in enumerate(found.bits):
+            column = first_of_groups + index * len(found.bits) + i
+            objective[column] = sum(found.loss(name, width) for name in sources)
+    searched = {part.layer for part in parts}
+    for name, budget in budgets.items():
+        rest = sum(
+            _known(c, name) for c in table[pairs[0]].layers if c.name not in searched
+        )
+        columns = dict(enumerate(usage[name]))
+        require(columns, -np.inf, budget - rest)
+    matrix = sparse.lil_array((len(rows), count))
+    for row, entries in enumerate(rows):
+        for column, value in entries.items():
+            matrix[row, column] = value
+    # Scaled to 1 for the solver's tolerances.
+    scale = np.abs(objective).max() or 1.0
+    result = optimize.milp(
+        objective / scale,
+        constraints=optimize.LinearConstraint(matrix.tocsr(), lower, upper),
+        integrality=np.ones(count),
+        bounds=optimize.Bounds(0, 1),
+        options={"mip_rel_gap": 0.0},
+    )
+    if result.x is None:
+        least = {
+            name: min(_total(whole, name) for whole in table.values())
+            for name in budgets
+        }
+        raise ValueError(
+            f"The budget must be met by some choice of bits of {found.bits}; the least "
+            f"are {least}. Received: {budgets}"
+        )
+    values = result.x[:first_of_groups].reshape(len(parts), len(pairs))
+    return {
+        part.layer: pairs[int(np.argmax(row))]
+        for part, row in zip(parts, values, strict=True)
+    }
+
+
+def _known(layer_cost, name) -> int:
+    value = getattr(layer_cost, name)
+    # A layer without kernels has no bit operations.
+    if value is None:
+        raise ValueError(
+            f"The {name} of every layer must be known: give the model a fixed input "
+            f"size. Received: layer {layer_cost.name!r}"
+        )
+    return value
+
+
+def _total(whole, name) -> int:
+    return sum(_known(layer, name) for layer in whole.layers)
+
+
+def _rule(part: _Part, weight_bits: int, activation_bits: int) -> PrecisionRule:
+    quantizers = {}
+    if part.weights:
+        quantizers["weight_quantizer"] = part.weights[0].quantizer
+    if part.sources:
+        quantizers["activation_quantizer"] = _unsigned(part.sources)
+    return PrecisionRule(
+        re.escape(part.layer),
+        weight_bits if part.weights else None,
+        activation_bits if part.sources else None,
+        **quantizers,
+    )
+
+
+def _unsigned(sources):
+    """What a rule must say so that these quantizers come of it."""
+    for tensor in sources:
+        if tensor.quantizer.replaces_relu:
+            return tensor.quantizer
+    # Signed ones are inserted: `scheme.plan`.
+    learned = isinstance(sources[0].quantizer, LSQActivationQuantizer)
+    return "lsq" if learned else "dorefa"
