@@ -55,8 +55,11 @@ METHODS = {
 # The learning rate is the method's.
 ABLATIONS = {
     "JKD, slow teacher": ("JKD", Method(distill="joint", teacher_rate=0.2)),
+    "JKD, teacher by labels": ("JKD", Method(distill="task")),
     "JKD, frozen teacher": ("JKD", Method(distill="frozen")),
     "SP from 0.8": ("SP", Method("sp", start=0.8)),
+    "LSQ with PQ": ("LSQ", Method("pq", quantizers=("lsq", "lsq"))),
+    "LSQ with SP": ("LSQ", Method("sp", quantizers=("lsq", "lsq"))),
 }
 # Stages at two bits, ladder 8, 4, 2; weights and activations apart at the last rung.
 STAGES = {"TS": 2, "PQ": 3, "TS+PQ": 4}

@@ -127,8 +127,11 @@ def test_the_tuning_goes_on_until_the_best_rate_stands_between_others(tmp_path):
     # An ablation has the rate of its method.
     assert rates == {
         "JKD, slow teacher": 0.01,
+        "JKD, teacher by labels": 0.01,
         "JKD, frozen teacher": 0.01,
         "SP from 0.8": 0.3,
+        "LSQ with PQ": 0.003,
+        "LSQ with SP": 0.003,
     }
     # 0.03, 0.1 and 0.3 for seven; one or two more for the others.
     assert tried == 7 * 3 + (4 + 4 + 4 + 4)
@@ -305,6 +308,7 @@ for purpose, method, bits in (("equal", "plain", (2, 2)), ("float", "float", Non
     assert "equal: " not in done.stdout
     # Whether there is a teacher, its rate, and where stochastic precision starts.
     assert "JKD, slow teacher: True 0.006 None\n" in done.stdout
+    assert "JKD, teacher by labels: True 0.03 None\n" in done.stdout
     assert "JKD, frozen teacher: True None None\n" in done.stdout
     assert "SP from 0.8: False None 0.8\n" in done.stdout
     with np.load(folder / sweep.start_file("preact_resnet8", 0)) as file:
