@@ -17,6 +17,7 @@ from tf_lowbit.report import Cost, Summary, cost, summary
 from tf_lowbit.requantization import requantize, strip
 from tf_lowbit.saving import load_model
 from tf_lowbit.scheme.layout import QuantizationWarning
+from tf_lowbit.scheme.registry import register_layer
 from tf_lowbit.scheme.rules import PrecisionRule
 from tf_lowbit.scheme.scheme import LowBitScheme
 from tf_lowbit.training import (
@@ -51,6 +52,7 @@ __all__ = [
     "quantize",
     "quantizers",
     "recalibrate_batch_norm",
+    "register_layer",
     "requantize",
     "sensitivity",
     "split_epochs",

@@ -1,5 +1,8 @@
+import numpy as np
 import pytest
 
+import tf_lowbit as tfl
+from tests.scheme import nets
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.scheme import registry
 
@@ -116,3 +119,89 @@ def test_layers_that_train_unknown_weights_are_unsupported():
     assert not built(layers.BatchNormalization(), (3,))
     assert not built(layers.Dense(2), (3,))
     assert not built(layers.Flatten(), (3,))
+
+
+# --- Layers of the user's
+
+
+@keras.utils.register_keras_serializable(package="test_registry")
+class Standardized(layers.Conv2D):
+    """Weight standardization (arXiv:1903.10520), of the weight that stands there."""
+
+    def call(self, inputs):
+        mean, variance = tf.nn.moments(self.kernel, [0, 1, 2], keepdims=True)
+        kernel = (self.kernel - mean) * tf.math.rsqrt(variance + 1e-5)
+        return tf.nn.conv2d(inputs, kernel, 1, "SAME") + self.bias
+
+
+@keras.utils.register_keras_serializable(package="test_registry")
+class Shuffle(layers.Layer):
+    """Turns the channels round."""
+
+    def call(self, inputs):
+        return inputs[..., ::-1]
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    monkeypatch.setattr(registry, "_KERNELS", dict(registry._KERNELS))
+    monkeypatch.setattr(registry, "_TRANSPARENT", set(registry._TRANSPARENT))
+    for _ in range(2):
+        tfl.register_layer(Standardized, {"kernel": (-1,)})
+        tfl.register_layer(Shuffle)
+
+
+def with_own_layers():
+    image = keras.Input(nets.IMAGE, name="image")
+    x = layers.ReLU(name="relu")(layers.Conv2D(4, 3, name="stem")(image))
+    x = Shuffle(name="shuffle")(x)
+    x = Standardized(5, 3, activation="linear", name="own")(x)
+    x = layers.ReLU(name="relu2")(x)
+    x = layers.GlobalAveragePooling2D(name="pool")(x)
+    return nets.randomize(keras.Model(image, layers.Dense(4, name="head")(x)))
+
+
+def test_layers_of_the_users_own(registered, tmp_path):
+    per_axis = tfl.quantizers.LSQWeightQuantizer(per_axis=True)
+    model = with_own_layers()
+    quantized = tfl.quantize(model, tfl.PrecisionRule("own", 2, 2, per_axis))
+    found = nets.by_name(quantized)
+    # The ReLU is seen behind the layer that passes its values on.
+    assert found.keys() == {"relu/output", "own/kernel"}
+    assert found["own/kernel"].variables["step"].shape == (1, 1, 1, 5)
+    assert set(np.unique(found["own/kernel"].codes())) <= {-2, -1, 0, 1}
+    before = found["own/kernel"].latent.numpy()
+    nets.train_step(quantized, nets.images(), nets.labels(), eager=True)
+    assert (found["own/kernel"].latent.numpy() != before).any()
+    quantized.save(tmp_path / "net.keras")
+    again = tfl.load_model(tmp_path / "net.keras")
+    np.testing.assert_array_equal(again(nets.images()), quantized(nets.images()))
+    costs = {layer.name: layer for layer in tfl.cost(quantized).layers}
+    assert costs["own"].weight_bits == costs["own"].activation_bits == (2,)
+    assert costs["own"].macs == 3 * 3 * 4 * 5 * 6 * 6
+    assert type(tfl.strip(quantized).get_layer("own")) is Standardized
+
+
+def test_without_it_they_are_left_alone():
+    with pytest.warns(tfl.QuantizationWarning, match="own cannot be quantized"):
+        quantized = tfl.quantize(with_own_layers(), tfl.PrecisionRule("own|head", 2, 2))
+    assert "own/kernel" not in nets.by_name(quantized)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("Conv",), "subclass of tf_keras's Layer. Received: 'Conv'"),
+        ((registry.Kernel,), "subclass of tf_keras's Layer"),
+        ((Standardized, "kernel"), "Received: 'kernel'"),
+        ((Standardized, {}), r"or None\. Received: \{\}"),
+        ((layers.Dense, {"bias": (-1,)}), "Dense with .*bias.*, known with .*kernel"),
+        ((layers.Dense,), r"Dense with \(\), known with"),
+        ((layers.Flatten, {"kernel": (-1,)}), r"Flatten with .*, known with \(\)"),
+    ],
+)
+def test_what_cannot_be_registered(arguments, message):
+    before = dict(registry._KERNELS), set(registry._TRANSPARENT)
+    with pytest.raises(ValueError, match=message):
+        tfl.register_layer(*arguments)
+    assert (registry._KERNELS, registry._TRANSPARENT) == before

@@ -1,5 +1,6 @@
 """What the library knows about Keras layers: a table from type to meaning."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from tf_lowbit.compat import keras, tf, tfmot
@@ -36,7 +37,7 @@ _KERNELS = {
 
 # Layers that pass a grid on, or (average pooling) are folded with what follows: the
 # quantization point of their consumer lies in front of them.
-_TRANSPARENT = (
+_TRANSPARENT = {
     _layers.AveragePooling1D,
     _layers.AveragePooling2D,
     _layers.Concatenate,
@@ -58,7 +59,7 @@ _TRANSPARENT = (
     _layers.UpSampling2D,
     _layers.ZeroPadding1D,
     _layers.ZeroPadding2D,
-)
+}
 
 # Of these, the ones that put out values that they read (or zeros), and nothing new: at
 # inference their output is on the grid of their only input.
@@ -91,6 +92,52 @@ _RELU_FUNCTIONS = {
     tf.nn.relu: "relu",
     tf.nn.relu6: "relu6",
 }
+
+
+def register_layer(layer_class: type, kernels: Mapping | None = None) -> None:
+    """Tells the library of a layer class of yours.
+
+    Layers are known by their exact class, for a subclass may use its kernel in another
+    way; so subclasses of Keras's layers are registered, too.
+
+    Args:
+        layer_class: subclass of `keras.layers.Layer`. One with kernels must make them
+            in `build` and read them in `call` as attributes, `self.kernel`, where the
+            quantized tensor then stands in the variable's place. Keras must be able to
+            copy and to load it: `get_config`, and `register_keras_serializable`.
+        kernels: attribute name of each weight to be quantized -> its output-channel
+            axes, for a step for each channel, such as `{"kernel": (-1,)}`. None for a
+            layer without any that passes the values of its only input on, or a weighted
+            mean of them, as pooling does: the quantizer in front of it then serves what
+            reads it.
+
+    Raises:
+        ValueError: if the class is no layer class or is known with other kernels, or
+            `kernels` is of another form.
+    """
+    is_layer = isinstance(layer_class, type) and issubclass(layer_class, _layers.Layer)
+    if not is_layer:
+        raise ValueError(
+            "layer_class must be a subclass of tf_keras's Layer. "
+            f"Received: {layer_class!r}"
+        )
+    if kernels is not None and not (isinstance(kernels, Mapping) and kernels):
+        raise ValueError(
+            "kernels must be a dict of attribute names and channel axes, such as "
+            f"{{'kernel': (-1,)}}, or None. Received: {kernels!r}"
+        )
+    wanted = tuple(Kernel(name, tuple(axes)) for name, axes in (kernels or {}).items())
+    is_known = layer_class in _KERNELS or layer_class in _TRANSPARENT
+    if is_known and _KERNELS.get(layer_class, ()) != wanted:
+        raise ValueError(
+            "A layer class must be registered once, or each time alike. Received: "
+            f"{layer_class.__name__} with {wanted}, known with "
+            f"{_KERNELS.get(layer_class, ())}"
+        )
+    if wanted:
+        _KERNELS[layer_class] = wanted
+    else:
+        _TRANSPARENT.add(layer_class)
 
 
 class LowBitRegistry(tfmot.quantization.keras.QuantizeRegistry):
