@@ -11,11 +11,12 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench format build-files clean
+.PHONY: help demo test docs lint bench format build-files clean
 
 help:
 	@echo "make demo         train 2-bit networks on real digits and print a table"
 	@echo "make test         run the tests"
+	@echo "make docs         write the pages of docs/ to docs/_build"
 	@echo "make lint         check style and format"
 	@echo "make bench        list the benchmarks; NAME=<one> ARGS='...' runs it"
 	@echo "make format       rewrite the sources in the checked format"
@@ -39,6 +40,9 @@ demo: $(STAMP)
 WORKERS ?= 2
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile tests
+
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -64,5 +68,5 @@ build-files:
 	$(PYTHON) tools/build_files.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) docs/_build build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

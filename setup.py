@@ -32,6 +32,8 @@ EXTRAS = {
     "datasets": ["scikit-learn>=1.5,<2", "tensorflow-datasets>=4.9.9,<5"],
     # The solver of `allocate_bits`.
     "search": ["scipy>=1.13,<2"],
+    # `make docs`.
+    "docs": ["furo>=2025.7", "myst-parser>=5,<6", "sphinx>=9,<10"],
     "dev": [
         "hypothesis>=6.100,<7",
         "pytest>=8,<10",

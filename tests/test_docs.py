@@ -1,6 +1,8 @@
 """What the documents say can be run, given and opened."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 import tf_lowbit as tfl
 from tf_lowbit.compat import keras, tf
+from tf_lowbit.scheme import registry
 
 ROOT = Path(__file__).resolve().parent.parent
 # Those that tell of the programs' flags.
@@ -16,7 +19,7 @@ DOCUMENTS = sorted(
     {
         *ABOUT_PROGRAMS,
         *("CONTRIBUTING.md", "CHANGELOG.md", "examples/configs/README.md"),
-        *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md")),
+        *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/**/*.md")),
     }
 )
 PROGRAMS = {
@@ -47,7 +50,7 @@ def test_every_flag_that_is_mentioned_exists(name):
     defined = set().union(OTHER_FLAGS, *map(flags_of, PROGRAMS.values()))
     mentioned = set(re.findall(r"--([a-z]\w*)", (ROOT / name).read_text()))
     assert mentioned <= defined
-    if name in ("README.md", "examples/README.md", "docs/many_devices.md"):
+    if name in ("README.md", "examples/README.md", "docs/how_to/many_devices.md"):
         assert mentioned
 
 
@@ -96,52 +99,99 @@ def test_every_flag_of_the_main_program_is_told_of():
     assert later | {"method", "distill", "strategy", "resume"} <= mentioned
 
 
-def test_the_code_for_many_devices_runs():
-    """On a small network and random data."""
-    (code,) = re.findall(
-        r"```python\n(.*?)```", (ROOT / "docs/many_devices.md").read_text(), re.DOTALL
-    )
+def code_of(name):
+    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
+
+
+PAGES = [name for name in DOCUMENTS if name.startswith("docs/") and code_of(name)]
+
+
+def network():
     layers = keras.layers
+    return keras.Sequential(
+        [
+            layers.Conv2D(3, 3, input_shape=(6, 6, 1), name="conv1"),
+            layers.ReLU(),
+            layers.Conv2D(4, 3, use_bias=False, name="conv2"),
+            layers.BatchNormalization(),
+            layers.ReLU(),
+            layers.GlobalAveragePooling2D(name="pool"),
+            layers.Dense(3, name="head"),
+        ]
+    )
 
-    def network():
-        return keras.Sequential(
-            [
-                layers.Conv2D(3, 3, input_shape=(6, 6, 1), name="conv1"),
-                layers.ReLU(),
-                layers.Conv2D(4, 3, use_bias=False, name="conv2"),
-                layers.BatchNormalization(),
-                layers.ReLU(),
-                layers.GlobalAveragePooling2D(),
-                layers.Dense(3, name="head"),
-            ]
-        )
 
+@pytest.fixture
+def names():
+    """What the pages' code takes for granted: a small network and random data."""
     images = np.random.default_rng(0).normal(size=(16, 6, 6, 1)).astype("f")
-    float_model, teacher = network(), network()
-    before = float_model.get_weights()
-    teacher.set_weights(before)
-    names = {
+    data = tf.data.Dataset.from_tensor_slices((images, np.arange(16) % 3)).batch(8)
+    return {
         "tfl": tfl,
         "keras": keras,
         "tf": tf,
-        "float_model": float_model,
-        "teacher": teacher,
+        "float_model": network(),
         "rules": [tfl.PrecisionRule(".*", weight_bits=2, activation_bits=2)],
-        "train_data": tf.data.Dataset.from_tensor_slices(
-            (images, np.arange(16) % 3)
-        ).batch(8),
+        "train_data": data,
+        "test_data": data,
+        "loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     }
-    exec(compile(code, "docs/many_devices.md", "exec"), names)
-    trainer = names["trainer"]
-    assert trainer.distribute_strategy is names["strategy"]
-    assert isinstance(names["strategy"], tf.distribute.MirroredStrategy)
-    assert trainer.optimizer.iterations.numpy() == 4
-    assert trainer.teacher_optimizer.iterations.numpy() == 4
-    has_moved = [
-        any(
-            not np.array_equal(a, b)
-            for a, b in zip(before, model.get_weights(), strict=True)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_code_of_a_page_runs(name, names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if name == "docs/tutorial.md":
+        names = {}  # It stands for itself.
+    if name.endswith("own_layer.md"):
+        monkeypatch.setattr(registry, "_KERNELS", dict(registry._KERNELS))
+    before = names.get("float_model") and names["float_model"].get_weights()
+    for code in code_of(name):
+        exec(compile(code, name, "exec"), names)
+    for weight, value in zip(before or [], names["float_model"].weights, strict=False):
+        np.testing.assert_array_equal(weight, value)
+    if name == "docs/tutorial.md":
+        assert names["float_accuracy"] > 0.9
+        assert names["accuracy"] > 0.8
+    if name.endswith("many_devices.md"):
+        trainer = names["trainer"]
+        assert trainer.distribute_strategy is names["strategy"]
+        assert isinstance(names["strategy"], tf.distribute.MirroredStrategy)
+        assert trainer.optimizer.iterations.numpy() == 4
+        assert trainer.teacher_optimizer.iterations.numpy() == 4
+
+
+def test_every_page_is_reached_and_has_code():
+    index = (ROOT / "docs/index.md").read_text()
+    pages = {name.removeprefix("docs/").removesuffix(".md") for name in DOCUMENTS}
+    pages = {page for page in pages if (ROOT / "docs" / f"{page}.md").exists()}
+    listed = set(re.findall(r"^[\w/]+$", index, re.M))
+    assert listed == pages - {"index"}
+    assert len(PAGES) >= len(listed) - 2  # The deployment and the reference.
+
+
+def test_the_pages_are_built_without_a_warning(tmp_path):
+    """All public names have docstrings that Sphinx can read."""
+    done = subprocess.run(
+        [sys.executable, "-m", "sphinx", "-q", "-W", "docs", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    reference = (tmp_path / "api.html").read_text()
+    for name in tfl.__all__:
+        if name not in (
+            "__version__",
+            "callbacks",
+            "export",
+            "inspection",
+            "quantizers",
+        ):
+            assert f'id="tf_lowbit.{name}"' in reference, name
+    # Nothing is fetched when a page is read.
+    for page in tmp_path.rglob("*.html"):
+        assert not re.search(
+            r'(?:src|href)="(?:https?:)?//[^"]*\.(?:js|css)', page.read_text()
         )
-        for model in (float_model, trainer.teacher)
-    ]
-    assert has_moved == [False, True]
