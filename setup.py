@@ -33,7 +33,7 @@ EXTRAS = {
     # The solver of `allocate_bits`.
     "search": ["scipy>=1.13,<2"],
     # `make docs`.
-    "docs": ["furo>=2025.7", "myst-parser>=5,<6", "sphinx>=9,<10"],
+    "docs": ["furo>=2025.7,<2027", "myst-parser>=5,<6", "sphinx>=9,<10"],
     "dev": [
         "hypothesis>=6.100,<7",
         "pytest>=8,<10",
