@@ -25,7 +25,7 @@ def listed_python_files() -> list[Path]:
         ).stdout
     except (OSError, subprocess.CalledProcessError):
         found = [*ROOT.glob("*.py")]
-        for folder in ("benchmarks", "examples", "tests", "tf_lowbit", "tools"):
+        for folder in ("benchmarks", "docs", "examples", "tests", "tf_lowbit", "tools"):
             found += (ROOT / folder).rglob("*.py")
         return [path for path in found if "__pycache__" not in path.parts]
     paths = [ROOT / name for name in listing.split("\0") if name]

@@ -19,7 +19,7 @@ LAYERS = (
     {"quantizers"},
     {"scheme"},
     {"inspection", "keras3", "saving"},
-    {"api", "calibration"},
+    {"api", "calibration", "tensor_statistics"},
     {"callbacks", "training", "export", "report", "requantization"},
     {"bit_allocation"},
 )

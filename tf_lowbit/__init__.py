@@ -20,6 +20,7 @@ from tf_lowbit.scheme.layout import QuantizationWarning
 from tf_lowbit.scheme.registry import register_layer
 from tf_lowbit.scheme.rules import PrecisionRule
 from tf_lowbit.scheme.scheme import LowBitScheme
+from tf_lowbit.tensor_statistics import TensorStatistics, statistics
 from tf_lowbit.training import (
     JointDistillation,
     LowBitTrainer,
@@ -39,6 +40,7 @@ __all__ = [
     "Stage",
     "StochasticPrecision",
     "Summary",
+    "TensorStatistics",
     "__version__",
     "allocate_bits",
     "calibrate",
@@ -56,6 +58,7 @@ __all__ = [
     "requantize",
     "sensitivity",
     "split_epochs",
+    "statistics",
     "strip",
     "summary",
     "two_stage",

@@ -177,29 +177,34 @@ def test_infinities_have_a_sign_at_one_bit():
 
 
 @pytest.mark.parametrize("bits", LOW_BITS)
-def test_level_count_is_what_a_dense_input_reaches(bits):
+def test_the_levels_are_what_a_dense_input_reaches(bits):
     x = np.linspace(-150, 150, 30001).astype(np.float32)
+
+    def assert_levels(codes, **kind):
+        np.testing.assert_array_equal(np.unique(codes), grid.level_codes(bits, **kind))
+
     for narrow in (False, True):
         codes = grid.signed_codes(tf.constant(x), bits, narrow_range=narrow)
-        counted = grid.level_count(bits, signed=True, narrow_range=narrow)
-        assert len(np.unique(codes)) == counted
-    unsigned = grid.unsigned_codes(tf.constant(x), 100.0, bits)
-    assert len(np.unique(unsigned)) == grid.level_count(bits, signed=False)
-    odd = grid.odd_codes(tf.constant(x / 300 + 0.5), bits)
-    assert len(np.unique(odd)) == grid.level_count(bits, signed=False)
+        assert_levels(codes, signed=True, narrow_range=narrow)
+    assert_levels(grid.unsigned_codes(tf.constant(x), 100.0, bits), signed=False)
+    assert_levels(
+        grid.odd_codes(tf.constant(x / 300 + 0.5), bits), signed=True, odd=True
+    )
 
 
-def test_level_count_by_hand():
-    assert [grid.level_count(k, signed=False) for k in (1, 2, 8)] == [2, 4, 256]
-    assert [grid.level_count(k, signed=True) for k in (1, 2, 8)] == [2, 4, 256]
-    narrow = [grid.level_count(k, signed=True, narrow_range=True) for k in (1, 2, 8)]
-    assert narrow == [2, 3, 255]
+def test_the_levels_by_hand():
+    assert list(grid.level_codes(2, signed=False)) == [0, 1, 2, 3]
+    assert list(grid.level_codes(2, signed=True)) == [-2, -1, 0, 1]
+    assert list(grid.level_codes(2, signed=True, narrow_range=True)) == [-1, 0, 1]
+    assert list(grid.level_codes(2, signed=True, odd=True)) == [-3, -1, 1, 3]
+    for narrow in (False, True):
+        assert list(grid.level_codes(1, signed=True, narrow_range=narrow)) == [-1, 1]
 
 
 @pytest.mark.parametrize("bits", [16, 32, 0, 9])
-def test_level_count_needs_a_rounded_grid(bits):
+def test_levels_need_a_rounded_grid(bits):
     with pytest.raises(ValueError, match="Received: bits="):
-        grid.level_count(bits, signed=True)
+        grid.level_codes(bits, signed=True)
 
 
 @pytest.mark.parametrize("rounding_bits", [16, 32, tf.constant(32)], ids=str)

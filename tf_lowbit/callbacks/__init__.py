@@ -1,6 +1,7 @@
-"""Keras callbacks that carry schedules out, and that recover interrupted trainings."""
+"""Keras callbacks that carry schedules out, watch and recover trainings."""
 
+from tf_lowbit.callbacks.monitoring import QuantizationMonitor
 from tf_lowbit.callbacks.recovery import Position, Recovery
 from tf_lowbit.callbacks.staging import StagedPrecision
 
-__all__ = ["Position", "Recovery", "StagedPrecision"]
+__all__ = ["Position", "QuantizationMonitor", "Recovery", "StagedPrecision"]

@@ -179,13 +179,16 @@ def signed_codes(scaled, bits, narrow_range: bool, rounding_bits=None):
     return tf.where(bits == 1, binary, rounded)
 
 
-def level_count(bits: int, *, signed: bool, narrow_range: bool = False) -> int:
-    """How many levels a grid has at `bits` in [1, 8].
+def level_codes(
+    bits: int, *, signed: bool, narrow_range: bool = False, odd: bool = False
+) -> range:
+    """All codes of a grid at `bits` in [1, 8], ascending.
 
     Args:
         bits: int in [1, 8].
-        signed: the signed grid; False for the unsigned and the odd one.
+        signed: the signed grid; False for the unsigned one.
         narrow_range: as in `signed_limits`.
+        odd: the odd grid, whatever the others say.
 
     Raises:
         ValueError: if `bits` is out of [1, 8].
@@ -195,6 +198,10 @@ def level_count(bits: int, *, signed: bool, narrow_range: bool = False) -> int:
         raise ValueError(
             f"bits must be in [1, {MAX_BITS}] to have levels. Received: bits={bits}"
         )
-    if not signed or bits == 1:
-        return 2**bits
-    return 2**bits - int(narrow_range)
+    n = 2**bits - 1
+    if odd or (signed and bits == 1):
+        return range(-n, n + 1, 2)
+    if not signed:
+        return range(n + 1)
+    half = 2 ** (bits - 1)
+    return range(-half + int(narrow_range), half)

@@ -123,11 +123,27 @@ class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
         """
         variables["bits"].assign(grid.validate_bits(bits))
 
-    def level_count(self, bits: int) -> int:
-        """How many levels the grid has at `bits` in [1, 8]."""
-        return grid.level_count(
+    def level_codes(self, bits: int) -> range:
+        """All codes of the grid at `bits` in [1, 8], ascending."""
+        return grid.level_codes(
             bits, signed=self.signed, narrow_range=self.narrow_range
         )
+
+    def level_count(self, bits: int) -> int:
+        """How many levels the grid has at `bits` in [1, 8]."""
+        return len(self.level_codes(bits))
+
+    def exact(self, inputs, variables: dict):
+        """What the values on the grid stand for: float32, the shape of `inputs`.
+
+        The inputs themselves, or behind a ReLU where the quantizer takes its place.
+
+        Args:
+            inputs: float32 tensor.
+            variables: what `build` returned.
+        """
+        del variables
+        return inputs if self.signed else tf.nn.relu(inputs)
 
     def get_config(self) -> dict:
         """The constructor's arguments."""

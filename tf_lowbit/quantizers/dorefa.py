@@ -42,9 +42,14 @@ class DoReFaWeightQuantizer(WeightQuantizer):
         """`1 / n`, whatever the weights."""
         return grid.odd_step(variables["bits"])
 
-    def level_count(self, bits):
-        """`2^k`: the odd grid has no zero and loses no level to symmetry."""
-        return grid.level_count(bits, signed=False)
+    def level_codes(self, bits):
+        """`2^k` odd codes: there is no zero, and no level is lost to symmetry."""
+        return grid.level_codes(bits, signed=True, odd=True)
+
+    def exact(self, inputs, variables):
+        """`2u - 1`: the weight on the scale that the grid has."""
+        unrounded = tf.constant(grid.UNROUNDED_BITS[-1])
+        return self.quantize(inputs, {**variables, "rounding_bits": unrounded})
 
     def get_config(self):
         """The constructor's arguments."""

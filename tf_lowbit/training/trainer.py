@@ -101,6 +101,11 @@ class LowBitTrainer(keras.Model):
         return self.students[0]
 
     @property
+    def student_names(self) -> list[str]:
+        """Of the students, in their order; "student" for a single one without."""
+        return list(self._names)
+
+    @property
     def trains_teacher(self) -> bool:
         """Whether there is a teacher whose weights move, with its own optimizer."""
         return self._plan.trains_teacher

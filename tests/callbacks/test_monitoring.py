@@ -1,0 +1,112 @@
+"""What TensorBoard is told."""
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing import event_accumulator
+
+import tf_lowbit as tfl
+from tests.scheme import nets
+from tf_lowbit.compat import keras, tf
+
+RULE = tfl.PrecisionRule(".*", 2, 2)
+
+
+def compiled(model, **options):
+    model.compile(
+        keras.optimizers.SGD(0.1),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        run_eagerly=True,
+        **options,
+    )
+    return model
+
+
+def fit(model, *callbacks, epochs=2):
+    return model.fit(
+        nets.images(8),
+        nets.labels(8),
+        batch_size=4,
+        epochs=epochs,
+        verbose=0,
+        callbacks=list(callbacks),
+    )
+
+
+def written(folder):
+    """Tag -> step -> value; and tags of histograms."""
+    found = event_accumulator.EventAccumulator(
+        str(folder / "quantization"), size_guidance={"tensors": 0}
+    ).Reload()
+    tags = found.Tags()["tensors"]
+    return {
+        tag: {e.step: tf.make_ndarray(e.tensor_proto) for e in found.Tensors(tag)}
+        for tag in tags
+    }
+
+
+def test_every_tensor_and_every_part_of_the_loss(tmp_path):
+    student = tfl.quantize(nets.randomize(nets.chain()), RULE)
+    trainer = tfl.LowBitTrainer(
+        student,
+        nets.chain(),
+        stochastic_precision=tfl.StochasticPrecision(start=0.5),
+    )
+    compiled(trainer, teacher_optimizer=keras.optimizers.SGD(0.1))
+    data = [nets.images()]
+    stages = [tfl.Stage(1, 4, 4), tfl.Stage(1, 2, 2)]
+    history = fit(
+        trainer,
+        tfl.callbacks.StagedPrecision(stages),
+        tfl.callbacks.QuantizationMonitor(tmp_path, data),
+    ).history
+    found = written(tmp_path)
+    for tensor in tfl.statistics(student, data):
+        for what in ("bits", "step", "sqnr", "clip_rate", "entropy"):
+            steps = found[f"{what}/{tensor.name}"]
+            assert set(steps) == {0, 1}
+            np.testing.assert_allclose(steps[1], getattr(tensor, what), rtol=1e-6)
+        assert list(found[f"bits/{tensor.name}"].values()) == [4, 2]
+        # The histogram's buckets: left, right, count.
+        counts = found[f"levels/{tensor.name}"][1][:, 2]
+        np.testing.assert_allclose(
+            counts[counts > 0] / 1000,
+            [share for share in tensor.occupancy if share >= 5e-4],
+            atol=1e-3,
+        )
+    for name, values in history.items():
+        logged = found[f"training/{name}"]
+        np.testing.assert_allclose([logged[0], logged[1]], values, rtol=1e-6)
+    assert {
+        "training/distillation_loss",
+        "training/quantized_share",
+        "training/teacher_loss",
+        "training/weight_bits",
+    } <= set(found)
+
+
+def test_weights_alone_every_other_epoch(tmp_path):
+    model = compiled(tfl.quantize(nets.randomize(nets.chain()), RULE))
+    monitor = tfl.callbacks.QuantizationMonitor(tmp_path, every=2)
+    fit(model, monitor, epochs=3)
+    found = written(tmp_path)
+    assert set(found["training/loss"]) == {0, 1, 2}
+    assert set(found["sqnr/mid/kernel"]) == {1}
+    assert not any("output" in tag for tag in found)
+
+
+def test_several_students_are_told_apart(tmp_path):
+    students = {
+        name: tfl.quantize(nets.randomize(nets.chain()), RULE) for name in ("a", "b")
+    }
+    trainer = compiled(tfl.LowBitTrainer(students))
+    assert trainer.student_names == ["a", "b"]
+    fit(trainer, tfl.callbacks.QuantizationMonitor(tmp_path), epochs=1)
+    assert {"a/sqnr/mid/kernel", "b/sqnr/mid/kernel"} <= set(written(tmp_path))
+
+
+def test_what_cannot_be_watched(tmp_path):
+    with pytest.raises(ValueError, match="Received: every=0"):
+        tfl.callbacks.QuantizationMonitor(tmp_path, every=0)
+    with pytest.raises(ValueError, match="nothing is quantized"):
+        fit(compiled(nets.chain()), tfl.callbacks.QuantizationMonitor(tmp_path))
