@@ -65,8 +65,8 @@ def statistics(
 ) -> list[TensorStatistics]:
     """Measures every quantizer of a network at the bits that it has now.
 
-    "Exact" are the values that the grid stands for: behind the ReLU, where the quantizer
-    takes its place, and on the scale of DoReFa's weights.
+    "Exact" are the values that the grid stands for: behind the ReLU, where the
+    quantizer takes its place, and on the scale of DoReFa's weights.
 
     Args:
         model: what `tf_lowbit.quantize` made.

@@ -12,8 +12,9 @@ class QuantizationMonitor(keras.callbacks.Callback):
 
     At the end of an epoch, for every quantizer: `bits`, `step`, `sqnr` (decibels; left
     out where it is infinite), `clip_rate` and `entropy` (bits), as `TensorStatistics`
-    has them, and a histogram of the levels that are used. And whatever is in the logs: loss,
-    its parts, metrics, and the share of units that stochastic precision quantizes.
+    has them, and a histogram of the levels that are used. And whatever is in the logs:
+    loss, its parts, metrics, and the share of units that stochastic precision
+    quantizes.
 
     The tags are `<what>/<tensor>`, so that TensorBoard shows a quantity of all layers
     side by side; of several students `<student's name>/<what>/<tensor>`.
