@@ -30,6 +30,8 @@ EXTRAS = {
         "tabulate>=0.9,<1",
     ],
     "datasets": ["scikit-learn>=1.5,<2", "tensorflow-datasets>=4.9.9,<5"],
+    # The page of `report`.
+    "report": ["jinja2>=3.1,<4", "matplotlib>=3.9,<4"],
     # The solver of `allocate_bits`.
     "search": ["scipy>=1.13,<2"],
     # `make docs`.
@@ -68,6 +70,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["tf_lowbit", "tf_lowbit.*"]),
+    package_data={"tf_lowbit.reporting": ["*.jinja"]},
     # 3.11 is the version the tests run on; TensorFlow 2.21 has no wheel above 3.13.
     python_requires=">=3.11,<3.14",
     install_requires=INSTALL_REQUIRES,

@@ -24,7 +24,7 @@ import tf_lowbit as tfl
 from examples import experiment
 from tf_lowbit import datasets, models
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.report import environment
+from tf_lowbit.reporting import environment
 
 
 def perform(

@@ -22,7 +22,7 @@ from absl import app, flags
 import tf_lowbit as tfl
 from tf_lowbit import datasets, models
 from tf_lowbit.compat import keras, tf, tfmot
-from tf_lowbit.report import environment
+from tf_lowbit.reporting import environment
 
 FLAGS = flags.FLAGS
 

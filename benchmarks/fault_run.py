@@ -27,7 +27,7 @@ from absl import app, flags
 
 from tf_lowbit.callbacks import Recovery
 from tf_lowbit.compat import tf
-from tf_lowbit.report import environment
+from tf_lowbit.reporting import environment
 
 FLAGS = flags.FLAGS
 

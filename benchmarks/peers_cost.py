@@ -21,7 +21,7 @@ import sweep
 import tf_lowbit as tfl
 from tf_lowbit import models
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.report import environment
+from tf_lowbit.reporting import environment
 
 BITS = (2, 2)
 # Modules that a variant imports when it is built; for memory they must be there before.

@@ -10,7 +10,7 @@ from absl import flags
 
 import tf_lowbit as tfl
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.report import environment
+from tf_lowbit.reporting import environment
 
 
 def step_function(

@@ -24,7 +24,7 @@ import tf_lowbit as tfl
 from tf_lowbit import datasets
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.core.stages import STEP_MILESTONES
-from tf_lowbit.report import environment
+from tf_lowbit.reporting import environment
 
 METHODS = ("plain", "ts", "pq", "ts+pq", "sp")
 DISTILLATIONS = ("none", "joint", "task", "frozen")

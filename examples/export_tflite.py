@@ -26,7 +26,7 @@ from tf_lowbit import datasets
 from tf_lowbit.compat import tf
 from tf_lowbit.export.options import PRECISIONS, STORAGES, TARGETS
 from tf_lowbit.export.tflite import INPUT_TYPES
-from tf_lowbit.report import environment
+from tf_lowbit.reporting import environment
 
 FLAGS = flags.FLAGS
 

@@ -20,7 +20,7 @@ LAYERS = (
     {"scheme"},
     {"inspection", "keras3", "saving"},
     {"api", "calibration", "tensor_statistics"},
-    {"callbacks", "training", "export", "report", "requantization"},
+    {"callbacks", "training", "export", "reporting", "requantization"},
     {"bit_allocation"},
 )
 FOUNDATION = {"compat", "version"}  # imports itself only; everything may import it

@@ -87,7 +87,10 @@ def test_shares_add_up_and_more_bits_are_nearer(name, bits):
     for tensor in found:
         assert sum(tensor.occupancy) == pytest.approx(1)
         assert sum(tensor.counts) == pytest.approx(1)
+        assert 16 <= len(tensor.counts) <= 128
         assert len(tensor.edges) == len(tensor.counts) + 1
+        assert tensor.edges[0] <= tensor.codes[0]
+        assert tensor.edges[-1] > tensor.codes[-1]
         assert 0 <= tensor.clip_rate <= 1
         assert 0 <= tensor.entropy <= bits + 1e-9
         assert tensor.step > 0

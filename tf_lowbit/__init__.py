@@ -13,7 +13,7 @@ from tf_lowbit.core.stages import (
     two_stage_progressive,
 )
 from tf_lowbit.keras3 import from_keras3
-from tf_lowbit.report import Cost, Summary, cost, summary
+from tf_lowbit.reporting import Cost, Summary, cost, report, summary
 from tf_lowbit.requantization import requantize, strip
 from tf_lowbit.saving import load_model
 from tf_lowbit.scheme.layout import QuantizationWarning
@@ -55,6 +55,7 @@ __all__ = [
     "quantizers",
     "recalibrate_batch_norm",
     "register_layer",
+    "report",
     "requantize",
     "sensitivity",
     "split_epochs",

@@ -12,8 +12,10 @@ from tf_lowbit.core import grid
 from tf_lowbit.quantizers import WEIGHT
 from tf_lowbit.scheme import graph
 
-# Bins of the histogram from one level to the next integer, and integers on each side.
-BINS_PER_STEP = 8
+# Bins of a histogram to a step, halved until there are no more than that many in all;
+# and how many steps it reaches beyond the outermost levels.
+_BINS_PER_STEP = 8
+_MOST_BINS = 128
 _MARGIN = 2
 # Float32 rounding puts some values a little beyond half a step.
 _SLACK = 1e-3
@@ -171,8 +173,11 @@ def _edges(levels: range) -> list[float]:
     if not levels:
         return []
     first = levels[0] - _MARGIN if levels[0] < 0 else 0
-    bins = (levels[-1] + _MARGIN - first) * BINS_PER_STEP
-    return [first + i / BINS_PER_STEP for i in range(bins + 1)]
+    steps = levels[-1] + _MARGIN - first
+    width = 1 / _BINS_PER_STEP
+    while steps / width > _MOST_BINS:
+        width *= 2
+    return [first + i * width for i in range(math.ceil(steps / width) + 1)]
 
 
 def _decibels(signal: float, noise: float) -> float:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.examples import programs
-from tf_lowbit.report import environment
+from tf_lowbit.reporting import environment
 
 # In place of a ResNet-20 on batches of 64.
 BASE = {"batch": 2, "width": 4, "depth": 8, "input": 12}

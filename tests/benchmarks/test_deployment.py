@@ -7,7 +7,7 @@ import pytest
 
 import tf_lowbit as tfl
 from tests.examples import programs
-from tf_lowbit.report import environment
+from tf_lowbit.reporting import environment
 
 RESULTS = programs.ROOT / "benchmarks" / "results" / "deployment.json"
 SETTINGS = {

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from tests.examples import programs
-from tf_lowbit.report import environment
+from tf_lowbit.reporting import environment
 
 SUM = "float + DoReFa W2A2, each for itself"
 # Step -> the steps that it is compared with.

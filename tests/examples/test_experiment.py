@@ -15,7 +15,7 @@ from examples import experiment
 from tf_lowbit import datasets
 from tf_lowbit.callbacks import Recovery
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.report import environment
+from tf_lowbit.reporting import environment
 
 BATCH = 32
 LIMIT = 96

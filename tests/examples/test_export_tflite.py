@@ -8,7 +8,7 @@ import tf_lowbit as tfl
 from tests.examples import programs
 from tf_lowbit import datasets, models
 from tf_lowbit.compat import keras
-from tf_lowbit.report import environment
+from tf_lowbit.reporting import environment
 
 LIMIT = 40
 WRITTEN = ["archive.npz", "network.tflite", "report.json", "report.txt"]

@@ -16,7 +16,7 @@ from tests.examples import programs
 from tf_lowbit import datasets
 from tf_lowbit.callbacks import Recovery
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.report import environment
+from tf_lowbit.reporting import environment
 
 EPOCHS = 8
 TINY = (

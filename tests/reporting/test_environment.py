@@ -7,7 +7,7 @@ import numpy as np
 
 import tf_lowbit as tfl
 from tf_lowbit.compat import tf
-from tf_lowbit.report import environment
+from tf_lowbit.reporting import environment
 
 
 def test_versions_are_those_that_are_installed():

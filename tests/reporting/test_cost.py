@@ -8,7 +8,7 @@ import pytest
 import tf_lowbit as tfl
 from tf_lowbit import inspection, models
 from tf_lowbit.compat import keras
-from tf_lowbit.report.cost import Cost, LayerCost
+from tf_lowbit.reporting.cost import Cost, LayerCost
 
 layers = keras.layers
 

@@ -10,7 +10,7 @@ import rich.table
 import rich.text
 
 from tf_lowbit.compat import keras
-from tf_lowbit.report.cost import Cost, LayerCost, cost
+from tf_lowbit.reporting.cost import Cost, LayerCost, cost
 
 _COLUMNS = (
     "layer",
