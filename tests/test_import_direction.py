@@ -106,7 +106,7 @@ def test_checker_accepts_what_the_rule_allows(tmp_path):
         saving="from tf_lowbit.scheme.api import quantize\n",
         calibration="from tf_lowbit.inspection import walk\n",
         callbacks__calibration="from tf_lowbit.calibration import calibrate\n",
-        report__cost="from ..inspection import walk\nfrom .render import text\n",
+        reporting__cost="from ..inspection import walk\nfrom .render import text\n",
         models__resnet="from tf_lowbit.compat import keras\nfrom . import blocks\n",
         datasets__digits="from tf_lowbit.version import __version__\n",
     )
@@ -125,7 +125,7 @@ def test_checker_accepts_what_the_rule_allows(tmp_path):
         ("saving", "from tf_lowbit import inspection", "inspection"),
         ("calibration", "from tf_lowbit.callbacks import staging", "callbacks"),
         ("callbacks__staging", "from tf_lowbit.training import trainer", "training"),
-        ("report__cost", "from tf_lowbit.export.plan import Plan", "export"),
+        ("reporting__cost", "from tf_lowbit.export.plan import Plan", "export"),
         ("training__trainer", "import tf_lowbit.models", "models"),
         ("scheme__api", "from tf_lowbit.datasets import digits", "datasets"),
         ("models__resnet", "from tf_lowbit.core import grid", "core"),
