@@ -260,7 +260,7 @@ model = models.get(run.network, classes=10, input_shape=data.input_shape, width=
 accuracy_run.load_start(model, folder / sweep.start_file(run.network, 0))
 np.savez(sys.argv[3], **{w.name: w.numpy() for w in model.weights})
 accuracy_run.perform(run, settings, folder)
-changed = sweep.Run("ablation", "preact_resnet8", "", (2, 2), 0, 2, 0.03)
+changed = sweep.Run("ablation", "preact_resnet8", "", (2, 2), 0, 4, 0.03)
 for method in sweep.ABLATIONS:
     experiment.quiet()
     network = models.get(run.network, classes=10, input_shape=data.input_shape, width=8)

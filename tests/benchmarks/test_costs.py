@@ -30,7 +30,10 @@ def measured(tmp_path_factory):
         command = [*arguments.split(), "--output=new/figures.json"]
         runs = {"run": (folder, command)}
         ran, _ = programs.run_each(
-            name, runs, BEFORE.get(name, ""), folder="benchmarks"
+            name,
+            runs,
+            programs.WITHOUT_TRACING + BEFORE.get(name, ""),
+            folder="benchmarks",
         )
         code, error, shown = ran["run"]
         assert code == 0, error

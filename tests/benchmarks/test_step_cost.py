@@ -1,7 +1,5 @@
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 
@@ -30,21 +28,16 @@ SETTINGS = {"depth": 8, "width": 4, "batch_size": 8, "rounds": 1, "steps": 1}
 def measured(tmp_path_factory):
     """Output and JSON of a tiny run."""
     folder = tmp_path_factory.mktemp("step_cost")
-    program = programs.ROOT / "benchmarks" / "step_cost.py"
     flags = [f"--{name}={value}" for name, value in SETTINGS.items()]
-    done = subprocess.run(
-        [sys.executable, str(program), *flags, "--output=new/step_cost.json"],
-        cwd=folder,
-        env=programs.environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
+    cases = {"run": (folder, [*flags, "--output=new/step_cost.json"])}
+    ran, _ = programs.run_each(
+        "step_cost", cases, programs.WITHOUT_TRACING, folder="benchmarks"
     )
-    assert done.returncode == 0, done.stderr
+    code, error, shown = ran["run"]
+    assert code == 0, error
     (path,) = folder.rglob("*.json")
     assert path == folder / "new" / "step_cost.json"
-    return done.stdout, json.loads(path.read_text())
+    return shown, json.loads(path.read_text())
 
 
 def test_every_comparison_has_positive_ratios(measured):

@@ -1,5 +1,7 @@
 """What is measured, against a computation step by step."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -28,9 +30,14 @@ def measure(model, **options):
     return tfl.sensitivity(model, DATA, (2, 4, 8), progress=False, **options)
 
 
+@functools.cache
+def second_network():
+    return tfl.quantize(nets.chain(), RULE)  # Without dropout.
+
+
 def by_hand(network, name, bits):
-    """Outputs with one tensor at some bits and the others at 32, in a fresh network."""
-    model = tfl.quantize(nets.chain(), RULE)  # Without dropout.
+    """Outputs with one tensor at some bits, the others at 32, in a second network."""
+    model = second_network()
     model.set_weights(network.get_weights())
     for key, tensor in nets.by_name(model).items():
         tensor.assign_bits(bits if key == name else 32)

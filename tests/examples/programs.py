@@ -30,6 +30,12 @@ for name, (folder, arguments) in json.load(sys.stdin).items():
 print(json.dumps([found, "tf_lowbit" in sys.modules]))
 """
 
+# For `run_each`: steps take their time, but no graph is traced, which takes more.
+WITHOUT_TRACING = """
+from tf_lowbit.compat import tf
+tf.config.run_functions_eagerly(True)
+"""
+
 
 def command(program, *arguments):
     return [sys.executable, str(ROOT / "examples" / program), *map(str, arguments)]
