@@ -108,9 +108,8 @@ def quantized_tensors(model: keras.Model) -> Iterator[QuantizedTensor]:
             continue
         for latent, quantizer, variables in layer._weight_vars:
             if isinstance(quantizer, LowBitQuantizer):
-                attribute = latent.name.split(":")[0].split("/")[-1]
                 yield QuantizedTensor(
-                    layer, WEIGHT, attribute, quantizer, variables, latent
+                    layer, WEIGHT, short_name(latent), quantizer, variables, latent
                 )
         for quantizer in layer._output_quantizers[:1]:
             if isinstance(quantizer, LowBitQuantizer):
@@ -145,6 +144,11 @@ def require_quantized(model: keras.Model) -> list[QuantizedTensor]:
 def wrapped_layer(layer: keras.layers.Layer) -> keras.layers.Layer:
     """The user's layer: what TF-MOT's wrapper holds, or the layer itself."""
     return layer.layer if isinstance(layer, _Wrapper) else layer
+
+
+def short_name(variable: tf.Variable) -> str:
+    """The last part of a variable's name: "kernel" of `conv1/kernel:0`."""
+    return variable.name.split(":")[0].split("/")[-1]
 
 
 def parameters(layer: keras.layers.Layer) -> list[tf.Variable]:

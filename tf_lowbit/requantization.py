@@ -134,13 +134,9 @@ def _copy_weights(source, target) -> None:
     if inspection.wrapped_layer(source) is source:
         target.set_weights(source.get_weights())
         return
-    values = {_last(weight.name): weight for weight in source.weights}
+    values = {inspection.short_name(weight): weight for weight in source.weights}
     for weight in target.weights:
-        weight.assign(values[_last(weight.name)])
-
-
-def _last(name: str) -> str:
-    return name.split(":")[0].split("/")[-1]
+        weight.assign(values[inspection.short_name(weight)])
 
 
 def _are_alike(first, second) -> bool:

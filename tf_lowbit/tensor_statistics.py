@@ -160,7 +160,7 @@ def _statistics(tensor, parts) -> TensorStatistics:
         role=tensor.role,
         bits=tensor.bits,
         step=float(np.mean(steps)),
-        sqnr=_decibels(signal, noise),
+        sqnr=decibels(signal, noise),
         clip_rate=clipped / count,
         codes=tuple(levels),
         occupancy=tuple(float(share) for share in occupied / count),
@@ -180,7 +180,8 @@ def _edges(levels: range) -> list[float]:
     return [first + i * width for i in range(math.ceil(steps / width) + 1)]
 
 
-def _decibels(signal: float, noise: float) -> float:
+def decibels(signal: float, noise: float) -> float:
+    """The ratio of two powers; infinite without noise."""
     if noise == 0.0:
         return math.inf
     return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf

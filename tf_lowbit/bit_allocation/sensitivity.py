@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import io
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -17,6 +16,7 @@ from tf_lowbit import inspection
 from tf_lowbit.calibration import without_dropout
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.core import grid
+from tf_lowbit.tensor_statistics import decibels
 
 SQNR, ACCURACY = "sqnr", "accuracy"
 METRICS = (SQNR, ACCURACY)
@@ -206,9 +206,7 @@ def _sqnr(reference, found) -> float:
     pairs = list(zip(reference, found, strict=True))
     signal = sum(float(np.sum(np.square(a, dtype=np.float64))) for a, _ in pairs)
     noise = sum(float(np.sum(np.square(a - b, dtype=np.float64))) for a, b in pairs)
-    if noise == 0.0:
-        return math.inf
-    return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf
+    return decibels(signal, noise)
 
 
 def _accuracy(outputs, labels) -> float:

@@ -147,7 +147,7 @@ def _layer_cost(layer, nodes, bits_by_attribute, read) -> LayerCost:
     inner = inspection.wrapped_layer(layer)
     kernels = registry.kernels(inner)
     # A list: a composite layer may have several weights of one name.
-    weights = [(_short_name(v), v) for v in inspection.parameters(layer)]
+    weights = [(inspection.short_name(v), v) for v in inspection.parameters(layer)]
     shapes = {name: variable.shape for name, variable in weights}
     weight_bits = tuple(bits_by_attribute.get(k.attribute, FLOAT_BITS) for k in kernels)
     activation_bits = _activation_bits(inner, kernels, read.get(layer.name, []))
@@ -186,10 +186,6 @@ def _activation_bits(layer, kernels, sources) -> tuple[int, ...]:
 
 def _counted(bits: int) -> int:
     return bits if bits <= 8 else FLOAT_BITS
-
-
-def _short_name(variable) -> str:
-    return variable.name.split(":")[0].split("/")[-1]
 
 
 def _size(variable) -> int:

@@ -35,34 +35,8 @@ _KERNELS = {
     _layers.SeparableConv2D: (_DEPTHWISE, Kernel("pointwise_kernel")),
 }
 
-# Layers that pass a grid on, or (average pooling) are folded with what follows: the
-# quantization point of their consumer lies in front of them.
-_TRANSPARENT = {
-    _layers.AveragePooling1D,
-    _layers.AveragePooling2D,
-    _layers.Concatenate,
-    _layers.Cropping1D,
-    _layers.Cropping2D,
-    _layers.Dropout,
-    _layers.Flatten,
-    _layers.GlobalAveragePooling1D,
-    _layers.GlobalAveragePooling2D,
-    _layers.GlobalMaxPooling1D,
-    _layers.GlobalMaxPooling2D,
-    _layers.MaxPooling1D,
-    _layers.MaxPooling2D,
-    _layers.Permute,
-    _layers.Reshape,
-    _layers.SpatialDropout1D,
-    _layers.SpatialDropout2D,
-    _layers.UpSampling1D,
-    _layers.UpSampling2D,
-    _layers.ZeroPadding1D,
-    _layers.ZeroPadding2D,
-}
-
-# Of these, the ones that put out values that they read (or zeros), and nothing new: at
-# inference their output is on the grid of their only input.
+# Layers that put out values that they read (or zeros), and nothing new: at inference
+# their output is on the grid of their only input.
 _KEEPING_GRID = (
     _layers.Cropping1D,
     _layers.Cropping2D,
@@ -81,6 +55,17 @@ _KEEPING_GRID = (
     _layers.ZeroPadding1D,
     _layers.ZeroPadding2D,
 )
+
+# Layers that pass a grid on, or (average pooling) are folded with what follows: the
+# quantization point of their consumer lies in front of them.
+_TRANSPARENT = {
+    *_KEEPING_GRID,
+    _layers.AveragePooling1D,
+    _layers.AveragePooling2D,
+    _layers.Concatenate,
+    _layers.GlobalAveragePooling1D,
+    _layers.GlobalAveragePooling2D,
+}
 
 BATCH_NORMS = (
     _layers.BatchNormalization,
