@@ -17,6 +17,15 @@ tf.config.set_logical_device_configuration(
 tf.get_logger().setLevel("ERROR")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup():
+    """What a fixture draws does not depend on the tests before it.
+
+    One of a module or of the session is made in front of `_fresh_keras`.
+    """
+    keras.utils.set_random_seed(1234)
+
+
 @pytest.fixture(autouse=True)
 def _fresh_keras():
     """Frees the graphs and names of the test before, and seeds this one."""

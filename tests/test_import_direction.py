@@ -19,7 +19,9 @@ LAYERS = (
     {"quantizers"},
     {"scheme"},
     {"inspection", "keras3", "saving"},
-    {"api", "calibration", "tensor_statistics"},
+    {"observation"},
+    {"api", "batch_norm", "tensor_statistics"},
+    {"calibration"},
     {"callbacks", "training", "export", "reporting", "requantization"},
     {"bit_allocation"},
 )

@@ -2,8 +2,9 @@
 
 from tf_lowbit import callbacks, export, inspection, quantizers
 from tf_lowbit.api import quantize
+from tf_lowbit.batch_norm import recalibrate_batch_norm
 from tf_lowbit.bit_allocation import Sensitivity, allocate_bits, sensitivity
-from tf_lowbit.calibration import calibrate, recalibrate_batch_norm
+from tf_lowbit.calibration import calibrate
 from tf_lowbit.core.schedules import LinearRamp
 from tf_lowbit.core.stages import (
     Stage,

@@ -1,91 +1,94 @@
-"""What is measured on data and not trained: ranges, and batch statistics."""
+"""Ranges of activation quantizers, which are measured on data and not trained."""
 
-import contextlib
 import itertools
 
 import numpy as np
 
 from tf_lowbit import inspection
-from tf_lowbit.compat import keras, tf
+from tf_lowbit.batch_norm import fit_to_fixed_clips
+from tf_lowbit.compat import keras
 from tf_lowbit.core import grid, ratios
-from tf_lowbit.scheme import graph, registry
-
-_DROPOUT = (
-    keras.layers.AlphaDropout,
-    keras.layers.Dropout,
-    keras.layers.GaussianDropout,
+from tf_lowbit.core.state import restored, unchanged_on_error
+from tf_lowbit.observation import (
+    calibration_samples,
+    validate_batches,
+    without_dropout,
 )
+
 # A step that float32 has put just above a ratio is of that ratio: tying twice is as
 # tying once. A range that is a millionth shorter clips nothing worth mention.
 _SLACK = 1.0 - 2.0**-20
 
 
-def calibrate(model: keras.Model, dataset, batches: int = 8) -> list[str]:
-    """Sets the clips and steps of activation quantizers from data.
+def calibrate(
+    model: keras.Model, dataset, batches: int = 8, *, fit_batch_norm: bool = True
+) -> list[str]:
+    """Fits activation quantizers and their inputs to each other, before training.
 
     PACT and uniform: the clip whose squared error is the least at the quantizer's own
     bits (ours). LSQ: `2 mean|x| / sqrt(Q_P)` (arXiv:1902.08153). DoReFa's clip is
-    fixed at 1 and left alone. While it is measured, the ranges to be set neither clip
-    nor round, weights are quantized as they stand, normalisation uses each batch's
-    own statistics (quantized weights have another scale than the float ones, so the
-    moving averages would mislead) and dropout is off. No weight and no moving average
-    is changed.
+    fixed at 1: there the batch normalisation in front of it is made to fit, its gamma
+    and beta divided by the clip of least squared error (ours). That is left out where
+    something else reads the normalisation, too, or it is frozen, has no gamma or is not
+    there.
+
+    While it is measured, the ranges to be set neither clip nor round, weights are
+    quantized as they stand, normalisation uses each batch's own statistics (quantized
+    weights have another scale than the float ones, so the moving averages would
+    mislead) and dropout is off. No other weight and no moving average is changed.
 
     Residual quantizers are measured as uniform ones, and then tied (`tie_residuals`).
 
     Args:
         model: what `tf_lowbit.quantize` made; or a `LowBitTrainer`, for its students.
         dataset: iterable of batches, `x` or `(x, y)` or `(x, y, weight)`.
-        batches: how many of them to use, at least 1.
+        batches: how many of them to use, at least 1. They are kept in memory.
+        fit_batch_norm: False leaves gamma and beta alone, as for a network whose
+            training is to go on.
 
     Returns:
-        The names of the quantizers whose range was set.
+        The names of the quantizers that fit their inputs now.
 
     Raises:
         ValueError: if the model is not quantized, the dataset is empty, `batches` is
-            below 1, or an activation is NaN or infinite.
+            below 1, or an activation is NaN or infinite; then nothing is changed.
     """
-    if batches < 1:
-        raise ValueError(f"batches must be >= 1. Received: batches={batches}")
+    validate_batches(batches)
     inspection.require_quantized(model)
     networks = inspection.networks(model)
-    kept = _kept(dataset, batches, networks)
-    ranges = [
-        variable
-        for tensor in inspection.quantized_tensors(model)
-        if tensor.role == "activation"
-        for variable in tensor.variables.values()
-    ]
-    with _unchanged_on_error(ranges):
-        return [n for network in networks for n in _calibrate(network, kept, batches)]
+    kept = list(itertools.islice(iter(dataset), batches))
+    with unchanged_on_error(model.variables):
+        return [
+            name
+            for network in networks
+            for name in _calibrate(network, kept, fit_batch_norm)
+        ]
 
 
-def _calibrate(model, dataset, batches) -> list[str]:
+def _calibrate(model, batches, fit_batch_norm) -> list[str]:
+    names = fit_to_fixed_clips(model, batches) if fit_batch_norm else []
     tensors = [
         tensor
         for tensor in inspection.quantized_tensors(model)
         if tensor.role == "activation" and tensor.quantizer.needs_calibration
     ]
     if not tensors:
-        return []
-    read = [_inputs(model, tensor.layer) for tensor in tensors]
-    observer = keras.Model(model.inputs, read)
-    samples: list[list] = [[] for _ in tensors]
-    with _measuring(model, tensors):
-        for batch in itertools.islice(iter(dataset), batches):
-            inputs = batch[0] if isinstance(batch, tuple) else batch
-            seen = observer(inputs, training=True)
-            for kept, values in zip(samples, seen, strict=True):
-                kept.extend(tf.cast(value, tf.float32).numpy() for value in values)
-    if not samples[0]:
-        raise ValueError("dataset must hold at least one batch. Received: none")
-    for tensor, kept in zip(tensors, samples, strict=True):
-        try:
-            tensor.quantizer.calibrate(kept, tensor.variables)
-        except ValueError as error:
-            raise ValueError(f"{tensor.name}: {error}") from error
+        return names
+    with restored(_changing(model, tensors)), without_dropout(model):
+        for tensor in tensors:
+            tensor.quantizer.open_range(tensor.variables)
+        samples = calibration_samples(model, tensors, batches)
+    for tensor in tensors:
+        tensor.quantizer.calibrate(samples[tensor.name], tensor.variables)
     tie_residuals(model)
-    return [tensor.name for tensor in tensors]
+    return [*names, *(tensor.name for tensor in tensors)]
+
+
+def _changing(model, tensors):
+    """The variables that measuring touches: ranges, bits and moving averages."""
+    yield from model.non_trainable_variables
+    for tensor in tensors:
+        yield from (v for v in tensor.variables.values() if v.trainable)
 
 
 def tie_residuals(model: keras.Model) -> None:
@@ -156,157 +159,6 @@ def _step_as_made(tensor) -> float | None:
     if tensor.bits == tensor.quantizer.bits:
         return _present_step(tensor)
     # A stage holds other bits, and the step of some quantizers follows them.
-    state = [(variable, variable.numpy()) for variable in tensor.variables.values()]
-    try:
+    with restored(tensor.variables.values()):
         tensor.assign_bits(tensor.quantizer.bits)
         return _present_step(tensor)
-    finally:
-        for variable, value in state:
-            variable.assign(value)
-
-
-def recalibrate_batch_norm(model, dataset, batches: int = 32) -> list[str]:
-    """Measures the moving averages of batch normalisation anew.
-
-    Each becomes the plain average, over the batches, of the statistics of the network
-    as it stands, quantized at its present bits. Where training ended otherwise, as
-    with stochastic precision without a tail, the moving averages are those of
-    another network. Dropout is off; no weight is changed. Ours; as the re-estimation
-    after averaging weights (Izmailov et al., arXiv:1803.05407).
-
-    Args:
-        model: any functional model; or a `LowBitTrainer`, for its students.
-        dataset: iterable of batches, `x` or `(x, y)` or `(x, y, weight)`, at best of
-            the size that training uses.
-        batches: how many of them to use, at least 1.
-
-    Returns:
-        The names of the layers that were measured. Frozen ones are left alone.
-
-    Raises:
-        ValueError: if the dataset is empty, `batches` is below 1, or a statistic is
-            NaN or infinite; then nothing is changed. Also if a layer is called
-            several times, whose average over its calls is not known.
-    """
-    if batches < 1:
-        raise ValueError(f"batches must be >= 1. Received: batches={batches}")
-    networks = inspection.networks(model)
-    dataset = _kept(dataset, batches, networks)
-    state = [v for network in networks for v in network.non_trainable_variables]
-    with _unchanged_on_error(state):
-        return [
-            name
-            for network in networks
-            for name in _average_batch_norm(network, dataset, batches)
-        ]
-
-
-def _average_batch_norm(network, dataset, batches) -> list[str]:
-    with (
-        without_dropout(network),
-        _settings(network, registry.BATCH_NORMS, "momentum") as norms,
-    ):
-        norms = [layer for layer in norms if layer.trainable]
-        _refuse_shared(network, norms)
-        for layer in norms:
-            # Weight 0 would not rid an average of a NaN that it holds.
-            layer.moving_mean.assign(tf.zeros_like(layer.moving_mean))
-            layer.moving_variance.assign(tf.ones_like(layer.moving_variance))
-        count = 0
-        for batch in itertools.islice(iter(dataset), batches):
-            for layer in norms:
-                # Makes the moving average that of all batches so far, this one in.
-                layer.momentum = count / (count + 1)
-            network(batch[0] if isinstance(batch, tuple) else batch, training=True)
-            count += 1
-    if not count:
-        raise ValueError("dataset must hold at least one batch. Received: none")
-    for layer in norms:
-        for average in (layer.moving_mean, layer.moving_variance):
-            if not tf.reduce_all(tf.math.is_finite(average)):
-                raise ValueError(
-                    "Batch statistics must be finite: look for NaN in the data. "
-                    f"Received: {average.name} that is not"
-                )
-    return [layer.name for layer in norms]
-
-
-def _refuse_shared(network, norms):
-    calls = [node.layer for node in graph.calls(network)]
-    shared = [layer.name for layer in norms if calls.count(layer) > 1]
-    if shared:
-        raise ValueError(
-            "Batch normalisation must be called once in the network to be measured. "
-            f"Received: {shared}, called more often"
-        )
-
-
-def _kept(dataset, batches, networks):
-    """The dataset, or its batches in a list where several networks read them."""
-    if len(networks) == 1:
-        return dataset
-    return list(itertools.islice(iter(dataset), batches))
-
-
-def _inputs(model, layer) -> list:
-    """What the layer reads, at each of its calls."""
-    return [
-        tensor
-        for node in graph.calls(model)
-        if node.layer is layer
-        for tensor in node.keras_inputs
-    ]
-
-
-@contextlib.contextmanager
-def _measuring(model, tensors):
-    """Opens the ranges and turns dropout off; puts all state back afterwards."""
-    state = [(variable, variable.numpy()) for variable in _changing(model, tensors)]
-    try:
-        for tensor in tensors:
-            tensor.quantizer.open_range(tensor.variables)
-        with without_dropout(model):
-            yield
-    finally:
-        for variable, value in state:
-            variable.assign(value)
-
-
-@contextlib.contextmanager
-def _unchanged_on_error(variables):
-    """Puts variables back where the block fails."""
-    state = [(variable, variable.numpy()) for variable in variables]
-    try:
-        yield
-    except Exception:
-        for variable, value in state:
-            variable.assign(value)
-        raise
-
-
-@contextlib.contextmanager
-def without_dropout(model):
-    """A context in which nothing is dropped out in training."""
-    with _settings(model, _DROPOUT, "rate") as layers:
-        for layer in layers:
-            layer.rate = 0.0
-        yield
-
-
-@contextlib.contextmanager
-def _settings(model, kinds, name):
-    """Yields the layers of some kinds; puts their setting `name` back afterwards."""
-    layers = [module for module in model.submodules if isinstance(module, kinds)]
-    values = [getattr(layer, name) for layer in layers]
-    try:
-        yield layers
-    finally:
-        for layer, value in zip(layers, values, strict=True):
-            setattr(layer, name, value)
-
-
-def _changing(model, tensors):
-    """The variables that measuring touches: ranges, bits and moving averages."""
-    yield from model.non_trainable_variables
-    for tensor in tensors:
-        yield from (v for v in tensor.variables.values() if v.trainable)

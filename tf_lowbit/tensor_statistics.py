@@ -1,7 +1,6 @@
 """How well the values of a network sit on their grids."""
 
 import dataclasses
-import itertools
 import math
 
 import numpy as np
@@ -9,8 +8,8 @@ import numpy as np
 from tf_lowbit import inspection
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.core import grid
+from tf_lowbit.observation import quantizer_inputs, validate_batches
 from tf_lowbit.quantizers import WEIGHT
-from tf_lowbit.scheme import graph
 
 # Bins of a histogram to a step, halved until there are no more than that many in all;
 # and how many steps it reaches beyond the outermost levels.
@@ -84,15 +83,17 @@ def statistics(
         ValueError: if nothing in the model is quantized, it is no single network, the
             dataset is empty or `batches` is below 1.
     """
-    if batches < 1:
-        raise ValueError(f"batches must be >= 1. Received: batches={batches}")
+    validate_batches(batches)
     tensors = inspection.require_quantized(model)
     if inspection.networks(model) != [model]:
         raise ValueError(
             "model must be a network, such as a trainer's student. "
             f"Received: {type(model).__name__}"
         )
-    seen = {} if dataset is None else _inputs(model, tensors, dataset, batches)
+    activations = [tensor for tensor in tensors if tensor.role != WEIGHT]
+    if dataset is None:
+        activations = []
+    seen = quantizer_inputs(model, activations, dataset, batches, training=False)
     found = []
     for tensor in tensors:
         if tensor.role == WEIGHT:
@@ -100,31 +101,6 @@ def statistics(
         elif tensor.name in seen:
             found.append(_statistics(tensor, seen[tensor.name]))
     return found
-
-
-def _inputs(model, tensors, dataset, batches) -> dict[str, list]:
-    """Name of an activation quantizer -> what it reads, batch by batch."""
-    read = {
-        tensor.name: [
-            source
-            for node in graph.calls(model)
-            if node.layer is tensor.layer
-            for source in node.keras_inputs
-        ]
-        for tensor in tensors
-        if tensor.role != WEIGHT
-    }
-    seen: dict[str, list] = {name: [] for name in read}
-    if not read:
-        return seen
-    observer = keras.Model(model.inputs, read)
-    for batch in itertools.islice(iter(dataset), batches):
-        inputs = batch[0] if isinstance(batch, tuple) else batch
-        for name, values in observer(inputs, training=False).items():
-            seen[name].extend(tf.nest.flatten(values))
-    if not all(seen.values()):
-        raise ValueError("dataset must hold at least one batch. Received: none")
-    return seen
 
 
 def _statistics(tensor, parts) -> TensorStatistics:

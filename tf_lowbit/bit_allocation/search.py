@@ -12,8 +12,9 @@ import re
 import numpy as np
 
 from tf_lowbit import inspection
-from tf_lowbit.bit_allocation.sensitivity import Sensitivity, restored
+from tf_lowbit.bit_allocation.sensitivity import Sensitivity
 from tf_lowbit.compat import keras
+from tf_lowbit.core.state import restored
 from tf_lowbit.quantizers import LSQActivationQuantizer
 from tf_lowbit.reporting import cost
 from tf_lowbit.scheme.rules import PrecisionRule

@@ -1,6 +1,5 @@
 """The sensitivity of a network to the rounding of each of its tensors (ours)."""
 
-import contextlib
 import dataclasses
 import io
 import itertools
@@ -13,9 +12,10 @@ import rich.progress
 import rich.table
 
 from tf_lowbit import inspection
-from tf_lowbit.calibration import without_dropout
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.core import grid
+from tf_lowbit.core.state import assign_values, restored, values_of
+from tf_lowbit.observation import validate_batches, without_dropout
 from tf_lowbit.tensor_statistics import decibels
 
 SQNR, ACCURACY = "sqnr", "accuracy"
@@ -128,7 +128,9 @@ def sensitivity(
                 return _sqnr(reference, found)
             return _accuracy(reference, labels) - _accuracy(found, labels)
 
-        given = {tensor.name: _values(tensor.variables.values()) for tensor in tensors}
+        given = {
+            tensor.name: values_of(tensor.variables.values()) for tensor in tensors
+        }
         for tensor in tensors:
             tensor.assign_bits(NOT_ROUNDED)
         reference = outputs()
@@ -138,7 +140,7 @@ def sensitivity(
             with restored(tensor.variables.values()):
                 for width in chosen:
                     # From what it was: a step follows a change of bits.
-                    _assign(given[tensor.name])
+                    assign_values(given[tensor.name])
                     tensor.assign_bits(width)
                     scores.setdefault(tensor.name, {})[width] = score(outputs())
     accuracy = _accuracy(reference, labels) if metric == ACCURACY else None
@@ -154,8 +156,7 @@ def _check(model, bits, metric, batches) -> tuple[int, ...]:
         )
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {METRICS}. Received: {metric!r}")
-    if batches < 1:
-        raise ValueError(f"batches must be >= 1. Received: batches={batches}")
+    validate_batches(batches)
     chosen = tuple(sorted({grid.validate_bits(width) for width in bits}))
     if not chosen or chosen[-1] > grid.MAX_BITS:
         raise ValueError(
@@ -180,25 +181,6 @@ def _parts(batch, metric):
             labels = labels.argmax(axis=1)
         labels = labels.reshape(-1)
     return batch[0], labels
-
-
-@contextlib.contextmanager
-def restored(variables):
-    """A context after which variables have the values that they had before it."""
-    before = _values(variables)
-    try:
-        yield
-    finally:
-        _assign(before)
-
-
-def _values(variables):
-    return [(variable, variable.numpy()) for variable in variables]
-
-
-def _assign(values):
-    for variable, value in values:
-        variable.assign(value)
 
 
 def _sqnr(reference, found) -> float:

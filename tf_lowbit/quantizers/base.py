@@ -201,10 +201,12 @@ class ActivationQuantizer(LowBitQuantizer):
 
     Attributes:
         replaces_relu: the unsigned ones are quantized ReLUs by themselves.
+        has_fixed_clip: whether the method fixes the range, and there is a `misfit`.
     """
 
     role = ACTIVATION
     signed = False
+    has_fixed_clip = False
 
     @property
     def replaces_relu(self) -> bool:

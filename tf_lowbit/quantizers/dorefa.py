@@ -6,6 +6,7 @@ Zhou et al., DoReFa-Net, arXiv:1606.06160, in the form of the code released with
 
 from tf_lowbit.compat import as_float32, keras, tf
 from tf_lowbit.core import grid, ste
+from tf_lowbit.quantizers import ranges
 from tf_lowbit.quantizers.base import ActivationQuantizer, WeightQuantizer
 
 
@@ -68,6 +69,7 @@ class DoReFaActivationQuantizer(ActivationQuantizer):
     """
 
     clip = 1.0
+    has_fixed_clip = True
 
     def __init__(self, bits: int = 2, implementation: str = "auto"):
         super().__init__(bits)
@@ -86,6 +88,14 @@ class DoReFaActivationQuantizer(ActivationQuantizer):
     def step(self, inputs, variables):
         """`1 / n`."""
         return grid.unsigned_step(self.clip, variables["bits"])
+
+    def misfit(self, samples) -> float:
+        """The clip of least squared error at `self.bits`, relative to the fixed one.
+
+        Args:
+            samples: list of float32 NumPy arrays: the quantizer's inputs.
+        """
+        return ranges.least_error_relu_clip(samples, self.bits) / self.clip
 
     def get_config(self):
         """The constructor's arguments."""

@@ -84,12 +84,7 @@ class PACTActivationQuantizer(ActivationQuantizer):
 
     def calibrate(self, samples, variables):
         """Sets alpha to the clip of least squared error at `self.bits` (ours)."""
-        clip = ranges.least_error_clip(
-            samples,
-            lambda x, c: ste.unsigned_forward(x, c, tf.constant(self.bits)),
-            signed=False,
-        )
-        variables["alpha"].assign(clip)
+        variables["alpha"].assign(ranges.least_error_relu_clip(samples, self.bits))
         variables["calibrated"].assign(1)
 
     @staticmethod

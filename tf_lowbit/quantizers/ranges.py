@@ -3,6 +3,7 @@
 import numpy as np
 
 from tf_lowbit.compat import tf
+from tf_lowbit.core import ste
 from tf_lowbit.quantizers.base import SMALLEST_RANGE
 
 # Candidate clips as shares of the largest magnitude: dense enough that the best is
@@ -59,6 +60,14 @@ def least_error_clip(samples, quantize, *, signed: bool) -> float:
         if float(error) < least:
             best, least = float(clip), float(error)
     return best
+
+
+def least_error_relu_clip(samples, bits: int) -> float:
+    """`least_error_clip` of a quantized ReLU at so many bits."""
+    bits = tf.constant(bits)
+    return least_error_clip(
+        samples, lambda x, clip: ste.unsigned_forward(x, clip, bits), signed=False
+    )
 
 
 def mean_magnitude(samples, *, signed: bool) -> float:

@@ -40,6 +40,16 @@ def readers(model: keras.Model) -> dict[int, list]:
     return found
 
 
+def inputs_of(model: keras.Model, layer: keras.layers.Layer) -> list:
+    """The tensors that a layer reads, at each of its calls in the model."""
+    return [
+        tensor
+        for node in calls(model)
+        if node.layer is layer
+        for tensor in node.keras_inputs
+    ]
+
+
 def free_name(name: str, taken: set[str]) -> str:
     """`name`, or with the first number that makes it new; added to `taken`."""
     found, count = name, 1

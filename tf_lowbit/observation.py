@@ -1,0 +1,110 @@
+"""Running a network on batches to see what is within it."""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+
+from tf_lowbit.compat import keras, tf
+from tf_lowbit.inspection import QuantizedTensor
+from tf_lowbit.quantizers import ranges
+from tf_lowbit.scheme import graph
+
+_DROPOUT = (
+    keras.layers.AlphaDropout,
+    keras.layers.Dropout,
+    keras.layers.GaussianDropout,
+)
+
+
+def validate_batches(batches: int) -> None:
+    """Raises ValueError where a number of batches is below 1."""
+    if batches < 1:
+        raise ValueError(f"batches must be >= 1. Received: batches={batches}")
+
+
+def input_batches(dataset, batches: int) -> Iterator:
+    """The inputs of a dataset's first batches: `x` of `x`, `(x, y)`, `(x, y, weight)`.
+
+    Raises:
+        ValueError: at the end, if there was none.
+    """
+    batch = None
+    for batch in itertools.islice(iter(dataset), batches):
+        yield batch[0] if isinstance(batch, tuple) else batch
+    if batch is None:
+        raise ValueError("dataset must hold at least one batch. Received: none")
+
+
+def quantizer_inputs(
+    model: keras.Model,
+    tensors: Iterable[QuantizedTensor],
+    dataset,
+    batches: int,
+    *,
+    training: bool,
+    keep: Callable = lambda name, values: values,
+) -> dict[str, list]:
+    """What activation quantizers read.
+
+    Args:
+        model: a network.
+        tensors: its activation quantizers that are asked for.
+        dataset: iterable of batches.
+        batches: how many of them to use.
+        training: whether normalisation uses each batch's own statistics, and dropout
+            drops.
+        keep: function (name, tensor) -> what is kept of it.
+
+    Returns:
+        Name -> what is kept, for each batch one of each call of the layer.
+
+    Raises:
+        ValueError: if the dataset is empty.
+    """
+    read = {t.name: graph.inputs_of(model, t.layer) for t in tensors}
+    seen: dict[str, list] = {name: [] for name in read}
+    if read:
+        observer = keras.Model(model.inputs, read)
+        for inputs in input_batches(dataset, batches):
+            for name, values in observer(inputs, training=training).items():
+                seen[name].extend(keep(name, v) for v in tf.nest.flatten(values))
+    return seen
+
+
+def calibration_samples(model, tensors, batches: list) -> dict[str, list]:
+    """Samples of what activation quantizers read in training.
+
+    Raises:
+        ValueError: if there is no batch, or a value is NaN or infinite.
+    """
+
+    def keep(name, values):
+        try:
+            return ranges.thinned([tf.cast(values, tf.float32).numpy()])
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    return quantizer_inputs(
+        model, tensors, batches, len(batches) or 1, training=True, keep=keep
+    )
+
+
+@contextlib.contextmanager
+def without_dropout(model: keras.Model) -> Iterator[None]:
+    """A context in which nothing is dropped out in training."""
+    with changed_setting(model, _DROPOUT, "rate") as layers:
+        for layer in layers:
+            layer.rate = 0.0
+        yield
+
+
+@contextlib.contextmanager
+def changed_setting(model: keras.Model, kinds, name: str) -> Iterator[list]:
+    """Yields the layers of some kinds; puts their setting `name` back afterwards."""
+    layers = [module for module in model.submodules if isinstance(module, kinds)]
+    values = [getattr(layer, name) for layer in layers]
+    try:
+        yield layers
+    finally:
+        for layer, value in zip(layers, values, strict=True):
+            setattr(layer, name, value)
