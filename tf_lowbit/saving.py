@@ -15,6 +15,9 @@ def load_model(path, **arguments) -> keras.Model:
         path: `.keras` file, `.h5` file or SavedModel folder.
         **arguments: of `keras.models.load_model`, such as `compile=False`.
 
+    Returns:
+        The network or the `LowBitTrainer`, compiled if it was.
+
     Raises:
         OSError: if there is no such file.
         ValueError: if it is none of these formats, or damaged.

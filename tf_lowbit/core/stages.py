@@ -202,10 +202,17 @@ def two_stage_progressive(
 
 
 def split_epochs(total: int, parts: int) -> tuple[int, ...]:
-    """Shares `total` epochs out over `parts` stages, the rest to the last ones.
+    """Shares epochs out over stages, the rest to the last ones.
 
     >>> split_epochs(20, 3)
     (6, 7, 7)
+
+    Args:
+        total: of the epochs.
+        parts: number of stages.
+
+    Returns:
+        Epochs of each stage.
 
     Raises:
         ValueError: if there are fewer epochs than parts.

@@ -132,6 +132,9 @@ def read_info(file) -> dict:
     Args:
         file: path of the file, or its bytes.
 
+    Returns:
+        The dict that was given.
+
     Raises:
         ValueError: if it is no file of `to_tflite`.
         OSError: if it cannot be read.

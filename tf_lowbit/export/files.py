@@ -47,5 +47,12 @@ def replace_file(path, data: bytes) -> Path:
 
 
 def gzip_bytes(data: bytes) -> int:
-    """How many bytes `gzip -9` makes of some."""
+    """The size of data after `gzip -9`.
+
+    Args:
+        data: such as the content of a file.
+
+    Returns:
+        In bytes.
+    """
     return len(gzip.compress(data, 9, mtime=0))

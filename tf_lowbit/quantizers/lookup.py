@@ -29,7 +29,17 @@ _BY_ROLE = {
 
 
 def names(role: str) -> tuple[str, ...]:
-    """The names that `get` takes for a role, sorted."""
+    """The names that `get` takes.
+
+    Args:
+        role: "weight" or "activation".
+
+    Returns:
+        The names, sorted.
+
+    Raises:
+        ValueError: if there is no such role.
+    """
     return tuple(sorted(_role(role)))
 
 
@@ -39,6 +49,9 @@ def find(name: str, role: str) -> type[LowBitQuantizer]:
     Args:
         name: a name such as "dorefa", "lsq", "pact" or "uniform".
         role: "weight" or "activation".
+
+    Returns:
+        The class.
 
     Raises:
         ValueError: if the role or the name is unknown; the names are listed.
@@ -59,6 +72,9 @@ def get(identifier, role: str, **arguments) -> LowBitQuantizer:
             place of its own), a name, or the dict of `serialize`.
         role: "weight" or "activation".
         **arguments: of the constructor.
+
+    Returns:
+        The quantizer.
 
     Raises:
         ValueError: if the name or role is unknown, or the identifier is of another
@@ -83,12 +99,26 @@ def get(identifier, role: str, **arguments) -> LowBitQuantizer:
 
 
 def serialize(quantizer: LowBitQuantizer) -> dict:
-    """A quantizer as JSON-ready data: class name and constructor arguments."""
+    """A quantizer as data.
+
+    Args:
+        quantizer: any of this library, or one of yours that is registered with
+            `keras.utils.register_keras_serializable`.
+
+    Returns:
+        JSON-ready: class name and constructor arguments.
+    """
     return keras.utils.legacy.serialize_keras_object(quantizer)
 
 
 def deserialize(data: dict) -> LowBitQuantizer:
-    """The quantizer that `serialize` made the data of.
+    """A quantizer from data.
+
+    Args:
+        data: what `serialize` returned.
+
+    Returns:
+        A quantizer equal to the one it was made of.
 
     Raises:
         ValueError: if the class is unknown.
