@@ -26,23 +26,30 @@ def count_levels(model, batch):
     return {name: np.unique(value).size for name, value in values.items()}
 
 
-def check(model, bits, *, steps, methods=("dorefa", "dorefa"), batch_size=2, eager):
-    weight_bits, activation_bits = bits
+def quantized_network(model, bits, batch, methods=("dorefa", "dorefa")):
     rule = PrecisionRule(
         ".*",
-        weight_bits,
-        activation_bits,
+        *bits,
         weight_quantizer=methods[0],
         activation_quantizer=methods[1],
     )
     quantized = quantize(nets.randomize(model), rule, strict=True)
-    batch = nets.images(batch_size, model.input_shape[1:])
     calibrate(quantized, [batch])
+    return quantized
+
+
+def check(model, bits, *, steps, methods=("dorefa", "dorefa"), batch_size=2, eager):
+    batch = nets.images(batch_size, model.input_shape[1:])
+    quantized = quantized_network(model, bits, batch, methods)
+    return check_trained(quantized, bits, batch, steps=steps, eager=eager)
+
+
+def check_trained(quantized, bits, batch, *, steps, eager):
     for _ in range(steps):
         nets.train_step(
             quantized,
             batch,
-            nets.labels(batch_size),
+            nets.labels(len(batch)),
             optimizer=keras.optimizers.SGD(0.01),
             eager=eager,
         )
@@ -52,25 +59,30 @@ def check(model, bits, *, steps, methods=("dorefa", "dorefa"), batch_size=2, eag
     too_many = {n: c for n, c in counts.items() if c > 2 ** tensors[n].bits}
     assert not too_many
     for name, tensor in tensors.items():
-        expected = weight_bits if tensor.role == "weight" else activation_bits
-        assert tensor.bits == expected, name
+        assert tensor.bits == bits[tensor.role == "activation"], name
     # The grids are in use, not collapsed onto a value.
     assert min(counts[n] for n, t in tensors.items() if t.role == "weight") > 1
     return counts
 
 
-@pytest.mark.parametrize("bits", CONFIGURATIONS)
-def test_preact_resnet8(bits):
-    model = models.preact_resnet(8, input_shape=(12, 12, 3), **SMALL)
-    counts = check(model, bits, steps=2, eager=False)
-    # 6 convolutions and 2 shortcuts; all activations but the last.
-    assert len(counts) == 8 + 6
-
-
-@pytest.mark.parametrize("bits", CONFIGURATIONS)
-def test_mobilenet_like(bits):
-    counts = check(nets.mobilenet_like(), bits, steps=2, eager=True)
-    assert len(counts) == 20
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        # 6 convolutions and 2 shortcuts; all activations but the last.
+        (lambda: models.preact_resnet(8, input_shape=(12, 12, 3), **SMALL), 8 + 6),
+        (nets.mobilenet_like, 20),
+    ],
+    ids=["preact_resnet8", "mobilenet_like"],
+)
+def test_at_all_bits_one_after_the_other(build, expected):
+    model = build()
+    batch = nets.images(2, model.input_shape[1:])
+    quantized = quantized_network(model, W2A2, batch)
+    for bits in CONFIGURATIONS:
+        for tensor in nets.by_name(quantized).values():
+            tensor.assign_bits(bits[tensor.role == "activation"])
+        counts = check_trained(quantized, bits, batch, steps=1, eager=True)
+        assert len(counts) == expected
 
 
 @pytest.mark.parametrize(
