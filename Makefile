@@ -11,11 +11,12 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs lint bench format build-files clean
+.PHONY: help demo test fuzz docs lint bench format build-files clean
 
 help:
 	@echo "make demo         train 2-bit networks on real digits and print a table"
 	@echo "make test         run the tests"
+	@echo "make fuzz         200 random networks through training, files and their proof"
 	@echo "make docs         write the pages of docs/ to docs/_build"
 	@echo "make lint         check style and format"
 	@echo "make bench        list the benchmarks; NAME=<one> ARGS='...' runs it"
@@ -40,6 +41,11 @@ demo: $(STAMP)
 WORKERS ?= 2
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile tests
+
+# The tests take 20, always the same; here they are others each time.
+COUNT ?= 200
+fuzz: $(STAMP)
+	TF_LOWBIT_FUZZ=$(COUNT) $(BIN)/python -m pytest -s tests/fuzz
 
 docs: $(STAMP)
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build

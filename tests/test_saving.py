@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.scheme import nets
 from tf_lowbit import (
@@ -222,6 +224,34 @@ def test_a_corrupt_file_is_an_error(how, tmp_path, trained):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises((OSError, ValueError)):
         load_model(path)
+
+
+@pytest.fixture(scope="module")
+def whole_file(trained, tmp_path_factory):
+    """A `.keras` file, its content, and the weights that are in it."""
+    path = tmp_path_factory.mktemp("whole") / "net.keras"
+    trained["lsq"].save(path)
+    return path, path.read_bytes(), trained["lsq"].get_weights()
+
+
+@given(share=st.floats(0, 1, exclude_max=True), bit=st.integers(-1, 7))
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_a_damaged_keras_file_never_loads_silently_wrong(share, bit, whole_file):
+    """A flipped bit, or (-1) the end is missing."""
+    path, content, weights = whole_file
+    place = int(share * len(content))
+    damaged = bytearray(content)
+    if bit < 0:
+        del damaged[place:]
+    else:
+        damaged[place] ^= 1 << bit
+    path.write_bytes(damaged)
+    try:
+        loaded = load_model(path)
+    except Exception:  # Of zipfile, h5py, JSON or Keras: loud is what counts.
+        return
+    for value, expected in zip(loaded.get_weights(), weights, strict=True):
+        np.testing.assert_array_equal(value, expected)
 
 
 def test_weights_of_another_network_are_refused(trained, tmp_path):

@@ -1,0 +1,144 @@
+"""Random small networks and rules for them, as hypothesis strategies."""
+
+import dataclasses
+
+from hypothesis import strategies as st
+
+import tf_lowbit as tfl
+from tf_lowbit.compat import keras
+
+layers = keras.layers
+KINDS = ("conv", "pointwise", "depthwise", "residual", "branches")
+RELUS = ("relu", "relu6", "own", None)
+POOLS = ("max", "average", None, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A part of a network: its layers' names start with its own."""
+
+    kind: str
+    filters: int
+    strides: int
+    batch_norm: bool
+    relu: str | None
+    pool: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """A network and its quantization; printed by hypothesis where something fails."""
+
+    size: int
+    channels: int
+    blocks: tuple[Block, ...]
+    head: str
+    classes: int
+    weight_bits: int
+    activation_bits: int
+    weight_quantizer: str
+    activation_quantizer: str
+    edges: bool
+    residual_bits: int | None
+    nested: bool
+
+    def model(self) -> keras.Model:
+        """The float network."""
+        image = keras.Input((self.size, self.size, self.channels), name="image")
+        x = image
+        for index, block in enumerate(self.blocks):
+            x = _block(x, block, f"block{index}")
+        if self.nested:
+            x = keras.Model(image, x, name="backbone")(image)
+        x = {
+            "average": layers.GlobalAveragePooling2D,
+            "max": layers.GlobalMaxPooling2D,
+            "flatten": layers.Flatten,
+        }[self.head](name="pool")(x)
+        x = layers.Dense(5, activation="relu", name="hidden")(x)
+        return keras.Model(image, layers.Dense(self.classes, name="head")(x))
+
+    def rules(self) -> list[tfl.PrecisionRule]:
+        """One rule for all layers."""
+        return [
+            tfl.PrecisionRule(
+                ".*",
+                self.weight_bits,
+                self.activation_bits,
+                self.weight_quantizer,
+                self.activation_quantizer,
+                edges=self.edges,
+            )
+        ]
+
+
+def _conv(x, block, name, kind="conv", strides=1, relu=True):
+    own = "relu" if relu and block.relu == "own" and not block.batch_norm else None
+    options = {"padding": "same", "activation": own, "name": name}
+    if kind == "depthwise":
+        layer = layers.DepthwiseConv2D(3, strides=strides, **options)
+    else:
+        size = 1 if kind == "pointwise" else 3
+        layer = layers.Conv2D(block.filters, size, strides=strides, **options)
+    x = layer(x)
+    if block.batch_norm:
+        x = layers.BatchNormalization(name=f"{name}_bn")(x)
+    if relu and own is None and block.relu is not None:
+        limit = 6.0 if block.relu == "relu6" else None
+        x = layers.ReLU(limit, name=f"{name}_relu")(x)
+    return x
+
+
+def _block(x, block, name):
+    if block.kind == "residual":
+        x = _conv(x, block, f"{name}_in")
+        y = _conv(x, block, f"{name}_out", relu=False)
+        x = layers.Add(name=f"{name}_add")([x, y])
+        if block.relu is not None:
+            x = layers.ReLU(name=f"{name}_relu")(x)
+    elif block.kind == "branches":
+        y = _conv(x, block, f"{name}_left", "pointwise")
+        z = _conv(x, block, f"{name}_right")
+        x = layers.Concatenate(name=f"{name}_concat")([y, z])
+    else:
+        x = _conv(x, block, name, block.kind, block.strides)
+    if block.pool is not None and x.shape[1] >= 2:
+        pooling = {"max": layers.MaxPooling2D, "average": layers.AveragePooling2D}
+        x = pooling[block.pool](2, name=f"{name}_pool")(x)
+    return x
+
+
+def blocks() -> st.SearchStrategy[Block]:
+    """All kinds of them."""
+    return st.builds(
+        Block,
+        kind=st.sampled_from(KINDS),
+        filters=st.integers(1, 4),
+        strides=st.integers(1, 2),
+        batch_norm=st.booleans(),
+        relu=st.sampled_from(RELUS),
+        pool=st.sampled_from(POOLS),
+    )
+
+
+@st.composite
+def graphs(draw) -> Graph:
+    """Networks that can be quantized and exported."""
+    weight_quantizer = draw(st.sampled_from(("dorefa", "lsq", "uniform")))
+    return Graph(
+        size=draw(st.integers(4, 8)),
+        channels=draw(st.integers(1, 3)),
+        blocks=tuple(draw(st.lists(blocks(), min_size=1, max_size=3))),
+        head=draw(st.sampled_from(("average", "max", "flatten"))),
+        classes=draw(st.integers(2, 4)),
+        # 8-bit DoReFa weights do not fit into int8; a signed activation needs 2 bits.
+        weight_bits=draw(st.integers(1, 7 if weight_quantizer == "dorefa" else 8)),
+        activation_bits=draw(st.integers(2, 8)),
+        weight_quantizer=weight_quantizer,
+        activation_quantizer=draw(
+            st.sampled_from(("dorefa", "lsq", "pact", "uniform"))
+        ),
+        edges=draw(st.booleans()),
+        residual_bits=draw(st.sampled_from((8, None))),
+        nested=draw(st.booleans()),
+    )
