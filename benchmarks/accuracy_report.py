@@ -153,6 +153,7 @@ def tables(folder: Path) -> dict[str, str]:
         "ablations": ablations_table(found, settings),
         "per stage": per_stage_table(found, settings),
         "ResNet-20": large_table(found, settings),
+        "widths": widths_table(found, settings),
         "tuning": tuning_table(folder, settings),
     }
 
@@ -185,6 +186,17 @@ def _difference(row: Row | None, other: Row | None) -> str:
 def _ratio(row: Row, other: Row | None) -> str:
     ratio = math.nan if other is None else cost_ratio(row, other)
     return _NOTHING if math.isnan(ratio) else f"{ratio:.2f}"
+
+
+def _compared(row: Row, plain: Row | None, other: Row | None) -> list[str]:
+    """Seeds, accuracy, differences to plain training and another row; CPU time."""
+    return [
+        str(len(row.accuracies)),
+        _accuracy(row),
+        _difference(row, plain),
+        _difference(row, other),
+        _ratio(row, plain),
+    ]
 
 
 def equal_table(found, settings, network, bits) -> str:
@@ -231,16 +243,7 @@ def ablations_table(found, settings) -> str:
         row = found.get(("ablation", SMALL, name, (2, 2), settings.epochs))
         if row is not None:
             parent = found.get(("equal", SMALL, method, (2, 2), settings.epochs))
-            lines.append(
-                [
-                    name,
-                    str(len(row.accuracies)),
-                    _accuracy(row),
-                    _difference(row, plain),
-                    _difference(row, parent),
-                    _ratio(row, plain),
-                ]
-            )
+            lines.append([name, *_compared(row, plain, parent)])
     headers = ["changed", "seeds", "accuracy, %", "against plain"]
     return table([*headers, "against the method itself", "CPU"], lines)
 
@@ -255,17 +258,7 @@ def per_stage_table(found, settings) -> str:
         long = found.get(("per_stage", SMALL, "plain", (2, 2), epochs))
         for name, each in ((method, row), (f"plain, {epochs} epochs", long)):
             if each is not None:
-                lines.append(
-                    [
-                        name,
-                        str(epochs),
-                        str(len(each.accuracies)),
-                        _accuracy(each),
-                        _difference(each, plain),
-                        _difference(each, long),
-                        _ratio(each, plain),
-                    ]
-                )
+                lines.append([name, str(epochs), *_compared(each, plain, long)])
     headers = ["method", "epochs", "seeds", "accuracy, %"]
     headers += [f"against plain, {settings.epochs} epochs", "against plain, as long"]
     return table([*headers, "CPU"], lines)
@@ -296,6 +289,39 @@ def large_table(found, settings) -> str:
             count = str(len(row.accuracies))
             lines.insert(0, [name, count, _accuracy(row), _NOTHING])
     return table(["network", "seeds", "accuracy, %", "against plain"], lines)
+
+
+def widths_table(found, settings) -> str:
+    """What wider networks lose at 2 bits."""
+    lines = []
+    networks = {settings.width: SMALL}
+    networks |= {width: sweep.at_width(SMALL, width) for width in sweep.WIDTHS}
+    for width, network in networks.items():
+        low = [
+            found.get(("equal", network, method, (2, 2), settings.epochs))
+            for method in sweep.AT_WIDTHS
+        ]
+        if not any(low):
+            continue
+        full = found.get(("equal", network, sweep.FLOAT, None, settings.epochs))
+        size = next(row.weight_bytes for row in low if row is not None)
+        lines.append(
+            [
+                str(width),
+                str(min(len(row.accuracies) for row in (full, *low) if row)),
+                f"{size / 1000:.1f}",
+                _accuracy(full),
+                *(
+                    cell
+                    for row in low
+                    for cell in (_accuracy(row), _difference(row, full))
+                ),
+            ]
+        )
+    headers = ["width", "seeds", "weights, kB", "float, %"]
+    for method in sweep.AT_WIDTHS:
+        headers += [f"{method}, %", "against float"]
+    return table(headers, lines)
 
 
 def tuning_table(folder: Path, settings: sweep.Settings) -> str:

@@ -43,11 +43,9 @@ def perform(
     experiment.quiet()
     keras.utils.set_random_seed(run.seed)
     data = load_data(run, settings, data_dir)
+    name, width = sweep.name_and_width(run.network, settings)
     model = models.get(
-        run.network,
-        classes=data.classes,
-        input_shape=data.input_shape,
-        width=settings.width,
+        name, classes=data.classes, input_shape=data.input_shape, width=width
     )
     if not run.is_start:
         load_start(model, folder / sweep.start_file(run.network, run.seed))

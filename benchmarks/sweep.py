@@ -63,8 +63,10 @@ ABLATIONS = {
 }
 # Stages at two bits, ladder 8, 4, 2; weights and activations apart at the last rung.
 STAGES = {"TS": 2, "PQ": 3, "TS+PQ": 4}
-# What the larger network is trained with.
+# What the larger network is trained with, and the wider ones.
 LEADING = ("plain", "SP", "JKD", "LSQ")
+AT_WIDTHS = ("plain", "LSQ")
+WIDTHS = (16, 32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +106,7 @@ class Run:
 
     Attributes:
         purpose: one of `PURPOSES`.
-        network: a name of `tf_lowbit.models`.
+        network: a name of `tf_lowbit.models`, or one with a width: `at_width`.
         method: a key of `METHODS` or `ABLATIONS`, or `FLOAT`.
         bits: of weights and activations; None for a float network.
         seed: of data order, augmentation, initial weights and draws.
@@ -139,6 +141,17 @@ class Run:
         if self.purpose == "tuning":
             name += f"-rate{self.learning_rate:g}"
         return Path(self.network, self.purpose, f"{name}-seed{self.seed}.json")
+
+
+def at_width(network: str, width: int) -> str:
+    """The name of a network that has another width than the sweep's."""
+    return f"{network}-width{width}"
+
+
+def name_and_width(network: str, settings: Settings) -> tuple[str, int]:
+    """The model's name, and the channels of its first stage."""
+    name, _, width = network.partition("-width")
+    return name, int(width or settings.width)
 
 
 def method_of(run: Run) -> Method:
@@ -189,6 +202,7 @@ def phases(settings: Settings, seeds: int = 5, dear: int = 3) -> dict[str, list[
             *rows("per_stage", small, ["plain"], two, dear, count * settings.epochs),
         ]
     ]
+    widths = [at_width(small, width) for width in WIDTHS]
     return {
         "float": starts(small, [TUNING_SEED, *range(seeds)]),
         # Each run of it says which come next: `next_of_tuning`.
@@ -204,6 +218,13 @@ def phases(settings: Settings, seeds: int = 5, dear: int = 3) -> dict[str, list[
         "W2A2 20": rows("equal", large, LEADING, two, dear),
         "W4A4 20": rows("equal", large, ["plain"], (4, 4), dear)
         + rows("equal", large, [FLOAT], None, dear),
+        "float widths": [run for wide in widths for run in starts(wide, range(dear))],
+        "W2A2 widths": [
+            run
+            for wide in widths
+            for run in rows("equal", wide, AT_WIDTHS, two, dear)
+            + rows("equal", wide, [FLOAT], None, dear)
+        ],
     }
 
 

@@ -163,6 +163,24 @@ def test_all_runs_of_a_seed_start_and_are_measured_alike():
             assert run.epochs == SETTINGS.epochs * sweep.STAGES[run.method]
 
 
+def test_wider_networks_stand_beside_their_own_float_network(made_up):
+    wide = sweep.at_width("preact_resnet8", 16)
+    assert sweep.name_and_width(wide, SETTINGS) == ("preact_resnet8", 16)
+    assert sweep.name_and_width("preact_resnet8", SETTINGS) == ("preact_resnet8", 8)
+    for seed, (full, plain) in enumerate([(0.90, 0.89), (0.91, 0.89), (0.92, 0.89)]):
+        put(made_up, sweep.Run("equal", wide, "float", None, seed, 4, 0.1), full)
+        put(made_up, dataclasses.replace(low_bit("plain", seed), network=wide), plain)
+    lines = accuracy_report.tables(made_up)["widths"].splitlines()[2:]
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
+    assert [row[0] for row in cells] == ["8", "16"]
+    assert cells[0][3:6] == ["—", "81.00 ± 0.58", "—"]
+    # By seed -1, -2, -3: 4.303 times 1 over the root of 3.
+    assert cells[1] == [
+        *("16", "3", "1.0", "91.00 ± 0.58", "89.00 ± 0.00", "-2.00 [-4.48, +0.48]"),
+        *("—", "—"),
+    ]
+
+
 def test_an_ablation_stands_beside_its_method(made_up):
     run = low_bit("SP from 0.8", 0, purpose="ablation")
     assert run.path.name == "sp-from-0.8-w2a2-4epochs-seed0.json"
