@@ -1,4 +1,4 @@
-"""Draws the tables of benchmarks/README.md, and the plots, from the committed results.
+"""Draws tables of benchmarks/README.md and docs/, and plots, from committed results.
 
   python benchmarks/report.py
 
@@ -9,6 +9,7 @@ measured, and TensorFlow is not needed.
 from pathlib import Path
 
 import accuracy_report
+import applications_plan
 import costs_report
 import peers_report
 from absl import app
@@ -16,10 +17,24 @@ from absl import app
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results"
 README = FOLDER / "README.md"
+SUPPORTED = FOLDER.parent / "docs" / "supported_models.md"
+
+
+def texts(results: Path = RESULTS) -> dict[Path, dict[str, str]]:
+    """The texts with tables, and their tables in Markdown, by name.
+
+    Args:
+        results: the folder of all results.
+    """
+    applications = applications_plan.table(results / "applications")
+    return {
+        README: tables(results),
+        SUPPORTED: {"applications": applications},
+    }
 
 
 def tables(results: Path = RESULTS) -> dict[str, str]:
-    """All tables in Markdown, by name.
+    """The tables of benchmarks/README.md.
 
     Args:
         results: the folder of all results.
@@ -60,10 +75,11 @@ def main(argv):
     """Writes tables and plots."""
     if len(argv) > 1:
         raise app.UsageError(f"Received: arguments that are no flags: {argv[1:]}")
-    text = drawn(README.read_text(), tables())
-    temporary = README.with_name(".README.md.partial")
-    temporary.write_text(text)
-    temporary.replace(README)
+    for path, made in texts().items():
+        text = drawn(path.read_text(), made)
+        temporary = path.with_name(f".{path.name}.partial")
+        temporary.write_text(text)
+        temporary.replace(path)
     for name, figure in accuracy_report.plots(RESULTS / "accuracy").items():
         figure.savefig(RESULTS / "accuracy" / name, metadata={"Date": None})
 

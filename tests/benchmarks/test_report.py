@@ -20,19 +20,20 @@ def test_tables_stand_between_their_marks():
         report.drawn(text, {"W2A2": "new"})
 
 
-def test_the_readme_has_what_the_committed_results_give():
-    text = report.README.read_text()
-    assert report.drawn(text, report.tables()) == text
+@pytest.mark.parametrize("path", report.texts(), ids=lambda path: path.name)
+def test_a_text_has_what_the_committed_results_give(path):
+    text = path.read_text()
+    assert report.drawn(text, report.texts()[path]) == text
 
 
-def test_every_mark_of_the_readme_has_a_table():
-    text = report.README.read_text()
+@pytest.mark.parametrize("path", report.texts(), ids=lambda path: path.name)
+def test_every_mark_has_a_table(path):
     marks = {
         line.removeprefix("<!-- table: ").removesuffix(" -->")
-        for line in text.splitlines()
+        for line in path.read_text().splitlines()
         if line.startswith("<!-- table: ")
     }
-    assert marks == set(report.tables())
+    assert marks == set(report.texts()[path])
 
 
 def cells(table):
