@@ -154,6 +154,7 @@ def tables(folder: Path) -> dict[str, str]:
         "per stage": per_stage_table(found, settings),
         "ResNet-20": large_table(found, settings),
         "widths": widths_table(found, settings),
+        "mixed": mixed_table(found, settings),
         "tuning": tuning_table(folder, settings),
     }
 
@@ -289,6 +290,29 @@ def large_table(found, settings) -> str:
             count = str(len(row.accuracies))
             lines.insert(0, [name, count, _accuracy(row), _NOTHING])
     return table(["network", "seeds", "accuracy, %", "against plain"], lines)
+
+
+def mixed_table(found, settings) -> str:
+    """Bits for each layer, beside uniform ones of the same cost."""
+    lines = []
+    for bits in sweep.MIXED_AS:
+        for name, (method, _) in sweep.MIXED.items():
+            row = found.get(("mixed", SMALL, name, bits, settings.epochs))
+            uniform = found.get(("equal", SMALL, method, bits, settings.epochs))
+            for title, each in ((f"{method}, {label(bits)}", uniform), (name, row)):
+                if row is not None and each is not None:
+                    lines.append(
+                        [
+                            title,
+                            str(len(each.accuracies)),
+                            str(each.weight_bytes),
+                            f"{each.bops / 1e6:.2f}",
+                            _accuracy(each),
+                            _difference(each, uniform),
+                        ]
+                    )
+    headers = ["bits", "seeds", "weights, bytes", "million BOPs", "accuracy, %"]
+    return table([*headers, "against uniform"], lines)
 
 
 def widths_table(found, settings) -> str:

@@ -83,6 +83,11 @@ def perform(
         "diverged": diverged,
         "training_loss": [round(float(x), 5) for x in history.get("loss", [])],
         **times,
+        "layer_bits": {
+            layer.name: [list(layer.weight_bits), list(layer.activation_bits)]
+            for layer in cost.layers
+            if layer.weight_bits
+        },
         "weight_bytes": cost.weight_bytes,
         "bops": cost.bops,
     }
@@ -154,8 +159,10 @@ def prepared(model, run, settings, data):
         settings.ladder,
         last_only=True,
     )
-    rule = tfl.PrecisionRule(".*", *run.bits, *method.quantizers)
-    quantized = tfl.quantize(model, [rule])
+    rules = [tfl.PrecisionRule(".*", *run.bits, *method.quantizers)]
+    if method.mixed:
+        rules = mixed_rules(model, rules, data)
+    quantized = tfl.quantize(model, rules)
     tfl.calibrate(quantized, data.train)
     trainer = experiment.trainer_for(
         quantized,
@@ -174,6 +181,19 @@ def prepared(model, run, settings, data):
         ),
     )
     return trainer, stages, [tfl.callbacks.StagedPrecision(stages)]
+
+
+def mixed_rules(model, uniform, data) -> list[tfl.PrecisionRule]:
+    """Bits for each layer, at no more than the cost of uniform ones."""
+    quantized = tfl.quantize(model, uniform)
+    tfl.calibrate(quantized, data.train)
+    found = tfl.sensitivity(
+        quantized, data.train, sweep.MIXED_FROM, batches=8, progress=False
+    )
+    budget = tfl.cost(quantized)
+    return tfl.allocate_bits(
+        quantized, found, weight_bytes=budget.weight_bytes, bops=budget.bops
+    )
 
 
 def save_start(model: keras.Model, path: Path) -> None:

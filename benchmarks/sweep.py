@@ -17,7 +17,7 @@ TUNED_AT = (2, 2)
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 _FIRST_RATES = (0.03, 0.1)
 # Equal total epochs, full epochs per stage, one thing changed; and what is before them.
-PURPOSES = ("float", "tuning", "equal", "per_stage", "ablation")
+PURPOSES = ("float", "tuning", "equal", "per_stage", "ablation", "mixed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Method:
         quantizers: of weights and activations.
         teacher_rate: the teacher's learning rate relative to the student's.
         start: of stochastic precision, the probability at the start.
+        mixed: bits for each layer, at the bytes and bit operations of uniform ones.
     """
 
     staging: str = "plain"
@@ -37,6 +38,7 @@ class Method:
     quantizers: tuple[str, str] = ("dorefa", "dorefa")
     teacher_rate: float = 1.0
     start: float = 0.5
+    mixed: bool = False
 
 
 METHODS = {
@@ -61,6 +63,13 @@ ABLATIONS = {
     "LSQ with PQ": ("LSQ", Method("pq", quantizers=("lsq", "lsq"))),
     "LSQ with SP": ("LSQ", Method("sp", quantizers=("lsq", "lsq"))),
 }
+MIXED = {
+    "LSQ, mixed bits": ("LSQ", Method(quantizers=("lsq", "lsq"), mixed=True)),
+}
+_VARIANTS = ABLATIONS | MIXED
+# What mixed bits are chosen from, and the uniform ones whose cost they may have.
+MIXED_FROM = (1, 2, 3, 4, 6, 8)
+MIXED_AS = ((2, 2), (3, 3))
 # Stages at two bits, ladder 8, 4, 2; weights and activations apart at the last rung.
 STAGES = {"TS": 2, "PQ": 3, "TS+PQ": 4}
 # What the larger network is trained with, and the wider ones.
@@ -107,8 +116,9 @@ class Run:
     Attributes:
         purpose: one of `PURPOSES`.
         network: a name of `tf_lowbit.models`, or one with a width: `at_width`.
-        method: a key of `METHODS` or `ABLATIONS`, or `FLOAT`.
-        bits: of weights and activations; None for a float network.
+        method: a key of `METHODS`, `ABLATIONS` or `MIXED`, or `FLOAT`.
+        bits: of weights and activations; None for a float network. Of mixed bits, the
+            uniform ones whose cost they may have.
         seed: of data order, augmentation, initial weights and draws.
         epochs: in total.
         learning_rate: at the start of each stage; None until the tuning has told.
@@ -158,7 +168,7 @@ def method_of(run: Run) -> Method:
     """How a low-bit run trains."""
     if run.method in METHODS:
         return METHODS[run.method]
-    return ABLATIONS[run.method][1]
+    return _VARIANTS[run.method][1]
 
 
 def start_file(network: str, seed: int) -> Path:
@@ -214,6 +224,9 @@ def phases(settings: Settings, seeds: int = 5, dear: int = 3) -> dict[str, list[
         "W4A4": rows("equal", small, METHODS, (4, 4), dear),
         "W1A2": rows("equal", small, METHODS, (1, 2), dear),
         "W3A3": rows("equal", small, METHODS, (3, 3), dear),
+        "mixed": [
+            run for bits in MIXED_AS for run in rows("mixed", small, MIXED, bits, dear)
+        ],
         "float 20": starts(large, range(dear)),
         "W2A2 20": rows("equal", large, LEADING, two, dear),
         "W4A4 20": rows("equal", large, ["plain"], (4, 4), dear)
@@ -340,4 +353,4 @@ def tuned(folder: Path, settings: Settings) -> dict[str, float]:
             f"Received: no file {str(folder / missing[0].path)!r}"
         )
     rates = {m: best_rate(scores) for m, scores in tuning(folder, settings).items()}
-    return rates | {name: rates[method] for name, (method, _) in ABLATIONS.items()}
+    return rates | {name: rates[method] for name, (method, _) in _VARIANTS.items()}

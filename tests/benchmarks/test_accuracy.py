@@ -132,6 +132,7 @@ def test_the_tuning_goes_on_until_the_best_rate_stands_between_others(tmp_path):
         "SP from 0.8": 0.3,
         "LSQ with PQ": 0.003,
         "LSQ with SP": 0.003,
+        "LSQ, mixed bits": 0.003,
     }
     # 0.03, 0.1 and 0.3 for seven; one or two more for the others.
     assert tried == 7 * 3 + (4 + 4 + 4 + 4)
@@ -161,6 +162,20 @@ def test_all_runs_of_a_seed_start_and_are_measured_alike():
             assert run.epochs == SETTINGS.epochs
         if run.purpose == "per_stage" and run.method != "plain":
             assert run.epochs == SETTINGS.epochs * sweep.STAGES[run.method]
+
+
+def test_mixed_bits_stand_beside_uniform_ones_of_the_same_cost(made_up):
+    for seed, (uniform, mixed) in enumerate([(0.80, 0.81), (0.82, 0.83)]):
+        put(made_up, low_bit("LSQ", seed, (3, 3)), uniform)
+        run = low_bit("LSQ, mixed bits", seed, (3, 3), "mixed")
+        assert run.path.name == f"lsq-mixed-bits-w3a3-4epochs-seed{seed}.json"
+        put(made_up, run, mixed, weight_bytes=990)
+    lines = accuracy_report.tables(made_up)["mixed"].splitlines()[2:]
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
+    assert cells == [
+        ["LSQ, W3A3", "2", "1000", "1.00", "81.00 ± 1.00", "—"],
+        ["LSQ, mixed bits", "2", "990", "1.00", "82.00 ± 1.00", "+1.00 [+1.00, +1.00]"],
+    ]
 
 
 def test_wider_networks_stand_beside_their_own_float_network(made_up):
@@ -289,6 +304,17 @@ for method in sweep.ABLATIONS:
     print(f"{method}:", trainer.teacher is not None,
         teacher and round(float(teacher.learning_rate), 6),
         precision and precision["config"]["start"])
+costs = []
+for purpose, method in (("equal", "LSQ"), ("mixed", "LSQ, mixed bits")):
+    network = models.get(run.network, classes=10, input_shape=data.input_shape, width=8)
+    one = dataclasses.replace(run, purpose=purpose, method=method)
+    trainer, _, _ = accuracy_run.prepared(network, one, settings, data)
+    costs.append(accuracy_run.tfl.cost(getattr(trainer, "student", trainer)))
+uniform, mixed = costs
+print("mixed within the budget:", mixed.weight_bytes <= uniform.weight_bytes,
+    mixed.bops <= uniform.bops)
+print("bits differ:", len({c.weight_bits + c.activation_bits for c in mixed.layers
+    if c.weight_bits and 32 not in c.weight_bits}) > 1)
 for purpose, method, bits in (("equal", "plain", (2, 2)), ("float", "float", None)):
     run = sweep.Run(purpose, "preact_resnet8", method, bits, 0, 2, 1e30)
     try:
@@ -329,6 +355,8 @@ for purpose, method, bits in (("equal", "plain", (2, 2)), ("float", "float", Non
     assert "JKD, teacher by labels: True 0.03 None\n" in done.stdout
     assert "JKD, frozen teacher: True None None\n" in done.stdout
     assert "SP from 0.8: False None 0.8\n" in done.stdout
+    assert "mixed within the budget: True True\n" in done.stdout
+    assert "bits differ: True\n" in done.stdout
     with np.load(folder / sweep.start_file("preact_resnet8", 0)) as file:
         for name, value in start.items():
             np.testing.assert_array_equal(file[name], value)
