@@ -1,5 +1,6 @@
 """Statistics of tensors, against what NumPy and the definitions say."""
 
+import functools
 import math
 
 import numpy as np
@@ -73,17 +74,28 @@ def test_weights_without_a_zero_are_measured_on_their_own_scale():
     )
 
 
+@functools.cache
+def calibrated_at_4_bits(name):
+    rule = tfl.PrecisionRule(".*", 4, 4, name, name, edges=True)
+    model = tfl.quantize(nets.randomize(nets.chain()), rule)
+    tfl.calibrate(model, [nets.images(seed=1), nets.images(seed=2)])
+    return model
+
+
+def assign_all(model, bits):
+    for tensor in tfl.inspection.quantized_tensors(model):
+        tensor.assign_bits(bits)
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize("name", ["dorefa", "lsq", "uniform"])
 def test_shares_add_up_and_more_bits_are_nearer(name, bits):
-    rule = tfl.PrecisionRule(".*", bits, bits, name, name, edges=True)
-    model = tfl.quantize(nets.randomize(nets.chain()), rule)
+    model = calibrated_at_4_bits(name)
     data = [nets.images(seed=seed) for seed in (1, 2)]
-    tfl.calibrate(model, data)
+    assign_all(model, bits)
     found = tfl.statistics(model, data, batches=2)
     assert len(found) == len(list(tfl.inspection.quantized_tensors(model)))
-    for tensor in tfl.inspection.quantized_tensors(model):
-        tensor.assign_bits(8)
+    assign_all(model, 8)
     finer = by_name(tfl.statistics(model))
     for tensor in found:
         assert sum(tensor.occupancy) == pytest.approx(1)
