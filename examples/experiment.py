@@ -82,6 +82,7 @@ def stages_for(
     ladder: tuple[int, ...],
     last_only: bool = False,
     milestones: Sequence[float] = STEP_MILESTONES,
+    warmup: float = 0.0,
 ) -> list[tfl.Stage]:
     """The stages of a method, with a given total of epochs.
 
@@ -95,6 +96,7 @@ def stages_for(
         last_only: whether "ts+pq" takes weights and activations apart only at the
             last rung.
         milestones: of the decay "step", as in `Stage`; shares of every stage.
+        warmup: of every stage, as in `Stage`.
 
     Raises:
         ValueError: if the method is unknown or has more stages than epochs.
@@ -102,7 +104,7 @@ def stages_for(
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}. Received: {method!r}")
     if method in ("plain", "sp"):
-        return [tfl.Stage(epochs, *bits, learning_rate, decay, milestones)]
+        return [tfl.Stage(epochs, *bits, learning_rate, decay, milestones, warmup)]
     rate = {
         "learning_rate": learning_rate,
         "decay": decay,
@@ -120,7 +122,8 @@ def stages_for(
 
     # How many stages a ladder comes to is known once they are made.
     count = 2 if method == "ts" else len(made(1))
-    return made(tfl.split_epochs(epochs, count))
+    stages = made(tfl.split_epochs(epochs, count))
+    return [dataclasses.replace(stage, warmup=warmup) for stage in stages]
 
 
 def trainer_for(

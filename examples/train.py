@@ -139,6 +139,12 @@ flags.DEFINE_list(
     "Where --schedule=step takes the learning rate x 0.1: rising shares of each stage, "
     "such as 0.3,0.6 or 15/30,25/30.",
 )
+flags.DEFINE_float(
+    "warmup",
+    0.0,
+    "Share of each quantized stage in which the learning rate rises from 0; the "
+    "teacher's does not.",
+)
 flags.DEFINE_integer(
     "float_epochs",
     20,
@@ -182,7 +188,8 @@ flags.DEFINE_bool("jit_compile", False, "Compile the training steps with XLA.")
 
 # With --epochs=0 none of them has an effect; flags that depend on these do not either.
 _QUANTIZED_TRAINING = (
-    *("method", "distill", "learning_rate", "first_last_bits", "residual_bits"),
+    *("method", "distill", "learning_rate", "warmup"),
+    *("first_last_bits", "residual_bits"),
     *("weight_bits", "activation_bits", "weight_quantizer", "activation_quantizer"),
 )
 
@@ -320,6 +327,7 @@ def stages() -> list[tfl.Stage]:
         tuple(int(rung) for rung in FLAGS.ladder),
         last_only=FLAGS.last_only,
         milestones=milestones(),
+        warmup=FLAGS.warmup,
     )
 
 

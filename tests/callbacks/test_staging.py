@@ -233,15 +233,42 @@ def test_steps_fall_on_the_milestones_of_each_stage():
     np.testing.assert_allclose(used, np.repeat(epochs, STEPS), rtol=1e-6)
 
 
-def test_cosine_decays_within_each_stage_and_starts_anew():
+def rates_of(stages):
+    """The learning rate of each step."""
     rates = []
 
     class Rates(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
             rates.append(float(self.model.optimizer.learning_rate.numpy()))
 
-    stages = tfl.two_stage(2, (2, 1), learning_rate=(0.2, 0.1), decay="cosine")
     fit(quantized_net(), stages, [Rates()])
+    return rates
+
+
+def test_a_warmup_rises_step_by_step_in_each_stage():
+    stages = [
+        tfl.Stage(1, 2, 32, learning_rate=0.3, warmup=0.5),
+        tfl.Stage(1, 2, 2, learning_rate=0.2),
+    ]
+    expected = [0.0, 0.2, 0.3, 0.2, 0.2, 0.2]
+    np.testing.assert_allclose(rates_of(stages), expected, rtol=1e-6)
+
+
+def test_a_warmup_is_refused_where_steps_are_unknown():
+    """It would stay at its start for an epoch."""
+    endless = tf.data.Dataset.from_generator(
+        lambda: iter(data()), output_signature=data().element_spec
+    )
+    stages = [tfl.Stage(1, learning_rate=0.1, warmup=0.1)]
+    with pytest.raises(ValueError, match=r"steps_per_epoch.*Received: .*unknown"):
+        quantized_net().fit(
+            endless.take(3), callbacks=[StagedPrecision(stages)], verbose=0
+        )
+
+
+def test_cosine_decays_within_each_stage_and_starts_anew():
+    stages = tfl.two_stage(2, (2, 1), learning_rate=(0.2, 0.1), decay="cosine")
+    rates = rates_of(stages)
     first = [0.1 * (1 + np.cos(np.pi * i / 6)) for i in range(6)]
     second = [0.05 * (1 + np.cos(np.pi * i / 3)) for i in range(3)]
     np.testing.assert_allclose(rates, first + second, rtol=1e-6)

@@ -248,6 +248,35 @@ def test_cosine_falls_from_the_rate_to_zero(progress, expected):
 
 
 @pytest.mark.parametrize(
+    ("progress", "expected"), [(0.0, 0.0), (0.1, 0.08), (0.25, 0.2), (0.9, 0.2)]
+)
+def test_a_constant_rate_rises_over_the_warmup(progress, expected):
+    stage = Stage(1, learning_rate=0.2, warmup=0.25)
+    assert stage.learning_rate_at(progress) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("decay", ["cosine", "step"])
+def test_a_warmup_is_a_factor_of_what_the_decay_gives(decay):
+    warm = Stage(1, learning_rate=0.2, decay=decay, warmup=0.4)
+    cold = dataclasses.replace(warm, warmup=0.0)
+    for share, factor in ((0.0, 0.0), (0.1, 0.25), (0.35, 0.875), (0.4, 1), (0.8, 1)):
+        assert warm.learning_rate_at(share) == pytest.approx(
+            factor * cold.learning_rate_at(share)
+        )
+
+
+@pytest.mark.parametrize("warmup", [1.0, -0.1, float("nan"), "0.1", None])
+def test_a_bad_warmup_is_refused(warmup):
+    with pytest.raises(ValueError, match=r"share in \[0, 1\). Received: warmup="):
+        Stage(1, learning_rate=0.1, warmup=warmup)
+
+
+def test_a_warmup_needs_a_rate():
+    with pytest.raises(ValueError, match=r"needs a learning_rate.*Received: .*None"):
+        Stage(1, warmup=0.1)
+
+
+@pytest.mark.parametrize(
     ("epoch", "expected"),
     [(0, 0.1), (59, 0.1), (60, 0.01), (119, 0.01), (120, 0.001), (200, 0.001)],
 )

@@ -187,6 +187,13 @@ def test_every_stage_has_the_milestones(method):
 
 
 @pytest.mark.parametrize("method", experiment.METHODS)
+def test_every_stage_has_the_warmup(method):
+    made = experiment.stages_for(method, (2, 3), 6, 0.1, "cosine", (8, 4), warmup=0.25)
+    assert {stage.warmup for stage in made} == {0.25}
+    assert {s.warmup for s in stages_of(method, 6)} == {0.0}
+
+
+@pytest.mark.parametrize("method", experiment.METHODS)
 def test_no_epochs_are_refused(method):
     with pytest.raises(ValueError, match=r"Received: "):
         stages_of(method, 0)

@@ -427,6 +427,7 @@ BAD = {
         ["--milestones=0.3,0.6"],
         IDLE + "--milestones with .*--schedule=cosine",
     ),
+    "warmup": (["--warmup=1"], r"share in \[0, 1\)\. Received: warmup=1\.0"),
     "last_only without rungs": (
         ["--method=pq", "--last_only"],
         IDLE + "--last_only with --method=pq",

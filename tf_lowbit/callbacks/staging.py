@@ -76,6 +76,7 @@ class StagedPrecision(keras.callbacks.Callback):
             )
         self._check_reachable()
         self._check_optimizer()
+        self._check_warmup()
         self._is_first_epoch = True
         if not hasattr(self.model, "staging"):
             # A tf.train.Checkpoint is tracked by checkpoints, yet its variables
@@ -107,9 +108,10 @@ class StagedPrecision(keras.callbacks.Callback):
             print(f"Stage {index + 1}/{len(self.stages)}: {self._description(stage)}")
 
     def on_train_batch_begin(self, batch, logs=None):
-        """Follows the stage's learning-rate decay, if it has one."""
+        """Follows the stage's warmup and decay of the learning rate."""
         del logs
-        if self._stage().decay != "constant":
+        stage = self._stage()
+        if stage.decay != "constant" or stage.warmup:
             self._set_learning_rate(batch)
 
     def on_train_batch_end(self, batch, logs=None):
@@ -138,6 +140,14 @@ class StagedPrecision(keras.callbacks.Callback):
                     f"was made for so few: quantize the model at {wanted} bits. "
                     f"Received: {role} quantizers of {sorted(set(own))} bits"
                 )
+
+    def _check_warmup(self):
+        # Progress within the epoch is not known then: the rate would stay at 0.
+        if any(stage.warmup for stage in self.stages) and not self.params.get("steps"):
+            raise ValueError(
+                "A warmup needs the number of steps in an epoch: give fit "
+                "steps_per_epoch. Received: data of unknown length"
+            )
 
     def _warn_of_open_ranges(self):
         waiting = [t.name for t in self._tensors if not t.is_calibrated]

@@ -43,10 +43,12 @@ class Stage:
         milestones: shares of the stage, strictly rising, each in (0, 1). `15 / 30` is
             the start of epoch 15 of 30 exactly. Others than the default are for
             decay="step" only.
+        warmup: share of the stage, in [0, 1), over which the learning rate rises from
+            0: what `decay` gives is multiplied with progress / warmup there (ours).
 
     Raises:
-        ValueError: for a value outside of what is said above, and for milestones that
-            would have no effect.
+        ValueError: for a value outside of what is said above, and for milestones or a
+            warmup that would have no effect.
     """
 
     epochs: int
@@ -55,6 +57,7 @@ class Stage:
     learning_rate: float | None = None
     decay: str = "constant"
     milestones: tuple[float, ...] = STEP_MILESTONES
+    warmup: float = 0.0
 
     def __post_init__(self):
         _positive_integer(self.epochs, "epochs")
@@ -83,11 +86,22 @@ class Stage:
                 'milestones must have an effect, which needs decay="step". '
                 f"Received: milestones={self.milestones}, decay={self.decay!r}"
             )
+        if not isinstance(self.warmup, numbers.Real) or not 0 <= self.warmup < 1:
+            raise ValueError(
+                f"warmup must be a share in [0, 1). Received: warmup={self.warmup!r}"
+            )
+        if self.warmup and rate is None:
+            raise ValueError(
+                f"warmup={self.warmup} needs a learning_rate to rise to. "
+                "Received: learning_rate=None"
+            )
 
     def learning_rate_at(self, progress: float) -> float | None:
         """The learning rate after a share of the stage.
 
         >>> Stage(4, learning_rate=0.1, decay="cosine").learning_rate_at(0.5)
+        0.05
+        >>> Stage(4, learning_rate=0.1, warmup=0.5).learning_rate_at(0.25)
         0.05
 
         Args:
@@ -96,13 +110,20 @@ class Stage:
         Returns:
             The learning rate, or None where the stage leaves it alone.
         """
-        if self.learning_rate is None or self.decay == "constant":
-            return self.learning_rate
+        if self.learning_rate is None:
+            return None
+        progress = min(max(progress, 0.0), 1.0)
+        rate = self.learning_rate * self._decayed(progress)
+        return rate * progress / self.warmup if progress < self.warmup else rate
+
+    def _decayed(self, progress: float) -> float:
+        """What is left of the learning rate after a share of the stage."""
         if self.decay == "step":
             passed = sum(progress >= milestone for milestone in self.milestones)
-            return self.learning_rate * _STEP_FACTOR**passed
-        cosine = 0.5 * (1.0 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
-        return self.learning_rate * cosine
+            return _STEP_FACTOR**passed
+        if self.decay == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * progress))
+        return 1.0
 
 
 def two_stage(
