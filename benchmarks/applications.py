@@ -19,7 +19,7 @@ FLAGS = flags.FLAGS
 
 flags.DEFINE_multi_enum("network", plan.NAMES, plan.NAMES, "Which networks.")
 flags.DEFINE_string("results_dir", "benchmarks/results/applications", "One file each.")
-flags.DEFINE_integer("workers", 2, "Processes at a time; a large network takes 10 GiB.")
+flags.DEFINE_integer("workers", 2, "Processes at a time; 1 for large networks.")
 
 
 def main(argv):
