@@ -25,12 +25,15 @@ class Row:
 
     Attributes:
         accuracies: final test accuracy in percent, by seed.
+        recalibrated: the same with batch normalisation measured anew after the
+            training, by seed, of the low-bit runs that tell it.
         cpu_seconds: of the training, by seed.
         weight_bytes: of the network at its final bits.
         bops: likewise.
     """
 
     accuracies: dict[int, float]
+    recalibrated: dict[int, float]
     cpu_seconds: dict[int, float]
     weight_bytes: int
     bops: int
@@ -120,6 +123,11 @@ def rows(folder: Path) -> dict[tuple, Row]:
     return {
         key: Row(
             {run["seed"]: 100 * run["accuracy"] for run in runs},
+            {
+                run["seed"]: 100 * run["recalibrated_accuracy"]
+                for run in runs
+                if run.get("recalibrated_accuracy") is not None
+            },
             {run["seed"]: run["cpu_seconds"] for run in runs},
             runs[0]["weight_bytes"],
             runs[0]["bops"],
@@ -178,7 +186,11 @@ def _accuracy(row: Row | None) -> str:
 def _difference(row: Row | None, other: Row | None) -> str:
     if row is None or other is None or row is other:
         return _NOTHING
-    mean, half = paired(row.accuracies, other.accuracies)
+    return _shown(*paired(row.accuracies, other.accuracies))
+
+
+def _shown(mean: float, half: float) -> str:
+    """A difference, and the half width of its interval."""
     if math.isnan(half):
         return _NOTHING if math.isnan(mean) else f"{mean:+.2f}"
     return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
@@ -218,10 +230,12 @@ def equal_table(found, settings, network, bits) -> str:
                     str(len(row.accuracies)),
                     _accuracy(row),
                     _difference(row, plain),
+                    _shown(*paired(row.recalibrated, row.accuracies)),
                     _ratio(row, plain) if purpose == "equal" else _NOTHING,
                 ]
             )
-    return table(["method", "seeds", "accuracy, %", "against plain", "CPU"], lines)
+    headers = ["method", "seeds", "accuracy, %", "against plain", "recalibrated"]
+    return table([*headers, "CPU"], lines)
 
 
 def bits_table(found, settings) -> str:

@@ -65,13 +65,18 @@ def perform(
         loss, accuracy = trained.evaluate(
             measured, callbacks=[experiment.StayFinite()], verbose=0
         )
+        recalibrated = None
+        if run.bits is not None:
+            tfl.recalibrate_batch_norm(trained, data.train)
+            recalibrated = trained.evaluate(measured, verbose=0)[1]
         diverged = None
     except ValueError as error:
         # Nothing could start from a float network that diverged.
         if run.is_start or "must stay finite" not in str(error):
             raise
         times = clock.seconds()
-        history, accuracy, loss, diverged = {}, None, None, str(error)
+        history, diverged = {}, str(error)
+        accuracy = loss = recalibrated = None
     if run.is_start:
         save_start(model, folder / sweep.start_file(run.network, run.seed))
     network = trained.student if isinstance(trained, tfl.LowBitTrainer) else trained
@@ -80,6 +85,7 @@ def perform(
         "stages": [[s.epochs, s.weight_bits, s.activation_bits] for s in stages],
         "accuracy": accuracy,
         "loss": loss,
+        "recalibrated_accuracy": recalibrated,
         "diverged": diverged,
         "training_loss": [round(float(x), 5) for x in history.get("loss", [])],
         **times,
@@ -122,11 +128,17 @@ def record(run: sweep.Run, settings: sweep.Settings, found: dict) -> dict:
     """
     return {
         **dataclasses.asdict(run),
+        "warmup": warmup_of(run),
         "measured_on": "held-out" if run.is_held_out else "test",
         **found,
         "settings": settings.as_json(),
         **environment(),
     }
+
+
+def warmup_of(run: sweep.Run) -> float:
+    """Share of each stage over which the learning rate rises."""
+    return 0.0 if run.is_start else sweep.WARMUP
 
 
 def load_data(run, settings, data_dir) -> datasets.Dataset:
@@ -146,7 +158,8 @@ def prepared(model, run, settings, data):
     """What is to be trained, compiled; its stages; and the callback they need."""
     rate = run.learning_rate
     if run.bits is None:
-        stage = tfl.Stage(run.epochs, learning_rate=rate, decay="cosine")
+        warmup = warmup_of(run)
+        stage = tfl.Stage(run.epochs, learning_rate=rate, decay="cosine", warmup=warmup)
         experiment.compile_model(model, rate)
         return model, [stage], [experiment.float_learning_rate(stage, data)]
     method = sweep.method_of(run)
@@ -158,6 +171,7 @@ def prepared(model, run, settings, data):
         "cosine",
         settings.ladder,
         last_only=True,
+        warmup=warmup_of(run),
     )
     rules = [tfl.PrecisionRule(".*", *run.bits, *method.quantizers)]
     if method.mixed:
@@ -177,7 +191,11 @@ def prepared(model, run, settings, data):
         trainer,
         rate,
         teacher_optimizer=experiment.teacher_optimizer(
-            method.distill, rate * method.teacher_rate, "cosine", steps
+            method.distill,
+            rate * method.teacher_rate,
+            "cosine",
+            steps,
+            warmup=warmup_of(run),
         ),
     )
     return trainer, stages, [tfl.callbacks.StagedPrecision(stages)]

@@ -123,7 +123,12 @@ def trained_peer(model, run: sweep.Run, data: datasets.Dataset) -> dict:
 
 def fit(network: keras.Model, run: sweep.Run, data: datasets.Dataset) -> dict:
     """Trains a compiled network as the sweep's plain method is trained."""
-    stage = tfl.Stage(run.epochs, learning_rate=run.learning_rate, decay="cosine")
+    stage = tfl.Stage(
+        run.epochs,
+        learning_rate=run.learning_rate,
+        decay="cosine",
+        warmup=accuracy_run.warmup_of(run),
+    )
     return network.fit(
         data.train,
         steps_per_epoch=data.steps_per_epoch,

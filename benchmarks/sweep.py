@@ -16,6 +16,9 @@ TUNED_AT = (2, 2)
 # direction of the better one until the best stands between two others.
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 _FIRST_RATES = (0.03, 0.1)
+# Share of each stage over which the learning rate rises, of all that start from a float
+# network: at the full rate at once, a network just quantized may lose its way.
+WARMUP = 0.1
 # Equal total epochs, full epochs per stage, one thing changed; and what is before them.
 PURPOSES = ("float", "tuning", "equal", "per_stage", "ablation", "mixed")
 

@@ -192,6 +192,7 @@ def teacher_optimizer(
     decay: str,
     steps: int,
     milestones: Sequence[float] = STEP_MILESTONES,
+    warmup: float = 0.0,
 ) -> keras.optimizers.Optimizer | None:
     """The teacher's `sgd`, whose learning rate decays once over the whole training.
 
@@ -201,15 +202,21 @@ def teacher_optimizer(
         decay: as in `Stage`.
         steps: of the whole training.
         milestones: of the decay "step", as in `Stage`; shares of the whole training.
+        warmup: as in `Stage`; a share of the whole training.
 
     Returns:
         None where no teacher is trained.
     """
     if distill not in ("joint", "task"):
         return None
+    rate = _decayed(learning_rate, decay, steps, milestones)
+    return sgd(Warmup(rate, warmup * steps) if warmup else rate)
+
+
+def _decayed(learning_rate, decay, steps, milestones):
     schedules = keras.optimizers.schedules
     if decay == "cosine":
-        return sgd(schedules.CosineDecay(learning_rate, steps))
+        return schedules.CosineDecay(learning_rate, steps)
     if decay == "step":
         # As in Stage, step by step.
         stage = tfl.Stage(
@@ -218,8 +225,42 @@ def teacher_optimizer(
         # A boundary is the last step at the rate before it.
         edges = [_first_step_at(share, steps) - 1 for share in stage.milestones]
         rates = [stage.learning_rate_at(share) for share in (0.0, *stage.milestones)]
-        return sgd(schedules.PiecewiseConstantDecay(edges, rates))
-    return sgd(learning_rate)
+        return schedules.PiecewiseConstantDecay(edges, rates)
+    return learning_rate
+
+
+@keras.utils.register_keras_serializable("tf_lowbit_examples")
+class Warmup(keras.optimizers.schedules.LearningRateSchedule):
+    """Multiplies a learning rate with `step / steps` in the first steps.
+
+    Args:
+        rate: a learning rate, or a schedule of it.
+        steps: how long it rises; may be a fraction.
+    """
+
+    def __init__(self, rate, steps: float):
+        super().__init__()
+        self.rate, self.steps = rate, steps
+
+    def __call__(self, step):
+        """The learning rate at a step, counted from 0."""
+        rate = self.rate(step) if callable(self.rate) else self.rate
+        return rate * tf.minimum(tf.cast(step, tf.float32) / self.steps, 1.0)
+
+    def get_config(self):
+        """The arguments; a schedule among them is written as Keras writes it."""
+        rate = self.rate
+        if callable(rate):
+            rate = keras.optimizers.schedules.serialize(rate)
+        return {"rate": rate, "steps": self.steps}
+
+    @classmethod
+    def from_config(cls, config):
+        """From what `get_config` gave."""
+        rate = config["rate"]
+        if isinstance(rate, dict):
+            rate = keras.optimizers.schedules.deserialize(rate)
+        return cls(rate, config["steps"])
 
 
 def _first_step_at(share: float, steps: int) -> int:

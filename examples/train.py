@@ -142,8 +142,8 @@ flags.DEFINE_list(
 flags.DEFINE_float(
     "warmup",
     0.0,
-    "Share of each quantized stage in which the learning rate rises from 0; the "
-    "teacher's does not.",
+    "Share of each quantized stage in which the learning rate rises from 0; of the "
+    "whole training for the teacher's.",
 )
 flags.DEFINE_integer(
     "float_epochs",
@@ -359,6 +359,7 @@ def make_trainer(
             FLAGS.schedule,
             FLAGS.epochs * data.steps_per_epoch,
             milestones(),
+            FLAGS.warmup,
         ),
         jit_compile=FLAGS.jit_compile,
     )

@@ -44,7 +44,8 @@ def low_bit(method, seed, bits=(2, 2), purpose="equal", epochs=SETTINGS.epochs):
 def made_up(tmp_path):
     """Three seeds of two methods; differences of 1, 2 and 3 points."""
     for seed, (plain, other) in enumerate([(0.80, 0.81), (0.82, 0.84), (0.81, 0.84)]):
-        put(tmp_path, low_bit("plain", seed), plain, 100.0)
+        anew = plain + 0.001 * (seed + 1)
+        put(tmp_path, low_bit("plain", seed), plain, recalibrated_accuracy=anew)
         put(tmp_path, low_bit("SP", seed), other, 110.0 + seed)
     return tmp_path
 
@@ -79,10 +80,14 @@ def test_pairs_are_of_the_same_seed(made_up):
 def test_the_table_says_what_the_files_say(made_up):
     table = accuracy_report.tables(made_up)["W2A2"]
     lines = [[c.strip() for c in line.split("|")[1:-1]] for line in table.splitlines()]
-    assert lines[0] == ["method", "seeds", "accuracy, %", "against plain", "CPU"]
-    assert lines[2] == ["plain", "3", "81.00 ± 0.58", "—", "1.00"]
+    headers = ["method", "seeds", "accuracy, %", "against plain", "recalibrated", "CPU"]
+    assert lines[0] == headers
+    # By seed +0.1, +0.2, +0.3: 4.303 times 0.1 over the root of 3.
+    recalibrated = "+0.20 [-0.05, +0.45]"
+    assert lines[2] == ["plain", "3", "81.00 ± 0.58", "—", recalibrated, "1.00"]
     # Deviations -2, 1, 1: variance 3, over the root of 3.
-    assert lines[3] == ["SP", "3", "83.00 ± 1.00", "+2.00 [-0.48, +4.48]", "1.11"]
+    other = ["SP", "3", "83.00 ± 1.00", "+2.00 [-0.48, +4.48]", "—", "1.11"]
+    assert lines[3] == other
     assert len(lines) == 4
 
 
@@ -301,8 +306,9 @@ for method in sweep.ABLATIONS:
     trainer, _, _ = accuracy_run.prepared(network, one, settings, data)
     teacher = trainer.teacher_optimizer
     precision = trainer.get_config()["stochastic_precision"]
+    rate = teacher and teacher._learning_rate
     print(f"{method}:", trainer.teacher is not None,
-        teacher and round(float(teacher.learning_rate), 6),
+        rate and (rate.rate.initial_learning_rate, rate.steps),
         precision and precision["config"]["start"])
 costs = []
 for purpose, method in (("equal", "LSQ"), ("mixed", "LSQ, mixed bits")):
@@ -340,6 +346,8 @@ for purpose, method, bits in (("equal", "plain", (2, 2)), ("float", "float", Non
     run = sweep.Run("equal", "preact_resnet8", "SP+JKD", (2, 2), 0, 2, 0.03)
     result = sweep.read(folder, run)
     assert result["stages"] == [[2, 2, 2]]
+    assert result["warmup"] == 0.1
+    assert 0 <= result["recalibrated_accuracy"] <= 1
     assert result["bops"] > 0
     assert len(result["training_loss"]) == 2
     # A low-bit training that diverges is a result; nothing starts from a float one.
@@ -350,9 +358,9 @@ for purpose, method, bits in (("equal", "plain", (2, 2)), ("float", "float", Non
     assert 0 <= result["wall_seconds"] < 600
     assert "float: The training loss must stay finite" in done.stdout
     assert "equal: " not in done.stdout
-    # Whether there is a teacher, its rate, and where stochastic precision starts.
-    assert "JKD, slow teacher: True 0.006 None\n" in done.stdout
-    assert "JKD, teacher by labels: True 0.03 None\n" in done.stdout
+    # The teacher, its rate and steps of warmup; where stochastic precision starts.
+    assert "JKD, slow teacher: True (0.006, 0.4) None\n" in done.stdout
+    assert "JKD, teacher by labels: True (0.03, 0.4) None\n" in done.stdout
     assert "JKD, frozen teacher: True None None\n" in done.stdout
     assert "SP from 0.8: False None 0.8\n" in done.stdout
     assert "mixed within the budget: True True\n" in done.stdout

@@ -426,6 +426,20 @@ def test_a_teachers_schedule_is_that_of_one_stage(decay, steps):
     np.testing.assert_allclose(rates, expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("decay", ["constant", "cosine", "step"])
+@pytest.mark.parametrize("warmup", [0.3, 0.75])
+def test_a_teachers_warmup_is_that_of_one_stage(decay, warmup):
+    steps = 10
+    optimizer = experiment.teacher_optimizer("joint", 0.3, decay, steps, warmup=warmup)
+    stage = tfl.Stage(1, learning_rate=0.3, decay=decay, warmup=warmup)
+    expected = [stage.learning_rate_at(step / steps) for step in range(steps)]
+    # A trainer's file holds its optimizers.
+    again = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
+    for one in (optimizer, again):
+        rates = [float(one._learning_rate(step)) for step in range(steps)]
+        np.testing.assert_allclose(rates, expected, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("epochs", "steps", "milestones"),
     [
