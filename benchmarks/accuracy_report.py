@@ -264,16 +264,17 @@ def ablations_table(found, settings) -> str:
 
 
 def per_stage_table(found, settings) -> str:
-    """Full epochs for each stage, beside plain training that is as long."""
+    """Longer trainings, beside plain training that is as long."""
     plain = found.get(("equal", SMALL, "plain", (2, 2), settings.epochs))
     lines = []
-    for method, count in sweep.STAGES.items():
+    for count in sorted(set(sweep.LENGTHS.values())):
         epochs = count * settings.epochs
-        row = found.get(("per_stage", SMALL, method, (2, 2), epochs))
         long = found.get(("per_stage", SMALL, "plain", (2, 2), epochs))
-        for name, each in ((method, row), (f"plain, {epochs} epochs", long)):
-            if each is not None:
-                lines.append([name, str(epochs), *_compared(each, plain, long)])
+        methods = [method for method, c in sweep.LENGTHS.items() if c == count]
+        for method in ("plain", *methods):
+            row = found.get(("per_stage", SMALL, method, (2, 2), epochs))
+            if row is not None:
+                lines.append([method, str(epochs), *_compared(row, plain, long)])
     headers = ["method", "epochs", "seeds", "accuracy, %"]
     headers += [f"against plain, {settings.epochs} epochs", "against plain, as long"]
     return table([*headers, "CPU"], lines)
@@ -403,7 +404,7 @@ def _plot_cost(axes, found, settings):
     if plain is None:
         return
     markers = {"equal": "o", "per_stage": "s"}
-    names = {"equal": "equal total of epochs", "per_stage": "full epochs per stage"}
+    names = {"equal": "equal total of epochs", "per_stage": "longer"}
     colors = dict(zip(sweep.METHODS, matplotlib.colormaps["tab10"].colors, strict=True))
     for (purpose, network, method, bits, epochs), row in found.items():
         if network != SMALL or bits != (2, 2) or purpose not in markers:

@@ -19,7 +19,7 @@ _FIRST_RATES = (0.03, 0.1)
 # Share of each stage over which the learning rate rises, of all that start from a float
 # network: at the full rate at once, a network just quantized may lose its way.
 WARMUP = 0.1
-# Equal total epochs, full epochs per stage, one thing changed; and what is before them.
+# Equal total epochs, longer trainings, one thing changed; and what is before them.
 PURPOSES = ("float", "tuning", "equal", "per_stage", "ablation", "mixed")
 
 
@@ -75,6 +75,10 @@ MIXED_FROM = (1, 2, 3, 4, 6, 8)
 MIXED_AS = ((2, 2), (3, 3))
 # Stages at two bits, ladder 8, 4, 2; weights and activations apart at the last rung.
 STAGES = {"TS": 2, "PQ": 3, "TS+PQ": 4}
+# Methods of one stage, trained as long as the most stages take.
+LONG = ("SP", "JKD", "SP+JKD", "LSQ")
+# How many times as long the longer trainings are.
+LENGTHS = STAGES | dict.fromkeys(LONG, max(STAGES.values()))
 # What the larger network is trained with, and the wider ones.
 LEADING = ("plain", "SP", "JKD", "LSQ")
 AT_WIDTHS = ("plain", "LSQ")
@@ -224,6 +228,9 @@ def phases(settings: Settings, seeds: int = 5, dear: int = 3) -> dict[str, list[
         + rows("equal", small, [FLOAT], None, seeds),
         "ablations": rows("ablation", small, ABLATIONS, two, dear),
         "per stage": per_stage,
+        "long": rows(
+            "per_stage", small, LONG, two, dear, LENGTHS[LONG[0]] * settings.epochs
+        ),
         "W4A4": rows("equal", small, METHODS, (4, 4), dear),
         "W1A2": rows("equal", small, METHODS, (1, 2), dear),
         "W3A3": rows("equal", small, METHODS, (3, 3), dear),

@@ -166,7 +166,26 @@ def test_all_runs_of_a_seed_start_and_are_measured_alike():
         if run.purpose == "equal":
             assert run.epochs == SETTINGS.epochs
         if run.purpose == "per_stage" and run.method != "plain":
-            assert run.epochs == SETTINGS.epochs * sweep.STAGES[run.method]
+            assert run.epochs == SETTINGS.epochs * sweep.LENGTHS[run.method]
+
+
+def test_longer_trainings_stand_beside_plain_ones_as_long(made_up):
+    for method, epochs, accuracy in (
+        *(("TS", 8, 0.85), ("plain", 8, 0.84), ("plain", 16, 0.86)),
+        *(("TS+PQ", 16, 0.87), ("JKD", 16, 0.88)),
+    ):
+        run = low_bit(method, 0, purpose="per_stage", epochs=epochs)
+        put(made_up, run, accuracy, 100.0 * epochs / 4)
+    lines = accuracy_report.tables(made_up)["per stage"].splitlines()[2:]
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
+    # Plain training of four epochs has 80 % with that seed.
+    assert cells == [
+        ["plain", "8", "1", "84.00", "+4.00", "—", "2.00"],
+        ["TS", "8", "1", "85.00", "+5.00", "+1.00", "2.00"],
+        ["plain", "16", "1", "86.00", "+6.00", "—", "4.00"],
+        ["TS+PQ", "16", "1", "87.00", "+7.00", "+1.00", "4.00"],
+        ["JKD", "16", "1", "88.00", "+8.00", "+2.00", "4.00"],
+    ]
 
 
 def test_mixed_bits_stand_beside_uniform_ones_of_the_same_cost(made_up):
