@@ -65,6 +65,7 @@ ABLATIONS = {
     "SP from 0.8": ("SP", Method("sp", start=0.8)),
     "LSQ with PQ": ("LSQ", Method("pq", quantizers=("lsq", "lsq"))),
     "LSQ with SP": ("LSQ", Method("sp", quantizers=("lsq", "lsq"))),
+    "LSQ with JKD": ("LSQ", Method(distill="joint", quantizers=("lsq", "lsq"))),
 }
 MIXED = {
     "LSQ, mixed bits": ("LSQ", Method(quantizers=("lsq", "lsq"), mixed=True)),

@@ -137,6 +137,7 @@ def test_the_tuning_goes_on_until_the_best_rate_stands_between_others(tmp_path):
         "SP from 0.8": 0.3,
         "LSQ with PQ": 0.003,
         "LSQ with SP": 0.003,
+        "LSQ with JKD": 0.003,
         "LSQ, mixed bits": 0.003,
     }
     # 0.03, 0.1 and 0.3 for seven; one or two more for the others.
