@@ -660,12 +660,11 @@ UNKNOWN = {
     "transposed": lambda: layers.Conv2DTranspose(4, 3, name="odd"),
     "upsampling": lambda: layers.UpSampling2D(2, name="odd"),
     "cropping": lambda: layers.Cropping2D(1, name="odd"),
-    "swish": lambda: layers.Activation("swish", name="odd"),
+    "elu": lambda: layers.Activation("elu", name="odd"),
     "prelu": lambda: layers.PReLU(name="odd"),
     "relu_of_one": lambda: layers.ReLU(1.0, name="odd"),
     "group_norm": lambda: layers.GroupNormalization(2, name="odd"),
     "noise": lambda: layers.GaussianNoise(0.1, name="odd"),
-    "rescaling": lambda: layers.Rescaling(2.0, name="odd"),
     "own_sigmoid_of_another_kind": lambda: layers.Conv2D(
         4, 3, activation="elu", name="odd"
     ),

@@ -73,11 +73,11 @@ network's tensor that comes out.
 | flatten, reshape | | C order; to `shape` |
 | permute | dims | output axis i is input axis dims[i]; the batch is axis 0 |
 | concatenate | axis | |
-| add | | float |
+| add, multiply | | float |
 | affine | gain, offset | `gain x + offset` of each channel, float |
 | conv, depthwise, dense | strides, padding, dilation_rate; kernel, bias | float |
 | relu | max_value | `min(max(x, 0), max_value)`; null for no upper bound |
-| activation | activation | "linear", "relu", "relu6", "sigmoid", "softmax", "tanh" |
+| activation | activation | linear, relu, relu6, sigmoid, softmax, swish or tanh |
 
 **Padding** "valid" is none. "same" makes `ceil(size / stride)` outputs and pads
 `max((outputs - 1) * stride + (window - 1) * dilation + 1 - size, 0)` in all, half of it
@@ -133,6 +133,7 @@ _TYPES = {
     _layers.GlobalMaxPooling2D: ("global_max_pool", ("keepdims",), ()),
     _layers.MaxPooling1D: ("max_pool", _POOL, ()),
     _layers.MaxPooling2D: ("max_pool", _POOL, ()),
+    _layers.Multiply: ("multiply", (), ()),
     _layers.Permute: ("permute", ("dims",), ()),
     _layers.ReLU: ("relu", ("max_value",), ()),
     _layers.Reshape: ("reshape", (), ()),

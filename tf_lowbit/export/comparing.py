@@ -144,6 +144,7 @@ def _computes_floats(layer) -> bool:
         | keras.layers.Conv2D
         | keras.layers.Dense
         | keras.layers.GlobalAveragePooling2D
+        | keras.layers.Multiply
         | keras.layers.ReLU,
     )
 

@@ -12,7 +12,7 @@ from tf_lowbit import inspection, quantizers
 from tf_lowbit.compat import keras
 from tf_lowbit.core import grid as core_grid
 from tf_lowbit.core import ratios
-from tf_lowbit.export import grids, twin
+from tf_lowbit.export import elementwise, grids, twin
 from tf_lowbit.export import linear as linears
 from tf_lowbit.export.building import DROPOUTS, Builder, Note, Value
 from tf_lowbit.export.linear import ExportError
@@ -31,7 +31,7 @@ _CODE_KEEPING = (
     _layers.ZeroPadding1D,
     _layers.ZeroPadding2D,
 )
-_FLOAT_ACTIVATIONS = ("linear", "relu", "relu6", "sigmoid", "softmax", "tanh")
+_FLOAT_ACTIVATIONS = tuple("linear relu relu6 sigmoid softmax swish tanh".split())
 _KINDS = {
     _layers.Conv1D: twin.CONV,
     _layers.Conv2D: twin.CONV,
@@ -188,14 +188,16 @@ class _Snapper(Builder):
             self._quantize(value, sources[0], quantizer)
         elif registry.kernels(layer):
             self._linear(value, sources[0], node.layer)
-        elif isinstance(layer, registry.BATCH_NORMS):
-            self._batch_norm(value, sources[0], layer)
+        elif (numbers := elementwise.scale(node)) is not None:
+            self._scale(value, sources[0], *numbers)
         elif registry.relu_kind(layer):
             self._relu(value, sources[0], layer)
         elif type(layer) in DROPOUTS:
             self._alias(value, sources[0])
-        elif type(layer) is _layers.Add:
-            self._add(value, sources, layer)
+        elif elementwise.join(node) is np.add:
+            self._add(value, sources)
+        elif elementwise.join(node) is np.multiply:
+            self._multiply(value, sources)
         elif type(layer) is _layers.Concatenate:
             self._concatenate(value, sources, layer)
         elif type(layer) is _layers.AveragePooling2D:
@@ -204,8 +206,9 @@ class _Snapper(Builder):
             self._global_pool(value, sources[0], layer)
         elif type(layer) in _CODE_KEEPING:
             self._keep_codes(value, sources[0], layer)
-        elif type(layer) in (_layers.Activation, _layers.Softmax):
-            self._float_activation(value, sources[0], layer)
+        elif (function := elementwise.activation(node)) is not None:
+            values = self.values(sources[0])
+            value.values = self._activate(values, function, value.name)
         else:
             raise ExportError(
                 "Every layer must have a form in the file; split or replace the layer. "
@@ -270,7 +273,9 @@ class _Snapper(Builder):
             value.linear.relu = own
         elif layer.activation is not keras.activations.linear:
             value.values = self._activate(
-                self.values(value), layer.activation, f"{value.name}_activation"
+                self.values(value),
+                keras.activations.serialize(layer.activation),
+                f"{value.name}_activation",
             )
             value.linear = None
         if weights is not None and not integer:
@@ -283,17 +288,18 @@ class _Snapper(Builder):
     def _wants_int8_edge(self, outer, source) -> bool:
         """Whether a layer that was trained to read floats is to read codes."""
         if outer.name in self._first and self.options.first_layer == "int8":
-            return source.values is not None and self._is_input(source.tensor)
+            return not self.can_be_codes(source) and self._is_input(source.tensor)
         if outer.name in self._last and self.options.head == "int8":
             return self.can_be_codes(source)
         return False
 
     def _is_input(self, tensor) -> bool:
-        """Whether a tensor is the model's input, padding apart."""
+        """Whether a tensor is the model's input, padding and scaling apart."""
         node = graph.producer(tensor)
         if node.is_input:
             return True
         kept = type(node.layer) in (*_CODE_KEEPING, *DROPOUTS)
+        kept = kept or elementwise.scale(node) is not None
         return kept and self._is_input(node.keras_inputs[0])
 
     def _input_codes(self, source) -> None:
@@ -301,7 +307,7 @@ class _Snapper(Builder):
         if self.can_be_codes(source):
             return
         node = graph.producer(source.tensor)
-        if not node.is_input:
+        if not node.is_input and elementwise.scale(node) is None:
             behind = self._values[id(node.keras_inputs[0])]
             self._input_codes(behind)
             if type(node.layer) in DROPOUTS:
@@ -316,20 +322,10 @@ class _Snapper(Builder):
         lowest = max(round(low / step), -255)
         wanted = grids.float_grid(float(np.float32(step)), lowest, lowest + 255)
         layer = twin.ToCodes(wanted, name=self.name(f"{source.name}_codes"))
-        source.codes, source.grid = layer(source.values), wanted
+        source.codes, source.grid = layer(self.values(source)), wanted
         self.note(source.name, f"is quantized to 8 bits over [{low:g}, {high:g}]")
 
-    def _batch_norm(self, value, source, layer) -> None:
-        axis = layer.axis if isinstance(layer.axis, int) else layer.axis[0]
-        if axis not in (-1, len(value.tensor.shape) - 1):
-            raise ExportError(
-                "Batch normalisation must be over the last axis. "
-                f"Received: {layer.name!r} with axis={layer.axis}"
-            )
-        deviation = np.sqrt(_array(layer.moving_variance) + layer.epsilon)
-        gain = (_array(layer.gamma) if layer.scale else 1.0) / deviation
-        offset = -_array(layer.moving_mean) * gain
-        offset = offset + (_array(layer.beta) if layer.center else 0.0)
+    def _scale(self, value, source, gain, offset) -> None:
         if source.linear is not None and source.linear.relu is None and (
             self.may_consume(source)
         ):  # fmt: skip
@@ -355,17 +351,15 @@ class _Snapper(Builder):
             return
         self.settle(value)
 
-    def _add(self, value, sources, layer) -> None:
-        if not any(self.can_be_codes(s) for s in sources) or not all(
-            self.can_be_codes(s) for s in sources
-        ):
-            made = _copy(layer, self.name(value.name))
+    def _add(self, value, sources) -> None:
+        if not all(self.can_be_codes(s) for s in sources):
+            made = _layers.Add(name=self.name(value.name), dtype="float32")
             value.values = made([self.values(s) for s in sources])
             return
         if len(sources) != 2:
             raise ExportError(
                 "An integer Add must have two inputs; write it as several Adds. "
-                f"Received: {layer.name!r} with {len(sources)}"
+                f"Received: {value.name!r} with {len(sources)}"
             )
         target = self.only_quantizer(value)
         settled = [s for s in sources if s.codes is not None]
@@ -387,6 +381,10 @@ class _Snapper(Builder):
             found.append(ratio)
         made = twin.IntegerAdd(wanted, found, name=self.name(value.name))
         value.codes, value.grid = made(terms), wanted
+
+    def _multiply(self, value, sources) -> None:
+        layer = _layers.Multiply(name=self.name(value.name), dtype="float32")
+        value.values = layer([self.values(source) for source in sources])
 
     def _term(self, source, wanted, name):
         """A term's codes, and its step divided by the sum's."""
@@ -507,29 +505,14 @@ class _Snapper(Builder):
         else:
             value.values = made(self.values(source))
 
-    def _float_activation(self, value, source, layer) -> None:
-        function = getattr(layer, "activation", keras.activations.softmax)
-        if type(layer) is _layers.Softmax and layer.axis not in (
-            -1,
-            len(value.tensor.shape) - 1,
-        ):
-            raise ExportError(
-                f"Softmax must be over the last axis. Received: {layer.name!r}"
-            )
-        value.values = self._activate(self.values(source), function, value.name)
-
     def _activate(self, tensor, function, name):
-        known = keras.activations.serialize(function)
-        if known not in _FLOAT_ACTIVATIONS:
+        if function not in _FLOAT_ACTIVATIONS:
             raise ExportError(
                 f"Float activations must be one of {_FLOAT_ACTIVATIONS}. "
-                f"Received: {name!r} with {known!r}"
+                f"Received: {name!r} with {function!r}"
             )
-        return _layers.Activation(known, name=self.name(name), dtype="float32")(tensor)
-
-
-def _array(variable) -> np.ndarray:
-    return variable.numpy().astype(np.float64)
+        layer = _layers.Activation(function, name=self.name(name), dtype="float32")
+        return layer(tensor)
 
 
 def _layer_name(tensor) -> str:

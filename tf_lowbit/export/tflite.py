@@ -408,10 +408,19 @@ class _Writer:
         kind = keras.activations.serialize(layer.activation)
         if kind == "linear":
             return index, None
+        if kind == "swish":
+            return self._swish(layer, index, node.output_shapes), None
         result = self.file.activation(layer.name, node.output_shapes, np.float32)
         options = schema.SoftmaxOptionsT(1.0) if kind == "softmax" else None
         self._operator(_ACTIVATIONS[kind], [index], [result], options)
         return result, None
+
+    def _swish(self, layer, index, shape) -> int:
+        gate = self.file.activation(f"{layer.name}/sigmoid", shape, np.float32)
+        result = self.file.activation(layer.name, shape, np.float32)
+        self._operator("LOGISTIC", [index], [gate])
+        self._operator("MUL", [index, gate], [result], schema.MulOptionsT())
+        return result
 
     def _mean(self, layer, sources, node):
         ((index, _),) = sources
@@ -422,12 +431,20 @@ class _Writer:
         return result, None
 
     def _float_add(self, layer, sources, node):
-        total = sources[0][0]
+        return self._joined("ADD", schema.AddOptionsT, layer, sources, node)
+
+    def _multiply(self, layer, sources, node):
+        return self._joined("MUL", schema.MulOptionsT, layer, sources, node)
+
+    def _joined(self, operator, options, layer, sources, node):
+        """Two tensors become one, which is joined with the next."""
+        total, shape = sources[0][0], node.keras_inputs[0].shape
         for position, (index, _) in enumerate(sources[1:], start=1):
             is_last = position == len(sources) - 1
-            name = layer.name if is_last else f"{layer.name}/sum{position}"
-            result = self.file.activation(name, node.output_shapes, np.float32)
-            self._operator("ADD", [total, index], [result], schema.AddOptionsT())
+            name = layer.name if is_last else f"{layer.name}/part{position}"
+            shape = tf.broadcast_static_shape(shape, node.keras_inputs[position].shape)
+            result = self.file.activation(name, shape, np.float32)
+            self._operator(operator, [total, index], [result], options())
             total = result
         return total, None
 
@@ -451,6 +468,7 @@ _METHODS = {
     _layers.GlobalMaxPooling2D: _Writer._pool,
     _layers.MaxPooling1D: _Writer._pool,
     _layers.MaxPooling2D: _Writer._pool,
+    _layers.Multiply: _Writer._multiply,
     _layers.Permute: _Writer._permute,
     _layers.ReLU: _Writer._relu,
     _layers.Reshape: _Writer._reshape,

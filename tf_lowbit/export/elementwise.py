@@ -1,0 +1,139 @@
+"""What layers do element by element, whatever their type.
+
+Python's operators on Keras tensors, and TensorFlow's functions, are layers of one type;
+what they do is in their `symbol`, and their constants are in the call.
+"""
+
+import numpy as np
+
+from tf_lowbit import inspection
+from tf_lowbit.compat import keras
+from tf_lowbit.export.linear import ExportError
+from tf_lowbit.scheme import registry
+
+_layers = keras.layers
+_OPERATORS = {
+    "__operators__.add": np.add,
+    "math.add": np.add,
+    "math.subtract": np.subtract,
+    "math.multiply": np.multiply,
+    "math.truediv": np.true_divide,
+    "math.divide": np.true_divide,
+    "math.negative": np.negative,
+}
+_ACTIVATIONS = {
+    "math.sigmoid": "sigmoid",
+    "math.tanh": "tanh",
+    "nn.relu": "relu",
+    "nn.relu6": "relu6",
+    "nn.silu": "swish",
+    "nn.softmax": "softmax",
+}
+
+
+def scale(node) -> tuple[np.ndarray, np.ndarray] | None:
+    """What a node multiplies each channel by and adds to it, where that is all.
+
+    Args:
+        node: of a trained network's graph, in inference.
+
+    Returns:
+        Gain and offset, float64, each of one number or of one for each channel; None
+        for a node that does something else.
+
+    Raises:
+        ExportError: naming a layer that does it over another axis than the last.
+    """
+    layer = inspection.wrapped_layer(node.layer)
+    if isinstance(layer, registry.BATCH_NORMS):
+        _require_last(layer, node)
+        deviation = np.sqrt(_array(layer.moving_variance) + layer.epsilon)
+        gain = (_array(layer.gamma) if layer.scale else 1.0) / deviation
+        offset = -_array(layer.moving_mean) * gain
+        return gain, offset + (_array(layer.beta) if layer.center else 0.0)
+    if type(layer) is _layers.Normalization:
+        _require_last(layer, node)
+        mean, variance = np.ravel(_array(layer.mean)), np.ravel(_array(layer.variance))
+        deviation = np.maximum(np.sqrt(variance), keras.backend.epsilon())
+        if layer.invert:
+            return deviation, mean
+        return 1.0 / deviation, -mean / deviation
+    if type(layer) is _layers.Rescaling:
+        return np.ravel(_array(layer.scale)), np.ravel(_array(layer.offset))
+    if _symbol(layer) in _OPERATORS and len(node.keras_inputs) == 1:
+        return _scale_of_operator(node, _OPERATORS[_symbol(layer)])
+    return None
+
+
+def join(node):
+    """`np.add` or `np.multiply`, where that is what a node does to tensors; or None."""
+    if type(node.layer) is _layers.Add:
+        return np.add
+    if type(node.layer) is _layers.Multiply:
+        return np.multiply
+    ranks = {len(tensor.shape) for tensor in node.keras_inputs}
+    operator = _OPERATORS.get(_symbol(node.layer))
+    if operator in (np.add, np.multiply) and len(node.keras_inputs) == 2:
+        return operator if len(ranks) == 1 else None
+    return None
+
+
+def activation(node) -> str | None:
+    """Keras's name of the activation that a node is; None for other nodes.
+
+    Raises:
+        ExportError: naming a softmax over another axis than the last.
+    """
+    layer = node.layer
+    if type(layer) is _layers.Softmax or _symbol(layer) == "nn.softmax":
+        axis = getattr(layer, "axis", None) or node.call_kwargs.get("axis") or -1
+        if axis not in (-1, len(node.output_shapes) - 1):
+            raise ExportError(
+                f"Softmax must be over the last axis. Received: {layer.name!r}"
+            )
+        return "softmax"
+    if type(layer) is _layers.Activation:
+        return keras.activations.serialize(layer.activation)
+    return _ACTIVATIONS.get(_symbol(layer))
+
+
+def _symbol(layer) -> str | None:
+    return getattr(layer, "symbol", None)
+
+
+def _scale_of_operator(node, operator):
+    """Gain and offset of an operator with one tensor and constants."""
+    named = (node.call_kwargs[key] for key in ("x", "y") if key in node.call_kwargs)
+    operands = [*node.call_args, *named]
+    (tensor,) = node.keras_inputs
+    is_tensor = [operand is tensor for operand in operands]
+    if operator is np.true_divide and not is_tensor[0]:
+        return None  # A number divided by the tensor.
+    pairs = list(zip(operands, is_tensor, strict=True))
+    if not all(t or _is_by_channel(_array(o), tensor.shape) for o, t in pairs):
+        return None
+
+    def at(value):
+        return operator(*(value if t else _array(o) for o, t in pairs))
+
+    return np.ravel(at(1.0) - at(0.0)), np.ravel(at(0.0))
+
+
+def _is_by_channel(numbers, shape) -> bool:
+    """Whether constants are one number, or one for each channel of a shape."""
+    if numbers.ndim > len(shape):
+        return False
+    return numbers.size == 1 or numbers.shape[-1] == numbers.size == shape[-1]
+
+
+def _require_last(layer, node) -> None:
+    axes = np.ravel([] if layer.axis is None else layer.axis)
+    if not set(axes) <= {-1, len(node.output_shapes) - 1}:
+        raise ExportError(
+            "Normalisation must be over the last axis. "
+            f"Received: {layer.name!r} with axis={layer.axis}"
+        )
+
+
+def _array(values) -> np.ndarray:
+    return np.asarray(values, np.float64)
