@@ -195,11 +195,34 @@ def computed(layer, sources):
             return x * layer.arrays["gain"] + layer.arrays["offset"]
         case "dense":
             return x @ layer.arrays["kernel"] + layer.arrays["bias"]
+        case "multiply":
+            return np.prod(np.broadcast_arrays(*sources), axis=0)
+        case "leaky_relu":
+            return np.where(x < 0, s["alpha"] * x, x)
+        case "prelu":
+            return np.where(x < 0, layer.arrays["alpha"] * x, x)
+        case "layer_norm":
+            mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+            x = (x - mean) / np.sqrt(variance + s["epsilon"])
+            return x * layer.arrays["gamma"] + layer.arrays["beta"]
+        case "average_pool":
+            ones, nan = (1,) * len(s["pool_size"]), np.nan
+            x = x.astype(np.float64)
+            view = windows(x, s["pool_size"], s["strides"], ones, s["padding"], nan)
+            return np.nanmean(view, axis=(-1, -2))
         case "activation":
-            assert s["activation"] == "softmax"
-            e = np.exp(x - x.max(axis=-1, keepdims=True))
-            return e / e.sum(axis=-1, keepdims=True)
+            return activations(s["activation"], x)
     raise AssertionError(layer.type)
+
+
+def activations(name, x):
+    """Float activations by name."""
+    gate = 1 / (1 + np.exp(-x))
+    if name in ("sigmoid", "swish"):
+        return gate if name == "sigmoid" else gate * x
+    assert name == "softmax"
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
 
 
 def grid_step(layer):
@@ -477,6 +500,27 @@ def test_every_kind_of_layer(tmp_path):
     assert found.layer("out").settings == {"activation": "sigmoid"}
     assert found.layer("head").arrays["kernel"].shape == (36, 3)
     assert found.layer("mid").codes().shape == (3, 4, 6)
+
+
+def test_float_layers_are_what_the_text_says(tmp_path):
+    image = keras.Input(IMAGE, name="image")
+    x = layers.Conv2D(4, 3, name="stem")(
+        layers.Rescaling(2.0, -1.0, name="scale")(image)
+    )
+    x = layers.PReLU(alpha_initializer="random_normal", name="slopes")(x)
+    x = layers.LayerNormalization(name="norm")(x)
+    gate = layers.Activation("sigmoid", name="gate")(x)
+    x = layers.Multiply(name="product")([x, gate, layers.LeakyReLU(name="leak")(x)])
+    x = layers.ReLU(name="relu")(layers.Conv2D(4, 1, name="mid")(x))
+    x = layers.AveragePooling2D(3, strides=2, padding="same", name="pool")(x)
+    x = layers.Activation("swish", name="swish")(layers.Flatten(name="flat")(x))
+    model = keras.Model(image, layers.Dense(3, name="head")(x))
+    network = quantized(model, [rule(4, 4)], images())
+    snapped, found = saved(network, tmp_path, images())
+    kinds = {layer.type for layer in found.layers}
+    new = {"affine", "prelu", "layer_norm", "multiply", "leaky_relu", "average_pool"}
+    assert kinds >= {*new, "activation"}
+    assert check_layers(found, tensors(snapped.twin, images())) <= 2
 
 
 def test_a_layer_without_a_form_is_named(example, tmp_path):

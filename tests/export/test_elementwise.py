@@ -148,6 +148,48 @@ def test_float_activations_are_computed_and_proved(case):
     assert np.abs(have - wanted).max() <= 0.1 * np.abs(wanted).max()
 
 
+def _slopes(**arguments):
+    """Learned slopes, some of them negative."""
+    layer = layers.PReLU(
+        alpha_initializer=keras.initializers.RandomNormal(0.2, 0.3, seed=1), **arguments
+    )
+    return layer
+
+
+def _layer_norm(**arguments):
+    initializer = keras.initializers.RandomUniform(0.5, 2.0, seed=1)
+    return layers.LayerNormalization(
+        gamma_initializer=initializer, beta_initializer=initializer, **arguments
+    )
+
+
+FLOATS = {
+    "leaky_relu": lambda: layers.LeakyReLU(0.125),
+    "prelu": _slopes,
+    "prelu_by_channel": lambda: _slopes(shared_axes=[1, 2]),
+    "layer_norm": lambda: _layer_norm(epsilon=0.01),
+    "layer_norm_without_gamma": lambda: _layer_norm(scale=False),
+    "layer_norm_without_beta": lambda: _layer_norm(center=False),
+}
+
+
+@pytest.mark.parametrize("case", FLOATS)
+def test_float_layers_are_computed_proved_and_archived(case, tmp_path):
+    image = keras.Input(IMAGE, name="image")
+    x = conv_bn_relu(image, 4, name="first")
+    x = layers.Conv2D(4, 3, name="front")(x)
+    layer = FLOATS[case]()
+    x = conv_bn_relu(layer(x), 4, name="inner")
+    model = finished(image, x, CLASSES)
+    quantized = quantize(model, [EDGE, Rule("front|inner", 4, 4)])
+    proof = prove(quantized, images())
+    wanted, have = quantized(images()).numpy(), proof.snapped.twin(images()).numpy()
+    assert np.abs(have - wanted).max() <= 0.1 * np.abs(wanted).max()
+    path = export.save_archive(proof.snapped, tmp_path / "net.npz")
+    made = export.load_archive(path).layer(layer.name)
+    assert case.startswith(made.type)
+
+
 # --- whole networks -------------------------------------------------------------------
 
 EVERYWHERE = [Rule(".*_relu", None, 2), Rule(".*", 2, 2, edges=True)]

@@ -8,9 +8,20 @@ import tf_lowbit as tfl
 from tf_lowbit.compat import keras
 
 layers = keras.layers
-KINDS = ("conv", "pointwise", "depthwise", "residual", "branches")
-RELUS = ("relu", "relu6", "own", None)
-POOLS = ("max", "average", None, None)
+KINDS = ("conv", "pointwise", "depthwise", "residual", "branches", "gated", "scaled")
+ACTIVATIONS = {
+    "relu": layers.ReLU,
+    "relu6": lambda name: layers.ReLU(6.0, name=name),
+    "leaky_relu": layers.LeakyReLU,
+    "prelu": lambda name: layers.PReLU("random_normal", name=name),
+    "swish": lambda name: layers.Activation("swish", name=name),
+    "none": lambda name: layers.Activation("linear", name=name),
+}
+POOLS = {
+    "max": layers.MaxPooling2D,
+    "average": layers.AveragePooling2D,
+    "same": lambda size, name: layers.AveragePooling2D(size, padding="same", name=name),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +32,7 @@ class Block:
     filters: int
     strides: int
     batch_norm: bool
-    relu: str | None
+    activation: str
     pool: str | None
 
 
@@ -72,8 +83,8 @@ class Graph:
         ]
 
 
-def _conv(x, block, name, kind="conv", strides=1, relu=True):
-    own = "relu" if relu and block.relu == "own" and not block.batch_norm else None
+def _conv(x, block, name, kind="conv", strides=1, active=True):
+    own = "relu" if active and block.activation == "own" else None
     options = {"padding": "same", "activation": own, "name": name}
     if kind == "depthwise":
         layer = layers.DepthwiseConv2D(3, strides=strides, **options)
@@ -83,28 +94,39 @@ def _conv(x, block, name, kind="conv", strides=1, relu=True):
     x = layer(x)
     if block.batch_norm:
         x = layers.BatchNormalization(name=f"{name}_bn")(x)
-    if relu and own is None and block.relu is not None:
-        limit = 6.0 if block.relu == "relu6" else None
-        x = layers.ReLU(limit, name=f"{name}_relu")(x)
-    return x
+    return _activated(x, block, f"{name}_relu") if active else x
+
+
+def _activated(x, block, name):
+    return ACTIVATIONS.get(block.activation, ACTIVATIONS["none"])(name=name)(x)
+
+
+def _gated(x, block, name):
+    gate = layers.GlobalAveragePooling2D(keepdims=True, name=f"{name}_squeeze")(x)
+    gate = layers.Conv2D(2, 1, activation="swish", name=f"{name}_reduce")(gate)
+    channels = x.shape[-1]
+    gate = layers.Conv2D(channels, 1, activation="sigmoid", name=f"{name}_gate")(gate)
+    return layers.Multiply(name=f"{name}_product")([x, gate])
 
 
 def _block(x, block, name):
     if block.kind == "residual":
         x = _conv(x, block, f"{name}_in")
-        y = _conv(x, block, f"{name}_out", relu=False)
+        y = _conv(x, block, f"{name}_out", active=False)
         x = layers.Add(name=f"{name}_add")([x, y])
-        if block.relu is not None:
-            x = layers.ReLU(name=f"{name}_relu")(x)
+        x = _activated(x, block, f"{name}_relu")
     elif block.kind == "branches":
         y = _conv(x, block, f"{name}_left", "pointwise")
         z = _conv(x, block, f"{name}_right")
         x = layers.Concatenate(name=f"{name}_concat")([y, z])
+    elif block.kind == "gated":
+        x = _gated(_conv(x, block, name), block, name)
+    elif block.kind == "scaled":
+        x = 1.0 - _conv(0.5 * x + 0.25, block, name) / 4.0
     else:
         x = _conv(x, block, name, block.kind, block.strides)
     if block.pool is not None and x.shape[1] >= 2:
-        pooling = {"max": layers.MaxPooling2D, "average": layers.AveragePooling2D}
-        x = pooling[block.pool](2, name=f"{name}_pool")(x)
+        x = POOLS[block.pool](2, name=f"{name}_pool")(x)
     return x
 
 
@@ -116,8 +138,9 @@ def blocks() -> st.SearchStrategy[Block]:
         filters=st.integers(1, 4),
         strides=st.integers(1, 2),
         batch_norm=st.booleans(),
-        relu=st.sampled_from(RELUS),
-        pool=st.sampled_from(POOLS),
+        # Most networks have ReLUs, and not all a pooling.
+        activation=st.sampled_from(("relu", "relu", "own", *ACTIVATIONS)),
+        pool=st.sampled_from((None, None, *POOLS)),
     )
 
 

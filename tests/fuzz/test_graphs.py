@@ -68,6 +68,7 @@ def test_random_networks(graph, tmp_path_factory, log):
     report = tfl.export.verify(folder / "net.tflite", result, [images], verbose=0)
     assert report.ok, str(report)
     log["networks"] += 1
-    log["residual"] += any(block.kind == "residual" for block in graph.blocks)
+    for kind in {block.kind for block in graph.blocks}:
+        log[kind] += 1
     log["nested"] += graph.nested
     log[graph.weight_quantizer] += 1

@@ -77,6 +77,8 @@ network's tensor that comes out.
 | affine | gain, offset | `gain x + offset` of each channel, float |
 | conv, depthwise, dense | strides, padding, dilation_rate; kernel, bias | float |
 | relu | max_value | `min(max(x, 0), max_value)`; null for no upper bound |
+| leaky_relu, prelu | alpha | `alpha x` below 0; a setting, or an array |
+| layer_norm | epsilon; gamma, beta | over the last axis, variance + epsilon; float |
 | activation | activation | linear, relu, relu6, sigmoid, softmax, swish or tanh |
 
 **Padding** "valid" is none. "same" makes `ceil(size / stride)` outputs and pads
@@ -131,10 +133,13 @@ _TYPES = {
     _layers.Flatten: ("flatten", (), ()),
     _layers.GlobalAveragePooling2D: ("global_average_pool", ("keepdims",), ()),
     _layers.GlobalMaxPooling2D: ("global_max_pool", ("keepdims",), ()),
+    _layers.LayerNormalization: ("layer_norm", ("epsilon",), ("gamma", "beta")),
+    _layers.LeakyReLU: ("leaky_relu", ("alpha",), ()),
     _layers.MaxPooling1D: ("max_pool", _POOL, ()),
     _layers.MaxPooling2D: ("max_pool", _POOL, ()),
     _layers.Multiply: ("multiply", (), ()),
     _layers.Permute: ("permute", ("dims",), ()),
+    _layers.PReLU: ("prelu", (), ("alpha",)),
     _layers.ReLU: ("relu", ("max_value",), ()),
     _layers.Reshape: ("reshape", (), ()),
     _layers.ZeroPadding1D: ("zero_pad", ("padding",), ()),

@@ -144,7 +144,10 @@ def _computes_floats(layer) -> bool:
         | keras.layers.Conv2D
         | keras.layers.Dense
         | keras.layers.GlobalAveragePooling2D
+        | keras.layers.LayerNormalization
+        | keras.layers.LeakyReLU
         | keras.layers.Multiply
+        | keras.layers.PReLU
         | keras.layers.ReLU,
     )
 

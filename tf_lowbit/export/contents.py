@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tf_lowbit.export import flatbuffer, tflite
+from tf_lowbit.export import flatbuffer, operators
 from tf_lowbit.export.flatbuffer import schema
 from tf_lowbit.export.report import Report
 
@@ -174,10 +174,10 @@ def check_operators(found, report: Report) -> None:
         report: gets the counts and the failures.
     """
     allowed = {
-        *tflite.INTEGER_VERSIONS.items(),
-        *tflite.FLOAT_VERSIONS.items(),
-        *tflite.INT4_VERSIONS.items(),
-        ("QUANTIZE", tflite.REQUANTIZE_VERSION),
+        *operators.INTEGER_VERSIONS.items(),
+        *operators.FLOAT_VERSIONS.items(),
+        *operators.INT4_VERSIONS.items(),
+        ("QUANTIZE", operators.REQUANTIZE_VERSION),
     }
     for name, version, *_ in Tensors(found).operators():
         report.operators[name] = report.operators.get(name, 0) + 1

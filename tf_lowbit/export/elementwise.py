@@ -46,13 +46,13 @@ def scale(node) -> tuple[np.ndarray, np.ndarray] | None:
     """
     layer = inspection.wrapped_layer(node.layer)
     if isinstance(layer, registry.BATCH_NORMS):
-        _require_last(layer, node)
+        require_last(layer, len(node.output_shapes))
         deviation = np.sqrt(_array(layer.moving_variance) + layer.epsilon)
         gain = (_array(layer.gamma) if layer.scale else 1.0) / deviation
         offset = -_array(layer.moving_mean) * gain
         return gain, offset + (_array(layer.beta) if layer.center else 0.0)
     if type(layer) is _layers.Normalization:
-        _require_last(layer, node)
+        require_last(layer, len(node.output_shapes))
         mean, variance = np.ravel(_array(layer.mean)), np.ravel(_array(layer.variance))
         deviation = np.maximum(np.sqrt(variance), keras.backend.epsilon())
         if layer.invert:
@@ -126,9 +126,14 @@ def _is_by_channel(numbers, shape) -> bool:
     return numbers.size == 1 or numbers.shape[-1] == numbers.size == shape[-1]
 
 
-def _require_last(layer, node) -> None:
+def require_last(layer, rank: int) -> None:
+    """Refuses a normalisation over another axis than the last.
+
+    Raises:
+        ExportError: naming the layer.
+    """
     axes = np.ravel([] if layer.axis is None else layer.axis)
-    if not set(axes) <= {-1, len(node.output_shapes) - 1}:
+    if not set(axes) <= {-1, rank - 1}:
         raise ExportError(
             "Normalisation must be over the last axis. "
             f"Received: {layer.name!r} with axis={layer.axis}"

@@ -11,6 +11,7 @@ from tf_lowbit.export import (
     files,
     flatbuffer,
     kernels,
+    operators,
     structure,
     tflite,
     thresholds,
@@ -305,7 +306,7 @@ def wrong_sums(layer: twin.IntegerAdd, ends, clamp: int, kernel: str) -> int:
     )
     builder.operator(
         "ADD",
-        tflite.INTEGER_VERSIONS["ADD"],
+        operators.INTEGER_VERSIONS["ADD"],
         [first, second],
         [output],
         schema.AddOptionsT(clamp),

@@ -31,6 +31,8 @@ _CODE_KEEPING = (
     _layers.ZeroPadding1D,
     _layers.ZeroPadding2D,
 )
+# Layers that compute with floats, as they are.
+_FLOAT_LAYERS = (_layers.LayerNormalization, _layers.LeakyReLU, _layers.PReLU)
 _FLOAT_ACTIVATIONS = tuple("linear relu relu6 sigmoid softmax swish tanh".split())
 _KINDS = {
     _layers.Conv1D: twin.CONV,
@@ -204,6 +206,8 @@ class _Snapper(Builder):
             self._average_pool(value, sources[0], layer)
         elif type(layer) is _layers.GlobalAveragePooling2D:
             self._global_pool(value, sources[0], layer)
+        elif type(layer) in _FLOAT_LAYERS:
+            self._float_layer_of(value, sources[0], layer)
         elif type(layer) in _CODE_KEEPING:
             self._keep_codes(value, sources[0], layer)
         elif (function := elementwise.activation(node)) is not None:
@@ -382,6 +386,19 @@ class _Snapper(Builder):
         made = twin.IntegerAdd(wanted, found, name=self.name(value.name))
         value.codes, value.grid = made(terms), wanted
 
+    def _float_layer_of(self, value, source, layer) -> None:
+        made, weights = _copy(layer, self.name(value.name)), layer.get_weights()
+        if isinstance(layer, _layers.LayerNormalization):
+            elementwise.require_last(layer, len(value.tensor.shape))
+            made.scale = made.center = True
+            ones = np.ones(value.tensor.shape[-1], np.float32)
+            weights = [
+                layer.gamma.numpy() if layer.scale else ones,
+                layer.beta.numpy() if layer.center else 0.0 * ones,
+            ]
+        value.values = made(self.values(source))
+        made.set_weights(weights)
+
     def _multiply(self, value, sources) -> None:
         layer = _layers.Multiply(name=self.name(value.name), dtype="float32")
         value.values = layer([self.values(source) for source in sources])
@@ -439,18 +456,18 @@ class _Snapper(Builder):
         value.codes, value.grid = made(terms), wanted
 
     def _average_pool(self, value, source, layer) -> None:
-        if not self.can_be_codes(source):
+        is_same = layer.padding != "valid"
+        if is_same or not self.can_be_codes(source):
+            if is_same and self.can_be_codes(source):
+                self.note(
+                    value.name, "is computed in float: the borders of padding='same' "
+                    "average fewer codes",
+                )  # fmt: skip
             made = _copy(layer, self.name(value.name))
             value.values = made(self.values(source))
             return
         _, grid = self.codes(source)
         size = math.prod(layer.pool_size)
-        if layer.padding != "valid":
-            raise ExportError(
-                "Average pooling of codes must have padding='valid' (the borders of "
-                "'same' average fewer of them). "
-                f"Received: {layer.name!r}"
-            )
         channels = int(value.tensor.shape[-1])
         value.linear = linears.Linear(
             twin.DEPTHWISE, layer, None, source,
