@@ -207,7 +207,7 @@ class _Snapper(Builder):
         elif type(layer) is _layers.GlobalAveragePooling2D:
             self._global_pool(value, sources[0], layer)
         elif type(layer) in _FLOAT_LAYERS:
-            self._float_layer_of(value, sources[0], layer)
+            self._keep_floats(value, sources[0], layer)
         elif type(layer) in _CODE_KEEPING:
             self._keep_codes(value, sources[0], layer)
         elif (function := elementwise.activation(node)) is not None:
@@ -386,7 +386,7 @@ class _Snapper(Builder):
         made = twin.IntegerAdd(wanted, found, name=self.name(value.name))
         value.codes, value.grid = made(terms), wanted
 
-    def _float_layer_of(self, value, source, layer) -> None:
+    def _keep_floats(self, value, source, layer) -> None:
         made, weights = _copy(layer, self.name(value.name)), layer.get_weights()
         if isinstance(layer, _layers.LayerNormalization):
             elementwise.require_last(layer, len(value.tensor.shape))
