@@ -13,6 +13,7 @@ networks, optimizers and counters, bit for bit.
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,6 +118,8 @@ def main(argv):
     with tempfile.TemporaryDirectory() as temporary:
         whole, disturbed = Path(temporary, "whole"), Path(temporary, "disturbed")
         subprocess.run(command(whole), check=True, stdout=subprocess.DEVNULL)
+        # The kills are the quantized training's.
+        shutil.copytree(whole / "float", disturbed / "float")
         kills = []
         for count in range(FLAGS.kills):
             kills.append(killed_once(disturbed, chance))

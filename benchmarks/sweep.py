@@ -34,6 +34,7 @@ class Method:
         teacher_rate: the teacher's learning rate relative to the student's.
         start: of stochastic precision, the probability at the start.
         mixed: bits for each layer, at the bytes and bit operations of uniform ones.
+        learning_rate: where it is not what the tuning chose for the method.
     """
 
     staging: str = "plain"
@@ -42,6 +43,7 @@ class Method:
     teacher_rate: float = 1.0
     start: float = 0.5
     mixed: bool = False
+    learning_rate: float | None = None
 
 
 METHODS = {
@@ -57,11 +59,13 @@ METHODS = {
     "PACT": Method(quantizers=("dorefa", "pact")),
 }
 # What a method does where one thing about it is changed: name -> (method, changed).
-# The learning rate is the method's.
+# The learning rate is the method's, where nothing else is said.
 ABLATIONS = {
     "JKD, slow teacher": ("JKD", Method(distill="joint", teacher_rate=0.2)),
     "JKD, teacher by labels": ("JKD", Method(distill="task")),
     "JKD, frozen teacher": ("JKD", Method(distill="frozen")),
+    "JKD, rate 0.1": ("JKD", Method(distill="joint", learning_rate=0.1)),
+    "SP+JKD, rate 0.1": ("SP+JKD", Method("sp", "joint", learning_rate=0.1)),
     "SP from 0.8": ("SP", Method("sp", start=0.8)),
     "LSQ with PQ": ("LSQ", Method("pq", quantizers=("lsq", "lsq"))),
     "LSQ with SP": ("LSQ", Method("sp", quantizers=("lsq", "lsq"))),
@@ -364,4 +368,7 @@ def tuned(folder: Path, settings: Settings) -> dict[str, float]:
             f"Received: no file {str(folder / missing[0].path)!r}"
         )
     rates = {m: best_rate(scores) for m, scores in tuning(folder, settings).items()}
-    return rates | {name: rates[method] for name, (method, _) in _VARIANTS.items()}
+    return rates | {
+        name: changed.learning_rate or rates[method]
+        for name, (method, changed) in _VARIANTS.items()
+    }
