@@ -83,12 +83,12 @@ def train(
     phase: str, runs: list[sweep.Run], settings: sweep.Settings, folder: Path
 ) -> None:
     """Trains those of a phase's runs that nobody has done yet, several at a time."""
+    if phase in ("equal", "deployment"):
+        runs = [peers_plan.with_rate(folder, settings, run) for run in runs]
     for run in runs:
         peers_plan.adopt(run, settings, Path(FLAGS.sweep_dir), folder)
     left = [run for run in runs if not sweep.is_done(folder, run, settings)]
     print(f"{phase}: {len(runs)} runs, {len(left)} of them to do", flush=True)
-    if phase in ("equal", "deployment"):
-        left = [peers_plan.with_rate(folder, settings, run) for run in left]
     tasks = {
         str(run.path): in_process(
             "peers_run.py", [run, settings, folder, FLAGS.data_dir]

@@ -70,7 +70,7 @@ def trainings(
         ]
 
     if phase == "float":
-        every = [sweep.TUNING_SEED, *range(seeds)]
+        every = [*sweep.TUNING_SEEDS, *range(seeds)]
         rate = settings.float_learning_rate
         return runs([sweep.FLOAT], [None], every, settings.float_epochs, rate)
     if phase == "equal":
@@ -93,35 +93,24 @@ def next_of_tuning(
         networks: some of `NETWORKS`.
     """
     return [
-        _tuning_run(network, method, rate, settings)
+        run
         for network in networks
         for method in (*OURS, *PEERS)
-        for rate in _next_rates(_tuning(folder, network, method, settings))
+        for run in _next_runs(folder, sweep.tuning_runs(network, method, settings))
     ]
 
 
-def _tuning_run(network, method, rate, settings) -> sweep.Run:
-    run = sweep.tuning_run(method, rate, settings)
-    return dataclasses.replace(run, network=network)
-
-
-def _tuning(folder, network, method, settings) -> dict[float, dict]:
-    """What the runs of a tuning gave, by learning rate."""
-    every = {
-        rate: sweep.read(folder, _tuning_run(network, method, rate, settings))
-        for rate in sweep.RATES
-    }
-    return {rate: found for rate, found in every.items() if found is not None}
-
-
-def _next_rates(tuning: dict[float, dict]) -> list[float]:
-    if any(found.get("refused") for found in tuning.values()):
+def _next_runs(folder, runs: dict[float, list[sweep.Run]]) -> list[sweep.Run]:
+    """The runs that a method's tuning still needs, as far as is known."""
+    every = [sweep.read(folder, run) for alike in runs.values() for run in alike]
+    if any(found and found.get("refused") for found in every):
         return []  # Another learning rate would not change that.
-    return sweep.next_rates(_scores(tuning))
-
-
-def _scores(tuning: dict[float, dict]) -> dict[float, float | None]:
-    return {rate: found["accuracy"] for rate, found in tuning.items()}
+    return [
+        run
+        for rate in sweep.next_rates(sweep.tuning_scores(folder, runs))
+        for run in runs[rate]
+        if sweep.read(folder, run) is None
+    ]
 
 
 def with_rate(folder: Path, settings: sweep.Settings, run: sweep.Run) -> sweep.Run:
@@ -138,15 +127,15 @@ def with_rate(folder: Path, settings: sweep.Settings, run: sweep.Run) -> sweep.R
     if run.method == POST_TRAINING:
         return dataclasses.replace(run, learning_rate=0.0)
     method = "plain" if run.method == FOR_FILE else run.method
-    tuning = _tuning(folder, run.network, method, settings)
-    missing = _next_rates(tuning)
+    runs = sweep.tuning_runs(run.network, method, settings)
+    missing = _next_runs(folder, runs)
     if missing:
-        path = _tuning_run(run.network, method, missing[0], settings).path
         raise ValueError(
             "The learning rates must have been tuned. "
-            f"Received: no file {str(folder / path)!r}"
+            f"Received: no file {str(folder / missing[0].path)!r}"
         )
-    return dataclasses.replace(run, learning_rate=sweep.best_rate(_scores(tuning)))
+    scores = sweep.tuning_scores(folder, runs)
+    return dataclasses.replace(run, learning_rate=sweep.best_rate(scores))
 
 
 def adopt(run: sweep.Run, settings: sweep.Settings, source: Path, folder: Path) -> None:

@@ -45,7 +45,7 @@ def trainings(folder: Path) -> dict[str, _Runs]:
     found: dict[str, _Runs] = {"float": {}, "equal": {}, "deployment": {}}
     paths = (p for purpose in found for p in folder.glob(f"*/{purpose}/*.json"))
     for _, run in accuracy_report.read_alike(paths):
-        if run["seed"] != sweep.TUNING_SEED:
+        if run["seed"] not in sweep.TUNING_SEEDS:
             bits = run["bits"] and tuple(run["bits"])
             key = (run["network"], run["method"], bits)
             found[run["purpose"]].setdefault(key, {})[run["seed"]] = run

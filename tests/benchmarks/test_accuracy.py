@@ -143,13 +143,32 @@ def test_the_tuning_goes_on_until_the_best_rate_stands_between_others(tmp_path):
         "LSQ, mixed bits": 0.003,
     }
     # 0.03, 0.1 and 0.3 for seven; one or two more for the others.
-    assert tried == 7 * 3 + (4 + 4 + 4 + 4)
+    # Each with two seeds.
+    assert tried == 2 * (7 * 3 + (4 + 4 + 4 + 4))
     lines = accuracy_report.tables(tmp_path)["tuning"].splitlines()
     cells = {line.split()[1]: line.replace("|", "").split()[1:] for line in lines[2:]}
     assert cells["SP"] == ["—", "—", "70.00", "80.00", "**90.00**", "80.00"]
     assert cells["TS"] == ["—", "—", "80.00", "**90.00**", "diverged", "—"]
     # Held-out accuracies are in no other table.
     assert accuracy_report.rows(tmp_path) == {}
+
+
+def test_a_rate_is_judged_by_all_seeds_of_the_tuning(tmp_path):
+    runs = sweep.tuning_runs("preact_resnet8", "SP", SETTINGS)
+    for rate, accuracies in {0.03: (0.8, 0.9), 0.1: (0.9, None), 0.3: (0.9,)}.items():
+        for run, accuracy in zip(runs[rate], accuracies, strict=False):
+            put(tmp_path, run, accuracy)
+    scores = sweep.tuning_scores(tmp_path, runs)
+    # At 0.1 one diverged; of 0.3 one is not done.
+    assert scores == {0.03: pytest.approx(0.85), 0.1: None}
+
+
+def test_a_run_at_another_rate_is_not_done(tmp_path):
+    run = low_bit("SP", 0)
+    put(tmp_path, run, 0.8)
+    assert sweep.is_done(tmp_path, run, SETTINGS)
+    other = dataclasses.replace(run, learning_rate=0.1)
+    assert not sweep.is_done(tmp_path, other, SETTINGS)
 
 
 def test_rates_are_not_guessed(tmp_path):
@@ -165,7 +184,7 @@ def test_all_runs_of_a_seed_start_and_are_measured_alike():
     starts = {(r.network, r.seed) for r in every if r.is_start}
     assert {(r.network, r.seed) for r in every} == starts
     for run in every:
-        assert run.is_held_out == (run.seed == sweep.TUNING_SEED)
+        assert run.is_held_out == (run.seed in sweep.TUNING_SEEDS)
         if run.purpose == "equal":
             assert run.epochs == SETTINGS.epochs
         if run.purpose == "per_stage" and run.method != "plain":
@@ -279,13 +298,15 @@ def swept(tmp_path_factory):
 
 def test_the_same_command_goes_on(swept):
     folder, shown = swept
-    assert "float: 2 runs, 2 of them to do" in shown[0]
-    assert "float: 2 runs, 0 of them to do" in shown[1]
+    assert "float: 3 runs, 3 of them to do" in shown[0]
+    assert "float: 3 runs, 0 of them to do" in shown[1]
     assert {path.name for path in folder.rglob("*.*")} == {
         "float-1epochs-seed0.json",
         "float-1epochs-seed100.json",
+        "float-1epochs-seed101.json",
         "seed0.npz",
         "seed100.npz",
+        "seed101.npz",
     }
 
 

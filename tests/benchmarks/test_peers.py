@@ -156,7 +156,8 @@ def test_every_run_has_its_start():
     phases = ("float", "equal", "deployment")
     made = {phase: peers_plan.trainings(phase, SETTINGS, 3) for phase in phases}
     starts = {(run.network, run.seed) for run in made["float"]}
-    assert len(starts) == 2 * (1 + 3)
+    # Two networks; two seeds of the tuning and three that are reported.
+    assert len(starts) == 2 * (2 + 3)
     for runs in made.values():
         assert {(run.network, run.seed) for run in runs} <= starts
         assert len({run.path for run in runs}) == len(runs)
@@ -167,10 +168,10 @@ def test_every_run_has_its_start():
 
 def tune(folder, method, accuracies, network=NETWORK, **more):
     """Writes the files of a tuning: accuracy by learning rate."""
+    runs = sweep.tuning_runs(network, method, SETTINGS)
     for rate, accuracy in accuracies.items():
-        seed, bits = sweep.TUNING_SEED, sweep.TUNED_AT
-        run = sweep.Run("tuning", network, method, bits, seed, SETTINGS.epochs, rate)
-        sweep.write(folder / run.path, {"accuracy": accuracy, **more})
+        for run in runs[rate]:
+            sweep.write(folder / run.path, {"accuracy": accuracy, **more})
 
 
 def test_the_tuning_goes_on_until_the_best_stands_between_others(tmp_path):
@@ -181,18 +182,19 @@ def test_the_tuning_goes_on_until_the_best_stands_between_others(tmp_path):
             if (run.method, run.network) == (method, network)
         ]
 
-    assert wanted("larq") == wanted("plain") == [0.03, 0.1]
+    # Of each of two seeds.
+    assert wanted("larq") == wanted("plain") == [0.03, 0.03, 0.1, 0.1]
     runs = peers_plan.next_of_tuning(tmp_path, SETTINGS)
-    # Two rates; ours twice and four peers; two networks.
-    assert len(runs) == len({run.path for run in runs}) == 2 * (2 + 4) * 2
-    assert {(run.seed, run.bits) for run in runs} == {(sweep.TUNING_SEED, (2, 2))}
+    # Two rates, two seeds; ours twice and four peers; two networks.
+    assert len(runs) == len({run.path for run in runs}) == 2 * 2 * (2 + 4) * 2
+    assert {(run.seed, run.bits) for run in runs} == {(100, (2, 2)), (101, (2, 2))}
     only = peers_plan.next_of_tuning(tmp_path, SETTINGS, ["plain_cnn"])
     assert {run.network for run in only} == {"plain_cnn"}
     tune(tmp_path, "larq", {0.03: 0.5, 0.1: 0.6})
-    assert wanted("larq") == [0.3]
+    assert wanted("larq") == [0.3, 0.3]
     tune(tmp_path, "larq", {0.3: 0.5})
     assert wanted("larq") == []
-    assert wanted("larq", "preact_resnet8") == [0.03, 0.1]
+    assert wanted("larq", "preact_resnet8") == [0.03, 0.03, 0.1, 0.1]
     tune(tmp_path, "tfmot", {0.03: None}, refused="RuntimeError: no")
     assert wanted("tfmot") == []
 
@@ -219,7 +221,8 @@ def test_what_the_sweep_has_is_copied_and_never_overwritten(tmp_path):
     start = sweep.start_file(NETWORK, 1)
     peers_plan.adopt(run, SETTINGS, source, folder)
     assert not folder.exists()
-    sweep.write(source / run.path, {"settings": SETTINGS.as_json(), "accuracy": 0.5})
+    content = {"settings": SETTINGS.as_json(), "learning_rate": 0.1, "accuracy": 0.5}
+    sweep.write(source / run.path, content)
     (source / start).write_bytes(b"weights")
     peers_plan.adopt(run, SETTINGS, source, folder)
     assert (folder / start).read_bytes() == b"weights"
