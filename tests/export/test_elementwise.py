@@ -51,6 +51,8 @@ SCALES = {
     "by_channel_in_full": lambda x: x / np.reshape(THREE, (1, 1, 1, 3)),
     "one_number_in_brackets": lambda x: x * [2.0],
     "function": lambda x: tf.add(x, 0.25),
+    "with_a_name": lambda x: tf.add(x, 0.25, "name"),
+    "without_a_name": lambda x: tf.add(x, 0.25, None),
     "named": lambda x: tf.multiply(x=x, y=0.25),
     "named_the_other_way": lambda x: tf.subtract(y=x, x=0.25),
     "negative": lambda x: -x,
@@ -146,6 +148,30 @@ def test_float_activations_are_computed_and_proved(case):
     proof = prove(model, images())
     wanted, have = model(images()).numpy(), proof.snapped.twin(images()).numpy()
     assert np.abs(have - wanted).max() <= 0.1 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        layers.Softmax(0),
+        layers.Softmax(1),
+        lambda x: tf.nn.softmax(x, 1),
+        lambda x: tf.nn.softmax(x, axis=0),
+    ],
+)
+def test_a_softmax_over_another_axis_is_refused(function):
+    node, _ = last_node(function)
+    with pytest.raises(export.ExportError, match="over the last axis"):
+        elementwise.activation(node)
+
+
+def test_settings_make_another_function():
+    assert elementwise.activation(last_node(tf.nn.silu)[0]) == "swish"
+    assert elementwise.activation(last_node(lambda x: tf.nn.silu(x, 2.0))[0]) is None
+    named = last_node(lambda x: tf.nn.silu(x, beta=2.0))[0]
+    assert elementwise.activation(named) is None
+    last = last_node(lambda x: tf.nn.softmax(x, axis=-1, name="last"))[0]
+    assert elementwise.activation(last) == "softmax"
 
 
 def _slopes(**arguments):

@@ -85,16 +85,20 @@ def activation(node) -> str | None:
         ExportError: naming a softmax over another axis than the last.
     """
     layer = node.layer
-    if type(layer) is _layers.Softmax or _symbol(layer) == "nn.softmax":
-        axis = getattr(layer, "axis", None) or node.call_kwargs.get("axis") or -1
-        if axis not in (-1, len(node.output_shapes) - 1):
-            raise ExportError(
-                f"Softmax must be over the last axis. Received: {layer.name!r}"
-            )
-        return "softmax"
     if type(layer) is _layers.Activation:
         return keras.activations.serialize(layer.activation)
-    return _ACTIVATIONS.get(_symbol(layer))
+    named = [value for key, value in node.call_kwargs.items() if key != "name"]
+    settings = [s for s in (*node.call_args[1:], *named) if s is not None]
+    if type(layer) is _layers.Softmax:
+        settings = [layer.axis]
+    elif _symbol(layer) != "nn.softmax":
+        # Such as silu's `beta`: another function.
+        return None if settings else _ACTIVATIONS.get(_symbol(layer))
+    if not set(settings) <= {-1, len(node.output_shapes) - 1}:
+        raise ExportError(
+            f"Softmax must be over the last axis. Received: {layer.name!r}"
+        )
+    return "softmax"
 
 
 def _symbol(layer) -> str | None:
@@ -104,7 +108,9 @@ def _symbol(layer) -> str | None:
 def _scale_of_operator(node, operator):
     """Gain and offset of an operator with one tensor and constants."""
     named = (node.call_kwargs[key] for key in ("x", "y") if key in node.call_kwargs)
-    operands = [*node.call_args, *named]
+    given = (*node.call_args, *named)
+    # A name may be among them.
+    operands = [o for o in given if o is not None and not isinstance(o, str)]
     (tensor,) = node.keras_inputs
     is_tensor = [operand is tensor for operand in operands]
     if operator is np.true_divide and not is_tensor[0]:
