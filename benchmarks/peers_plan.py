@@ -105,12 +105,7 @@ def _next_runs(folder, runs: dict[float, list[sweep.Run]]) -> list[sweep.Run]:
     every = [sweep.read(folder, run) for alike in runs.values() for run in alike]
     if any(found and found.get("refused") for found in every):
         return []  # Another learning rate would not change that.
-    return [
-        run
-        for rate in sweep.next_rates(sweep.tuning_scores(folder, runs))
-        for run in runs[rate]
-        if sweep.read(folder, run) is None
-    ]
+    return sweep.next_runs(folder, runs)
 
 
 def with_rate(folder: Path, settings: sweep.Settings, run: sweep.Run) -> sweep.Run:

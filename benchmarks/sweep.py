@@ -358,9 +358,22 @@ def next_of_tuning(folder: Path, settings: Settings) -> list[Run]:
     """
     return [
         run
-        for method, scores in tuning(folder, settings).items()
-        for rate in next_rates(scores)
-        for run in _tuning_runs(method, settings)[rate]
+        for method in (*METHODS, FLOAT)
+        for run in next_runs(folder, _tuning_runs(method, settings))
+    ]
+
+
+def next_runs(folder: Path, runs: dict[float, list[Run]]) -> list[Run]:
+    """The runs that one method's tuning still needs, as far as is known.
+
+    Args:
+        folder: of the results.
+        runs: as `tuning_runs` gives them.
+    """
+    return [
+        run
+        for rate in next_rates(tuning_scores(folder, runs))
+        for run in runs[rate]
         if read(folder, run) is None
     ]
 

@@ -19,7 +19,7 @@ from tests.export.networks import (
 )
 from tf_lowbit import export
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.export import elementwise, twin
+from tf_lowbit.export import comparing, elementwise, twin
 from tf_lowbit.scheme import graph
 
 THREE = [1.0, -2.0, 0.5]
@@ -214,6 +214,30 @@ def test_float_layers_are_computed_proved_and_archived(case, tmp_path):
     path = export.save_archive(proof.snapped, tmp_path / "net.npz")
     made = export.load_archive(path).layer(layer.name)
     assert case.startswith(made.type)
+
+
+def test_what_comes_behind_floats_is_not_asked_to_be_the_same_to_the_bit():
+    def body(x):
+        x = layers.Activation("swish", name="swish")(x)
+        x = layers.DepthwiseConv2D(3, name="spread")(x)
+        return conv_bn_relu(x, 4, name="inner")
+
+    model = quantize(network(body), [EDGE, Rule("inner", 4, 4)])
+    # Of the layers of floats each is one by itself, whatever stands in front.
+    made = prove(model, images()).layer("spread")
+    assert type(made) is layers.DepthwiseConv2D
+    assert comparing._computes_floats(made)
+    x = keras.Input((4, 4, 3))
+    made = keras.Model(x, layers.DepthwiseConv2D(3, name="d")(x))
+    node = next(iter(graph.calls(made)))
+    assert comparing._behind_float([node]) == {"d"}
+
+
+def test_a_tensor_joined_with_itself_is_no_gain():
+    for function, wanted in ((lambda x: x * x, np.multiply), (lambda x: x + x, np.add)):
+        node, _ = last_node(function)
+        assert elementwise.scale(node) is None
+        assert elementwise.join(node) is wanted
 
 
 # --- whole networks -------------------------------------------------------------------

@@ -4,6 +4,7 @@ import numpy as np
 
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.export import tflite, twin
+from tf_lowbit.export.float_operators import FLOAT_METHODS
 from tf_lowbit.export.report import Comparison, Predictions, Report
 from tf_lowbit.export.running import Runner
 from tf_lowbit.scheme import graph
@@ -125,31 +126,15 @@ def _grid_of(node):
     """The grid of what a node of the twin puts out; None for floats."""
     if isinstance(node.layer, twin.ToCodes | twin.IntegerLinear | twin.IntegerAdd):
         return node.layer.grid
-    if isinstance(node.layer, twin.ToValues | twin.Affine):
-        return None
-    if _computes_floats(node.layer):
+    if isinstance(node.layer, twin.ToValues) or _computes_floats(node.layer):
         return None
     source = graph.producer(node.keras_inputs[0])
     return None if source.is_input else _grid_of(source)
 
 
 def _computes_floats(layer) -> bool:
-    """Whether a stock layer of a twin computes with floats, whatever it reads."""
-    return isinstance(
-        layer,
-        keras.layers.Activation
-        | keras.layers.Add
-        | keras.layers.AveragePooling2D
-        | keras.layers.Conv1D
-        | keras.layers.Conv2D
-        | keras.layers.Dense
-        | keras.layers.GlobalAveragePooling2D
-        | keras.layers.LayerNormalization
-        | keras.layers.LeakyReLU
-        | keras.layers.Multiply
-        | keras.layers.PReLU
-        | keras.layers.ReLU,
-    )
+    """Whether a layer of a twin computes with floats."""
+    return type(layer) in (*FLOAT_METHODS, keras.layers.AveragePooling2D)
 
 
 def _as_twin(values, node):
@@ -165,8 +150,9 @@ def _behind_float(nodes) -> set[str]:
     tainted: set[int] = set()
     names = set()
     for node in nodes:
-        is_float = isinstance(node.layer, twin.Affine) or _computes_floats(node.layer)
-        if is_float or any(id(t) in tainted for t in node.keras_inputs):
+        if _computes_floats(node.layer) or any(
+            id(t) in tainted for t in node.keras_inputs
+        ):
             tainted.add(id(graph.outputs_of(node)[0]))
             names.add(node.layer.name)
     return names
