@@ -1,152 +1,24 @@
-"""Tables and plots of the accuracy sweep, drawn from its files alone."""
+"""Tables of the accuracy sweep, drawn from its files alone."""
 
-import dataclasses
-import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
-import matplotlib
-import matplotlib.figure
-import numpy as np
-import scipy.stats
 import sweep
 import tabulate
+from accuracy_rows import (
+    BITS,
+    LARGE,
+    SMALL,
+    Row,
+    cost_ratio,
+    label,
+    paired,
+    rows,
+    settings_of,
+)
 
-CONFIDENCE = 0.95
-BITS = ((4, 4), (3, 3), (2, 2), (1, 2))
-SMALL, LARGE = "preact_resnet8", "preact_resnet20"
 _NOTHING = "—"
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """The runs of one method that differ in their seed only.
-
-    Attributes:
-        accuracies: final test accuracy in percent, by seed.
-        recalibrated: the same with batch normalisation measured anew after the
-            training, by seed, of the low-bit runs that tell it.
-        cpu_seconds: of the training, by seed.
-        weight_bytes: of the network at its final bits.
-        bops: likewise.
-    """
-
-    accuracies: dict[int, float]
-    recalibrated: dict[int, float]
-    cpu_seconds: dict[int, float]
-    weight_bytes: int
-    bops: int
-
-    @property
-    def mean(self) -> float:
-        """Mean accuracy in percent."""
-        return float(np.mean(list(self.accuracies.values())))
-
-    @property
-    def error(self) -> float:
-        """Standard error of the mean; NaN with one seed."""
-        return standard_error(list(self.accuracies.values()))
-
-
-def standard_error(values: list[float]) -> float:
-    """Of the mean: the sample's deviation over the root of its size."""
-    if len(values) < 2:
-        return math.nan
-    return float(np.std(values, ddof=1) / math.sqrt(len(values)))
-
-
-def paired(values: dict[int, float], other: dict[int, float]) -> tuple[float, float]:
-    """Difference of two rows' accuracies, seed by seed.
-
-    Args:
-        values: minuend, by seed.
-        other: subtrahend.
-
-    Returns:
-        Mean difference, and the half width of its 95 % confidence interval after
-        Student's t over the seeds that both have; NaN where there are none, or for the
-        half width, one.
-    """
-    seeds = sorted(set(values) & set(other))
-    if not seeds:
-        return math.nan, math.nan
-    differences = [values[seed] - other[seed] for seed in seeds]
-    quantile = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(seeds) - 1)
-    return float(np.mean(differences)), float(quantile * standard_error(differences))
-
-
-def cost_ratio(row: Row, other: Row) -> float:
-    """CPU time of the training relative to another row's, the median over seeds."""
-    seeds = sorted(set(row.cpu_seconds) & set(other.cpu_seconds))
-    if not seeds:
-        return math.nan
-    return float(np.median([row.cpu_seconds[s] / other.cpu_seconds[s] for s in seeds]))
-
-
-def read_alike(paths: Iterable[Path]) -> Iterator[tuple[Path, dict]]:
-    """Yields the runs' files, sorted, with what they hold.
-
-    Raises:
-        ValueError: if their settings differ.
-    """
-    settings = None
-    for path in sorted(paths):
-        run = json.loads(path.read_text())
-        if settings not in (None, run["settings"]):
-            raise ValueError(
-                "The runs of a table must have the same settings. Received: "
-                f"{str(path)!r} with {run['settings']}, others with {settings}"
-            )
-        settings = run["settings"]
-        yield path, run
-
-
-def rows(folder: Path) -> dict[tuple, Row]:
-    """All reported runs, by (purpose, network, method, bits, epochs).
-
-    Raises:
-        ValueError: if runs of other settings are among them, or one diverged.
-    """
-    found: dict[tuple, list[dict]] = {}
-    for path, run in read_alike(folder.glob("*/*/*.json")):
-        if run["measured_on"] != "test":
-            continue
-        if run["accuracy"] is None:
-            raise ValueError(
-                f"A reported run must not diverge. Received: {str(path)!r}, "
-                f"{run['diverged']}"
-            )
-        bits = run["bits"] and tuple(run["bits"])
-        key = (run["purpose"], run["network"], run["method"], bits, run["epochs"])
-        found.setdefault(key, []).append(run)
-    return {
-        key: Row(
-            {run["seed"]: 100 * run["accuracy"] for run in runs},
-            {
-                run["seed"]: 100 * run["recalibrated_accuracy"]
-                for run in runs
-                if run.get("recalibrated_accuracy") is not None
-            },
-            {run["seed"]: run["cpu_seconds"] for run in runs},
-            runs[0]["weight_bytes"],
-            runs[0]["bops"],
-        )
-        for key, runs in found.items()
-    }
-
-
-def settings_of(folder: Path) -> sweep.Settings:
-    """The settings that the files of a sweep were made with."""
-    path = next(iter(sorted(folder.glob("*/*/*.json"))))
-    found = json.loads(path.read_text())["settings"]
-    lists = {name: tuple(v) for name, v in found.items() if isinstance(v, list)}
-    return sweep.Settings(**{**found, **lists})
-
-
-def label(bits) -> str:
-    """Bits as they are written in the field; "float" for none."""
-    return "float" if bits is None else f"W{bits[0]}A{bits[1]}"
 
 
 def tables(folder: Path) -> dict[str, str]:
@@ -168,6 +40,7 @@ def tables(folder: Path) -> dict[str, str]:
 
 
 def table(headers: list[str], lines: Iterable[list]) -> str:
+    """Lines of text as a table in Markdown, the first column to the left."""
     lines = list(lines)
     if not lines:
         return "Not run yet."
@@ -186,11 +59,16 @@ def _accuracy(row: Row | None) -> str:
 def _difference(row: Row | None, other: Row | None) -> str:
     if row is None or other is None or row is other:
         return _NOTHING
-    return _shown(*paired(row.accuracies, other.accuracies))
+    return shown(*paired(row.accuracies, other.accuracies))
 
 
-def _shown(mean: float, half: float) -> str:
-    """A difference, and the half width of its interval."""
+def shown(mean: float, half: float) -> str:
+    """A difference and its interval, as text.
+
+    Args:
+        mean: of the difference; NaN where there is none.
+        half: half width of the interval; NaN where there is none.
+    """
     if math.isnan(half):
         return _NOTHING if math.isnan(mean) else f"{mean:+.2f}"
     return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
@@ -230,7 +108,7 @@ def equal_table(found, settings, network, bits) -> str:
                     str(len(row.accuracies)),
                     _accuracy(row),
                     _difference(row, plain),
-                    _shown(*paired(row.recalibrated, row.accuracies)),
+                    shown(*paired(row.recalibrated, row.accuracies)),
                     _ratio(row, plain) if purpose == "equal" else _NOTHING,
                 ]
             )
@@ -383,90 +261,3 @@ def tuning_table(folder: Path, settings: sweep.Settings) -> str:
                 cells.append(f"**{text}**" if rate == best else text)
         lines.append([method, *cells])
     return table(["method", *(f"{rate:g}" for rate in rates)], lines)
-
-
-def plots(folder: Path) -> dict:
-    """Matplotlib figures by file name; without those that there is no run for yet."""
-    found, settings = rows(folder), settings_of(folder)
-    # Equal figures give equal files.
-    matplotlib.rcParams["svg.hashsalt"] = "tf_lowbit"
-    cost = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
-    _plot_cost(cost.subplots(), found, settings)
-    bits = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
-    _plot_bits(bits.subplots(), found, settings)
-    figures = {"accuracy_cost.svg": cost, "accuracy_bits.svg": bits}
-    return {name: made for name, made in figures.items() if made.axes[0].has_data()}
-
-
-def _plot_cost(axes, found, settings):
-    """W2A2: what the training costs, and what it comes to."""
-    plain = found.get(("equal", SMALL, "plain", (2, 2), settings.epochs))
-    if plain is None:
-        return
-    markers = {"equal": "o", "per_stage": "s"}
-    names = {"equal": "equal total of epochs", "per_stage": "longer"}
-    colors = dict(zip(sweep.METHODS, matplotlib.colormaps["tab10"].colors, strict=True))
-    for (purpose, network, method, bits, epochs), row in found.items():
-        if network != SMALL or bits != (2, 2) or purpose not in markers:
-            continue
-        axes.errorbar(
-            cost_ratio(row, plain),
-            row.mean,
-            yerr=None if math.isnan(row.error) else row.error,
-            marker=markers[purpose],
-            color=colors[method],
-            capsize=3,
-        )
-        axes.annotate(
-            method if purpose == "equal" else f"{method}, {epochs} epochs",
-            (cost_ratio(row, plain), row.mean),
-            xytext=(6, 4),
-            textcoords="offset points",
-            fontsize=8,
-        )
-    float_row = found.get(("equal", SMALL, sweep.FLOAT, None, settings.epochs))
-    if float_row is not None:
-        axes.axhline(float_row.mean, color="black", linestyle="--", linewidth=1)
-        axes.annotate(
-            "float, trained on as long",
-            (1.0, float_row.mean),
-            xycoords=("axes fraction", "data"),
-            xytext=(-4, 4),
-            textcoords="offset points",
-            ha="right",
-            fontsize=8,
-        )
-    for purpose, marker in markers.items():
-        axes.plot([], [], marker, color="gray", label=names[purpose])
-    axes.set_xscale("log")
-    axes.set_xlabel("CPU time of the training, relative to plain")
-    axes.set_ylabel("test accuracy, %")
-    axes.set_title("ResNet-8, W2A2, Fashion-MNIST: mean and standard error over seeds")
-    axes.legend(fontsize=8)
-
-
-def _plot_bits(axes, found, settings):
-    """What the bits cost in accuracy, by method."""
-    for method in sweep.METHODS:
-        here = {
-            bits: found[key]
-            for bits in BITS
-            if (key := ("equal", SMALL, method, bits, settings.epochs)) in found
-        }
-        if len(here) < 2:
-            continue
-        axes.errorbar(
-            [row.bops / 1e6 for row in here.values()],
-            [row.mean for row in here.values()],
-            yerr=[0 if math.isnan(r.error) else r.error for r in here.values()],
-            marker="o",
-            markersize=4,
-            capsize=3,
-            linewidth=1,
-            label=method,
-        )
-    axes.set_xlabel("million bit operations per image (float first and last layer)")
-    axes.set_ylabel("test accuracy, %")
-    axes.set_title("ResNet-8 by bit-width: mean and standard error over seeds")
-    if axes.has_data():
-        axes.legend(fontsize=8, ncols=2)

@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 
 import accuracy_report
+import accuracy_rows
 import peers_plan
 import sweep
 
@@ -44,7 +45,7 @@ def trainings(folder: Path) -> dict[str, _Runs]:
     """
     found: dict[str, _Runs] = {"float": {}, "equal": {}, "deployment": {}}
     paths = (p for purpose in found for p in folder.glob(f"*/{purpose}/*.json"))
-    for _, run in accuracy_report.read_alike(paths):
+    for _, run in accuracy_rows.read_alike(paths):
         if run["seed"] not in sweep.TUNING_SEEDS:
             bits = run["bits"] and tuple(run["bits"])
             key = (run["network"], run["method"], bits)
@@ -74,7 +75,7 @@ def accuracy_table(every: dict[str, _Runs], network: str) -> str:
             lines.append(
                 [
                     peers_plan.NAMES[method],
-                    accuracy_report.label(bits),
+                    accuracy_rows.label(bits),
                     f"{next(iter(runs.values()))['learning_rate']:g}" if values else "",
                     _accuracy_cell(runs, values),
                     *(_NOTHING if method == name else _plus_minus(values, other)
@@ -101,13 +102,13 @@ def _accuracy_cell(runs, values):
 
 def _with_error(values: dict[int, float]) -> str:
     every = list(values.values())
-    error = accuracy_report.standard_error(every)
+    error = accuracy_rows.standard_error(every)
     shown = "" if math.isnan(error) else f" ± {error:.2f}"
     return f"{statistics.mean(every):.2f}{shown}"
 
 
 def _plus_minus(values, other) -> str:
-    mean, half = accuracy_report.paired(values, other)
+    mean, half = accuracy_rows.paired(values, other)
     if math.isnan(mean):
         return _NOTHING
     return f"{mean:+.2f}" + ("" if math.isnan(half) else f" ± {half:.2f}")
@@ -179,7 +180,7 @@ def deployment_table(every: dict[str, _Runs]) -> str:
             for bits in (*peers_plan.BITS, (8, 8)):
                 run = every[purpose].get((network, method, bits), {}).get(0)
                 if run and "file" in run:
-                    head = [network, name, accuracy_report.label(bits)]
+                    head = [network, name, accuracy_rows.label(bits)]
                     lines.append([*head, *_file_cells(run["file"])])
     headers = ["network", "library", "bits", "size", "convolutions (input x weights)"]
     headers += ["operators (float file)", "ROUND", "= trained, %"]
@@ -214,7 +215,7 @@ def refusal_table(every: dict[str, _Runs]) -> str:
             step, message = "network", run.get("refused")
             if not message:
                 step, message = "TFLite file", run.get("file", {}).get("refused")
-            label = accuracy_report.label(bits)
+            label = accuracy_rows.label(bits)
             key = (network, method, step)
             if message and label not in labels.setdefault(key, []):
                 labels[key].append(label)

@@ -8,6 +8,8 @@ measured, and TensorFlow is not needed.
 
 from pathlib import Path
 
+import accuracy_claims
+import accuracy_plots
 import accuracy_report
 import applications_plan
 import costs_report
@@ -43,6 +45,7 @@ def tables(results: Path = RESULTS) -> dict[str, str]:
     peers = peers_report.tables(results / "peers")
     return {
         **{f"accuracy, {name}": table for name, table in accuracy.items()},
+        "accuracy, claims": accuracy_claims.claims_table(results / "accuracy"),
         **{f"peers, {name}": table for name, table in peers.items()},
         **costs_report.tables(results),
     }
@@ -80,7 +83,7 @@ def main(argv):
         temporary = path.with_name(f".{path.name}.partial")
         temporary.write_text(text)
         temporary.replace(path)
-    for name, figure in accuracy_report.plots(RESULTS / "accuracy").items():
+    for name, figure in accuracy_plots.plots(RESULTS / "accuracy").items():
         figure.savefig(RESULTS / "accuracy" / name, metadata={"Date": None})
 
 

@@ -13,7 +13,7 @@ from tests.examples import programs
 
 sys.path.insert(0, str(programs.ROOT / "benchmarks"))
 
-import accuracy_report
+import accuracy_rows
 import peers_files
 import peers_networks
 import peers_plan
@@ -75,14 +75,14 @@ def cells(table):
 
 def test_differences_are_paired_by_seed_with_students_interval():
     ours = {0: 59.0, 1: 60.0, 2: 61.0, 7: 10.0}
-    mean, half = accuracy_report.paired({0: 60.0, 1: 62.0, 2: 64.0}, ours)
+    mean, half = accuracy_rows.paired({0: 60.0, 1: 62.0, 2: 64.0}, ours)
     assert mean == pytest.approx(2.0)
     # Deviation 1, standard error 1 / sqrt(3), quantile of t with 2 degrees of freedom.
     assert half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
-    one = accuracy_report.paired({0: 60.0}, ours)
+    one = accuracy_rows.paired({0: 60.0}, ours)
     assert one[0] == pytest.approx(1.0)
     assert math.isnan(one[1])
-    assert all(math.isnan(x) for x in accuracy_report.paired({3: 60.0}, ours))
+    assert all(math.isnan(x) for x in accuracy_rows.paired({3: 60.0}, ours))
 
 
 def test_the_accuracy_table_has_means_errors_and_what_has_none(made_up):

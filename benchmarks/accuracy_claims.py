@@ -1,0 +1,121 @@
+"""What the paper claims, beside what the accuracy sweep gives."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import sweep
+from accuracy_report import shown, table
+from accuracy_rows import SMALL, paired, rows, settings_of
+
+# Points that count as nothing lost: what a test set of 10,000 images can tell at all.
+EQUAL = 0.2
+TARGET = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """One row of the sweep.
+
+    Attributes:
+        method: a key of `sweep.METHODS` or `sweep.ABLATIONS`, or `sweep.FLOAT`.
+        bits: None for a float network.
+        stages: how many times the sweep's epochs it takes.
+    """
+
+    method: str
+    bits: tuple[int, int] | None = (2, 2)
+    stages: int = 1
+
+    def key(self, settings: sweep.Settings) -> tuple:
+        """Of its row."""
+        purpose = "equal" if self.stages == 1 else "per_stage"
+        if self.method in sweep.ABLATIONS:
+            purpose = "ablation"
+        epochs = self.stages * settings.epochs
+        return purpose, SMALL, self.method, self.bits, epochs
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """That one row is better than another, or not much worse.
+
+    Attributes:
+        text: what is claimed.
+        ours: the row that is claimed to be good.
+        other: what it is measured by.
+        margin: the points that it must be ahead by; negative, that it may be behind.
+    """
+
+    text: str
+    ours: Trained
+    other: Trained
+    margin: float = 0.0
+
+    def verdict(self, mean: float, half: float) -> str:
+        """What an interval of the difference says of it.
+
+        Args:
+            mean: of the difference, in points.
+            half: half width of its interval.
+        """
+        if math.isnan(half):
+            return "one seed"
+        if mean - half > self.margin:
+            return "yes"
+        return "no" if mean + half < self.margin else "not told apart"
+
+
+_PLAIN, _AS_LONG = Trained("plain"), Trained(sweep.FLOAT, None)
+CLAIMS = (
+    *(
+        Claim(f"{method} helps, in no more epochs", Trained(method), _PLAIN)
+        for method in ("TS", "PQ", "TS+PQ", "SP", "JKD", "TS+PQ+JKD", "SP+JKD")
+    ),
+    *(
+        Claim(
+            f"{method} helps, each stage a full training",
+            Trained(method, stages=count),
+            Trained("plain", stages=count),
+        )
+        for method, count in sweep.STAGES.items()
+    ),
+    *(
+        Claim(
+            f"SP in one stage reaches {method} with full stages, to {EQUAL}",
+            Trained("SP"),
+            Trained(method, stages=count),
+            -EQUAL,
+        )
+        for method, count in sweep.STAGES.items()
+    ),
+    *(
+        Claim(
+            f"W4A4 loses nothing, to {EQUAL}: {method}",
+            Trained(method, (4, 4)),
+            _AS_LONG,
+            -EQUAL,
+        )
+        for method in ("plain", "LSQ")
+    ),
+    *(
+        Claim(f"W2A2 within {TARGET} of float: {m}", Trained(m), _AS_LONG, -TARGET)
+        for m in ("plain", "JKD", "LSQ", "LSQ with JKD")
+    ),
+)
+
+
+def claims_table(folder: Path) -> str:
+    """The claims whose runs are there, in Markdown."""
+    found, settings = rows(folder), settings_of(folder)
+    lines = []
+    for claim in CLAIMS:
+        ours, other = (
+            found.get(trained.key(settings)) for trained in (claim.ours, claim.other)
+        )
+        if ours is None or other is None:
+            continue
+        mean, half = paired(ours.accuracies, other.accuracies)
+        if not math.isnan(mean):
+            lines.append([claim.text, shown(mean, half), claim.verdict(mean, half)])
+    return table(["claim", "difference, points", "holds"], lines)
