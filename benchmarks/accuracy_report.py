@@ -18,7 +18,7 @@ from accuracy_rows import (
     settings_of,
 )
 
-_NOTHING = "—"
+NOTHING = "—"
 
 
 def tables(folder: Path) -> dict[str, str]:
@@ -52,13 +52,13 @@ def table(headers: list[str], lines: Iterable[list]) -> str:
 
 def _accuracy(row: Row | None) -> str:
     if row is None:
-        return _NOTHING
+        return NOTHING
     return f"{row.mean:.2f}" + ("" if math.isnan(row.error) else f" ± {row.error:.2f}")
 
 
 def _difference(row: Row | None, other: Row | None) -> str:
     if row is None or other is None or row is other:
-        return _NOTHING
+        return NOTHING
     return shown(*paired(row.accuracies, other.accuracies))
 
 
@@ -70,13 +70,13 @@ def shown(mean: float, half: float) -> str:
         half: half width of the interval; NaN where there is none.
     """
     if math.isnan(half):
-        return _NOTHING if math.isnan(mean) else f"{mean:+.2f}"
+        return NOTHING if math.isnan(mean) else f"{mean:+.2f}"
     return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
 
 
 def _ratio(row: Row, other: Row | None) -> str:
     ratio = math.nan if other is None else cost_ratio(row, other)
-    return _NOTHING if math.isnan(ratio) else f"{ratio:.2f}"
+    return NOTHING if math.isnan(ratio) else f"{ratio:.2f}"
 
 
 def _compared(row: Row, plain: Row | None, other: Row | None) -> list[str]:
@@ -109,7 +109,7 @@ def equal_table(found, settings, network, bits) -> str:
                     _accuracy(row),
                     _difference(row, plain),
                     shown(*paired(row.recalibrated, row.accuracies)),
-                    _ratio(row, plain) if purpose == "equal" else _NOTHING,
+                    _ratio(row, plain) if purpose == "equal" else NOTHING,
                 ]
             )
     headers = ["method", "seeds", "accuracy, %", "against plain", "recalibrated"]
@@ -181,7 +181,7 @@ def large_table(found, settings) -> str:
         row = found.get((purpose, LARGE, sweep.FLOAT, None, epochs))
         if row is not None:
             count = str(len(row.accuracies))
-            lines.insert(0, [name, count, _accuracy(row), _NOTHING])
+            lines.insert(0, [name, count, _accuracy(row), NOTHING])
     return table(["network", "seeds", "accuracy, %", "against plain"], lines)
 
 
@@ -253,7 +253,7 @@ def tuning_table(folder: Path, settings: sweep.Settings) -> str:
         cells = []
         for rate in rates:
             if rate not in scores:
-                cells.append(_NOTHING)
+                cells.append(NOTHING)
             elif scores[rate] is None:
                 cells.append("diverged")
             else:

@@ -41,6 +41,8 @@ NETWORKS = {
 BITS = ("W1A1", "W2A2", "W3A3", "W4A4", "W2A4", "W8A8")
 # The deep one has the leading rows only, and so has INT4.
 LEADING = ("W2A2", "W4A4")
+# Flags that no figure depends on.
+_PLACES = ("data_dir", "folder", "output")
 
 flags.DEFINE_enum("dataset", "fashion_mnist", datasets.names(), "What to train on.")
 flags.DEFINE_string("data_dir", None, "Folder of the data.")
@@ -296,7 +298,7 @@ def main(argv):
         own = FLAGS.get_key_flags_for_module(__name__)
         result = {
             "results": results,
-            "settings": {f.name: f.value for f in own if f.name != "output"},
+            "settings": {f.name: f.value for f in own if f.name not in _PLACES},
             **environment(),
         }
         text = json.dumps(result, indent=2, sort_keys=True)

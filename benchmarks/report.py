@@ -13,6 +13,7 @@ import accuracy_plots
 import accuracy_report
 import applications_plan
 import costs_report
+import deployment_report
 import peers_report
 from absl import app
 
@@ -48,6 +49,7 @@ def tables(results: Path = RESULTS) -> dict[str, str]:
         "accuracy, claims": accuracy_claims.claims_table(results / "accuracy"),
         **{f"peers, {name}": table for name, table in peers.items()},
         **costs_report.tables(results),
+        **deployment_report.tables(results),
     }
 
 

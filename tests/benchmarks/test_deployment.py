@@ -9,7 +9,11 @@ import tf_lowbit as tfl
 from tests.examples import programs
 from tf_lowbit.reporting import environment
 
-RESULTS = programs.ROOT / "benchmarks" / "results" / "deployment.json"
+sys.path.insert(0, str(programs.ROOT / "benchmarks"))
+
+import deployment_report
+
+RESULTS = programs.ROOT / "benchmarks" / "results"
 SETTINGS = {
     "dataset": "digits",
     "limit": 32,
@@ -91,7 +95,7 @@ def test_says_with_what_it_was_measured(measured):
     assert {name: settings[name] for name in SETTINGS} == SETTINGS
     assert settings["network"] == ["plain_cnn"]
     assert settings["bits"] == ["W4A4"]
-    assert "output" not in settings
+    assert not {"output", "folder"} & set(settings)
     assert result["versions"] == environment()["versions"]
     assert "machine" in result
 
@@ -105,36 +109,47 @@ def test_the_networks_are_kept_for_a_second_call(measured):
     assert sorted(p.name for p in folder.iterdir()) == ["deployment.json", "networks"]
 
 
+def test_the_committed_table_has_the_latencies_of_each_machine(measured, tmp_path):
+    _, result, _ = measured
+    for name, machine, factor in (
+        ("deployment.json", ["avx2", "fma"], 3.0),
+        ("deployment-vnni.json", ["avx2", "avx512_vnni"], 1.0),
+    ):
+        other = json.loads(json.dumps(result))
+        other["machine"]["instructions"] = machine
+        for row in other["results"]["plain_cnn"]["files"].values():
+            row["latency to float32"] *= factor
+            row["size"] *= factor
+        (tmp_path / name).write_text(json.dumps(other))
+    shown = deployment_report.tables(tmp_path)["deployment"].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in shown]
+    assert cells[0] == [
+        *("network, file", "size", "gzip", "latency, without", "latency, with VNNI"),
+        *("= trained, %", "accuracy, %"),
+    ]
+    files = result["results"]["plain_cnn"]["files"]
+    assert [row[0] for row in cells[2:]] == [f"plain_cnn, {f}" for f in (*PEERS, OURS)]
+    for line, name in zip(cells[2:], (*PEERS, OURS), strict=True):
+        row = files[name]
+        figures = (row["size"], row["gzip"])
+        assert line[1:3] == [f"{figure:.3f}" for figure in figures]
+        latency = row["latency to float32"]
+        assert line[3:5] == [f"{3 * latency:.2f}", f"{latency:.2f}"]
+        agrees = f"{100 * row['trained_agrees'] / 32:.2f}" if name == OURS else "—"
+        assert line[5] == agrees
+        assert line[6] == f"{100 * row['accuracy']:.2f}"
+
+
 # What is committed
 
 
-@pytest.fixture(scope="module")
-def committed():
+@pytest.fixture(scope="module", params=deployment_report.FILES)
+def committed(request):
     """The committed figures, and the section that quotes them."""
     text = (programs.ROOT / "benchmarks" / "README.md").read_text()
     section = text[text.index("## `deployment.py`") :]
-    return json.loads(RESULTS.read_text()), section[: section.index("\n## ")]
-
-
-def test_the_readmes_table_is_the_committed_json(committed):
-    data, section = committed
-    pattern = r"^\| (\w+), ([^|]+)" + r" \| (\S+)" * 5 + r" \|$"
-    rows = re.findall(pattern, section, re.M)
-    # All rows but heading and rule were understood.
-    assert len(rows) == len(re.findall(r"^\|", section, re.M)) - 2 > 0
-    for network, label, *figures in rows:
-        row = data["results"][network]["files"][label]
-        assert figures == [
-            f"{row['size']:.3f}".removeprefix("0"),
-            f"{row['gzip']:.3f}".removeprefix("0"),
-            f"{row['latency to float32']:.2f}",
-            f"{row['trained_agrees'] / row['test_images']:.2%}".removesuffix("%")
-            if "codes" in row
-            else "—",
-            f"{row['accuracy']:.2%}".removesuffix("%"),
-        ], (network, label)
-    every = {(n, f) for n, r in data["results"].items() for f in r["files"]}
-    assert {row[:2] for row in rows} == every
+    data = json.loads((RESULTS / request.param).read_text())
+    return data, section[: section.index("\n## ")]
 
 
 def test_what_the_readme_says_of_the_proofs_is_in_the_committed_json(committed):
@@ -158,3 +173,37 @@ def test_what_the_readme_says_of_the_proofs_is_in_the_committed_json(committed):
     images = int(found[3].replace(",", ""))
     assert {row["test_images"] for row in ours} == {images}
     assert {row["twin_agrees"] for row in ours} == {images}
+
+
+@pytest.mark.parametrize("committed", deployment_report.FILES[-1:], indirect=True)
+def test_what_the_readme_says_of_the_time_is_in_the_committed_json(committed):
+    data, section = committed
+    words = " ".join(section.split())
+    found = re.search(
+        r"residual networks take ([\d.]+) to ([\d.]+) of float32's .* ours take "
+        r"([\d.]+) to ([\d.]+) of its time on the plain network, "
+        r"([\d.]+) to ([\d.]+) on the residual ones and ([\d.]+) to ([\d.]+) on Mob",
+        words,
+    )
+    assert found, words
+
+    def extremes(networks, other):
+        ratios = [
+            row[f"latency to {other}"]
+            for network in networks
+            for name, row in data["results"][network]["files"].items()
+            if name.startswith("W") and name.endswith("int8")
+        ]
+        return [f"{min(ratios):.2f}", f"{max(ratios):.2f}"]
+
+    plain, residual, mobile = (
+        ["plain_cnn"],
+        ["preact_resnet8", "preact_resnet20"],
+        ["mobilenet_v2"],
+    )
+    assert list(found.groups()) == [
+        *extremes(plain + residual, "float32"),
+        *extremes(plain, "post-training int8"),
+        *extremes(residual, "post-training int8"),
+        *extremes(mobile, "post-training int8"),
+    ]
