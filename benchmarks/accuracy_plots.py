@@ -33,8 +33,11 @@ def _plot_cost(axes, found, settings):
     for (purpose, network, method, bits, epochs), row in found.items():
         if network != SMALL or bits != (2, 2) or purpose not in markers:
             continue
+        ratio = cost_ratio(row, plain)
+        if math.isnan(ratio):
+            continue
         axes.errorbar(
-            cost_ratio(row, plain),
+            ratio,
             row.mean,
             yerr=None if math.isnan(row.error) else row.error,
             marker=markers[purpose],
@@ -43,7 +46,7 @@ def _plot_cost(axes, found, settings):
         )
         axes.annotate(
             method if purpose == "equal" else f"{method}, {epochs} epochs",
-            (cost_ratio(row, plain), row.mean),
+            (ratio, row.mean),
             xytext=(6, 4),
             textcoords="offset points",
             fontsize=8,

@@ -24,6 +24,7 @@ class Row:
         recalibrated: the same with batch normalisation measured anew after the
             training, by seed, of the low-bit runs that tell it.
         cpu_seconds: of the training, by seed.
+        processors: that it ran on, by seed.
         weight_bytes: of the network at its final bits.
         bops: likewise.
     """
@@ -31,6 +32,7 @@ class Row:
     accuracies: dict[int, float]
     recalibrated: dict[int, float]
     cpu_seconds: dict[int, float]
+    processors: dict[int, tuple]
     weight_bytes: int
     bops: int
 
@@ -73,11 +75,23 @@ def paired(values: dict[int, float], other: dict[int, float]) -> tuple[float, fl
 
 
 def cost_ratio(row: Row, other: Row) -> float:
-    """CPU time of the training relative to another row's, the median over seeds."""
-    seeds = sorted(set(row.cpu_seconds) & set(other.cpu_seconds))
+    """CPU time of the training relative to another row's, the median over seeds.
+
+    Of those seeds that ran on the same kind of processor; NaN where there are none.
+    """
+    seeds = [
+        seed
+        for seed, processor in row.processors.items()
+        if other.processors.get(seed) == processor
+    ]
     if not seeds:
         return math.nan
     return float(np.median([row.cpu_seconds[s] / other.cpu_seconds[s] for s in seeds]))
+
+
+def _processor(machine: dict) -> tuple:
+    """What the time of a training depends on: not the system's version."""
+    return machine["processor"], machine["cpus"], *machine["instructions"]
 
 
 def read_alike(paths: Iterable[Path]) -> Iterator[tuple[Path, dict]]:
@@ -125,6 +139,7 @@ def rows(folder: Path) -> dict[tuple, Row]:
                 if run.get("recalibrated_accuracy") is not None
             },
             {run["seed"]: run["cpu_seconds"] for run in runs},
+            {run["seed"]: _processor(run["machine"]) for run in runs},
             runs[0]["weight_bytes"],
             runs[0]["bops"],
         )

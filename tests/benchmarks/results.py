@@ -10,6 +10,7 @@ sys.path.insert(0, str(programs.ROOT / "benchmarks"))
 import sweep
 
 SETTINGS = sweep.Settings()
+MACHINE = {"processor": "x86_64", "cpus": 2, "instructions": ["avx2"]}
 
 
 def put(folder, run, accuracy, cpu_seconds=100.0, settings=SETTINGS, **more):
@@ -25,6 +26,7 @@ def put(folder, run, accuracy, cpu_seconds=100.0, settings=SETTINGS, **more):
             "bops": 10**6,
             "diverged": None if accuracy is not None else "a loss of nan",
             "settings": settings.as_json(),
+            "machine": MACHINE,
             **more,
         },
     )

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from tests.benchmarks.results import SETTINGS, low_bit, put
+from tests.benchmarks.results import MACHINE, SETTINGS, low_bit, put
 from tests.examples import programs
 
 sys.path.insert(0, str(programs.ROOT / "benchmarks"))
@@ -39,6 +39,22 @@ def test_statistics_are_those_computed_by_hand(made_up):
     # Student's t for 2 degrees of freedom at 97.5 %: 4.303.
     assert half == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
     assert accuracy_rows.cost_ratio(other, plain) == pytest.approx(1.11)
+
+
+def test_times_of_different_processors_are_not_compared(made_up):
+    faster = {**MACHINE, "instructions": ["avx2", "avx512f"], "platform": "another"}
+    put(made_up, low_bit("SP", 2), 0.8, 50.0, machine=faster)
+    put(made_up, low_bit("SP", 1), 0.8, 120.0, machine={**MACHINE, "platform": "x"})
+    put(made_up, low_bit("TS", 2), 0.8, 50.0, machine=faster)
+    rows = accuracy_rows.rows(made_up)
+    plain, sampled, staged = (
+        rows["equal", "preact_resnet8", m, (2, 2), 4] for m in ("plain", "SP", "TS")
+    )
+    assert accuracy_rows.cost_ratio(sampled, plain) == pytest.approx(1.15)
+    assert math.isnan(accuracy_rows.cost_ratio(staged, plain))
+    # No point in the plot, which is over the cost.
+    shown = accuracy_plots.plots(made_up)["accuracy_cost.svg"].axes[0].texts
+    assert {text.get_text() for text in shown} == {"plain", "SP"}
 
 
 def test_pairs_are_of_the_same_seed(made_up):
