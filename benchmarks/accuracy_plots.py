@@ -5,6 +5,7 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.figure
+import matplotlib.ticker
 import sweep
 from accuracy_rows import BITS, SMALL, cost_ratio, rows, settings_of
 
@@ -27,29 +28,23 @@ def _plot_cost(axes, found, settings):
     plain = found.get(("equal", SMALL, "plain", (2, 2), settings.epochs))
     if plain is None:
         return
-    markers = {"equal": "o", "per_stage": "s"}
-    names = {"equal": "equal total of epochs", "per_stage": "longer"}
     colors = dict(zip(sweep.METHODS, matplotlib.colormaps["tab10"].colors, strict=True))
-    for (purpose, network, method, bits, epochs), row in found.items():
-        if network != SMALL or bits != (2, 2) or purpose not in markers:
-            continue
-        ratio = cost_ratio(row, plain)
-        if math.isnan(ratio):
-            continue
+    points = {
+        (method, epochs): (ratio, row)
+        for (purpose, network, method, bits, epochs), row in found.items()
+        if network == SMALL and bits == (2, 2) and purpose in ("equal", "per_stage")
+        if not math.isnan(ratio := cost_ratio(row, plain))
+    }
+    lengths = sorted({epochs for _, epochs in points})
+    markers = dict(zip(lengths, "os^D", strict=False))
+    for (method, epochs), (ratio, row) in points.items():
         axes.errorbar(
             ratio,
             row.mean,
             yerr=None if math.isnan(row.error) else row.error,
-            marker=markers[purpose],
+            marker=markers[epochs],
             color=colors[method],
             capsize=3,
-        )
-        axes.annotate(
-            method if purpose == "equal" else f"{method}, {epochs} epochs",
-            (ratio, row.mean),
-            xytext=(6, 4),
-            textcoords="offset points",
-            fontsize=8,
         )
     float_row = found.get(("equal", SMALL, sweep.FLOAT, None, settings.epochs))
     if float_row is not None:
@@ -63,13 +58,17 @@ def _plot_cost(axes, found, settings):
             ha="right",
             fontsize=8,
         )
-    for purpose, marker in markers.items():
-        axes.plot([], [], marker, color="gray", label=names[purpose])
-    axes.set_xscale("log")
+    for method in sweep.METHODS:
+        if any(method == name for name, _ in points):
+            axes.plot([], [], "o", color=colors[method], label=method)
+    for epochs, marker in markers.items():
+        axes.plot([], [], marker, color="black", label=f"{epochs} epochs in total")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
     axes.set_xlabel("CPU time of the training, relative to plain")
     axes.set_ylabel("test accuracy, %")
     axes.set_title("ResNet-8, W2A2, Fashion-MNIST: mean and standard error over seeds")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _plot_bits(axes, found, settings):
