@@ -261,3 +261,19 @@ def tuning_table(folder: Path, settings: sweep.Settings) -> str:
                 cells.append(f"**{text}**" if rate == best else text)
         lines.append([method, *cells])
     return table(["method", *(f"{rate:g}" for rate in rates)], lines)
+
+
+def repeats_table(folder: Path, again: Path) -> str:
+    """Runs that were done twice, of the same seed, on other processors."""
+    found, settings = rows(folder), settings_of(folder)
+    lines = []
+    for key, row in rows(again).items() if again.exists() else ():
+        (_, _, method, bits, epochs), other = key, found[key]
+        name = f"{method}, {label(bits)}"
+        if epochs != settings.epochs:
+            name += f", {epochs} epochs"
+        for seed, accuracy in sorted(row.accuracies.items()):
+            here = other.accuracies[seed]
+            figures = [f"{here:.2f}", f"{accuracy:.2f}", f"{here - accuracy:+.2f}"]
+            lines.append([name, str(seed), *figures])
+    return table(["run", "seed", "accuracy, %", "elsewhere, %", "difference"], lines)

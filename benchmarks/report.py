@@ -46,6 +46,9 @@ def tables(results: Path = RESULTS) -> dict[str, str]:
     peers = peers_report.tables(results / "peers")
     return {
         **{f"accuracy, {name}": table for name, table in accuracy.items()},
+        "accuracy, repeats": accuracy_report.repeats_table(
+            results / "accuracy", results / "accuracy_repeats"
+        ),
         "accuracy, claims": accuracy_claims.claims_table(results / "accuracy"),
         **{f"peers, {name}": table for name, table in peers.items()},
         **costs_report.tables(results),

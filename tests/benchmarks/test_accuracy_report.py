@@ -182,6 +182,19 @@ def test_plots_show_every_row(made_up):
     assert [c.get_label() for c in bits.containers] == ["plain", "SP"]
 
 
+def test_repeats_stand_beside_the_runs_of_the_same_seed(made_up, tmp_path):
+    again = tmp_path / "again"
+    assert accuracy_report.repeats_table(made_up, again) == "Not run yet."
+    put(again, low_bit("SP", 2), 0.83)
+    put(again, low_bit("SP", 0), 0.82)
+    lines = accuracy_report.repeats_table(made_up, again).splitlines()[2:]
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
+    assert cells == [
+        ["SP, W2A2", "0", "81.00", "82.00", "-1.00"],
+        ["SP, W2A2", "2", "84.00", "83.00", "+1.00"],
+    ]
+
+
 def verdicts(folder):
     lines = accuracy_claims.claims_table(folder).splitlines()[2:]
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
