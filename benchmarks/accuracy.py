@@ -30,12 +30,14 @@ flags.DEFINE_integer("dear_seeds", 3, "Seeds of the other rows.")
 flags.adopt_module_key_flags(sweep_flags)
 
 
-def with_rates(runs, rates: dict[str, float]) -> list[sweep.Run]:
-    """The runs, with the learning rates that the tuning chose."""
+def with_rates(runs, rates: dict[tuple, float]) -> list[sweep.Run]:
+    """The runs, with the learning rates that `sweep.tuned` gives."""
     return [
         run
         if run.learning_rate is not None
-        else dataclasses.replace(run, learning_rate=rates[run.method])
+        else dataclasses.replace(
+            run, learning_rate=rates[run.method, sweep.tuned_at(run.bits)]
+        )
         for run in runs
     ]
 

@@ -242,14 +242,14 @@ def widths_table(found, settings) -> str:
 
 
 def tuning_table(folder: Path, settings: sweep.Settings) -> str:
-    """Accuracy on the held-out images by learning rate; the best in bold."""
+    """Accuracy on the held-out images by learning rate; the chosen one in bold."""
     found = {
-        m: scores for m, scores in sweep.tuning(folder, settings).items() if scores
+        k: scores for k, scores in sweep.tuning(folder, settings).items() if scores
     }
     rates = sorted({rate for scores in found.values() for rate in scores})
     lines = []
-    for method, scores in found.items():
-        best = sweep.best_rate(scores)
+    for (method, bits), scores in found.items():
+        chosen = sweep.chosen_rate(method, scores)
         cells = []
         for rate in rates:
             if rate not in scores:
@@ -258,8 +258,8 @@ def tuning_table(folder: Path, settings: sweep.Settings) -> str:
                 cells.append("diverged")
             else:
                 text = f"{100 * scores[rate]:.2f}"
-                cells.append(f"**{text}**" if rate == best else text)
-        lines.append([method, *cells])
+                cells.append(f"**{text}**" if rate == chosen else text)
+        lines.append([method if bits is None else f"{method}, {label(bits)}", *cells])
     return table(["method", *(f"{rate:g}" for rate in rates)], lines)
 
 

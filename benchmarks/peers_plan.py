@@ -96,7 +96,10 @@ def next_of_tuning(
         run
         for network in networks
         for method in (*OURS, *PEERS)
-        for run in _next_runs(folder, sweep.tuning_runs(network, method, settings))
+        for bits in sweep.TUNED_AT
+        for run in _next_runs(
+            folder, sweep.tuning_runs(network, method, bits, settings)
+        )
     ]
 
 
@@ -109,7 +112,7 @@ def _next_runs(folder, runs: dict[float, list[sweep.Run]]) -> list[sweep.Run]:
 
 
 def with_rate(folder: Path, settings: sweep.Settings, run: sweep.Run) -> sweep.Run:
-    """A run with the learning rate that was best on the held-out images.
+    """A run with the learning rate that its method was tuned to.
 
     Args:
         folder: of the results.
@@ -122,7 +125,8 @@ def with_rate(folder: Path, settings: sweep.Settings, run: sweep.Run) -> sweep.R
     if run.method == POST_TRAINING:
         return dataclasses.replace(run, learning_rate=0.0)
     method = "plain" if run.method == FOR_FILE else run.method
-    runs = sweep.tuning_runs(run.network, method, settings)
+    bits = sweep.tuned_at(run.bits)
+    runs = sweep.tuning_runs(run.network, method, bits, settings)
     missing = _next_runs(folder, runs)
     if missing:
         raise ValueError(
@@ -130,7 +134,7 @@ def with_rate(folder: Path, settings: sweep.Settings, run: sweep.Run) -> sweep.R
             f"Received: no file {str(folder / missing[0].path)!r}"
         )
     scores = sweep.tuning_scores(folder, runs)
-    return dataclasses.replace(run, learning_rate=sweep.best_rate(scores))
+    return dataclasses.replace(run, learning_rate=sweep.chosen_rate(method, scores))
 
 
 def adopt(run: sweep.Run, settings: sweep.Settings, source: Path, folder: Path) -> None:

@@ -12,7 +12,11 @@ from pathlib import Path
 # won at which single trainings lose their way.
 TUNING_SEEDS = (100, 101)
 FLOAT = "float"
-TUNED_AT = (2, 2)
+# Bits that the learning rates are tuned at; others take those of the nearer ones.
+TUNED_AT = ((2, 2), (4, 4))
+# A training of the same seed on another processor ends up as far from itself: of rates
+# that are no further from the best, the lowest is taken, where fewer lose their way.
+AS_GOOD = 0.003
 # The grid of learning rates. The tuning starts with two of them, and goes on in the
 # direction of the better one until the best stands between two others.
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -70,12 +74,18 @@ ABLATIONS = {
     "SP from 0.8": ("SP", Method("sp", start=0.8)),
     "LSQ with PQ": ("LSQ", Method("pq", quantizers=("lsq", "lsq"))),
     "LSQ with SP": ("LSQ", Method("sp", quantizers=("lsq", "lsq"))),
-    "LSQ with JKD": ("LSQ", Method(distill="joint", quantizers=("lsq", "lsq"))),
+    # At the rate that a teacher wants, see JKD.
+    "LSQ with JKD": (
+        "LSQ",
+        Method(distill="joint", quantizers=("lsq", "lsq"), learning_rate=0.3),
+    ),
 }
 MIXED = {
     "LSQ, mixed bits": ("LSQ", Method(quantizers=("lsq", "lsq"), mixed=True)),
 }
 _VARIANTS = ABLATIONS | MIXED
+# Methods and bits that are tuned each for itself.
+_TUNED = (*((method, bits) for bits in TUNED_AT for method in METHODS), (FLOAT, None))
 # What mixed bits are chosen from, and the uniform ones whose cost they may have.
 MIXED_FROM = (1, 2, 3, 4, 6, 8)
 MIXED_AS = ((2, 2), (3, 3))
@@ -301,11 +311,18 @@ def is_done(folder: Path, run: Run, settings: Settings) -> bool:
     return not run.is_start or (folder / start_file(run.network, run.seed)).exists()
 
 
-def tuning(folder: Path, settings: Settings) -> dict[str, dict[float, float | None]]:
-    """`tuning_scores` of each method, on the small network."""
+def tuned_at(bits: tuple[int, int] | None) -> tuple[int, int] | None:
+    """The bits whose learning rates a run takes; None for a float one."""
+    if bits is None:
+        return None
+    return TUNED_AT[0] if min(bits) <= 2 else TUNED_AT[1]
+
+
+def tuning(folder: Path, settings: Settings) -> dict[tuple, dict[float, float | None]]:
+    """`tuning_scores` of each method and its bits, on the small network."""
     return {
-        method: tuning_scores(folder, _tuning_runs(method, settings))
-        for method in (*METHODS, FLOAT)
+        key: tuning_scores(folder, tuning_runs("preact_resnet8", *key, settings))
+        for key in _TUNED
     }
 
 
@@ -333,10 +350,16 @@ def tuning_scores(
 
 
 def tuning_runs(
-    network: str, method: str, settings: Settings
+    network: str, method: str, bits: tuple[int, int] | None, settings: Settings
 ) -> dict[float, list[Run]]:
-    """A method's runs, one for each seed, by the learning rates of the grid."""
-    bits = None if method == FLOAT else TUNED_AT
+    """A method's runs, one for each seed, by the learning rates of the grid.
+
+    Args:
+        network: as in `Run`.
+        method: likewise.
+        bits: one of `TUNED_AT`, or None for a float network.
+        settings: of the sweep.
+    """
     return {
         rate: [
             Run("tuning", network, method, bits, seed, settings.epochs, rate)
@@ -344,10 +367,6 @@ def tuning_runs(
         ]
         for rate in RATES
     }
-
-
-def _tuning_runs(method, settings):
-    return tuning_runs("preact_resnet8", method, settings)
 
 
 def next_of_tuning(folder: Path, settings: Settings) -> list[Run]:
@@ -358,8 +377,8 @@ def next_of_tuning(folder: Path, settings: Settings) -> list[Run]:
     """
     return [
         run
-        for method in (*METHODS, FLOAT)
-        for run in next_runs(folder, _tuning_runs(method, settings))
+        for key in _TUNED
+        for run in next_runs(folder, tuning_runs("preact_resnet8", *key, settings))
     ]
 
 
@@ -400,8 +419,24 @@ def best_rate(scores: dict[float, float | None]) -> float:
     return min(scores, key=lambda rate: (-(scores[rate] or 0.0), rate))
 
 
-def tuned(folder: Path, settings: Settings) -> dict[str, float]:
-    """The learning rate of each method and ablation: the best on the held-out images.
+def chosen_rate(method: str, scores: dict[float, float | None]) -> float:
+    """The lowest of the rates that are as good as the best, to `AS_GOOD`.
+
+    The best itself of the float network, which the others are measured by.
+
+    Args:
+        method: as in `Run`.
+        scores: accuracy by rate, None where it diverged.
+    """
+    best = best_rate(scores)
+    if method == FLOAT:
+        return best
+    least = (scores[best] or 0.0) - AS_GOOD
+    return min(rate for rate, score in scores.items() if (score or 0.0) >= least)
+
+
+def tuned(folder: Path, settings: Settings) -> dict[tuple, float]:
+    """The learning rates, by method or ablation and `tuned_at` of the bits.
 
     Raises:
         ValueError: if the tuning is not done.
@@ -412,8 +447,12 @@ def tuned(folder: Path, settings: Settings) -> dict[str, float]:
             "The learning rates must have been tuned. "
             f"Received: no file {str(folder / missing[0].path)!r}"
         )
-    rates = {m: best_rate(scores) for m, scores in tuning(folder, settings).items()}
+    rates = {
+        key: chosen_rate(key[0], found)
+        for key, found in tuning(folder, settings).items()
+    }
     return rates | {
-        name: changed.learning_rate or rates[method]
+        (name, bits): changed.learning_rate or rates[method, bits]
         for name, (method, changed) in _VARIANTS.items()
+        for bits in TUNED_AT
     }

@@ -38,40 +38,65 @@ def test_the_tuning_goes_on_until_the_best_rate_stands_between_others(tmp_path):
             is_lost = run.method == "TS" and steps > 0
             put(tmp_path, run, None if is_lost else 0.9 - 0.1 * abs(steps))
     rates = sweep.tuned(tmp_path, SETTINGS)
-    expected = {**dict.fromkeys([*sweep.METHODS, "float"], 0.1), **best}
-    assert {method: rates.pop(method) for method in expected} == expected
-    # An ablation has the rate of its method, if it is not about the rate.
-    assert rates == {
-        "JKD, rate 0.1": 0.1,
-        "SP+JKD, rate 0.1": 0.1,
-        "JKD, slow teacher": 0.01,
-        "JKD, teacher by labels": 0.01,
-        "JKD, frozen teacher": 0.01,
-        "SP from 0.8": 0.3,
-        "LSQ with PQ": 0.003,
-        "LSQ with SP": 0.003,
-        "LSQ with JKD": 0.003,
-        "LSQ, mixed bits": 0.003,
-    }
-    # 0.03, 0.1 and 0.3 for seven; one or two more for the others.
-    # Each with two seeds.
-    assert tried == 2 * (7 * 3 + (4 + 4 + 4 + 4))
+    # Every other method is tuned to 0.1, at both bit-widths.
+    for bits in ((2, 2), (4, 4)):
+        for method in sweep.METHODS:
+            assert rates.pop((method, bits)) == best.get(method, 0.1)
+        # An ablation has the rate of its method, if it is not about the rate.
+        assert {n: rate for (n, b), rate in rates.items() if b == bits} == {
+            "JKD, rate 0.1": 0.1,
+            "SP+JKD, rate 0.1": 0.1,
+            "JKD, slow teacher": 0.01,
+            "JKD, teacher by labels": 0.01,
+            "JKD, frozen teacher": 0.01,
+            "SP from 0.8": 0.3,
+            "LSQ with PQ": 0.003,
+            "LSQ with SP": 0.003,
+            "LSQ with JKD": 0.3,
+            "LSQ, mixed bits": 0.003,
+        }
+    assert rates["float", None] == 0.1
+    # 0.03, 0.1 and 0.3 for six and float; one or two more for the others.
+    # Each with two seeds; the low-bit ones at two bit-widths.
+    assert tried == 2 * (2 * (6 * 3 + (4 + 4 + 4 + 4)) + 3)
     lines = accuracy_report.tables(tmp_path)["tuning"].splitlines()
-    cells = {line.split()[1]: line.replace("|", "").split()[1:] for line in lines[2:]}
-    assert cells["SP"] == ["—", "—", "70.00", "80.00", "**90.00**", "80.00"]
-    assert cells["TS"] == ["—", "—", "80.00", "**90.00**", "diverged", "—"]
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines[2:]]
+    cells = {name: row for name, *row in cells}
+    for bits in ("W2A2", "W4A4"):
+        row = ["—", "—", "70.00", "80.00", "**90.00**", "80.00"]
+        assert cells[f"SP, {bits}"] == row
+        row = ["—", "—", "80.00", "**90.00**", "diverged", "—"]
+        assert cells[f"TS, {bits}"] == row
+    assert cells["float"] == ["—", "—", "80.00", "**90.00**", "80.00", "—"]
     # Held-out accuracies are in no other table.
     assert accuracy_rows.rows(tmp_path) == {}
 
 
 def test_a_rate_is_judged_by_all_seeds_of_the_tuning(tmp_path):
-    runs = sweep.tuning_runs("preact_resnet8", "SP", SETTINGS)
+    runs = sweep.tuning_runs("preact_resnet8", "SP", (2, 2), SETTINGS)
     for rate, accuracies in {0.03: (0.8, 0.9), 0.1: (0.9, None), 0.3: (0.9,)}.items():
         for run, accuracy in zip(runs[rate], accuracies, strict=False):
             put(tmp_path, run, accuracy)
     scores = sweep.tuning_scores(tmp_path, runs)
     # At 0.1 one diverged; of 0.3 one is not done.
     assert scores == {0.03: pytest.approx(0.85), 0.1: None}
+
+
+def test_of_rates_as_good_as_the_best_the_lowest_is_taken():
+    close = {0.03: 0.890, 0.1: 0.8975, 0.3: 0.9, 1.0: None}
+    assert sweep.chosen_rate("SP", close) == 0.1
+    assert sweep.chosen_rate("SP", {**close, 0.1: 0.8965}) == 0.3
+    assert sweep.chosen_rate("SP", {0.03: None, 0.1: None}) == 0.03
+    # What the others are measured by has its best.
+    assert sweep.chosen_rate("float", close) == 0.3
+    # The search goes on at the best itself.
+    assert sweep.next_rates({0.03: 0.89, 0.1: 0.899, 0.3: 0.9}) == [1.0]
+
+
+def test_others_take_the_rates_of_the_nearer_bits():
+    at = {bits: sweep.tuned_at(bits) for bits in ((2, 2), (1, 2), (3, 3), (4, 4))}
+    assert at == {(2, 2): (2, 2), (1, 2): (2, 2), (3, 3): (4, 4), (4, 4): (4, 4)}
+    assert sweep.tuned_at(None) is None
 
 
 def test_a_run_at_another_rate_is_not_done(tmp_path):

@@ -166,28 +166,30 @@ def test_every_run_has_its_start():
     assert len(made["equal"]) == 2 * 2 * 3 * 6
 
 
-def tune(folder, method, accuracies, network=NETWORK, **more):
+def tune(folder, method, accuracies, network=NETWORK, bits=(2, 2), **more):
     """Writes the files of a tuning: accuracy by learning rate."""
-    runs = sweep.tuning_runs(network, method, SETTINGS)
+    runs = sweep.tuning_runs(network, method, bits, SETTINGS)
     for rate, accuracy in accuracies.items():
         for run in runs[rate]:
             sweep.write(folder / run.path, {"accuracy": accuracy, **more})
 
 
 def test_the_tuning_goes_on_until_the_best_stands_between_others(tmp_path):
-    def wanted(method, network=NETWORK):
+    def wanted(method, network=NETWORK, bits=(2, 2)):
         return [
             run.learning_rate
             for run in peers_plan.next_of_tuning(tmp_path, SETTINGS)
-            if (run.method, run.network) == (method, network)
+            if (run.method, run.network, run.bits) == (method, network, bits)
         ]
 
     # Of each of two seeds.
     assert wanted("larq") == wanted("plain") == [0.03, 0.03, 0.1, 0.1]
     runs = peers_plan.next_of_tuning(tmp_path, SETTINGS)
-    # Two rates, two seeds; ours twice and four peers; two networks.
-    assert len(runs) == len({run.path for run in runs}) == 2 * 2 * (2 + 4) * 2
-    assert {(run.seed, run.bits) for run in runs} == {(100, (2, 2)), (101, (2, 2))}
+    # Two rates, two seeds, two bit-widths; ours twice and four peers; two networks.
+    assert len(runs) == len({run.path for run in runs}) == 2 * 2 * 2 * (2 + 4) * 2
+    assert {(run.seed, run.bits) for run in runs} == {
+        (seed, bits) for seed in (100, 101) for bits in ((2, 2), (4, 4))
+    }
     only = peers_plan.next_of_tuning(tmp_path, SETTINGS, ["plain_cnn"])
     assert {run.network for run in only} == {"plain_cnn"}
     tune(tmp_path, "larq", {0.03: 0.5, 0.1: 0.6})
@@ -195,21 +197,23 @@ def test_the_tuning_goes_on_until_the_best_stands_between_others(tmp_path):
     tune(tmp_path, "larq", {0.3: 0.5})
     assert wanted("larq") == []
     assert wanted("larq", "preact_resnet8") == [0.03, 0.03, 0.1, 0.1]
+    assert wanted("larq", bits=(4, 4)) == [0.03, 0.03, 0.1, 0.1]
     tune(tmp_path, "tfmot", {0.03: None}, refused="RuntimeError: no")
     assert wanted("tfmot") == []
 
 
-def test_the_learning_rate_is_the_best_on_held_out_images(tmp_path):
+def test_the_learning_rate_is_that_of_the_tuning_at_the_same_bits(tmp_path):
     def rate(method, bits):
         run = sweep.Run("equal", NETWORK, method, bits, 0, SETTINGS.epochs)
         return peers_plan.with_rate(tmp_path, SETTINGS, run).learning_rate
 
     tune(tmp_path, "larq", {0.01: 0.5, 0.03: 0.6, 0.1: None})
-    tune(tmp_path, "plain", {0.03: 0.1, 0.1: 0.3, 0.3: 0.2})
-    tune(tmp_path, "tfmot", {0.03: None}, refused="RuntimeError: no")
-    # Tuned at two bits, whatever they are trained at.
-    assert rate("larq", (2, 2)) == rate("larq", (4, 4)) == 0.03
+    tune(tmp_path, "larq", {0.03: 0.5, 0.1: 0.6, 0.3: 0.5}, bits=(4, 4))
+    assert rate("larq", (2, 2)) == 0.03
+    assert rate("larq", (4, 4)) == 0.1
+    tune(tmp_path, "plain", {0.03: 0.1, 0.1: 0.3, 0.3: 0.2}, bits=(4, 4))
     assert rate("plain", (4, 4)) == rate(peers_plan.FOR_FILE, (4, 4)) == 0.1
+    tune(tmp_path, "tfmot", {0.03: None}, refused="RuntimeError: no")
     assert rate("tfmot", (2, 2)) == 0.03
     with pytest.raises(ValueError, match="must have been tuned"):
         rate("qkeras", (2, 2))
