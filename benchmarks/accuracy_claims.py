@@ -30,7 +30,7 @@ class Trained:
     def key(self, settings: sweep.Settings) -> tuple:
         """Of its row."""
         purpose = "equal" if self.stages == 1 else "per_stage"
-        if self.method in sweep.ABLATIONS:
+        if self.method in sweep.ABLATIONS and self.stages == 1:
             purpose = "ablation"
         epochs = self.stages * settings.epochs
         return purpose, SMALL, self.method, self.bits, epochs
@@ -66,7 +66,7 @@ class Claim:
         return "no" if mean + half < self.margin else "not told apart"
 
 
-_PLAIN, _AS_LONG = Trained("plain"), Trained(sweep.FLOAT, None)
+_PLAIN, _FLOAT = Trained("plain"), Trained(sweep.FLOAT, None)
 CLAIMS = (
     *(
         Claim(f"{method} helps, in no more epochs", Trained(method), _PLAIN)
@@ -93,14 +93,20 @@ CLAIMS = (
         Claim(
             f"W4A4 loses nothing, to {EQUAL}: {method}",
             Trained(method, (4, 4)),
-            _AS_LONG,
+            _FLOAT,
             -EQUAL,
         )
         for method in ("plain", "LSQ")
     ),
     *(
-        Claim(f"W2A2 within {TARGET} of float: {m}", Trained(m), _AS_LONG, -TARGET)
-        for m in ("plain", "JKD", "LSQ", "LSQ with JKD")
+        Claim(
+            f"W2A2 within {TARGET} of float, {length}: {method}",
+            Trained(method, stages=count),
+            Trained(sweep.FLOAT, None, count),
+            -TARGET,
+        )
+        for length, count in (("as short", 1), ("as long", 4))
+        for method in ("plain", "JKD", "LSQ", "LSQ with JKD")
     ),
 )
 

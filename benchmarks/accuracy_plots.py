@@ -32,7 +32,8 @@ def _plot_cost(axes, found, settings):
     points = {
         (method, epochs): (ratio, row)
         for (purpose, network, method, bits, epochs), row in found.items()
-        if network == SMALL and bits == (2, 2) and purpose in ("equal", "per_stage")
+        if network == SMALL and bits == (2, 2) and method in colors
+        if purpose in ("equal", "per_stage")
         if not math.isnan(ratio := cost_ratio(row, plain))
     }
     lengths = sorted({epochs for _, epochs in points})

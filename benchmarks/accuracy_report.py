@@ -150,7 +150,8 @@ def per_stage_table(found, settings) -> str:
         long = found.get(("per_stage", SMALL, "plain", (2, 2), epochs))
         methods = [method for method, c in sweep.LENGTHS.items() if c == count]
         for method in ("plain", *methods):
-            row = found.get(("per_stage", SMALL, method, (2, 2), epochs))
+            bits = None if method == sweep.FLOAT else (2, 2)
+            row = found.get(("per_stage", SMALL, method, bits, epochs))
             if row is not None:
                 lines.append([method, str(epochs), *_compared(row, plain, long)])
     headers = ["method", "epochs", "seeds", "accuracy, %"]

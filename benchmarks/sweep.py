@@ -91,8 +91,8 @@ MIXED_FROM = (1, 2, 3, 4, 6, 8)
 MIXED_AS = ((2, 2), (3, 3))
 # Stages at two bits, ladder 8, 4, 2; weights and activations apart at the last rung.
 STAGES = {"TS": 2, "PQ": 3, "TS+PQ": 4}
-# Methods of one stage, trained as long as the most stages take.
-LONG = ("SP", "JKD", "SP+JKD", "LSQ")
+# What is of one stage, trained as long as the most stages take.
+LONG = (FLOAT, "SP", "JKD", "LSQ", "LSQ with JKD")
 # How many times as long the longer trainings are.
 LENGTHS = STAGES | dict.fromkeys(LONG, max(STAGES.values()))
 # What the larger network is trained with, and the wider ones.
@@ -244,9 +244,18 @@ def phases(settings: Settings, seeds: int = 5, dear: int = 3) -> dict[str, list[
         + rows("equal", small, [FLOAT], None, seeds),
         "ablations": rows("ablation", small, ABLATIONS, two, dear),
         "per stage": per_stage,
-        "long": rows(
-            "per_stage", small, LONG, two, dear, LENGTHS[LONG[0]] * settings.epochs
-        ),
+        "long": [
+            run
+            for method in LONG
+            for run in rows(
+                "per_stage",
+                small,
+                [method],
+                None if method == FLOAT else two,
+                dear,
+                LENGTHS[method] * settings.epochs,
+            )
+        ],
         "W4A4": rows("equal", small, METHODS, (4, 4), dear),
         "W1A2": rows("equal", small, METHODS, (1, 2), dear),
         "W3A3": rows("equal", small, METHODS, (3, 3), dear),

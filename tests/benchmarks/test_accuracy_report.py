@@ -106,9 +106,10 @@ def test_other_settings_are_not_mixed_in(made_up):
 def test_longer_trainings_stand_beside_plain_ones_as_long(made_up):
     for method, epochs, accuracy in (
         *(("TS", 8, 0.85), ("plain", 8, 0.84), ("plain", 16, 0.86)),
-        *(("TS+PQ", 16, 0.87), ("JKD", 16, 0.88)),
+        *(("TS+PQ", 16, 0.87), ("JKD", 16, 0.88), ("float", 16, 0.9)),
     ):
-        run = low_bit(method, 0, purpose="per_stage", epochs=epochs)
+        bits = None if method == "float" else (2, 2)
+        run = low_bit(method, 0, bits, "per_stage", epochs)
         put(made_up, run, accuracy, 100.0 * epochs / 4)
     lines = accuracy_report.tables(made_up)["per stage"].splitlines()[2:]
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
@@ -118,6 +119,7 @@ def test_longer_trainings_stand_beside_plain_ones_as_long(made_up):
         ["TS", "8", "1", "85.00", "+5.00", "+1.00", "2.00"],
         ["plain", "16", "1", "86.00", "+6.00", "—", "4.00"],
         ["TS+PQ", "16", "1", "87.00", "+7.00", "+1.00", "4.00"],
+        ["float", "16", "1", "90.00", "+10.00", "+4.00", "4.00"],
         ["JKD", "16", "1", "88.00", "+8.00", "+2.00", "4.00"],
     ]
 
@@ -209,6 +211,9 @@ def test_a_claim_holds_where_its_whole_interval_does(made_up):
         put(made_up, low_bit("plain", seed, (4, 4)), base - 0.001)
         put(made_up, low_bit("float", seed, None), base)
         put(made_up, low_bit("LSQ with JKD", seed, purpose="ablation"), base - 0.01)
+        longer = {"purpose": "per_stage", "epochs": 16}
+        put(made_up, low_bit("float", seed, None, **longer), base)
+        put(made_up, low_bit("LSQ with JKD", seed, **longer), base - 0.004)
     assert verdicts(made_up) == {
         "TS helps, in no more epochs": ("+1.00 [+1.00, +1.00]", "yes"),
         "SP helps, in no more epochs": ("+2.00 [-0.48, +4.48]", "not told apart"),
@@ -219,9 +224,16 @@ def test_a_claim_holds_where_its_whole_interval_does(made_up):
             "not told apart",
         ),
         "W4A4 loses nothing, to 0.2: plain": ("-0.10 [-0.10, -0.10]", "yes"),
-        "W2A2 within 0.5 of float: plain": ("-10.00 [-12.48, -7.52]", "no"),
-        "W2A2 within 0.5 of float: JKD": ("-11.00 [-13.48, -8.52]", "no"),
-        "W2A2 within 0.5 of float: LSQ with JKD": ("-1.00 [-1.00, -1.00]", "no"),
+        "W2A2 within 0.5 of float, as short: plain": ("-10.00 [-12.48, -7.52]", "no"),
+        "W2A2 within 0.5 of float, as short: JKD": ("-11.00 [-13.48, -8.52]", "no"),
+        "W2A2 within 0.5 of float, as short: LSQ with JKD": (
+            "-1.00 [-1.00, -1.00]",
+            "no",
+        ),
+        "W2A2 within 0.5 of float, as long: LSQ with JKD": (
+            "-0.40 [-0.40, -0.40]",
+            "yes",
+        ),
     }
 
 
