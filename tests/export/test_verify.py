@@ -732,6 +732,23 @@ def try_flips():
         _attempt(f"{position}", bytes(content), snapped)
 
 
+@pytest.mark.parametrize("name", ["stem", "stem/weights", "stem/bias"])
+def test_a_tensor_of_another_name_is_reported(file, snapped, name):
+    def rename(edit):
+        edit.tensor(name).name = b"other"
+
+    report = verify(edited(file, rename), snapped)
+    assert not report.ok
+    assert f"tensor {name} of the plan is missing" in report.failures
+    assert "tensor other is not in the plan" in report.failures
+    # The other layers are proved all the same.
+    proved = {entry.layer for entry in report.decisions}
+    assert "stem" not in proved
+    assert proved == {entry.layer for entry in verify(file, snapped).decisions} - {
+        "stem"
+    }
+
+
 def test_scales_that_end_a_process():
     results = _survives("deadly")
     assert results.keys() == DEADLY.keys()

@@ -96,7 +96,7 @@ def verify(
         paths = ", ".join(d.path for d in differences[:3])
         report.failures.append(f"the file differs from the plan in {paths}")
     tensors = Tensors(found)
-    _check_decisions(snapped, tensors, report)
+    _check_decisions(snapped, tensors, Tensors(expected), report)
     runs = all(d.is_harmless for d in differences)
     if runs:
         _check_additions(snapped, tensors, report)
@@ -193,18 +193,23 @@ _OPERATOR = {
 }
 
 
-def _check_decisions(snapped, tensors, report) -> None:
-    """Promise 3."""
+def _check_decisions(snapped, tensors, expected, report) -> None:
+    """Promise 3, of the layers whose tensors are there as they were planned."""
     for layer in twin.integer_layers(snapped.twin):
         output = layer.name
-        if f"{layer.name}/out" in tensors:
+        if f"{layer.name}/out" in expected:
             output = f"{layer.name}/out"
-        operator = tensors.operator_of(output) if output in tensors else None
-        weights = f"{layer.name}/weights"
-        if operator is None or weights not in tensors or not operator[3][0]:
+        weights, biases = f"{layer.name}/weights", f"{layer.name}/bias"
+        if any(
+            name not in tensors or tensors.shape(name) != expected.shape(name)
+            for name in (weights, biases, output)
+        ):
             continue  # Named by the comparison with the plan.
+        operator = tensors.operator_of(output)
+        if operator is None or not operator[3][0]:
+            continue  # Likewise.
         codes = tensors.values(weights)
-        bias = tensors.values(f"{layer.name}/bias")
+        bias = tensors.values(biases)
         in_scale = tensors.scales(operator[3][0])
         out_scale = tensors.scales(output)
         scales = tensors.scales(weights)
