@@ -14,8 +14,8 @@ TUNING_SEEDS = (100, 101)
 FLOAT = "float"
 # Bits that the learning rates are tuned at; others take those of the nearer ones.
 TUNED_AT = ((2, 2), (4, 4))
-# A training of the same seed on another processor ends up as far from itself: of rates
-# that are no further from the best, the lowest is taken, where fewer lose their way.
+# The same seed on another processor may end up as far from itself: of rates that are
+# no further from the best, the lowest is taken, where fewer lose their way.
 AS_GOOD = 0.003
 # The grid of learning rates. The tuning starts with two of them, and goes on in the
 # direction of the better one until the best stands between two others.
@@ -74,7 +74,7 @@ ABLATIONS = {
     "SP from 0.8": ("SP", Method("sp", start=0.8)),
     "LSQ with PQ": ("LSQ", Method("pq", quantizers=("lsq", "lsq"))),
     "LSQ with SP": ("LSQ", Method("sp", quantizers=("lsq", "lsq"))),
-    # At the rate that a teacher wants, see JKD.
+    # At LSQ's rate by an earlier rule, at which it was run; it is JKD's too.
     "LSQ with JKD": (
         "LSQ",
         Method(distill="joint", quantizers=("lsq", "lsq"), learning_rate=0.3),
