@@ -79,6 +79,10 @@ ABLATIONS = {
         "LSQ",
         Method(distill="joint", quantizers=("lsq", "lsq"), learning_rate=0.3),
     ),
+    "LSQ with JKD, rate 0.1": (
+        "LSQ",
+        Method(distill="joint", quantizers=("lsq", "lsq"), learning_rate=0.1),
+    ),
 }
 MIXED = {
     "LSQ, mixed bits": ("LSQ", Method(quantizers=("lsq", "lsq"), mixed=True)),

@@ -53,6 +53,7 @@ def test_the_tuning_goes_on_until_the_best_rate_stands_between_others(tmp_path):
             "LSQ with PQ": 0.003,
             "LSQ with SP": 0.003,
             "LSQ with JKD": 0.3,
+            "LSQ with JKD, rate 0.1": 0.1,
             "LSQ, mixed bits": 0.003,
         }
     assert rates["float", None] == 0.1
