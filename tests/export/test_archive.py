@@ -13,7 +13,7 @@ import pytest
 import tf_lowbit as tfl
 from tf_lowbit import inspection, models
 from tf_lowbit.compat import keras
-from tf_lowbit.export import archive, snapping, twin
+from tf_lowbit.export import archive, archiving, snapping, twin
 from tf_lowbit.export.options import Options
 
 layers = keras.layers
@@ -73,7 +73,7 @@ def rule(weight_bits, activation_bits, weights="dorefa", activations="dorefa", *
 def saved(network, folder, data, **options):
     """A network's twin, and its archive as it comes back."""
     snapped = snapping.snap(network, [data], options=Options(**options))
-    path = archive.save_archive(snapped, folder / "net.npz")
+    path = archiving.save_archive(snapped, folder / "net.npz")
     return snapped, archive.load_archive(path)
 
 
@@ -387,7 +387,7 @@ def test_the_header_says_what_was_done(example):
 
 def test_the_same_twin_gives_the_same_bytes(example, tmp_path):
     _, snapped, _, path = example
-    again = archive.save_archive(snapped, tmp_path / "again.npz")
+    again = archiving.save_archive(snapped, tmp_path / "again.npz")
     assert again.read_bytes() == path.read_bytes()
 
 
@@ -455,7 +455,7 @@ def test_a_fine_tuned_twin(tmp_path):
     snapped = snapping.snap(tfl.quantize(model, [rule(2, 2)]), [images()])
     tuned = snapped.twin.get_layer("mid")
     tuned.latent.assign(np.ones(kernel.shape))
-    found = archive.load_archive(archive.save_archive(snapped, tmp_path / "net.npz"))
+    found = archive.load_archive(archiving.save_archive(snapped, tmp_path / "net.npz"))
     layer = found.layer("mid")
     # From all codes 0 to all codes 3: every accumulator's region is visited.
     level = np.linspace(0, 3, 40)[:, None, None, None]
@@ -531,12 +531,12 @@ def test_a_layer_without_a_form_is_named(example, tmp_path):
     with pytest.raises(
         snapping.ExportError, match=r"form in an archive. Rec.* 'twice'"
     ):
-        archive.save_archive(unknown, tmp_path / "net.npz")
+        archiving.save_archive(unknown, tmp_path / "net.npz")
     image = keras.Input((4, 4, 2))
     flat = layers.Flatten(data_format="channels_first", name="flat")(image)
     turned = snapping.Snapped(keras.Model(image, flat), snapped.options, {}, ())
     with pytest.raises(snapping.ExportError, match=r"channels_last. Received: 'flat'"):
-        archive.save_archive(turned, tmp_path / "net.npz")
+        archiving.save_archive(turned, tmp_path / "net.npz")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -545,7 +545,7 @@ def test_a_layer_without_a_form_is_named(example, tmp_path):
 
 def test_missing_folder(example, tmp_path):
     with pytest.raises(OSError, match=r"must be writable .*Received: "):
-        archive.save_archive(example[1], tmp_path / "missing" / "net.npz")
+        archiving.save_archive(example[1], tmp_path / "missing" / "net.npz")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -554,7 +554,7 @@ def test_read_only_folder(example, tmp_path):
     tmp_path.chmod(0o500)
     try:
         with pytest.raises(PermissionError, match=r"must be writable .*Received: "):
-            archive.save_archive(example[1], tmp_path / "net.npz")
+            archiving.save_archive(example[1], tmp_path / "net.npz")
     finally:
         tmp_path.chmod(0o700)
 
@@ -569,10 +569,10 @@ def test_an_error_leaves_the_file_that_is_there(example, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", refuse)
         with pytest.raises(OSError, match=r"must be writable .*Received: .*net.npz"):
-            archive.save_archive(example[1], path)
+            archiving.save_archive(example[1], path)
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
-    archive.save_archive(example[1], path)
+    archiving.save_archive(example[1], path)
     assert archive.load_archive(path).outputs == example[2].outputs
     assert list(tmp_path.iterdir()) == [path]
 
@@ -580,7 +580,7 @@ def test_an_error_leaves_the_file_that_is_there(example, tmp_path, monkeypatch):
 def test_a_folder_in_its_place(example, tmp_path):
     (tmp_path / "net.npz").mkdir()
     with pytest.raises(OSError, match="must be writable"):
-        archive.save_archive(example[1], tmp_path / "net.npz")
+        archiving.save_archive(example[1], tmp_path / "net.npz")
     assert list(tmp_path.iterdir()) == [tmp_path / "net.npz"]
 
 

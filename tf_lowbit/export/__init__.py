@@ -4,8 +4,8 @@ from tf_lowbit.export.archive import (
     Archive,
     ArchivedLayer,
     load_archive,
-    save_archive,
 )
+from tf_lowbit.export.archiving import save_archive
 from tf_lowbit.export.convert import Export, read_info, to_tflite
 from tf_lowbit.export.files import gzip_bytes
 from tf_lowbit.export.proving import verify

@@ -95,61 +95,46 @@ from pathlib import Path
 
 import numpy as np
 
-from tf_lowbit import quantizers
-from tf_lowbit.compat import keras
-from tf_lowbit.core import grid as core_grid
 from tf_lowbit.core import packing
-from tf_lowbit.export import files, twin
 from tf_lowbit.export.grids import Grid
-from tf_lowbit.export.snapping import ExportError, Snapped
-from tf_lowbit.scheme import graph
-from tf_lowbit.version import __version__
 
-_layers = keras.layers
 FORMAT = "tf_lowbit archive"
 FORMAT_VERSION = 1
 ODD = "odd"
 SIGNED = "signed"
 CONSTANT = "constant"
 
-_HEADER = "header"
+HEADER = "header"
 _WINDOW = ("strides", "padding", "dilation_rate")
 _POOL = ("pool_size", "strides", "padding")
-# Layers of a twin -> type in the archive, settings out of the configuration, arrays.
-_TYPES = {
-    _layers.InputLayer: ("input", (), ()),
-    twin.ToCodes: ("to_codes", (), ()),
-    twin.ToValues: ("to_values", (), ()),
-    twin.IntegerAdd: ("integer_add", ("ratios",), ()),
-    twin.Affine: ("affine", (), ("gain", "offset")),
-    _layers.Activation: ("activation", ("activation",), ()),
-    _layers.Add: ("add", (), ()),
-    _layers.AveragePooling2D: ("average_pool", _POOL, ()),
-    _layers.Concatenate: ("concatenate", ("axis",), ()),
-    _layers.Conv1D: ("conv", _WINDOW, ("kernel", "bias")),
-    _layers.Conv2D: ("conv", _WINDOW, ("kernel", "bias")),
-    _layers.Dense: ("dense", (), ("kernel", "bias")),
-    _layers.DepthwiseConv2D: ("depthwise", _WINDOW, ("kernel", "bias")),
-    _layers.Flatten: ("flatten", (), ()),
-    _layers.GlobalAveragePooling2D: ("global_average_pool", ("keepdims",), ()),
-    _layers.GlobalMaxPooling2D: ("global_max_pool", ("keepdims",), ()),
-    _layers.LayerNormalization: ("layer_norm", ("epsilon",), ("gamma", "beta")),
-    _layers.LeakyReLU: ("leaky_relu", ("alpha",), ()),
-    _layers.MaxPooling1D: ("max_pool", _POOL, ()),
-    _layers.MaxPooling2D: ("max_pool", _POOL, ()),
-    _layers.Multiply: ("multiply", (), ()),
-    _layers.Permute: ("permute", ("dims",), ()),
-    _layers.PReLU: ("prelu", (), ("alpha",)),
-    _layers.ReLU: ("relu", ("max_value",), ()),
-    _layers.Reshape: ("reshape", (), ()),
-    _layers.ZeroPadding1D: ("zero_pad", ("padding",), ()),
-    _layers.ZeroPadding2D: ("zero_pad", ("padding",), ()),
+# Type of a layer without weight codes -> its settings and its arrays.
+FORMS = {
+    "activation": (("activation",), ()),
+    "add": ((), ()),
+    "affine": ((), ("gain", "offset")),
+    "average_pool": (_POOL, ()),
+    "concatenate": (("axis",), ()),
+    "conv": (_WINDOW, ("kernel", "bias")),
+    "dense": ((), ("kernel", "bias")),
+    "depthwise": (_WINDOW, ("kernel", "bias")),
+    "flatten": ((), ()),
+    "global_average_pool": (("keepdims",), ()),
+    "global_max_pool": (("keepdims",), ()),
+    "input": ((), ()),
+    "integer_add": (("ratios",), ()),
+    "layer_norm": (("epsilon",), ("gamma", "beta")),
+    "leaky_relu": (("alpha",), ()),
+    "max_pool": (_POOL, ()),
+    "multiply": ((), ()),
+    "permute": (("dims",), ()),
+    "prelu": ((), ("alpha",)),
+    "relu": (("max_value",), ()),
+    "reshape": ((), ()),
+    "to_codes": ((), ()),
+    "to_values": ((), ()),
+    "zero_pad": (("padding",), ()),
 }
-_INTEGER = {
-    f"integer_{kind}" for kind in (twin.CONV, twin.DEPTHWISE, twin.DENSE, twin.SCALE)
-}
-# Type in the archive -> names of its settings and arrays.
-_FORMS = {kind: (set(keys), set(names)) for kind, keys, names in _TYPES.values()}
+_INTEGER = ("integer_conv", "integer_dense", "integer_depthwise", "integer_scale")
 _COMMON = ("name", "type", "inputs", "shape", "input_grid", "grid", "arrays")
 
 
@@ -258,59 +243,6 @@ class Archive:
         return sum(a.nbytes for layer in self.layers for a in layer.arrays.values())
 
 
-def save_archive(snapped: Snapped, path) -> Path:
-    """Writes a twin as a packed archive, with the weights that it has now.
-
-    The file is written under a temporary name, then renamed: it is whole or not there.
-
-    Args:
-        snapped: of `snap`; its twin may have been fine-tuned.
-        path: where the file goes; `.npz` by custom.
-
-    Returns:
-        The path.
-
-    Raises:
-        ExportError: if a layer has no form in an archive.
-        OSError: if the file cannot be written. One that is there stays.
-    """
-    records, arrays, written = [], {}, {}
-    for index, node in enumerate(graph.nodes(snapped.twin)):
-        inputs = [graph.producer(t).layer.name for t in node.keras_inputs]
-        input_grid = written[inputs[0]] if inputs else None
-        settings, own = _of_layer(node.layer)
-        (output,) = graph.outputs_of(node)
-        grid = _output_grid(node.layer, input_grid)
-        written[node.layer.name] = grid
-        own = {name: np.asarray(a, _little(a.dtype)) for name, a in own.items()}
-        records.append(
-            {
-                "name": node.layer.name,
-                "inputs": inputs,
-                "shape": list(output.shape[1:]),
-                "input_grid": input_grid and input_grid.get_config(),
-                "grid": grid and grid.get_config(),
-                "arrays": {n: [a.dtype.name, list(a.shape)] for n, a in own.items()},
-                **settings,
-            }
-        )
-        arrays |= {f"{index}.{name}": array for name, array in own.items()}
-    header = {
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
-        "library": __version__,
-        "options": dataclasses.asdict(snapped.options),
-        "notes": [str(note) for note in snapped.notes],
-        "inputs": [graph.producer(t).layer.name for t in snapped.twin.inputs],
-        "outputs": [graph.producer(t).layer.name for t in snapped.twin.outputs],
-        "layers": records,
-    }
-    text = json.dumps(header, indent=1).encode()
-    content = io.BytesIO()
-    np.savez_compressed(content, **{_HEADER: np.frombuffer(text, np.uint8)}, **arrays)
-    return files.replace_file(path, content.getvalue())
-
-
 def load_archive(path) -> Archive:
     """Reads an archive, and checks that its parts fit together.
 
@@ -348,105 +280,13 @@ def load_archive(path) -> Archive:
         ) from error
 
 
-# --- writing --------------------------------------------------------------------------
-
-
-def _little(dtype) -> np.dtype:
-    return dtype.newbyteorder("<")
-
-
-def _output_grid(layer, input_grid) -> Grid | None:
-    if isinstance(layer, twin.ToValues):
-        return None
-    return getattr(layer, "grid", input_grid)
-
-
-def _of_layer(layer):
-    """Type and settings of a twin's layer, and its arrays by name."""
-    if isinstance(layer, twin.IntegerLinear):
-        return _of_integer_layer(layer)
-    if type(layer) not in _TYPES:
-        raise ExportError(
-            "Every layer must have a form in an archive. "
-            f"Received: {layer.name!r} of type {type(layer).__name__}"
-        )
-    kind, keys, names = _TYPES[type(layer)]
-    config = layer.get_config()
-    if config.get("data_format") == "channels_first":
-        raise ExportError(
-            "Layers must be channels_last. "
-            f"Received: {layer.name!r} with data_format='channels_first'"
-        )
-    arrays = dict(zip(names, layer.get_weights(), strict=True))
-    return {"type": kind, **{key: config[key] for key in keys}}, arrays
-
-
-def _of_integer_layer(layer):
-    """`_of_layer` of one with weight codes."""
-    weights, grid, steps = _packed_weights(layer)
-    arrays = {
-        "weights": weights,
-        **steps,
-        "signs": layer.signs.numpy().astype(np.int8),
-        "thresholds": layer.thresholds.numpy(),
-        "biases": layer.biases.numpy(),
-        "weight_scales": layer.weight_scales.numpy(),
-    }
-    settings = {
-        "type": f"integer_{layer.kind}",
-        "weight_shape": list(layer.kernel_shape),
-        **grid,
-        "strides": list(layer.strides),
-        "padding": layer.padding,
-        "dilation": list(layer.dilation),
-        "upscale": layer.upscale,
-        "kernel": layer.kernel,
-        "storage": layer.storage,
-        "represents": layer.represents,
-    }
-    return settings, arrays
-
-
-def _packed_weights(layer):
-    """The array of weights, what says how to read it, and the steps' array."""
-    if layer.quantizer is None:
-        codes = layer.latent.numpy()
-        return codes.astype(np.int8), {"weight_grid": CONSTANT}, {}
-    variables = layer.quantizer_variables
-    codes = layer.quantizer.codes(layer.latent, variables).numpy()
-    step = np.asarray(layer.quantizer.step(layer.latent, variables), np.float32)
-    steps = np.broadcast_to(np.ravel(step), (layer.channels,))
-    bits = int(variables["bits"].numpy())
-    grid = _weight_grid(layer.quantizer, bits)
-    indices = (codes + 2**bits - 1) // 2
-    if grid["weight_grid"] == SIGNED:
-        indices = codes - grid["weight_low"]
-    return packing.pack(indices, bits), grid, {"steps": steps}
-
-
-def _weight_grid(quantizer, bits: int) -> dict:
-    # At one bit the signed grid is {-1, +1} too, which needs the odd grid's index.
-    if bits == 1 or isinstance(quantizer, quantizers.DoReFaWeightQuantizer):
-        return {"weight_grid": ODD, "bits": bits}
-    negative, positive = core_grid.signed_limits(bits, quantizer.narrow_range)
-    return {
-        "weight_grid": SIGNED,
-        "bits": bits,
-        "weight_low": -int(negative),
-        "weight_high": int(positive),
-    }
-
-
-# --- reading --------------------------------------------------------------------------
-
-
 def _parts(content: bytes):
     """The header and all other arrays of a file."""
     if not zipfile.is_zipfile(io.BytesIO(content)):
         raise ValueError("no ZIP file, or torn")
     with np.load(io.BytesIO(content), allow_pickle=False) as parts:
         arrays = {name: parts[name] for name in parts.files}
-    header = json.loads(arrays.pop(_HEADER).tobytes())
+    header = json.loads(arrays.pop(HEADER).tobytes())
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ValueError(f"its header is not that of a {FORMAT}")
     return header, arrays
@@ -507,9 +347,9 @@ def _layer(record, arrays) -> ArchivedLayer:
     )
     if layer.is_integer:
         _check_integer_layer(layer)
-    elif layer.type not in _FORMS:
+    elif layer.type not in FORMS:
         raise ValueError(f"{layer.name} has the unknown type {layer.type!r}")
-    elif (set(layer.settings), set(arrays)) != _FORMS[layer.type]:
+    elif (set(layer.settings), set(arrays)) != tuple(map(set, FORMS[layer.type])):
         raise ValueError(
             f"{layer.name} has {[*layer.settings, *arrays]}, which is not what layers "
             f"of type {layer.type!r} have"
