@@ -18,7 +18,8 @@ class Trained:
     """One row of the sweep.
 
     Attributes:
-        method: a key of `sweep.METHODS` or `sweep.ABLATIONS`, or `sweep.FLOAT`.
+        method: a key of `sweep.METHODS`, `sweep.ABLATIONS` or `sweep.STARTS`, or
+            `sweep.FLOAT`.
         bits: None for a float network.
         stages: how many times the sweep's epochs it takes.
     """
@@ -32,6 +33,8 @@ class Trained:
         purpose = "equal" if self.stages == 1 else "per_stage"
         if self.method in sweep.ABLATIONS and self.stages == 1:
             purpose = "ablation"
+        if self.method in sweep.STARTS:
+            purpose = "start"
         epochs = self.stages * settings.epochs
         return purpose, SMALL, self.method, self.bits, epochs
 
@@ -79,6 +82,17 @@ CLAIMS = (
             Trained("plain", stages=count),
         )
         for method, count in sweep.STAGES.items()
+    ),
+    *(
+        Claim(
+            f"TS+PQ helps after an abrupt start, {length}",
+            Trained("TS+PQ, abrupt", stages=count),
+            Trained("plain, abrupt", stages=count),
+        )
+        for length, count in (
+            ("in no more epochs", 1),
+            ("each stage a full training", sweep.STAGES["TS+PQ"]),
+        )
     ),
     *(
         Claim(

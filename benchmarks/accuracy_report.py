@@ -32,6 +32,7 @@ def tables(folder: Path) -> dict[str, str]:
         "bits": bits_table(found, settings),
         "ablations": ablations_table(found, settings),
         "per stage": per_stage_table(found, settings),
+        "starts": starts_table(found, settings),
         "ResNet-20": large_table(found, settings),
         "widths": widths_table(found, settings),
         "mixed": mixed_table(found, settings),
@@ -157,6 +158,25 @@ def per_stage_table(found, settings) -> str:
     headers = ["method", "epochs", "seeds", "accuracy, %"]
     headers += [f"against plain, {settings.epochs} epochs", "against plain, as long"]
     return table([*headers, "CPU"], lines)
+
+
+def starts_table(found, settings) -> str:
+    """Other starts, beside what the sweep's start gives."""
+    lines = []
+    for name, (method, _) in sweep.STARTS.items():
+        for epochs in sweep.start_lengths(name, settings):
+            row = found.get(("start", SMALL, name, (2, 2), epochs))
+            if row is None:
+                continue
+            length = settings.epochs if name == sweep.SCRATCH else epochs
+            purpose = "equal" if length == settings.epochs else "per_stage"
+            parent = found.get((purpose, SMALL, method, (2, 2), length))
+            abrupt = found.get(("start", SMALL, "plain, abrupt", (2, 2), epochs))
+            figures = [_accuracy(row), _difference(row, parent)]
+            seeds = str(len(row.accuracies))
+            lines.append([name, str(epochs), seeds, *figures, _difference(row, abrupt)])
+    headers = ["start", "epochs", "seeds", "accuracy, %", "against the sweep's start"]
+    return table([*headers, "against plain, abrupt"], lines)
 
 
 def large_table(found, settings) -> str:

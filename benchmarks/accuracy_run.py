@@ -47,7 +47,7 @@ def perform(
     model = models.get(
         name, classes=data.classes, input_shape=data.input_shape, width=width
     )
-    if not run.is_start:
+    if starts_from_float(run):
         load_start(model, folder / sweep.start_file(run.network, run.seed))
     trained, stages, callbacks = prepared(model, run, settings, data)
     callbacks.append(experiment.StayFinite())
@@ -100,6 +100,13 @@ def perform(
     sweep.write(folder / run.path, record(run, settings, found))
 
 
+def starts_from_float(run: sweep.Run) -> bool:
+    """Whether a run starts from the float weights of its seed, not from new ones."""
+    if run.is_start:
+        return False
+    return run.bits is None or sweep.method_of(run).from_float
+
+
 class Clock:
     """Wall and CPU time of this process since it was made."""
 
@@ -128,17 +135,12 @@ def record(run: sweep.Run, settings: sweep.Settings, found: dict) -> dict:
     """
     return {
         **dataclasses.asdict(run),
-        "warmup": warmup_of(run),
+        "warmup": sweep.warmup_of(run),
         "measured_on": "held-out" if run.is_held_out else "test",
         **found,
         "settings": settings.as_json(),
         **environment(),
     }
-
-
-def warmup_of(run: sweep.Run) -> float:
-    """Share of each stage over which the learning rate rises."""
-    return 0.0 if run.is_start else sweep.WARMUP
 
 
 def load_data(run, settings, data_dir) -> datasets.Dataset:
@@ -158,7 +160,7 @@ def prepared(model, run, settings, data):
     """What is to be trained, compiled; its stages; and the callback they need."""
     rate = run.learning_rate
     if run.bits is None:
-        warmup = warmup_of(run)
+        warmup = sweep.warmup_of(run)
         stage = tfl.Stage(run.epochs, learning_rate=rate, decay="cosine", warmup=warmup)
         experiment.compile_model(model, rate)
         return model, [stage], [experiment.float_learning_rate(stage, data)]
@@ -171,13 +173,14 @@ def prepared(model, run, settings, data):
         "cosine",
         settings.ladder,
         last_only=True,
-        warmup=warmup_of(run),
+        warmup=sweep.warmup_of(run),
     )
     rules = [tfl.PrecisionRule(".*", *run.bits, *method.quantizers)]
     if method.mixed:
         rules = mixed_rules(model, rules, data)
     quantized = tfl.quantize(model, rules)
-    tfl.calibrate(quantized, data.train)
+    if method.is_gentle:
+        tfl.calibrate(quantized, data.train)
     trainer = experiment.trainer_for(
         quantized,
         model,
@@ -195,7 +198,7 @@ def prepared(model, run, settings, data):
             rate * method.teacher_rate,
             "cosine",
             steps,
-            warmup=warmup_of(run),
+            warmup=sweep.warmup_of(run),
         ),
     )
     return trainer, stages, [tfl.callbacks.StagedPrecision(stages)]

@@ -127,7 +127,7 @@ def fit(network: keras.Model, run: sweep.Run, data: datasets.Dataset) -> dict:
         run.epochs,
         learning_rate=run.learning_rate,
         decay="cosine",
-        warmup=accuracy_run.warmup_of(run),
+        warmup=sweep.warmup_of(run),
     )
     return network.fit(
         data.train,

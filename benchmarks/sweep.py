@@ -25,7 +25,7 @@ _FIRST_RATES = (0.03, 0.1)
 # network: at the full rate at once, a network just quantized may lose its way.
 WARMUP = 0.1
 # Equal total epochs, longer trainings, one thing changed; and what is before them.
-PURPOSES = ("float", "tuning", "equal", "per_stage", "ablation", "mixed")
+PURPOSES = ("float", "tuning", "equal", "per_stage", "ablation", "start", "mixed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Method:
         start: of stochastic precision, the probability at the start.
         mixed: bits for each layer, at the bytes and bit operations of uniform ones.
         learning_rate: where it is not what the tuning chose for the method.
+        from_float: whether it starts from the float weights of its seed.
+        is_gentle: whether ranges are calibrated first, and every stage warms up.
     """
 
     staging: str = "plain"
@@ -49,6 +51,8 @@ class Method:
     start: float = 0.5
     mixed: bool = False
     learning_rate: float | None = None
+    from_float: bool = True
+    is_gentle: bool = True
 
 
 METHODS = {
@@ -84,10 +88,18 @@ ABLATIONS = {
         Method(distill="joint", quantizers=("lsq", "lsq"), learning_rate=0.1),
     ),
 }
+# What starts otherwise: progressive training leads gently to few bits, and so do float
+# weights, calibrated ranges and a warmup, which plain training has here, too.
+SCRATCH = "plain, from scratch"
+STARTS = {
+    SCRATCH: ("plain", Method(from_float=False)),
+    "plain, abrupt": ("plain", Method(is_gentle=False)),
+    "TS+PQ, abrupt": ("TS+PQ", Method("ts+pq", is_gentle=False)),
+}
 MIXED = {
     "LSQ, mixed bits": ("LSQ", Method(quantizers=("lsq", "lsq"), mixed=True)),
 }
-_VARIANTS = ABLATIONS | MIXED
+_VARIANTS = ABLATIONS | STARTS | MIXED
 # Methods and bits that are tuned each for itself.
 _TUNED = (*((method, bits) for bits in TUNED_AT for method in METHODS), (FLOAT, None))
 # What mixed bits are chosen from, and the uniform ones whose cost they may have.
@@ -143,7 +155,7 @@ class Run:
     Attributes:
         purpose: one of `PURPOSES`.
         network: a name of `tf_lowbit.models`, or one with a width: `at_width`.
-        method: a key of `METHODS`, `ABLATIONS` or `MIXED`, or `FLOAT`.
+        method: a key of `METHODS`, `ABLATIONS`, `STARTS` or `MIXED`, or `FLOAT`.
         bits: of weights and activations; None for a float network. Of mixed bits, the
             uniform ones whose cost they may have.
         seed: of data order, augmentation, initial weights and draws.
@@ -196,6 +208,22 @@ def method_of(run: Run) -> Method:
     if run.method in METHODS:
         return METHODS[run.method]
     return _VARIANTS[run.method][1]
+
+
+def warmup_of(run: Run) -> float:
+    """Share of each stage over which the learning rate of a run rises."""
+    _, changed = _VARIANTS.get(run.method, (None, Method()))
+    return 0.0 if run.is_start or not changed.is_gentle else WARMUP
+
+
+def start_lengths(name: str, settings: Settings) -> tuple[int, ...]:
+    """Epochs that a key of `STARTS` is trained for.
+
+    From scratch, for as long as the float network and what starts from it together.
+    """
+    if name == SCRATCH:
+        return (settings.float_epochs + settings.epochs,)
+    return settings.epochs, max(STAGES.values()) * settings.epochs
 
 
 def start_file(network: str, seed: int) -> Path:
@@ -261,6 +289,12 @@ def phases(settings: Settings, seeds: int = 5, dear: int = 3) -> dict[str, list[
             )
         ],
         "W4A4": rows("equal", small, METHODS, (4, 4), dear),
+        "starts": [
+            run
+            for name in STARTS
+            for epochs in start_lengths(name, settings)
+            for run in rows("start", small, [name], two, dear, epochs)
+        ],
         "W1A2": rows("equal", small, METHODS, (1, 2), dear),
         "W3A3": rows("equal", small, METHODS, (3, 3), dear),
         "mixed": [

@@ -54,6 +54,9 @@ def test_the_tuning_goes_on_until_the_best_rate_stands_between_others(tmp_path):
             "LSQ with SP": 0.003,
             "LSQ with JKD": 0.3,
             "LSQ with JKD, rate 0.1": 0.1,
+            "plain, from scratch": 0.1,
+            "plain, abrupt": 0.1,
+            "TS+PQ, abrupt": 0.1,
             "LSQ, mixed bits": 0.003,
         }
     assert rates["float", None] == 0.1
@@ -211,6 +214,23 @@ for method in sys.argv[4:]:
     print(f"{method}:", trainer.teacher is not None,
         rate and (rate.rate.initial_learning_rate, rate.steps),
         precision and precision["config"]["start"])
+for method in ("plain", *sweep.STARTS):
+    network = models.get(run.network, classes=10, input_shape=data.input_shape, width=8)
+    one = dataclasses.replace(changed, purpose="start", method=method)
+    is_from_float = accuracy_run.starts_from_float(one)
+    if is_from_float:
+        accuracy_run.load_start(network, folder / sweep.start_file(run.network, 0))
+    names = {layer.name: layer for layer in network.layers if "_bn" in layer.name}
+    before = {name: layer.gamma.numpy() for name, layer in names.items()}
+    trained, stages, _ = accuracy_run.prepared(network, one, settings, data)
+    norms = {
+        name: layer for layer in getattr(trained, "student", trained).layers
+        if (name := layer.name.removeprefix("quant_")) in names
+    }
+    assert len(norms) == len(names) == 7
+    # Calibrating takes what lies beyond the clip into the normalisations.
+    is_same = all(np.array_equal(before[n], layer.gamma) for n, layer in norms.items())
+    print(f"{method}:", is_from_float, {s.warmup for s in stages}, is_same)
 costs = []
 for purpose, method in (("equal", "LSQ"), ("mixed", "LSQ, mixed bits")):
     network = models.get(run.network, classes=10, input_shape=data.input_shape, width=8)
@@ -265,6 +285,11 @@ for purpose, method, bits in (("equal", "plain", (2, 2)), ("float", "float", Non
     assert "JKD, slow teacher: True (0.006, 0.4) None\n" in done.stdout
     assert "JKD, frozen teacher: True None None\n" in done.stdout
     assert "SP from 0.8: False None 0.8\n" in done.stdout
+    # From the float weights; the warmup; whether the normalisations are as they were.
+    assert "plain: True {0.1} False\n" in done.stdout
+    assert "plain, from scratch: False {0.1} False\n" in done.stdout
+    assert "plain, abrupt: True {0.0} True\n" in done.stdout
+    assert "TS+PQ, abrupt: True {0.0} True\n" in done.stdout
     assert "mixed within the budget: True True\n" in done.stdout
     assert "bits differ: True\n" in done.stdout
     with np.load(folder / sweep.start_file("preact_resnet8", 0)) as file:

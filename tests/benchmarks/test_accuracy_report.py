@@ -174,6 +174,28 @@ def test_an_ablation_stands_beside_its_method(made_up):
     assert len(shown["accuracy_cost.svg"].axes[0].containers) == 2
 
 
+def test_another_start_stands_beside_the_usual_one(made_up):
+    assert sweep.start_lengths("plain, from scratch", SETTINGS) == (12,)
+    assert sweep.start_lengths("plain, abrupt", SETTINGS) == (4, 16)
+    for method, epochs, accuracy in (
+        *(("plain, from scratch", 12, 0.79), ("plain, abrupt", 4, 0.70)),
+        *(("plain, abrupt", 16, 0.83), ("TS+PQ, abrupt", 16, 0.85)),
+    ):
+        put(made_up, low_bit(method, 0, purpose="start", epochs=epochs), accuracy)
+    put(made_up, low_bit("plain", 0, purpose="per_stage", epochs=16), 0.86)
+    lines = accuracy_report.tables(made_up)["starts"].splitlines()[2:]
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
+    # Plain training of four epochs has 80 % with that seed.
+    assert cells == [
+        ["plain, from scratch", "12", "1", "79.00", "-1.00", "—"],
+        ["plain, abrupt", "4", "1", "70.00", "-10.00", "—"],
+        ["plain, abrupt", "16", "1", "83.00", "-3.00", "—"],
+        ["TS+PQ, abrupt", "16", "1", "85.00", "—", "+2.00"],
+    ]
+    claim = "TS+PQ helps after an abrupt start, each stage a full training"
+    assert verdicts(made_up)[claim] == ("+2.00", "one seed")
+
+
 def test_plots_show_every_row(made_up):
     for method, accuracy in (("plain", 0.7), ("SP", 0.72)):
         put(made_up, low_bit(method, 0, bits=(1, 2)), accuracy)
