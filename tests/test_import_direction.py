@@ -19,7 +19,7 @@ LAYERS = (
     {"quantizers"},
     {"scheme"},
     {"inspection", "keras3", "saving"},
-    {"observation"},
+    {"observation", "predictions"},
     {"api", "batch_norm", "tensor_statistics"},
     {"calibration"},
     {"callbacks", "training", "export", "reporting", "requantization"},

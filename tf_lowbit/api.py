@@ -18,9 +18,10 @@ def quantize(
 
     The layers that the rules name get weight quantizers, and the ReLUs that they
     read become quantized ReLUs. Where a layer reads something that no ReLU puts out,
-    a signed quantizer is inserted (ours). Layer names stay; an `activation="relu"` of
-    a weight layer becomes a layer of its own behind it, `conv` -> `conv_relu`. A
-    quantized ReLU clips at its own range, also where a ReLU6 stood.
+    a quantizer is inserted (ours): signed, unless the layers in front tell that there
+    is no negative number, as behind squeeze-and-excite. Layer names stay; an
+    `activation="relu"` of a weight layer becomes a layer of its own behind it, `conv`
+    -> `conv_relu`. A quantized ReLU clips at its own range, also where a ReLU6 stood.
 
     Models among the layers are flattened: their layers keep their names, and have the
     model's in front where a name stands twice, `backbone_conv1`.

@@ -239,8 +239,8 @@ def _rule(part: _Part, weight_bits: int, activation_bits: int) -> PrecisionRule:
 def _unsigned(sources):
     """What a rule must say so that these quantizers come of it."""
     for tensor in sources:
-        if tensor.quantizer.replaces_relu:
+        if getattr(tensor.layer.quantize_config, "replaces", "linear") != "linear":
             return tensor.quantizer
-    # Signed ones are inserted: `scheme.plan`.
+    # Others are inserted: `scheme.plan`.
     learned = isinstance(sources[0].quantizer, LSQActivationQuantizer)
     return "lsq" if learned else "dorefa"

@@ -11,7 +11,7 @@ import rich.console
 import rich.progress
 import rich.table
 
-from tf_lowbit import inspection
+from tf_lowbit import inspection, predictions
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.core import grid
 from tf_lowbit.core.state import assign_values, restored, values_of
@@ -95,7 +95,9 @@ def sensitivity(
     Args:
         model: what `tf_lowbit.quantize` made, calibrated and, at best, trained.
         dataset: iterable of batches, `x` or `(x, y)` or `(x, y, weight)`; for
-            "accuracy" with `y` integer labels [batch] or one-hot [batch, classes].
+            "accuracy" with `y` integer labels or probabilities of the classes. One
+            unit is a binary classifier's: class 1 above 0, or behind a sigmoid above
+            0.5.
         bits: bit-widths from 1 to 8.
         metric: "sqnr" compares the outputs with those of the network in which nothing
             is rounded; "accuracy" compares top-1 accuracies, which is coarse on few
@@ -108,15 +110,16 @@ def sensitivity(
 
     Raises:
         ValueError: if the model is not a quantized network with one output, the dataset
-            is empty or has no labels, or another argument is none of those above.
+            is empty or has no labels that are classes, or another argument is none of
+            those above.
     """
     chosen = _check(model, bits, metric, batches)
     tensors = [t for t in inspection.quantized_tensors(model) if not t.is_residual]
     data = [_parts(b, metric) for b in itertools.islice(iter(dataset), batches)]
     if not data:
         raise ValueError("dataset must hold at least one batch. Received: none")
-    labels = [y for _, y in data]
     scores: dict[str, dict[int, float]] = {}
+    limit = predictions.threshold(model)
     with restored(model.variables), without_dropout(model):
         forward = tf.function(lambda x: model(x, training=True))
 
@@ -126,7 +129,14 @@ def sensitivity(
         def score(found):
             if metric == SQNR:
                 return _sqnr(reference, found)
-            return _accuracy(reference, labels) - _accuracy(found, labels)
+            return accuracy(reference) - accuracy(found)
+
+        def accuracy(found):
+            hits = [
+                predictions.classes(values, limit) == own
+                for values, own in zip(found, classes, strict=True)
+            ]
+            return 100.0 * float(np.mean(np.concatenate(hits)))
 
         given = {
             tensor.name: values_of(tensor.variables.values()) for tensor in tensors
@@ -134,6 +144,11 @@ def sensitivity(
         for tensor in tensors:
             tensor.assign_bits(NOT_ROUNDED)
         reference = outputs()
+        if metric == ACCURACY:
+            classes = [
+                _classes(y, values, model)
+                for (_, y), values in zip(data, reference, strict=True)
+            ]
         for tensor in rich.progress.track(
             tensors, "sensitivity", disable=not progress, transient=True
         ):
@@ -143,8 +158,8 @@ def sensitivity(
                     assign_values(given[tensor.name])
                     tensor.assign_bits(width)
                     scores.setdefault(tensor.name, {})[width] = score(outputs())
-    accuracy = _accuracy(reference, labels) if metric == ACCURACY else None
-    return Sensitivity(metric, chosen, scores, accuracy)
+        exact = accuracy(reference) if metric == ACCURACY else None
+    return Sensitivity(metric, chosen, scores, exact)
 
 
 def _check(model, bits, metric, batches) -> tuple[int, ...]:
@@ -176,11 +191,18 @@ def _parts(batch, metric):
                 "dataset must have labels for the accuracy: batches of (x, y). "
                 "Received: batches of x"
             )
-        labels = np.asarray(batch[1])
-        if labels.ndim == 2 and labels.shape[1] > 1:
-            labels = labels.argmax(axis=1)
-        labels = labels.reshape(-1)
+        labels = batch[1]
     return batch[0], labels
+
+
+def _classes(labels, outputs, model) -> np.ndarray:
+    found = predictions.labels(labels, outputs, model.output_names)
+    if found is None:
+        raise ValueError(
+            "Labels must be classes for the accuracy; metric='sqnr' needs none. "
+            f"Received: labels of type {np.asarray(labels).dtype} that are not"
+        )
+    return found
 
 
 def _sqnr(reference, found) -> float:
@@ -189,12 +211,3 @@ def _sqnr(reference, found) -> float:
     signal = sum(float(np.sum(np.square(a, dtype=np.float64))) for a, _ in pairs)
     noise = sum(float(np.sum(np.square(a - b, dtype=np.float64))) for a, b in pairs)
     return decibels(signal, noise)
-
-
-def _accuracy(outputs, labels) -> float:
-    """In percent."""
-    hits = [
-        np.argmax(values.reshape(len(own), -1), axis=1) == own
-        for values, own in zip(outputs, labels, strict=True)
-    ]
-    return 100.0 * float(np.mean(np.concatenate(hits)))

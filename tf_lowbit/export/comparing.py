@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from tf_lowbit import predictions as classifying
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.export import tflite, twin
 from tf_lowbit.export.float_operators import FLOAT_METHODS
@@ -38,9 +39,11 @@ def compare_on_data(
     outputs = [graph.outputs_of(node)[0] for node in nodes]
     # Called eagerly: tracing takes longer than a test set of this field's size.
     observer = keras.Model(model.inputs, outputs)
+    limit = classifying.threshold(model)
     networks = {"twin": model}
     if trained is not None:
         networks["trained"] = trained
+    names = (model if trained is None else trained).output_names
     everything, plain = Runner(content, intermediates=True), Runner(content)
     rows = [Comparison(node.layer.name, _grid_of(node) is not None) for node in nodes]
     predictions = report.predictions = Predictions(
@@ -56,10 +59,13 @@ def compare_on_data(
             own = tf.nest.flatten(observer(argument, training=False))
             _compare_tensors(rows, nodes, model.inputs, values, found, own)
         first = plain.outputs[0]["name"]
-        chosen = {"file": _argmax(plain(*fed)[first])}
+        outputs = plain(*fed)[first]
+        chosen = {"file": classifying.classes(outputs, limit)}
         for name, network in networks.items():
-            logits = tf.nest.flatten(network(argument, training=False))[0]
-            chosen[name] = _argmax(logits.numpy())
+            own = tf.nest.flatten(network(argument, training=False))[0]
+            chosen[name] = classifying.classes(own.numpy(), limit)
+        if labels is not None:
+            labels = classifying.labels(labels, outputs, names)
         _count_predictions(predictions, chosen, labels)
     if not predictions.examples:
         raise ValueError("data must hold at least one batch. Received: none")
@@ -89,24 +95,14 @@ def _compare_tensors(rows, nodes, inputs, values, found, own) -> None:
 
 
 def _split(batch, names):
-    """Inputs as a list of float32 arrays in the model's order, and labels or None."""
+    """Inputs as a list of float32 arrays in the model's order, and labels as given."""
     inputs, labels = (batch[0], batch[1]) if isinstance(batch, tuple) else (batch, None)
     if isinstance(inputs, dict):
         inputs = [inputs[name] for name in names]
     values = [np.asarray(v, np.float32) for v in tf.nest.flatten(inputs)]
     if not all(np.isfinite(v).all() for v in values):
         raise ValueError("data must be finite. Received: NaN or inf in an input")
-    labels = None if labels is None else np.asarray(labels)
-    if labels is not None and labels.ndim > 1 and labels.shape[-1] > 1:
-        labels = labels.argmax(axis=-1)
-    if labels is None:
-        return values, None
-    if labels.size != len(values[0]):
-        raise ValueError(
-            "There must be one label for each example. "
-            f"Received: labels of shape {labels.shape}, {len(values[0])} examples"
-        )
-    return values, labels.ravel()
+    return values, labels
 
 
 def _fed(model, input_type, index, values):
@@ -189,10 +185,6 @@ def _count_predictions(predictions, chosen, labels) -> None:
         for name, classes in chosen.items():
             right = int((classes == labels).sum())
             predictions.right[name] = predictions.right.get(name, 0) + right
-
-
-def _argmax(outputs) -> np.ndarray:
-    return outputs.reshape(len(outputs), -1).argmax(axis=-1)
 
 
 def _judge(report, tainted) -> None:

@@ -61,8 +61,11 @@ def verify(
         file: path of the file, or its bytes.
         model: the trained, quantized model; or the `Export` or `Snapped` that the file
             was made of (wanted where the twin was fine-tuned).
-        data: iterable of batches, `x` or `(x, y)` with integer labels; None leaves (5)
-            and (6) out.
+        data: iterable of batches, `x` or `(x, y)`; `y` integer labels or probabilities
+            of the classes, of a network with several outputs a tuple or dict of which
+            those of the first output count; without an accuracy if they are no classes.
+            One unit is a binary classifier's: class 1 above 0, or behind a sigmoid
+            above 0.5. None leaves (5) and (6) out.
         trained: the trained model, where `model` is an `Export` or a `Snapped`; not
             given else.
         batches: how many batches of `data` to use; None for all.

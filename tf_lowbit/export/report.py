@@ -53,13 +53,13 @@ class Comparison:
 
 @dataclasses.dataclass
 class Predictions:
-    """Predictions (argmax of the first output) on data.
+    """Predicted classes on data, of the first output: `tf_lowbit.predictions`.
 
     Attributes:
-        examples: how many.
+        examples: how many; of a map of classes, one for each position.
         twin_agrees: of the file's predictions, how many are the twin's.
         trained_agrees: likewise the trained model's; None where there is none.
-        labels: how many examples had a label.
+        labels: how many of them had a label that is a class.
         right: right predictions of "file", "twin" and "trained".
     """
 

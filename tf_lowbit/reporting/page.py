@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tf_lowbit import inspection
+from tf_lowbit import inspection, predictions
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.core.stages import Stage
 from tf_lowbit.reporting import plots
@@ -46,8 +46,11 @@ def report(
 
     Args:
         model: what `tf_lowbit.quantize` made.
-        dataset: finite iterable of batches, `x` or `(x, y)`, `y` integer labels
-            [batch]: the accuracy is measured on all of it. None leaves accuracy and
+        dataset: finite iterable of batches, `x` or `(x, y)`, `y` integer labels or
+            probabilities of the classes, of a network with several outputs a tuple or
+            dict of which those of the first one count: the accuracy is measured on all
+            of it, unless they are no classes. One unit is a binary classifier's: class
+            1 above 0, or behind a sigmoid above 0.5. None leaves accuracy and
             activations out.
         path: of the page. A file that is there is replaced when the page is complete.
         batches: how many batches the activations are measured on.
@@ -118,7 +121,7 @@ def report(
 
 
 def _accuracy(model, dataset) -> tuple[float | None, int]:
-    """Top-1 accuracy in percent and the number of examples; None without labels."""
+    """Top-1 accuracy in percent and the number of examples; None without classes."""
     if getattr(dataset, "cardinality", None) is not None and (
         dataset.cardinality() == tf.data.INFINITE_CARDINALITY
     ):
@@ -127,14 +130,16 @@ def _accuracy(model, dataset) -> tuple[float | None, int]:
             "dataset.take(batches). Received: an endless dataset"
         )
     hits = examples = 0
-    forward = tf.function(lambda x: model(x, training=False))
+    limit = predictions.threshold(model)
+    forward = tf.function(lambda x: tf.nest.flatten(model(x, training=False))[0])
     for batch in dataset:
         if not isinstance(batch, tuple) or len(batch) < 2:
             return None, 0
-        outputs = forward(batch[0])
-        classes = tf.reshape(tf.argmax(outputs, axis=-1), [-1])
-        labels = tf.reshape(tf.cast(batch[1], tf.int64), [-1])
-        hits += int(tf.reduce_sum(tf.cast(classes == labels, tf.int64)))
+        outputs = forward(batch[0]).numpy()
+        labels = predictions.labels(batch[1], outputs, model.output_names)
+        if labels is None:
+            return None, 0
+        hits += int((predictions.classes(outputs, limit) == labels).sum())
         examples += len(labels)
     return 100.0 * hits / examples, examples
 

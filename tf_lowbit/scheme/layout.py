@@ -1,9 +1,10 @@
 """The layout transform: the graph as quantization wants it.
 
 Activations become layers of their own, quantized ReLUs take the place of ReLUs, and
-a signed quantizer is inserted in front of a layer whose input no ReLU puts out (a
-linear bottleneck, the model's input). BatchNormalization and Add stay where they are.
-Around an Add, 8-bit quantizers can stand, as an int8 Add rounds (`residual`).
+a quantizer is inserted in front of a layer whose input no ReLU puts out (a linear
+bottleneck, the model's input), signed unless that is never negative. BatchNormalization
+and Add stay where they are. Around an Add, 8-bit quantizers can stand, as an int8 Add
+rounds (`residual`).
 """
 
 import warnings

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from tf_lowbit import quantizers
 from tf_lowbit.compat import keras
-from tf_lowbit.scheme import graph, registry, residual
+from tf_lowbit.scheme import graph, nonnegative, registry, residual
 from tf_lowbit.scheme.rules import CATCH_ALL, PrecisionRule
 
 
@@ -14,7 +14,8 @@ class Insertion(NamedTuple):
 
     Attributes:
         name: of the new layer.
-        quantizer: a signed activation quantizer, or a residual one.
+        quantizer: an activation quantizer, signed if the tensor may hold negative
+            numbers; or a residual one.
     """
 
     name: str
@@ -174,7 +175,7 @@ class _Planner:
 
     def _insert(self, node, tensor, rule) -> None:
         """One inserted quantizer serves all that read a tensor alike."""
-        quantizer = _signed(rule)
+        quantizer = _inserted(rule, not nonnegative.is_nonnegative(tensor))
         key = (id(tensor), repr(quantizer))
         if key not in self._inserted:
             name = self._name_behind(tensor, "quantizer")
@@ -245,8 +246,8 @@ def _unsigned(rule):
     )
 
 
-def _signed(rule):
-    """The signed quantizer that goes with a rule's unsigned one (ours)."""
+def _inserted(rule, signed: bool):
+    """The quantizer that goes with a rule's one where there is no ReLU (ours)."""
     learned = isinstance(
         quantizers.get(rule.activation_quantizer, quantizers.ACTIVATION),
         quantizers.LSQActivationQuantizer,
@@ -255,5 +256,5 @@ def _signed(rule):
         "lsq" if learned else "uniform",
         quantizers.ACTIVATION,
         bits=rule.activation_bits,
-        signed=True,
+        signed=signed,
     )

@@ -66,7 +66,7 @@ class PrecisionRule:
         if not activation.replaces_relu:
             raise ValueError(
                 "activation_quantizer must be unsigned: it takes a ReLU's place, and "
-                "where there is no ReLU a signed one is inserted. "
+                "where there is no ReLU another one is inserted. "
                 f"Received: activation_quantizer={activation!r}"
             )
 

@@ -1,0 +1,97 @@
+"""Predicted classes, and labels as classes: what every accuracy of the library counts.
+
+A network's first output holds a score for each class in its last axis: for an example,
+or for each position of a map. One unit alone is a binary classifier's, class 1 or 0.
+"""
+
+import numpy as np
+
+from tf_lowbit import inspection
+from tf_lowbit.compat import keras
+from tf_lowbit.scheme import graph
+
+# How far the sum of an example's probabilities may be from 1.
+_SLACK = 1e-3
+
+
+def threshold(network: keras.Model) -> float:
+    """Beyond which value the unit of a binary classifier says class 1.
+
+    Args:
+        network: functional model; its first output counts.
+
+    Returns:
+        0.5 where the last that the network does is a sigmoid; 0 otherwise, for a logit.
+    """
+    tensor = network.outputs[0]
+    while True:
+        node = graph.producer(tensor)
+        layer = inspection.wrapped_layer(node.layer)
+        activation = getattr(layer, "activation", None)
+        is_plain = activation is keras.activations.linear and not layer.weights
+        if not is_plain and not isinstance(
+            layer, keras.layers.Flatten | keras.layers.Reshape
+        ):
+            break
+        tensor = node.keras_inputs[0]
+    is_sigmoid = activation is keras.activations.sigmoid
+    return 0.5 if is_sigmoid or getattr(layer, "symbol", "") == "math.sigmoid" else 0.0
+
+
+def classes(outputs, limit: float) -> np.ndarray:
+    """The predicted classes.
+
+    Args:
+        outputs: [batch, ..., classes], or one unit for two classes.
+        limit: of one unit: `threshold` of the network.
+
+    Returns:
+        One for each example and position, int64, one-dimensional.
+    """
+    outputs = np.asarray(outputs)
+    if outputs.shape[-1] == 1:
+        return (outputs > limit).ravel().astype(np.int64)
+    return outputs.argmax(axis=-1).ravel()
+
+
+def labels(given, outputs, names) -> np.ndarray | None:
+    """Labels as classes, one for each prediction.
+
+    Args:
+        given: integers, one for each example or position; or probabilities of the
+            classes, such as one-hot, in the shape of the outputs. Of a network with
+            several outputs, those of the first one count, of a tuple, list or dict.
+        outputs: of the network's first output.
+        names: of the network's outputs.
+
+    Returns:
+        int64, one-dimensional; None where the numbers are no classes, such as what a
+        regression is trained on.
+
+    Raises:
+        ValueError: if there is not one for each prediction.
+    """
+    if isinstance(given, dict):
+        given = given.get(names[0])
+    elif isinstance(given, tuple | list) and len(names) > 1:
+        given = given[0]
+    if given is None:
+        return None
+    values, outputs = np.asarray(given), np.asarray(outputs)
+    units = outputs.shape[-1]
+    if units > 1 and values.shape == outputs.shape:
+        sums = values.sum(axis=-1)
+        if (values < 0).any() or not np.allclose(sums, 1.0, rtol=0.0, atol=_SLACK):
+            return None
+        return values.argmax(axis=-1).ravel()
+    if values.size * units != outputs.size:
+        raise ValueError(
+            "There must be one label for each example, or each position of a map. "
+            f"Received: labels of shape {values.shape}, outputs of shape "
+            f"{outputs.shape}"
+        )
+    whole = values.ravel().astype(np.int64)
+    is_class = (whole == values.ravel()).all() and (
+        units > 1 or ((whole == 0) | (whole == 1)).all()
+    )
+    return whole if is_class else None
