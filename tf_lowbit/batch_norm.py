@@ -6,6 +6,7 @@ from tf_lowbit import inspection
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.core.state import restored, unchanged_on_error
 from tf_lowbit.observation import (
+    batches_of,
     calibration_samples,
     changed_setting,
     input_batches,
@@ -99,7 +100,7 @@ def recalibrate_batch_norm(model, dataset, batches: int = 32) -> list[str]:
     validate_batches(batches)
     networks = inspection.networks(model)
     if len(networks) > 1:  # Each reads the same batches.
-        dataset = list(itertools.islice(iter(dataset), batches))
+        dataset = list(itertools.islice(batches_of(dataset), batches))
     state = [v for network in networks for v in network.non_trainable_variables]
     with unchanged_on_error(state):
         return [

@@ -10,6 +10,7 @@ from tf_lowbit.compat import keras
 from tf_lowbit.core import grid, ratios
 from tf_lowbit.core.state import restored, unchanged_on_error
 from tf_lowbit.observation import (
+    batches_of,
     calibration_samples,
     validate_batches,
     without_dropout,
@@ -56,7 +57,7 @@ def calibrate(
     validate_batches(batches)
     inspection.require_quantized(model)
     networks = inspection.networks(model)
-    kept = list(itertools.islice(iter(dataset), batches))
+    kept = list(itertools.islice(batches_of(dataset), batches))
     with unchanged_on_error(model.variables):
         return [
             name

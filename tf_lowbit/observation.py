@@ -4,6 +4,8 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
+
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.inspection import QuantizedTensor
 from tf_lowbit.quantizers import ranges
@@ -22,6 +24,21 @@ def validate_batches(batches: int) -> None:
         raise ValueError(f"batches must be >= 1. Received: batches={batches}")
 
 
+def batches_of(dataset) -> Iterator:
+    """Iterates over batches.
+
+    Raises:
+        ValueError: if they are arrays, over whose examples it would go.
+    """
+    if isinstance(dataset, np.ndarray | tf.Tensor | tuple | dict):
+        raise ValueError(
+            "Data must be an iterable of batches; arrays become one by "
+            "tf.data.Dataset.from_tensor_slices((x, y)).batch(32). "
+            f"Received: {type(dataset).__name__}"
+        )
+    return iter(dataset)
+
+
 def input_batches(dataset, batches: int) -> Iterator:
     """The inputs of a dataset's first batches: `x` of `x`, `(x, y)`, `(x, y, weight)`.
 
@@ -29,7 +46,7 @@ def input_batches(dataset, batches: int) -> Iterator:
         ValueError: at the end, if there was none.
     """
     batch = None
-    for batch in itertools.islice(iter(dataset), batches):
+    for batch in itertools.islice(batches_of(dataset), batches):
         yield batch[0] if isinstance(batch, tuple) else batch
     if batch is None:
         raise ValueError("dataset must hold at least one batch. Received: none")

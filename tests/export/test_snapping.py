@@ -766,6 +766,19 @@ def test_bits_of_an_unfinished_stage_are_named():
         export.snap(model, [images()])
 
 
+def test_bits_of_an_earlier_rung_are_noted():
+    model = quantize(network(lambda x: x), [EDGE])
+    assert not any("rule says" in str(n) for n in export.snap(model, [images()]).notes)
+    weights = [t for t in inspection.quantized_tensors(model) if t.latent is not None]
+    for tensor in weights:
+        tensor.assign_bits(5)
+    first, *_ = export.snap(model, [images()]).notes
+    assert str(first) == (
+        "first: its kernel is at 5 bits, its rule says 8; 2 tensors in all are at "
+        "other bits than their rules: those of a stage before the last?"
+    )
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize(
     "name", ["first/kernel", "first_bn/moving_variance", "head/bias"]

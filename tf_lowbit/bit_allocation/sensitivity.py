@@ -15,7 +15,7 @@ from tf_lowbit import inspection, predictions
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.core import grid
 from tf_lowbit.core.state import assign_values, restored, values_of
-from tf_lowbit.observation import validate_batches, without_dropout
+from tf_lowbit.observation import batches_of, validate_batches, without_dropout
 from tf_lowbit.tensor_statistics import decibels
 
 SQNR, ACCURACY = "sqnr", "accuracy"
@@ -115,7 +115,7 @@ def sensitivity(
     """
     chosen = _check(model, bits, metric, batches)
     tensors = [t for t in inspection.quantized_tensors(model) if not t.is_residual]
-    data = [_parts(b, metric) for b in itertools.islice(iter(dataset), batches)]
+    data = [_parts(b, metric) for b in itertools.islice(batches_of(dataset), batches)]
     if not data:
         raise ValueError("dataset must hold at least one batch. Received: none")
     scores: dict[str, dict[int, float]] = {}

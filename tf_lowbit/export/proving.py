@@ -25,6 +25,7 @@ from tf_lowbit.export.options import Options
 from tf_lowbit.export.report import Decisions, Report
 from tf_lowbit.export.running import Runner, runtime
 from tf_lowbit.export.snapping import Snapped, snap
+from tf_lowbit.observation import batches_of
 
 _INT8 = np.arange(-128, 128, dtype=np.int8)
 
@@ -107,7 +108,7 @@ def verify(
     else:
         report.failures.append("the file is not run: it is too far from the plan")
     if data is not None and runs:
-        batch = itertools.islice(iter(data), batches)
+        batch = itertools.islice(batches_of(data), batches)
         compare_on_data(
             content,
             about["input_type"],

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 
 from tf_lowbit.compat import keras, tf
+from tf_lowbit.observation import batches_of
 from tf_lowbit.scheme import graph
 
 
@@ -73,7 +74,7 @@ class Ranges:
         low = np.full(len(tensors), np.inf)
         high = np.full(len(tensors), -np.inf)
         count = 0
-        for batch in itertools.islice(iter(self._data), self._batches):
+        for batch in itertools.islice(batches_of(self._data), self._batches):
             least, greatest = reduced(batch[0] if isinstance(batch, tuple) else batch)
             # NumPy's minimum keeps a NaN.
             low = np.minimum(low, least.numpy())

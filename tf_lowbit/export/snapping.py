@@ -145,6 +145,7 @@ class _Snapper(Builder):
 
     def run(self, progress) -> Snapped:
         """Walks the graph and builds the twin."""
+        self._note_other_bits()
         inputs = []
         for tensor in self.model.inputs:
             made = keras.Input(
@@ -166,6 +167,19 @@ class _Snapper(Builder):
         outputs = [self.values(self._values[id(t)]) for t in self.model.outputs]
         made = keras.Model(inputs, outputs, name=f"{self.model.name}_twin")
         return Snapped(made, self.options, self.ranges.used, tuple(self.notes))
+
+    def _note_other_bits(self) -> None:
+        """Notes tensors whose bits are those of a stage, not of the rules."""
+        tensors = inspection.quantized_tensors(self.model)
+        others = [t for t in tensors if t.bits != t.quantizer.bits]
+        if others:
+            first = others[0]
+            self.note(
+                first.layer.name,
+                f"its {first.attribute} is at {first.bits} bits, its rule says "
+                f"{first.quantizer.bits}; {len(others)} tensors in all are at other "
+                "bits than their rules: those of a stage before the last?",
+            )
 
     def _visit(self, node) -> None:
         layer = inspection.wrapped_layer(node.layer)

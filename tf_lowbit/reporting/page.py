@@ -9,6 +9,7 @@ from pathlib import Path
 from tf_lowbit import inspection, predictions
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.core.stages import Stage
+from tf_lowbit.observation import batches_of
 from tf_lowbit.reporting import plots
 from tf_lowbit.reporting.cost import cost
 from tf_lowbit.reporting.environment import environment
@@ -132,7 +133,7 @@ def _accuracy(model, dataset) -> tuple[float | None, int]:
     hits = examples = 0
     limit = predictions.threshold(model)
     forward = tf.function(lambda x: tf.nest.flatten(model(x, training=False))[0])
-    for batch in dataset:
+    for batch in batches_of(dataset):
         if not isinstance(batch, tuple) or len(batch) < 2:
             return None, 0
         outputs = forward(batch[0]).numpy()
