@@ -523,6 +523,49 @@ def test_float_layers_are_what_the_text_says(tmp_path):
     assert check_layers(found, tensors(snapped.twin, images())) <= 2
 
 
+@keras.utils.register_keras_serializable(package="tests")
+class EvenWeightQuantizer(tfl.quantizers.UniformWeightQuantizer):
+    """Codes that are the uniform ones' doubles: a grid that is not all levels."""
+
+    def codes(self, inputs, variables):
+        return 2 * super().codes(inputs, variables)
+
+
+@keras.utils.register_keras_serializable(package="tests")
+class KnownEvenWeightQuantizer(EvenWeightQuantizer):
+    """The same, which says so."""
+
+    def level_codes(self, bits):
+        highest = 2 * (2 ** (bits - 1) - 1)
+        return range(-highest, highest + 1)
+
+
+def test_codes_of_another_quantizer_are_packed_by_its_levels(tmp_path):
+    known = KnownEvenWeightQuantizer(per_axis=False)
+    network = quantized(chain(), [rule(3, 2, known)], images())
+    _, found = saved(network, tmp_path, images())
+    layer = found.layer("mid")
+    grid = {k: layer.settings[k] for k in ("weight_grid", "weight_low", "weight_high")}
+    assert grid == {"weight_grid": "signed", "weight_low": -6, "weight_high": 6}
+    assert layer.settings["bits"] == 4
+    (kernel,) = (
+        t for t in inspection.quantized_tensors(network) if t.name == "mid/kernel"
+    )
+    signs = layer.arrays["signs"].astype(np.int32)
+    np.testing.assert_array_equal(layer.codes(), kernel.codes().numpy() * signs)
+
+
+def test_codes_beyond_the_levels_are_refused(tmp_path):
+    unknown = EvenWeightQuantizer(per_axis=False)
+    network = quantized(chain(), [rule(3, 2, unknown)], images())
+    message = (
+        r"among the quantizer's level_codes\. Received: '\w+' with codes from -6 to"
+    )
+    with pytest.raises(snapping.ExportError, match=message):
+        saved(network, tmp_path, images())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_layer_without_a_form_is_named(example, tmp_path):
     _, snapped, _, _ = example
     image = keras.Input((4,))

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tf_lowbit import quantizers
 from tf_lowbit.compat import keras
-from tf_lowbit.core import grid as core_grid
 from tf_lowbit.core import packing
 from tf_lowbit.export import archive, files, twin
 from tf_lowbit.export.grids import Grid
@@ -171,22 +169,29 @@ def _packed_weights(layer):
     codes = layer.quantizer.codes(layer.latent, variables).numpy()
     step = np.asarray(layer.quantizer.step(layer.latent, variables), np.float32)
     steps = np.broadcast_to(np.ravel(step), (layer.channels,))
-    bits = int(variables["bits"].numpy())
-    grid = _weight_grid(layer.quantizer, bits)
-    indices = (codes + 2**bits - 1) // 2
-    if grid["weight_grid"] == archive.SIGNED:
-        indices = codes - grid["weight_low"]
-    return packing.pack(indices, bits), grid, {"steps": steps}
+    levels = layer.quantizer.level_codes(int(variables["bits"].numpy()))
+    if not np.isin(codes, levels).all():
+        raise ExportError(
+            "Weight codes must be among the quantizer's level_codes. "
+            f"Received: {layer.name!r} with codes from {codes.min()} to {codes.max()}, "
+            f"{levels}"
+        )
+    grid = _weight_grid(levels)
+    step = 2 if grid["weight_grid"] == archive.ODD else 1
+    packed = packing.pack((codes - levels[0]) // step, grid["bits"])
+    return packed, grid, {"steps": steps}
 
 
-def _weight_grid(quantizer, bits: int) -> dict:
-    # At one bit the signed grid is {-1, +1} too, which needs the odd grid's index.
-    if bits == 1 or isinstance(quantizer, quantizers.DoReFaWeightQuantizer):
+def _weight_grid(levels: range) -> dict:
+    """How an archive says which codes there are."""
+    bits = len(levels).bit_length() - 1
+    # At one bit the signed grid is {-1, +1}, the odd one.
+    if levels == range(1 - 2**bits, 2**bits, 2):
         return {"weight_grid": archive.ODD, "bits": bits}
-    negative, positive = core_grid.signed_limits(bits, quantizer.narrow_range)
+    low, high = levels[0], levels[-1]
     return {
         "weight_grid": archive.SIGNED,
-        "bits": bits,
-        "weight_low": -int(negative),
-        "weight_high": int(positive),
+        "bits": (high - low).bit_length(),
+        "weight_low": low,
+        "weight_high": high,
     }

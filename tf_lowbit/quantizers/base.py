@@ -30,8 +30,9 @@ class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
 
     The object holds configuration; the layer holds the variables. `build` returns
     them as a dict that comes back as `weights`: `bits` (scalar int32) always, and
-    what a subclass adds. Assigning `weights["bits"]` changes the next step and
-    never retraces; `assign_bits` does so and lets the quantizer adapt its range.
+    what a subclass adds in `build_range`. Assigning `weights["bits"]` changes the next
+    step and never retraces; `assign_bits` does so and lets the quantizer adapt its
+    range.
 
     Arithmetic is float32 whatever the dtype of the inputs; the result has their
     dtype.
@@ -54,8 +55,8 @@ class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
 
     def build(self, tensor_shape, name: str, layer) -> dict:
         """Makes the variables on `layer`; `name` prefixes theirs."""
-        variables = {"bits": self._state(layer, f"{name}_bits", self.bits, tf.int32)}
-        self._build_range(tensor_shape, name, layer, variables)
+        variables = {"bits": self.add_state(layer, f"{name}_bits", self.bits, tf.int32)}
+        self.build_range(tensor_shape, name, layer, variables)
         return variables
 
     # Nothing below needs AutoGraph, and converting it makes tracing slower.
@@ -87,7 +88,7 @@ class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
         Args:
             inputs: float32 tensor.
             variables: what `build` returned; for one call they may hold
-                `rounding_bits` besides, which `_rounding_bits` reads.
+                `rounding_bits` besides, which `rounding_bits` reads.
 
         Returns:
             Float32 tensor of the same shape.
@@ -124,7 +125,11 @@ class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
         variables["bits"].assign(grid.validate_bits(bits))
 
     def level_codes(self, bits: int) -> range:
-        """All codes of the grid at `bits` in [1, 8], ascending."""
+        """A range that holds every code of the grid at `bits` in [1, 8].
+
+        Of step 1; or of step 2 from -n to n, the odd codes. Not all of them need be
+        levels, as where those are powers of two.
+        """
         return grid.level_codes(
             bits, signed=self.signed, narrow_range=self.narrow_range
         )
@@ -159,17 +164,36 @@ class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
         arguments = ", ".join(f"{k}={v!r}" for k, v in self.get_config().items())
         return f"{type(self).__name__}({arguments})"
 
-    def _build_range(self, tensor_shape, name, layer, variables):
-        """Adds what the subclass needs to `variables`."""
+    def build_range(self, tensor_shape, name, layer, variables):
+        """Adds what the subclass needs to `variables`: `add_state`, `add_learned`.
+
+        Args:
+            tensor_shape: of what is quantized.
+            name: prefix of the variables' names.
+            layer: that holds them.
+            variables: dict that gets them, by short names.
+        """
 
     @staticmethod
-    def _rounding_bits(variables):
-        """The bits to round to: `bits`, or "not rounded" within the same range."""
+    def rounding_bits(variables):
+        """The bits to round to: `bits`, or "not rounded" within the same range.
+
+        What `quantize` must round by, in place of `variables["bits"]`: stochastic
+        precision leaves it unrounded in the steps in which it is not drawn.
+        """
         return tf.convert_to_tensor(variables.get("rounding_bits", variables["bits"]))
 
     @staticmethod
-    def _state(layer, name, value, dtype=tf.float32, shape=()):
-        """A non-trainable variable that is the same on every replica."""
+    def add_state(layer, name, value, dtype=tf.float32, shape=()):
+        """A non-trainable variable that is the same on every replica.
+
+        Args:
+            layer: that holds it.
+            name: of the variable.
+            value: at first.
+            dtype: of the variable.
+            shape: of the variable.
+        """
         return layer.add_weight(
             name=name,
             shape=shape,
@@ -181,8 +205,16 @@ class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
         )
 
     @staticmethod
-    def _learned(layer, name, value, shape=(), regularizer=None):
-        """A trainable, positive variable of `layer`."""
+    def add_learned(layer, name, value, shape=(), regularizer=None):
+        """A trainable, positive float32 variable: a step or a clip that is learned.
+
+        Args:
+            layer: that holds it.
+            name: of the variable.
+            value: at first.
+            shape: of the variable.
+            regularizer: of the variable, or None.
+        """
         _list_layer_weights_first(layer)
         return layer.add_weight(
             name=name,

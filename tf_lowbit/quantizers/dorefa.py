@@ -31,7 +31,7 @@ class DoReFaWeightQuantizer(WeightQuantizer):
 
     def quantize(self, inputs, variables):
         """See `LowBitQuantizer.quantize`."""
-        bits = self._rounding_bits(variables)
+        bits = self.rounding_bits(variables)
         return ste.normalized_round(inputs, bits, self.max_gradient)
 
     def codes(self, inputs, variables):
@@ -77,7 +77,7 @@ class DoReFaActivationQuantizer(ActivationQuantizer):
 
     def quantize(self, inputs, variables):
         """See `LowBitQuantizer.quantize`."""
-        bits = self._rounding_bits(variables)
+        bits = self.rounding_bits(variables)
         return ste.clip_round(inputs, self.clip, bits, self.implementation)
 
     def codes(self, inputs, variables):

@@ -81,9 +81,10 @@ class LSQWeightQuantizer(_LearnedStep, WeightQuantizer):
         self.narrow_range = narrow_range
         self.channel_axes = tuple(channel_axes)
 
-    def _build_range(self, tensor_shape, name, layer, variables):
+    def build_range(self, tensor_shape, name, layer, variables):
+        """See `LowBitQuantizer.build_range`."""
         shape = channel_shape(tensor_shape, self.channel_axes) if self.per_axis else ()
-        variables["step"] = self._learned(layer, f"{name}_step", 1.0, shape)
+        variables["step"] = self.add_learned(layer, f"{name}_step", 1.0, shape)
 
     def quantize(self, inputs, variables):
         """See `LowBitQuantizer.quantize`."""
@@ -96,7 +97,7 @@ class LSQWeightQuantizer(_LearnedStep, WeightQuantizer):
             bits,
             signed=True,
             narrow_range=self.narrow_range,
-            rounding_bits=self._rounding_bits(variables),
+            rounding_bits=self.rounding_bits(variables),
             gradient_scale=tf.math.rsqrt(sharing * _highest_code(bits, signed=True)),
         )
 
@@ -155,9 +156,12 @@ class LSQActivationQuantizer(_LearnedStep, ActivationQuantizer):
         self.signed = signed
         self.implementation = ste.validate_implementation(implementation)
 
-    def _build_range(self, tensor_shape, name, layer, variables):
-        variables["step"] = self._learned(layer, f"{name}_step", 1.0)
-        variables["calibrated"] = self._state(layer, f"{name}_calibrated", 0, tf.int32)
+    def build_range(self, tensor_shape, name, layer, variables):
+        """See `LowBitQuantizer.build_range`."""
+        variables["step"] = self.add_learned(layer, f"{name}_step", 1.0)
+        variables["calibrated"] = self.add_state(
+            layer, f"{name}_calibrated", 0, tf.int32
+        )
 
     def quantize(self, inputs, variables):
         """See `LowBitQuantizer.quantize`."""
@@ -168,7 +172,7 @@ class LSQActivationQuantizer(_LearnedStep, ActivationQuantizer):
             self._step(variables),
             bits,
             signed=self.signed,
-            rounding_bits=self._rounding_bits(variables),
+            rounding_bits=self.rounding_bits(variables),
             gradient_scale=tf.math.rsqrt(features * _highest_code(bits, self.signed)),
             implementation=self.implementation,
         )

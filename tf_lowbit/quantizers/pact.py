@@ -53,16 +53,19 @@ class PACTActivationQuantizer(ActivationQuantizer):
         self.alpha_decay = alpha_decay
         self.implementation = ste.validate_implementation(implementation)
 
-    def _build_range(self, tensor_shape, name, layer, variables):
+    def build_range(self, tensor_shape, name, layer, variables):
+        """See `LowBitQuantizer.build_range`."""
         penalty = keras.regularizers.l2(self.alpha_decay) if self.alpha_decay else None
-        variables["alpha"] = self._learned(
+        variables["alpha"] = self.add_learned(
             layer, f"{name}_alpha", self.alpha, regularizer=penalty
         )
-        variables["calibrated"] = self._state(layer, f"{name}_calibrated", 0, tf.int32)
+        variables["calibrated"] = self.add_state(
+            layer, f"{name}_calibrated", 0, tf.int32
+        )
 
     def quantize(self, inputs, variables):
         """See `LowBitQuantizer.quantize`."""
-        bits = self._rounding_bits(variables)
+        bits = self.rounding_bits(variables)
         alpha = self._alpha(variables)
         return ste.learned_clip_round(inputs, alpha, bits, self.implementation)
 

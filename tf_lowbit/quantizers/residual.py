@@ -43,9 +43,12 @@ class ResidualQuantizer(ActivationQuantizer):
             )
         super().__init__(bits)
 
-    def _build_range(self, tensor_shape, name, layer, variables):
-        variables["step"] = self._state(layer, f"{name}_step", _FIRST_STEP)
-        variables["calibrated"] = self._state(layer, f"{name}_calibrated", 0, tf.int32)
+    def build_range(self, tensor_shape, name, layer, variables):
+        """See `LowBitQuantizer.build_range`."""
+        variables["step"] = self.add_state(layer, f"{name}_step", _FIRST_STEP)
+        variables["calibrated"] = self.add_state(
+            layer, f"{name}_calibrated", 0, tf.int32
+        )
 
     def assign_bits(self, variables, bits):
         """See `LowBitQuantizer.assign_bits`; takes 8, 16 and 32 alone.
@@ -63,7 +66,7 @@ class ResidualQuantizer(ActivationQuantizer):
     def quantize(self, inputs, variables):
         """See `LowBitQuantizer.quantize`."""
         step = tf.stop_gradient(self.step(inputs, variables))
-        return self._rounded(inputs, step, self._rounding_bits(variables))
+        return self._rounded(inputs, step, self.rounding_bits(variables))
 
     def _rounded(self, inputs, step, rounding_bits):
         return ste.scaled_round(

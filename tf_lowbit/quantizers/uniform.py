@@ -43,7 +43,7 @@ class UniformWeightQuantizer(WeightQuantizer):
             scale,
             bits,
             narrow_range=True,
-            rounding_bits=self._rounding_bits(variables),
+            rounding_bits=self.rounding_bits(variables),
         )
 
     def codes(self, inputs, variables):
@@ -113,15 +113,18 @@ class UniformActivationQuantizer(ActivationQuantizer):
         self.clip = clip
         self.implementation = ste.validate_implementation(implementation)
 
-    def _build_range(self, tensor_shape, name, layer, variables):
-        variables["clip"] = self._state(layer, f"{name}_clip", self.clip)
-        variables["calibrated"] = self._state(layer, f"{name}_calibrated", 0, tf.int32)
+    def build_range(self, tensor_shape, name, layer, variables):
+        """See `LowBitQuantizer.build_range`."""
+        variables["clip"] = self.add_state(layer, f"{name}_clip", self.clip)
+        variables["calibrated"] = self.add_state(
+            layer, f"{name}_calibrated", 0, tf.int32
+        )
 
     def quantize(self, inputs, variables):
         """See `LowBitQuantizer.quantize`."""
         bits = tf.convert_to_tensor(variables["bits"])
         clip = tf.stop_gradient(as_float32(variables["clip"]))
-        return self._rounded(inputs, clip, bits, self._rounding_bits(variables))
+        return self._rounded(inputs, clip, bits, self.rounding_bits(variables))
 
     def _rounded(self, inputs, clip, bits, rounding_bits):
         if not self.signed:
