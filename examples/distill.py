@@ -27,7 +27,7 @@ flags.DEFINE_string("model", "preact_resnet8", "The network of both.")
 flags.DEFINE_integer("bits", 2, "Bits of the student's weights and activations.")
 flags.DEFINE_integer("float_epochs", 20, "Epochs of the float network, their start.")
 flags.DEFINE_integer("epochs", 20, "Epochs of the joint training.")
-flags.DEFINE_float("learning_rate", 0.02, "Of both, at the start.")
+flags.DEFINE_float("learning_rate", 0.02, "Of both, at the start; at batch 32.")
 flags.DEFINE_integer("batch_size", 32, "Images in a batch.")
 flags.DEFINE_integer("seed", 0, "Of the initial weights and the data's order.")
 flags.DEFINE_string("output", "student.h5", "File for the student.")
@@ -59,6 +59,7 @@ def main(argv):
 
     rule = tfl.PrecisionRule(".*", weight_bits=FLAGS.bits, activation_bits=FLAGS.bits)
     student = tfl.quantize(teacher, [rule])
+    tfl.calibrate(student, data.train)
     trainer = tfl.LowBitTrainer(student, teacher, distillation=tfl.JointDistillation())
     steps = FLAGS.epochs * data.steps_per_epoch
     trainer.compile(

@@ -49,7 +49,7 @@ from absl import app, flags
 import tf_lowbit as tfl
 from tf_lowbit import datasets, models, quantizers
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.core.stages import DECAYS, DEFAULT_LADDER, STEP_MILESTONES
+from tf_lowbit.core.stages import DECAYS, STEP_MILESTONES
 
 FLAGS = flags.FLAGS
 
@@ -95,8 +95,9 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_list(
     "ladder",
-    [str(bits) for bits in DEFAULT_LADDER],
-    "Falling bit-widths of the methods pq and ts+pq; 16 and 32 train unrounded.",
+    ["8", "4", "2"],
+    "Falling bit-widths of the methods pq and ts+pq; 16 and 32 train unrounded. The "
+    "paper's is 32,16,8,4,2, for trainings from scratch.",
 )
 flags.DEFINE_bool(
     "last_only",
@@ -131,7 +132,7 @@ flags.DEFINE_integer(
     20,
     "Epochs of the quantized training, in total; 0 trains the float network alone.",
 )
-flags.DEFINE_float("learning_rate", 0.05, "At the start of each quantized stage.")
+flags.DEFINE_float("learning_rate", 0.1, "At the start of each quantized stage.")
 flags.DEFINE_enum("schedule", "cosine", DECAYS, "Learning rate within a stage.")
 flags.DEFINE_list(
     "milestones",
@@ -141,7 +142,7 @@ flags.DEFINE_list(
 )
 flags.DEFINE_float(
     "warmup",
-    0.0,
+    0.1,
     "Share of each quantized stage in which the learning rate rises from 0; of the "
     "whole training for the teacher's.",
 )

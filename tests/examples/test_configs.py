@@ -41,13 +41,21 @@ W2A2 = {
     "weight_quantizer": "dorefa",
     "activation_quantizer": "dorefa",
 }
-FROM_SCRATCH = {**CIFAR, **W2A2, "float_epochs": 0, "epochs": 200, "learning_rate": 0.1}
+FROM_SCRATCH = {
+    **CIFAR,
+    **W2A2,
+    "float_epochs": 0,
+    "epochs": 200,
+    "learning_rate": 0.1,
+    "warmup": 0.0,
+}
 PRETRAINED = {
     **IMAGENET,
     **W2A2,
     "float_checkpoint": "",
     "epochs": 30,
     "learning_rate": 0.005,
+    "warmup": 0.0,
 }
 ALONE = {"method": "plain", "distill": "none"}
 JOINT = {"method": "plain", "distill": "joint", "distill_target": "posteriors"}
@@ -167,6 +175,7 @@ def describe(argv):
         FLAGS.schedule,
         FLAGS.epochs * steps,
         train.milestones(),
+        FLAGS.warmup,
     )
     near = (0, 14, 15, 24, 25, 59, 60, 79, 80, 119, 120)
     found = {

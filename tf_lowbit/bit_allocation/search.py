@@ -46,7 +46,7 @@ def allocate_bits(
     Raises:
         ValueError: if there is no budget, no choice meets it, a layer's cost is
             unknown, or `found` is of another network.
-        ImportError: without SciPy (`pip install 'tf_lowbit[search]'`).
+        ImportError: without SciPy (`pip install '.[search]'`).
     """
     if weight_bytes is None and bops is None:
         raise ValueError(
@@ -135,7 +135,7 @@ def _solve(parts, found, table, budgets) -> dict[str, tuple[int, int]]:
         from scipy import optimize, sparse
     except ImportError as error:
         raise ImportError(
-            "allocate_bits needs SciPy: pip install 'tf_lowbit[search]'"
+            "allocate_bits needs SciPy: pip install '.[search]'"
         ) from error
     pairs = list(table)
     layers = {pair: {c.name: c for c in whole.layers} for pair, whole in table.items()}

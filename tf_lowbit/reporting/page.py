@@ -68,7 +68,7 @@ def report(
     Raises:
         ValueError: if nothing in the model is quantized, it is no single network, or
             the dataset is empty or endless.
-        ImportError: without matplotlib and Jinja (`pip install 'tf_lowbit[report]'`).
+        ImportError: without matplotlib and Jinja (`pip install '.[report]'`).
         OSError: if the page or the folder cannot be written.
     """
     try:
@@ -76,7 +76,7 @@ def report(
         import matplotlib as mpl
     except ImportError as error:
         raise ImportError(
-            "report needs matplotlib and Jinja: pip install 'tf_lowbit[report]'"
+            "report needs matplotlib and Jinja: pip install '.[report]'"
         ) from error
     inspection.require_quantized(model)
     whole = cost(model)
