@@ -506,3 +506,28 @@ def test_an_error_leaves_the_residual_steps():
     with pytest.raises(ValueError, match="NaN or inf"):
         calibrate(model, [np.full((4, 5), np.nan, np.float32)])
     nets.assert_all_equal(nets.snapshot(model.weights), before)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 65535.0])
+@pytest.mark.parametrize("kind", ["uniform", "pact", "lsq"])
+def test_ranges_follow_the_scale_of_the_data(kind, scale):
+    keras.utils.set_random_seed(0)
+    layers = keras.layers
+    model = keras.Sequential(
+        [
+            layers.Dense(8, "relu", use_bias=False, input_shape=(6,), name="first"),
+            layers.Dense(8, "relu", use_bias=False, name="second"),
+            layers.Dense(3, name="head"),
+        ]
+    )
+    x = np.random.default_rng(0).uniform(size=(64, 6)).astype(np.float32)
+    names = {"uniform": "clip", "pact": "alpha", "lsq": "step"}
+    found = {}
+    for factor in (1.0, scale):
+        rule = PrecisionRule("second", None, 4, activation_quantizer=kind)
+        low_bit = quantize(model, [rule])
+        calibrate(low_bit, [x * np.float32(factor)])
+        (tensor,) = inspection.quantized_tensors(low_bit)
+        found[factor] = float(tensor.variables[names[kind]])
+    # Neither clipped nor rounded while measured, whatever the scale.
+    assert found[scale] / found[1.0] == pytest.approx(scale, rel=1e-4)

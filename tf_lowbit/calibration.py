@@ -15,6 +15,7 @@ from tf_lowbit.observation import (
     validate_batches,
     without_dropout,
 )
+from tf_lowbit.quantizers import sampling
 
 # A step that float32 has put just above a ratio is of that ratio: tying twice is as
 # tying once. A range that is a millionth shorter clips nothing worth mention.
@@ -75,21 +76,17 @@ def _calibrate(model, batches, fit_batch_norm) -> list[str]:
     ]
     if not tensors:
         return names
-    with restored(_changing(model, tensors)), without_dropout(model):
-        for tensor in tensors:
-            tensor.quantizer.open_range(tensor.variables)
+    # The moving averages are not to move.
+    with (
+        restored(model.non_trainable_variables),
+        without_dropout(model),
+        sampling.opened(tensor.variables for tensor in tensors),
+    ):
         samples = calibration_samples(model, tensors, batches)
     for tensor in tensors:
         tensor.quantizer.calibrate(samples[tensor.name], tensor.variables)
     tie_residuals(model)
     return [*names, *(tensor.name for tensor in tensors)]
-
-
-def _changing(model, tensors):
-    """The variables that measuring touches: ranges, bits and moving averages."""
-    yield from model.non_trainable_variables
-    for tensor in tensors:
-        yield from (v for v in tensor.variables.values() if v.trainable)
 
 
 def tie_residuals(model: keras.Model) -> None:

@@ -362,6 +362,52 @@ def test_a_second_training_starts_over():
     assert seen.iterations == [STEPS, 2 * STEPS]
 
 
+class Interrupt(keras.callbacks.Callback):
+    """Stops a training as a user does, behind a step."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == 1:
+            raise KeyboardInterrupt
+
+
+def test_other_stages_bring_their_bits_and_a_fresh_optimizer():
+    model = quantized_net()
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, [tfl.Stage(2, 8, 8), tfl.Stage(2, 2, 2)], [Interrupt()])
+    assert int(model.optimizer.iterations) > 0
+    seen = Recorder()
+    fit(model, [tfl.Stage(2, 4, 32), tfl.Stage(2, 2, 2)], [seen])
+    names = ("middle/kernel", "relu/output")
+    bits = [tuple(epoch[name] for name in names) for epoch in seen.bits]
+    assert bits == [(4, 32), (4, 32), (2, 2), (2, 2)]
+    # Steps since the last reset: one when the interrupted training was given up.
+    assert seen.iterations == [STEPS, 2 * STEPS, STEPS, 2 * STEPS]
+
+
+def test_a_longer_list_goes_by_its_own_bits():
+    model = quantized_net()
+    fit(model, [tfl.Stage(2, 8, 8), tfl.Stage(2, 8, 4)])
+    seen = Recorder()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", tfl.QuantizationWarning)
+        fit(model, [tfl.Stage(4, 8, 4), tfl.Stage(4, 2, 2)], [seen], initial_epoch=4)
+    assert {epoch["middle/kernel"] for epoch in seen.bits} == {2}
+
+
+class StopEarly(keras.callbacks.Callback):
+    """As early stopping does, after the first epoch."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.model.stop_training = True
+
+
+def test_warns_where_the_training_ends_before_its_last_stage():
+    model = quantized_net()
+    message = r"reach its last stage.*Received: \S+ at 8 bits, and \d+ other quantizers"
+    with pytest.warns(tfl.QuantizationWarning, match=message):
+        fit(model, [tfl.Stage(2, 8, 8), tfl.Stage(2, 2, 2)], [StopEarly()])
+
+
 def test_runs_on_two_replicas(mirrored):
     strategy = mirrored(2)
     assert strategy.num_replicas_in_sync == 2

@@ -374,3 +374,58 @@ def test_the_networks_of_this_package(name):
     tfl.calibrate(model, [x])
     proof = prove(model, x)
     assert proof.report.end_to_end == 0
+
+
+def test_floats_of_a_signed_grid_are_those_of_its_name(tmp_path):
+    keras.utils.set_random_seed(0)
+    image = keras.Input((6,))
+    x = layers.Dense(8, activation="relu", name="d1")(image)
+    x = layers.Dense(8, name="d2")(x)
+    model = keras.Model(image, layers.Dense(3, name="head")(x))
+    rule = Rule(".*", 4, 4, "uniform", "dorefa", edges=True)
+    data = normals(16, (6,))
+    low_bit = tfl.quantize(model, [rule])
+    tfl.calibrate(low_bit, [data])
+    result = export.to_tflite(low_bit, tmp_path / "net.tflite")
+    # The head reads floats of a narrow grid, whose scale in the file is not its step.
+    (values,) = (x for x in result.twin.layers if isinstance(x, twin.ToValues))
+    assert values.factor is not None
+    runner = Runner((tmp_path / "net.tflite").read_bytes(), intermediates=True)
+    found = runner(data)[values.name]
+    own = keras.Model(result.twin.input, values.output)(data).numpy()
+    np.testing.assert_array_equal(found, own)
+    proof = export.verify(tmp_path / "net.tflite", low_bit, [data], verbose=0)
+    assert proof.ok, proof.failures
+
+
+def test_a_float_relu6_goes_into_the_archive(tmp_path):
+    image = keras.Input(IMAGE)
+    x = layers.Conv2D(4, 3, activation="relu", name="first")(image)
+    x = layers.ReLU(6.0, name="six")(layers.Multiply(name="square")([x, x]))
+    model = randomize(keras.Model(image, layers.Dense(3, name="head")(x)))
+    low_bit = quantize(model, [Rule("first", 4, 4, edges=True)])
+    result = export.to_tflite(low_bit, tmp_path / "net.tflite", [images()])
+    export.save_archive(result.snapped, tmp_path / "net.npz")
+    found = export.load_archive(tmp_path / "net.npz")
+    assert found.layer("six").settings == {"max_value": 6.0}
+
+
+def test_a_dead_channels_steep_gain_is_decided_as_it_was_trained():
+    """A variance of 0: the normalisation multiplies by hundreds."""
+    image = keras.Input(IMAGE, name="image")
+    x = conv_bn_relu(image, 4, name="first")
+    x = conv_bn_relu(x, 4, name="c")
+    x = layers.ReLU(name="last_relu")(layers.Conv2D(4, 3, name="last")(x))
+    x = layers.GlobalAveragePooling2D(name="pool")(x)
+    model = randomize(keras.Model(image, layers.Dense(3, name="head")(x)))
+    norm = model.get_layer("c_bn")
+    norm.epsilon = 1e-5
+    norm.gamma.assign([2.0] * 4)
+    norm.moving_variance.assign([0.0] * 4)
+    norm.moving_mean.assign([0.0] * 4)
+    norm.beta.assign([0.3, 0.35, 0.7, 0.25])
+    low_bit = quantize(model, [EDGE, Rule(".*", 2, 2)])
+    result = prove(low_bit, [images()])
+    wrong = {d.layer: sum(d.wrong) for d in result.report.decisions}
+    assert len(wrong) == 3
+    assert set(wrong.values()) == {0}

@@ -248,6 +248,54 @@ class Case:
         return np.abs(got - self.wanted()).sum(axis=0).astype(np.int64)
 
 
+@pytest.mark.parametrize("upscale", [1, 42, 127])
+@pytest.mark.parametrize("gain", [2.0, 3.0, 20.0, 150.0, 500.0])
+@pytest.mark.parametrize("high", [3, 15])
+def test_steep_gains_are_decided_right(gain, upscale, high):
+    """Several codes lie between two accumulators: no channel needs to be wrong."""
+    count = 64
+    offset = np.random.default_rng(0).uniform(-2.0, high + 2.0, count)
+    ends = np.full(count, -20), np.full(count, 20)
+    grid = grids.grid(_STEP, 0, high)
+    affine = thresholds.place(
+        np.full(count, gain),
+        offset,
+        low=0,
+        high=high,
+        smallest=ends[0],
+        largest=ends[1],
+        upscale=upscale,
+        input_scale=_INPUT_SCALE,
+        output_scale=grid.scale,
+    )
+    multiplier = kernels.multiplier(
+        XNNPACK, _INPUT_SCALE, affine.weight_scales, grid.scale
+    )
+    totals = np.arange(-20, 21)[:, None]
+    found = kernels.requantize(
+        XNNPACK, upscale * totals + affine.biases, multiplier, 0, high, False
+    )
+    wanted = np.clip(np.rint(gain * totals + offset), 0, high)
+    wrong = (found != wanted).any(axis=0) & ~affine.constant
+    # What one scale and one bias can do, tried with a fine comb of both.
+    possible = np.zeros(count, bool)
+    if wrong.any():
+        possible = _has_a_way(wanted[:, wrong], upscale, high)
+        assert not possible.any(), f"{int(possible.sum())} of {count} channels"
+
+
+def _has_a_way(wanted, upscale, high):
+    """Whether some real scale and bias give the codes, channel by channel."""
+    totals = upscale * np.arange(-20, 21)[:, None]
+    found = np.zeros(wanted.shape[1], bool)
+    for scale in np.geomspace(0.05, 600.0, 400) / upscale:
+        for bias in np.arange(-upscale, upscale + 1, max(1, upscale // 21)):
+            for start in range(-21, 22):
+                codes = np.rint(scale * (totals + bias - upscale * start))
+                found |= (np.clip(codes, 0, high) == wanted).all(axis=0)
+    return found
+
+
 BINARY = ((1, -1) * 16, 1)
 TERNARY = ((1, -1, 0) * 8, 1)
 TWO_BITS = ((3, 1, -1, -3, 3, 1, -3, -1, 1, -1) * 2, 3)

@@ -320,3 +320,18 @@ def test_half_precision_inputs_keep_their_dtype_in_either_draw():
         assert values.dtype == tf.bfloat16
         found = tf.cast(values, tf.float32)
         np.testing.assert_allclose(found, expected, rtol=2.0**-8, atol=1e-6)
+
+
+@every_case
+def test_what_is_open_neither_rounds_nor_clips(name):
+    quantizer, variables = built(name, 2)
+    other, others = built(name, 2)
+    x = inputs_for(name, 2)
+    x[1, 1, 0] = 1e30, -1e30, 1e-30, -1e-30, 1e5, 3.3, -0.1, 0.0
+    with sampling.opened([variables]):
+        found = quantizer(tf.constant(x), True, variables).numpy()
+        closed = other(tf.constant(x), True, others).numpy()
+    np.testing.assert_array_equal(found, quantizer.exact(tf.constant(x), variables))
+    np.testing.assert_array_equal(closed, quantize(other, others, x))
+    # Past the context it is as before.
+    np.testing.assert_array_equal(quantize(quantizer, variables, x), closed)

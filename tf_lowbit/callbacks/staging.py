@@ -19,7 +19,9 @@ class StagedPrecision(keras.callbacks.Callback):
     `max(the stage's bits, its own)`, so that a first layer kept at 8 bits stays there,
     and so do residual quantizers, unless a stage says 16 or 32 ("not rounded").
 
-    A `QuantizationWarning` names activation ranges that still wait for `calibrate`.
+    A `QuantizationWarning` names activation ranges that still wait for `calibrate`, and
+    tells where a training ends at other bits than the last stage's, as early stopping
+    has it.
 
     `weight_bits` and `activation_bits`, the lowest in the model (residual quantizers
     apart), are added to the logs: put this callback ahead of loggers such as
@@ -28,7 +30,9 @@ class StagedPrecision(keras.callbacks.Callback):
     The position (stage, epochs done) is in variables that hang on the model as
     `model.staging`, so that `keras.callbacks.BackupAndRestore` and
     `tf.train.Checkpoint(model=...)` save it: a resumed run goes on in mid-stage,
-    without a second reset.
+    without a second reset (a model file does not hold it). Where the stages are others
+    than those that it was trained by, theirs are the bits, and the optimizer's state is
+    reset.
 
     Args:
         stages: list of `Stage`; `two_stage`, `progressive` and
@@ -88,20 +92,24 @@ class StagedPrecision(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         """Enters the epoch's stage, if it is not the present one."""
         del logs
-        if self._is_first_epoch:
-            # Not before: a checkpoint may have brought the ranges.
-            self._warn_of_open_ranges()
-            self._is_first_epoch = False
         self._epoch = epoch
         index, start = stage_at(self.stages, epoch)
         stage, position = self.stages[index], self.model.staging
         # Having done more epochs than this one's number means a new training.
         is_new_training = position.epochs_done.numpy() > epoch
-        if position.stage.numpy() != index or is_new_training:
-            self._assign_bits(stage)
-            if self.reset_optimizer and (index > 0 or is_new_training):
+        is_entered = position.stage.numpy() != index or is_new_training
+        if is_entered or self._is_first_epoch:
+            has_other_bits = self._assign_bits(stage)
+            # Where the model was in a stage of this number, but of another list.
+            is_new_training |= has_other_bits and not is_entered
+            is_later = is_entered and index > 0
+            if self.reset_optimizer and (is_later or is_new_training):
                 reset_optimizer(self.model)
             position.stage.assign(index)
+        if self._is_first_epoch:
+            # Not before: a checkpoint may have brought the ranges.
+            self._warn_of_open_ranges()
+            self._is_first_epoch = False
         position.epochs_done.assign(epoch)
         self._set_learning_rate(0)
         if self.verbose and epoch == start:
@@ -123,6 +131,20 @@ class StagedPrecision(keras.callbacks.Callback):
         """Adds the bits to the logs, and counts the epoch as done."""
         self.model.staging.epochs_done.assign(epoch + 1)
         self._log(logs)
+
+    def on_train_end(self, logs=None):
+        """Warns where the training ended before the last stage's bits."""
+        del logs
+        others = self._with_other_bits(self.stages[-1])
+        if others:
+            warnings.warn(
+                "The training must reach its last stage to have its bits: stop early, "
+                "or take the best epoch, within that stage alone. Received: "
+                f"{others[0].name} at {others[0].bits} bits, and "
+                f"{len(others) - 1} other quantizers not at the last stage's",
+                QuantizationWarning,
+                stacklevel=2,
+            )
 
     def _stage(self) -> Stage:
         return self.stages[stage_at(self.stages, self._epoch)[0]]
@@ -174,12 +196,22 @@ class StagedPrecision(keras.callbacks.Callback):
                 "its own. Received: an optimizer with a LearningRateSchedule"
             )
 
-    def _assign_bits(self, stage):
-        for tensor in self._tensors:
-            wanted = (
-                stage.weight_bits if tensor.role == "weight" else stage.activation_bits
-            )
-            tensor.assign_bits(max(wanted or 0, tensor.quantizer.bits))
+    def _assign_bits(self, stage) -> bool:
+        """Gives every quantizer its bits; whether some were others before."""
+        others = self._with_other_bits(stage)
+        for tensor in others:
+            tensor.assign_bits(self._bits(tensor, stage))
+        return bool(others)
+
+    def _with_other_bits(self, stage) -> list[inspection.QuantizedTensor]:
+        return [t for t in self._tensors if t.bits != self._bits(t, stage)]
+
+    @staticmethod
+    def _bits(tensor, stage) -> int:
+        """What a stage asks of a quantizer."""
+        is_weight = tensor.role == "weight"
+        wanted = stage.weight_bits if is_weight else stage.activation_bits
+        return max(wanted or 0, tensor.quantizer.bits)
 
     def _set_learning_rate(self, batch):
         index, start = stage_at(self.stages, self._epoch)

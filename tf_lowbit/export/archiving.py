@@ -131,7 +131,13 @@ def _of_layer(layer):
             f"Received: {layer.name!r} with data_format='channels_first'"
         )
     arrays = dict(zip(names, layer.get_weights(), strict=True))
-    return {"type": kind, **{key: config[key] for key in keys}}, arrays
+    settings = {key: _plain(config[key]) for key in keys}
+    return {"type": kind, **settings}, arrays
+
+
+def _plain(value):
+    """A setting as JSON has it; Keras holds some as arrays of one number."""
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
 
 
 def _of_integer_layer(layer):

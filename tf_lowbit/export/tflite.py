@@ -166,14 +166,17 @@ class _Writer(FloatWriter):
     def _to_values(self, layer, sources, node):
         ((index, grid),) = sources
         shape = node.output_shapes
-        result = self.file.activation(layer.name, shape, np.float32)
+        # The layer's name is that of what it puts out.
+        is_scaled = layer.factor is not None
+        name = f"{layer.name}/dequantized" if is_scaled else layer.name
+        result = self.file.activation(name, shape, np.float32)
         self.operator(
             "DEQUANTIZE", [index], [result], schema.DequantizeOptionsT(), grid
         )
-        if layer.factor is not None:
+        if is_scaled:
             factor = np.array([layer.factor], np.float32)
             factor = self.file.constant(f"{layer.name}/factor", factor)
-            scaled = self.file.activation(f"{layer.name}/scaled", shape, np.float32)
+            scaled = self.file.activation(layer.name, shape, np.float32)
             self.operator("MUL", [result, factor], [scaled], schema.MulOptionsT())
             result = scaled
         return result, None

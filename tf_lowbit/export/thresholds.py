@@ -192,7 +192,9 @@ def _widths(points, smallest, largest, low, upscale, biases, nominal, names):
     reached = (upscale * points + biases[:, None] + late) / edges
     missed = (upscale * (points - 1) + biases[:, None] + early) / edges
     least = np.maximum(nominal[:, None] * 0.5, 1 / _LARGEST_MULTIPLIER)
-    most = nominal[:, None] * 2.0
+    # At a steep gain several codes lie between two accumulators; a gain of half a code
+    # an accumulator then decides as well, with a wide choice of biases.
+    most = np.maximum(nominal[:, None] * 2.0, 2.0 * upscale)
     # A point that no accumulator reaches, or all do, bounds on one side only.
     must_reach, must_miss = points <= largest[:, None], points > smallest[:, None]
     is_up = edges > 0

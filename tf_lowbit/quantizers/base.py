@@ -9,9 +9,6 @@ from tf_lowbit.quantizers import sampling
 # The smallest learned step or clip. A step that reaches zero would divide by zero,
 # and one that turns negative would flip the grid (a known LSQ failure).
 SMALLEST_RANGE = 1e-6
-# While ranges are measured, nothing is to be clipped: far above what a normalised
-# network puts out, and fine enough (4096 / 2^24) not to be seen.
-OPEN_RANGE = 4096.0
 WEIGHT = "weight"
 ACTIVATION = "activation"
 
@@ -65,10 +62,13 @@ class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
         """Quantizes `inputs`; the same in training and inference.
 
         Within `sampling.sampled`, a quantizer that is drawn unquantized keeps its
-        range and does not round; with raw weights, weights pass as they are.
+        range and does not round; with raw weights, weights pass as they are. Within
+        `sampling.opened` it neither rounds nor clips.
         """
         del training, kwargs
         values = as_float32(inputs)
+        if sampling.is_open(weights):
+            return tf.cast(self.exact(values, weights), inputs.dtype)
         is_quantized = sampling.drawn(weights)
         if is_quantized is not None:
             weights = sampling.with_rounding_bits(weights, is_quantized)
@@ -244,12 +244,6 @@ class ActivationQuantizer(LowBitQuantizer):
     def replaces_relu(self) -> bool:
         """Whether the quantizer clips at zero, and so stands for the ReLU."""
         return not self.signed
-
-    def open_range(self, variables: dict) -> None:
-        """Neither rounds nor clips for now, so that `calibrate` sees real values.
-
-        Does nothing where the method fixes the range.
-        """
 
     def calibrate(self, samples, variables: dict) -> None:
         """Sets the range from data. Does nothing where the method fixes it.

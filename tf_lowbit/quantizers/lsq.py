@@ -11,7 +11,6 @@ from tf_lowbit.compat import as_float32, keras, tf
 from tf_lowbit.core import grid, ste
 from tf_lowbit.quantizers import ranges
 from tf_lowbit.quantizers.base import (
-    OPEN_RANGE,
     SMALLEST_RANGE,
     ActivationQuantizer,
     WeightQuantizer,
@@ -195,11 +194,6 @@ class LSQActivationQuantizer(_LearnedStep, ActivationQuantizer):
             return step
         bits = variables["bits"]
         return grid.unsigned_step(ste.unsigned_range(step, bits), bits)
-
-    def open_range(self, variables):
-        """See `ActivationQuantizer.open_range`."""
-        variables["bits"].assign(grid.UNROUNDED_BITS[-1])
-        variables["step"].assign(OPEN_RANGE / _highest_code(grid.MAX_BITS, self.signed))
 
     def calibrate(self, samples, variables):
         """Starts the step at `2 mean|x| / sqrt(Q_P)`, as the paper does."""

@@ -8,7 +8,6 @@ from tf_lowbit.compat import as_float32, keras, tf
 from tf_lowbit.core import grid, ste
 from tf_lowbit.quantizers import ranges
 from tf_lowbit.quantizers.base import (
-    OPEN_RANGE,
     SMALLEST_RANGE,
     ActivationQuantizer,
 )
@@ -79,11 +78,6 @@ class PACTActivationQuantizer(ActivationQuantizer):
     def step(self, inputs, variables):
         """`alpha / n`."""
         return grid.unsigned_step(self._alpha(variables), variables["bits"])
-
-    def open_range(self, variables):
-        """See `ActivationQuantizer.open_range`."""
-        variables["bits"].assign(grid.UNROUNDED_BITS[-1])
-        variables["alpha"].assign(OPEN_RANGE)
 
     def calibrate(self, samples, variables):
         """Sets alpha to the clip of least squared error at `self.bits` (ours)."""

@@ -6,7 +6,6 @@ from tf_lowbit.compat import as_float32, keras, tf
 from tf_lowbit.core import grid, ste
 from tf_lowbit.quantizers import ranges
 from tf_lowbit.quantizers.base import (
-    OPEN_RANGE,
     SMALLEST_RANGE,
     ActivationQuantizer,
 )
@@ -86,11 +85,6 @@ class ResidualQuantizer(ActivationQuantizer):
     def step(self, inputs, variables):
         """The calibrated step."""
         return tf.maximum(as_float32(variables["step"]), SMALLEST_RANGE)
-
-    def open_range(self, variables):
-        """See `ActivationQuantizer.open_range`."""
-        variables["bits"].assign(grid.UNROUNDED_BITS[-1])
-        variables["step"].assign(self._step_of_clip(OPEN_RANGE))
 
     def calibrate(self, samples, variables):
         """Sets the step to `clip / 127`, the clip that of least squared error (ours).

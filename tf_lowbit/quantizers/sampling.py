@@ -22,6 +22,7 @@ class _Sample(NamedTuple):
 # A context variable, since each replica of a strategy builds its step in a thread of
 # its own.
 _SAMPLE = contextvars.ContextVar("sample", default=None)
+_OPEN = contextvars.ContextVar("open", default=frozenset())
 
 
 @contextlib.contextmanager
@@ -42,6 +43,25 @@ def sampled(draws, raw_weights: bool = False) -> Iterator[None]:
         yield
     finally:
         _SAMPLE.reset(token)
+
+
+@contextlib.contextmanager
+def opened(quantizers) -> Iterator[None]:
+    """Lets quantizers neither round nor clip, while the context lasts.
+
+    Args:
+        quantizers: iterable of variables: what a quantizer's `build` returned.
+    """
+    token = _OPEN.set(frozenset(map(_key, quantizers)))
+    try:
+        yield
+    finally:
+        _OPEN.reset(token)
+
+
+def is_open(variables: dict) -> bool:
+    """Whether a quantizer neither rounds nor clips now."""
+    return _key(variables) in _OPEN.get()
 
 
 def drawn(variables: dict):

@@ -4,7 +4,6 @@ from tf_lowbit.compat import as_float32, keras, tf
 from tf_lowbit.core import grid, ste
 from tf_lowbit.quantizers import ranges
 from tf_lowbit.quantizers.base import (
-    OPEN_RANGE,
     SMALLEST_RANGE,
     ActivationQuantizer,
     WeightQuantizer,
@@ -159,11 +158,6 @@ class UniformActivationQuantizer(ActivationQuantizer):
         if self.signed:
             return self._signed_step(clip, bits)
         return grid.unsigned_step(clip, bits)
-
-    def open_range(self, variables):
-        """See `ActivationQuantizer.open_range`."""
-        variables["bits"].assign(grid.UNROUNDED_BITS[-1])
-        variables["clip"].assign(OPEN_RANGE)
 
     def calibrate(self, samples, variables):
         """Sets the clip to that of least squared error at `self.bits` (ours)."""
