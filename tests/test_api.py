@@ -6,8 +6,10 @@ import pytest
 from tests.scheme import nets
 from tf_lowbit import (
     PrecisionRule,
+    QuantizationWarning,
     calibrate,
     inspection,
+    load_model,
     quantize,
     quantizers,
     requantize,
@@ -364,3 +366,92 @@ def test_two_layers_have_no_inside():
 def test_bad_rules_are_refused(rules):
     with pytest.raises(ValueError, match=r"Received: "):
         quantize(nets.perceptron(), rules)
+
+
+def regularized():
+    """A penalty on what a linear layer puts out, and one on a ReLU's."""
+    penalty = keras.regularizers.L2(0.1)
+    image = keras.Input((6,))
+    x = layers.Dense(8, activation="relu", name="first")(image)
+    x = layers.Dense(8, activity_regularizer=penalty, name="second")(x)
+    plain = keras.Model(image, layers.Dense(3, name="head")(x))
+    x = layers.ReLU(activity_regularizer=penalty, name="relu")(x)
+    return plain, keras.Model(image, layers.Dense(3, name="head")(x))
+
+
+def test_an_activity_regularizer_goes_on():
+    model, _ = regularized()
+    x = nets.images(16, (6,))
+    rule = PrecisionRule(".*", 8, 8, "uniform", "uniform", edges=True)
+    low_bit = quantize(model, rule, strict=True)
+    calibrate(low_bit, [x])
+    model(x)
+    (expected,) = model.losses
+    low_bit(x)
+    (found,) = low_bit.losses
+    assert expected > 0.1
+    # Eight bits are near enough to the float network.
+    assert float(found) == pytest.approx(float(expected), rel=0.02)
+
+
+def test_a_relus_activity_regularizer_is_named_for_it_is_left_out():
+    _, model = regularized()
+    rule = PrecisionRule(".*", 8, 8, edges=True)
+    with pytest.warns(QuantizationWarning, match="activity_regularizer of relu is"):
+        quantize(model, rule)
+    with pytest.raises(ValueError, match="activity_regularizer of relu is"):
+        quantize(model, rule, strict=True)
+
+
+def test_what_was_added_to_the_model_is_named_for_it_is_left_out():
+    model, _ = regularized()
+    model.add_loss(tf.reduce_mean(model.output))
+    model.add_metric(tf.reduce_mean(model.output), name="mean")
+    with pytest.warns(QuantizationWarning, match="add_loss or add_metric is left out"):
+        quantize(model, PrecisionRule(".*", 8, 8))
+    with pytest.raises(ValueError, match="add_loss or add_metric is left out"):
+        quantize(model, PrecisionRule(".*", 8, 8), strict=True)
+
+
+def test_masks_are_refused_by_name():
+    image = keras.Input((6, 4))
+    x = layers.Dense(5, activation="relu", name="dense")(layers.Masking()(image))
+    x = layers.GlobalAveragePooling1D(name="pool")(x)
+    model = keras.Model(image, layers.Dense(3, name="head")(x))
+    message = r"no Keras masks.*Received: .*\['dense', 'pool'\]"
+    with pytest.raises(ValueError, match=message):
+        quantize(model, PrecisionRule(".*", 2, 2))
+
+
+@pytest.fixture
+def global_policy():
+    yield keras.mixed_precision.set_global_policy
+    keras.mixed_precision.set_global_policy("float32")
+
+
+@pytest.mark.parametrize("now", ["float32", "mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("own", ["float32", "mixed_float16", "mixed_bfloat16"])
+def test_layers_keep_their_policy_whatever_the_global_one_is(
+    own, now, global_policy, tmp_path
+):
+    global_policy(own)
+    image = keras.Input((8, 8, 2))
+    x = layers.Conv2D(4, 3, name="first")(image)
+    x = layers.ReLU(name="relu")(layers.BatchNormalization(name="norm")(x))
+    x = layers.Conv2D(4, 3, activation="relu", name="second")(x)
+    x = layers.GlobalAveragePooling2D(name="pool")(x)
+    model = keras.Model(image, layers.Dense(3, dtype="float32", name="head")(x))
+    global_policy(now)
+    rule = PrecisionRule(".*", 4, 4, edges=True)
+    low_bit = quantize(model, rule)
+    assert keras.mixed_precision.global_policy().name == now
+    own_dtypes = {layer.name: layer.compute_dtype for layer in model.layers}
+    dtypes = {layer.name: layer.compute_dtype for layer in low_bit.layers}
+    assert {name: dtypes[name] for name in own_dtypes} == own_dtypes
+    assert dtypes["second_relu"] == own_dtypes["second"]
+    assert {w.dtype for w in low_bit.trainable_weights} == {tf.float32}
+    low_bit.compile("sgd", "mse")
+    low_bit.fit(nets.images(4, (8, 8, 2)), np.zeros((4, 3)), verbose=0)
+    low_bit.save(tmp_path / "net.keras")
+    again = requantize(load_model(tmp_path / "net.keras"), rule)
+    assert {layer.name: layer.compute_dtype for layer in again.layers} == dtypes

@@ -273,3 +273,40 @@ def test_a_network_within_a_model():
         rtol=1e-6,
         atol=1e-6,
     )
+
+
+@keras.utils.register_keras_serializable(package="tests")
+class LowRank(layers.Layer):
+    """A kernel, and a layer within that has a kernel, too."""
+
+    def __init__(self, units, **arguments):
+        super().__init__(**arguments)
+        self.units = units
+        self.inner = layers.Dense(units, use_bias=False)
+
+    def build(self, input_shape):
+        self.kernel = self.add_weight("kernel", (input_shape[-1], self.units))
+        self.inner.build(input_shape)
+        super().build(input_shape)
+
+    def call(self, inputs):
+        return keras.backend.dot(inputs, self.kernel) + self.inner(inputs)
+
+    def get_config(self):
+        return {**super().get_config(), "units": self.units}
+
+
+def test_a_layer_within_a_layer_keeps_its_weights():
+    tfl.register_layer(LowRank, {"kernel": (-1,)})
+    image = keras.Input((6,))
+    x = layers.ReLU(name="relu")(layers.Dense(8, name="first")(image))
+    x = LowRank(5, name="composite")(x)
+    model = keras.Model(image, layers.Dense(3, name="head")(x))
+    rule = tfl.PrecisionRule(".*", 2, 2)
+    quantized = tfl.quantize(model, rule)
+    x = nets.images(8, (6,))
+    np.testing.assert_array_equal(tfl.strip(quantized)(x), model(x))
+    np.testing.assert_array_equal(tfl.requantize(quantized, rule)(x), quantized(x))
+    # 40 weights of 2 bits, and 40 floats in the layer within.
+    (cost,) = (c for c in tfl.cost(quantized).layers if c.name == "composite")
+    assert cost.weight_bytes == 40 // 4 + 4 * 40

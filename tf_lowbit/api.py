@@ -1,10 +1,16 @@
 """`quantize`: a float Keras model in, a low-bitwidth one out."""
 
+import contextlib
+
 from tf_lowbit import inspection, keras3
 from tf_lowbit.compat import keras, tfmot
 from tf_lowbit.scheme import graph, registry
+from tf_lowbit.scheme.layout import report_problems
 from tf_lowbit.scheme.scheme import LowBitScheme
 from tf_lowbit.scheme.wrapper import LowBitWrapper
+
+# What `model.add_loss` and `model.add_metric` make.
+_ADDED_TO_MODEL = ("AddLoss", "AddMetric")
 
 
 def quantize(
@@ -52,15 +58,18 @@ def quantize(
             `residual_bits` is neither 8 nor None; and as `strict` says.
     """
     scheme = LowBitScheme(rules, strict, residual_bits)
+    _report_losses(model, strict)
     model = _functional(model)
-    annotated = _annotate(model)
-    applied = tfmot.quantization.keras.quantize_apply(
-        # No prefix: the user's layer names are what rules and hints go by.
-        annotated,
-        scheme=scheme,
-        quantized_layer_name_prefix="",
-    )
-    quantized = graph.clone(applied, _own_wrapper)
+    with _unmixed():
+        applied = tfmot.quantization.keras.quantize_apply(
+            # No prefix: the user's layer names are what rules and hints go by.
+            _annotate(model),
+            scheme=scheme,
+            quantized_layer_name_prefix="",
+        )
+    _report_regularizers(model, applied, strict)
+    policies = {layer.name: layer.get_config().get("dtype") for layer in model.layers}
+    quantized = graph.clone(applied, lambda layer: _own_wrapper(layer, policies))
     inspection.initialize_weight_ranges(quantized)
     take_flags(model, quantized)
     return quantized
@@ -79,11 +88,73 @@ def take_flags(source: keras.Model, target: keras.Model) -> None:
             graph.take_flags(given[layer.name], layer)
 
 
-def _own_wrapper(layer):
-    """A copy of the layer, in our wrapper where it is in TF-MOT's."""
+def _regularizes_alike(layer, other) -> bool:
+    has_regularizer = getattr(other, "activity_regularizer", None) is not None
+    own = getattr(layer, "activation", None)
+    return has_regularizer and getattr(other, "activation", None) is own
+
+
+@contextlib.contextmanager
+def _unmixed():
+    """A context without mixed precision, for TF-MOT's wrappers.
+
+    They have the global policy, whatever that of their layers is.
+    """
+    policy = keras.mixed_precision.global_policy()
+    keras.mixed_precision.set_global_policy(policy.variable_dtype)
+    try:
+        yield
+    finally:
+        keras.mixed_precision.set_global_policy(policy)
+
+
+def _own_wrapper(layer, policies):
+    """A copy of the layer, in our wrapper where it is in TF-MOT's.
+
+    Args:
+        layer: of the float32 network.
+        policies: name -> precision policy, as configurations have it, of the layers of
+            the network given. A new layer takes that of what it reads.
+    """
+    source = layer
+    while source.name not in policies:
+        source = graph.producer(source.inbound_nodes[0].keras_inputs[0]).layer
+    policy = policies[source.name]
     if type(layer) is tfmot.quantization.keras.QuantizeWrapperV2:
-        return LowBitWrapper.from_config(layer.get_config())
-    return graph.copy_layer(layer)
+        config = {**layer.get_config(), "dtype": policy}
+        own = {**config["layer"]["config"], "dtype": policy}
+        config["layer"] = {**config["layer"], "config": own}
+        return LowBitWrapper.from_config(config)
+    return graph.copy_layer(layer, dtype=policy)
+
+
+def _report_losses(model, strict) -> None:
+    """Names what was added to the model, which the rebuilt one has not."""
+    added = [
+        module.name
+        for module in getattr(model, "submodules", ())
+        if type(module).__name__ in _ADDED_TO_MODEL
+    ]
+    if added:
+        report_problems(
+            [f"the model's add_loss or add_metric is left out: {', '.join(added)}"],
+            strict,
+        )
+
+
+def _report_regularizers(model, applied, strict) -> None:
+    """Names activity regularizers of layers that others took the place of."""
+    kept = {layer.name: inspection.wrapped_layer(layer) for layer in applied.layers}
+    lost = [
+        layer.name
+        for layer in model.layers
+        if getattr(layer, "activity_regularizer", None) is not None
+        and not _regularizes_alike(layer, kept.get(layer.name))
+    ]
+    if lost:
+        report_problems(
+            [f"the activity_regularizer of {', '.join(lost)} is left out"], strict
+        )
 
 
 def _functional(model) -> keras.Model:
@@ -118,7 +189,18 @@ def _functional(model) -> keras.Model:
         )
     if isinstance(model, keras.Sequential):
         model = keras.Model(model.inputs, model.outputs, name=model.name)
-    return graph.flatten(model)
+    model = graph.flatten(model)
+    masked = [
+        node.layer.name
+        for node in graph.calls(model)
+        if any(getattr(t, "_keras_mask", None) is not None for t in node.keras_inputs)
+    ]
+    if masked:
+        raise ValueError(
+            "model must have no Keras masks: make the masking a part of the "
+            f"computation. Received: masked tensors that {masked[:5]} read"
+        )
+    return model
 
 
 def _annotate(model: keras.Model) -> keras.Model:
@@ -136,7 +218,9 @@ def _annotate(model: keras.Model) -> keras.Model:
         )
 
     def copy(layer):
-        fresh = graph.copy_layer(layer)
+        is_mixed = layer.compute_dtype != layer.variable_dtype
+        changes = {"dtype": layer.variable_dtype} if is_mixed else {}
+        fresh = graph.copy_layer(layer, **changes)
         fresh.trainable = True  # TF-MOT orders the weights of frozen layers anew.
         return annotate(fresh) if layer.name in found else fresh
 

@@ -134,9 +134,25 @@ def _copy_weights(source, target) -> None:
     if inspection.wrapped_layer(source) is source:
         target.set_weights(source.get_weights())
         return
-    values = {inspection.short_name(weight): weight for weight in source.weights}
-    for weight in target.weights:
-        weight.assign(values[inspection.short_name(weight)])
+    # A layer within the layer may have a weight of the same name.
+    latent = {inspection.short_name(v): v for v, _, _ in source._weight_vars}
+    own = {name: getattr(target, name) for name in latent}
+    for name, weight in own.items():
+        weight.assign(latent[name])
+    values = _by_name(source.weights, latent.values())
+    for name, weight in _by_name(target.weights, own.values()).items():
+        weight.assign(values[name])
+
+
+def _by_name(weights, without) -> dict:
+    """Weights but some, by the last part of their names, numbered where it is taken."""
+    taken: set[str] = set()
+    skipped = {weight.ref() for weight in without}
+    return {
+        graph.free_name(inspection.short_name(weight), taken): weight
+        for weight in weights
+        if weight.ref() not in skipped
+    }
 
 
 def _are_alike(first, second) -> bool:

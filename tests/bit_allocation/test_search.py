@@ -195,5 +195,26 @@ def test_what_cannot_be_searched(network, monkeypatch):
     with pytest.raises(ValueError, match=r"bops .* must be known.*Received: layer"):
         tfl.allocate_bits(open_size, made_up(open_size, 0), bops=1)
     monkeypatch.setitem(sys.modules, "scipy", None)
-    with pytest.raises(ImportError, match=r"tf_lowbit\[search\]"):
+    with pytest.raises(ImportError, match=r"\.\[search\]"):
         tfl.allocate_bits(network, found, bops=10**9)
+
+
+def test_an_activation_that_nothing_reads_keeps_its_bits():
+    image = keras.Input((8, 8, 3))
+    x = layers.ReLU(name="relu")(layers.Conv2D(4, 3, name="stem")(image))
+    x = layers.Conv2D(4, 1, name="inner")(x)
+    model = keras.Model(image, layers.ReLU(name="out")(x))
+    rules = [
+        tfl.PrecisionRule("out", None, 3, activation_quantizer="uniform"),
+        tfl.PrecisionRule(".*", 4, 4, edges=True),
+    ]
+    low_bit = tfl.quantize(model, rules)
+    found = made_up(low_bit, 0)
+    budget = tfl.cost(low_bit).weight_bytes
+    again = tfl.requantize(low_bit, tfl.allocate_bits(low_bit, found, bops=10**9))
+    tensors = {t.name: t for t in tfl.inspection.quantized_tensors(again)}
+    assert tensors["out/output"].bits == 3
+    assert tensors["out/output"].quantizer == tfl.quantizers.get(
+        "uniform", "activation", bits=3
+    )
+    assert tfl.cost(again).weight_bytes <= budget

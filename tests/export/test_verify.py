@@ -879,6 +879,14 @@ def test_accuracy_by_hand(trained, snapped, file):
     }
 
 
+def test_batches_of_inputs_alone(snapped, file):
+    predictions = verify(file, snapped, [(IMAGES,)]).predictions
+    assert predictions.examples == 12
+    assert predictions.labels == 0
+    predictions = verify(file, snapped, [(IMAGES, LABELS, LABELS)]).predictions
+    assert predictions.labels == 12
+
+
 def test_labels_that_are_all_right(snapped, file):
     labels = snapped.twin(IMAGES, training=False).numpy().argmax(-1)
     predictions = verify(file, snapped, [(IMAGES, labels)]).predictions

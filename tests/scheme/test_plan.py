@@ -317,3 +317,20 @@ def test_operators_in_the_graph_are_linear_sources():
     plan = plan_of(finish(image, conv(tf.multiply(x, 2.0), "a")), W2A2)
     assert len(plan.insertions) == 1
     assert not plan.activations
+
+
+@pytest.mark.parametrize("order", [("fine", "coarse"), ("coarse", "fine")])
+def test_an_insertion_that_layers_of_different_rules_read_has_the_more_bits(order):
+    image = keras.Input((4, 4, 2))
+    relu = layers.ReLU(name="relu")(conv(image, "stem"))
+    both = layers.Concatenate(name="both")([relu, conv(relu, "linear")])
+    model = keras.Model(image, [conv(both, name) for name in order])
+    rules = [PrecisionRule("fine", 8, 8, edges=True)]
+    rules += [PrecisionRule("coarse", 2, 2, edges=True)]
+    plan = plan_of(model, rules)
+    (insertion,) = plan.insertions.values()
+    assert insertion.quantizer.bits == 8
+    assert activation_bits(plan) == {"relu": 8}
+    notes = [note for note in plan.notes if "reads of linear" in note]
+    assert len(notes) == 1
+    assert "layers of different precision" in notes[0]

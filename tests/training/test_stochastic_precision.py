@@ -668,3 +668,23 @@ def test_the_loss_falls():
     history = fit(model, 10, x, y, batch_size=10)
     assert model.evaluate(x, y, verbose=0) < 0.3 * before
     assert history["loss"][-1] < 0.3 * history["loss"][0]
+
+
+def test_a_second_training_of_unknown_length_starts_over():
+    def batches():
+        yield from ((nets.images(4), nets.labels(4)) for _ in range(4))
+
+    shapes = [tf.TensorSpec(x.shape, x.dtype) for x in (nets.images(4), nets.labels(4))]
+    data = tf.data.Dataset.from_generator(batches, output_signature=tuple(shapes))
+    student = tfl.quantize(nets.randomize(nets.chain()))
+    model = tfl.LowBitTrainer(
+        student, stochastic_precision=StochasticPrecision(steps=8, start=0.2)
+    )
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    logs = [
+        model.fit(data, epochs=2, verbose=0).history["quantization_probability"]
+        for _ in range(2)
+    ]
+    assert int(model.progress.step) == 8
+    assert logs[0] == logs[1]
+    assert logs[0][0] < 0.9

@@ -1108,3 +1108,23 @@ def test_stages_refuse_a_trainer_with_a_legacy_optimizer():
     )
     with pytest.raises(ValueError, match="legacy one"):
         model.fit(X, Y, verbose=0, callbacks=[StagedPrecision([tfl.Stage(1)])])
+
+
+class Odd(keras.metrics.Metric):
+    """One whose configuration does not make it again."""
+
+    def __init__(self):
+        super().__init__(name="odd")
+        self.total = self.add_weight("total", initializer="zeros")
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        self.total.assign_add(1.0)
+
+    def result(self):
+        return self.total
+
+
+def test_a_metric_that_cannot_be_copied_is_named():
+    model = tfl.LowBitTrainer(student(), teacher())
+    with pytest.raises(ValueError, match=r"must have a get_config.*Received: Odd"):
+        model.compile("sgd", "mse", metrics=[Odd()], teacher_optimizer="sgd")

@@ -15,7 +15,7 @@ from tf_lowbit import inspection
 from tf_lowbit.bit_allocation.sensitivity import Sensitivity
 from tf_lowbit.compat import keras
 from tf_lowbit.core.state import restored
-from tf_lowbit.quantizers import LSQActivationQuantizer
+from tf_lowbit.quantizers import ACTIVATION, LSQActivationQuantizer
 from tf_lowbit.reporting import cost
 from tf_lowbit.scheme.rules import PrecisionRule
 
@@ -41,7 +41,8 @@ def allocate_bits(
 
     Returns:
         One rule for each quantized layer, for `tf_lowbit.requantize(model, rules)`, or
-        for `quantize` with the float network. Layers that are float stay float.
+        for `quantize` with the float network. Layers that are float stay float, and
+        activations that no such layer reads keep their bits.
 
     Raises:
         ValueError: if there is no budget, no choice meets it, a layer's cost is
@@ -57,7 +58,17 @@ def allocate_bits(
     budgets = {"weight_bytes": weight_bytes, "bops": bops}
     budgets = {name: value for name, value in budgets.items() if value is not None}
     chosen = _solve(parts, found, table, budgets)
-    return [_rule(part, *chosen[part.layer]) for part in parts]
+    read = {tensor.name for part in parts for tensor in part.sources}
+    unread = [
+        tensor
+        for tensor in inspection.quantized_tensors(model)
+        if tensor.role == ACTIVATION and not tensor.is_residual
+        if tensor.name not in read
+    ]
+    return [
+        *(_rule_of_activation(tensor) for tensor in unread),
+        *(_rule(part, *chosen[part.layer]) for part in parts),
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,6 +244,15 @@ def _rule(part: _Part, weight_bits: int, activation_bits: int) -> PrecisionRule:
         weight_bits if part.weights else None,
         activation_bits if part.sources else None,
         **quantizers,
+    )
+
+
+def _rule_of_activation(tensor) -> PrecisionRule:
+    return PrecisionRule(
+        re.escape(tensor.layer.name),
+        None,
+        tensor.bits,
+        activation_quantizer=tensor.quantizer,
     )
 
 

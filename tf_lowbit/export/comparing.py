@@ -96,7 +96,7 @@ def _compare_tensors(rows, nodes, inputs, values, found, own) -> None:
 
 def _split(batch, names):
     """Inputs as a list of float32 arrays in the model's order, and labels as given."""
-    inputs, labels = (batch[0], batch[1]) if isinstance(batch, tuple) else (batch, None)
+    inputs, labels, *_ = (*batch, None) if isinstance(batch, tuple) else (batch, None)
     if isinstance(inputs, dict):
         inputs = [inputs[name] for name in names]
     values = [np.asarray(v, np.float32) for v in tf.nest.flatten(inputs)]

@@ -125,35 +125,40 @@ def cost(model: keras.Model) -> Cost:
             f"Received: {type(model).__name__} {getattr(model, 'name', '')!r}"
         )
     read = inspection.input_activations(model)
-    weight_bits: dict[str, dict[str, int]] = {}
+    quantized: dict[str, dict[str, inspection.QuantizedTensor]] = {}
     for tensor in inspection.quantized_tensors(model):
         if tensor.role == WEIGHT:
-            bits = _counted(tensor.bits)
-            weight_bits.setdefault(tensor.layer.name, {})[tensor.attribute] = bits
+            quantized.setdefault(tensor.layer.name, {})[tensor.attribute] = tensor
     calls: dict[str, list] = {}
     for node in graph.calls(model):
         calls.setdefault(node.layer.name, []).append(node)
     return Cost(
         model.name,
         tuple(
-            _layer_cost(layer, calls[layer.name], weight_bits.get(layer.name, {}), read)
+            _layer_cost(layer, calls[layer.name], quantized.get(layer.name, {}), read)
             for layer in model.layers
             if inspection.parameters(layer)
         ),
     )
 
 
-def _layer_cost(layer, nodes, bits_by_attribute, read) -> LayerCost:
+def _layer_cost(layer, nodes, quantized, read) -> LayerCost:
     inner = inspection.wrapped_layer(layer)
     kernels = registry.kernels(inner)
-    # A list: a composite layer may have several weights of one name.
-    weights = [(inspection.short_name(v), v) for v in inspection.parameters(layer)]
-    shapes = {name: variable.shape for name, variable in weights}
-    weight_bits = tuple(bits_by_attribute.get(k.attribute, FLOAT_BITS) for k in kernels)
+    # By identity: a composite layer may have several weights of one name.
+    weights = inspection.parameters(layer)
+    bits = {t.latent.ref(): _counted(t.bits) for t in quantized.values()}
+    variables = [
+        quantized[kernel.attribute].latent
+        if kernel.attribute in quantized
+        else getattr(inner, kernel.attribute)
+        for kernel in kernels
+    ]
+    weight_bits = tuple(bits.get(v.ref(), FLOAT_BITS) for v in variables)
     activation_bits = _activation_bits(inner, kernels, read.get(layer.name, []))
     macs = [
-        _sum(_macs(inner, shapes[kernel.attribute], node) for node in nodes)
-        for kernel in kernels
+        _sum(_macs(inner, variable.shape, node) for node in nodes)
+        for variable in variables
     ]
     bops = [
         None if m is None else m * w * a
@@ -163,12 +168,11 @@ def _layer_cost(layer, nodes, bits_by_attribute, read) -> LayerCost:
         name=layer.name,
         kind=type(inner).__name__,
         output_shape=tuple(graph.outputs_of(nodes[0])[0].shape[1:]),
-        parameters=sum(_size(v) for _, v in weights),
+        parameters=sum(_size(v) for v in weights),
         weight_bits=weight_bits,
         activation_bits=activation_bits,
         weight_bytes=sum(
-            math.ceil(_size(v) * bits_by_attribute.get(name, FLOAT_BITS) / 8)
-            for name, v in weights
+            math.ceil(_size(v) * bits.get(v.ref(), FLOAT_BITS) / 8) for v in weights
         ),
         macs=None if registry.is_unsupported(inner) else _sum(macs),
         bops=None if registry.is_unsupported(inner) else _sum(bops),

@@ -60,9 +60,11 @@ def free_name(name: str, taken: set[str]) -> str:
     return found
 
 
-def copy_layer(layer: keras.layers.Layer) -> keras.layers.Layer:
-    """A new layer of the same configuration, not built yet."""
-    return type(layer).from_config(layer.get_config())
+def copy_layer(layer: keras.layers.Layer, **changes) -> keras.layers.Layer:
+    """A new layer of the same configuration but for some changes, not built yet."""
+    config = layer.get_config()
+    config |= {name: value for name, value in changes.items() if name in config}
+    return type(layer).from_config(config)
 
 
 def rebuild(

@@ -19,6 +19,25 @@ class QuantizationWarning(UserWarning):
     """Something that the rules ask for was not done."""
 
 
+def report_problems(problems: list[str], strict: bool) -> None:
+    """Tells what was asked for, or was there, and is not done or kept.
+
+    Args:
+        problems: a line each.
+        strict: whether they are an error.
+
+    Raises:
+        ValueError: where `strict` and there are some.
+    """
+    if problems and strict:
+        raise ValueError(
+            "strict=True and the rules cannot be followed as given. Received:\n- "
+            + "\n- ".join(problems)
+        )
+    for problem in problems:
+        warnings.warn(problem, QuantizationWarning, stacklevel=3)
+
+
 class LowBitLayout(tfmot.quantization.keras.QuantizeLayoutTransform):
     """Rewrites the model and hands a config to each layer that is quantized.
 
@@ -57,7 +76,7 @@ class LowBitLayout(tfmot.quantization.keras.QuantizeLayoutTransform):
         eligible = set(layer_quantize_map) - set(given)
         split = split_activations(model)
         plan = make_plan(split, self.rules, eligible, self.residual_bits)
-        self._report(plan)
+        report_problems(plan.problems(), self.strict)
         self._check_annotated(plan, model, layer_quantize_map)
         placed = _place_quantizers(split, plan)
         configs = {**_configs(plan, split), **given}
@@ -67,16 +86,6 @@ class LowBitLayout(tfmot.quantization.keras.QuantizeLayoutTransform):
                 f"rules={self.rules} for layers {[x.name for x in model.layers]}"
             )
         return placed, {n: {"quantize_config": c} for n, c in configs.items()}
-
-    def _report(self, plan: Plan) -> None:
-        problems = plan.problems()
-        if problems and self.strict:
-            raise ValueError(
-                "strict=True and the rules cannot be followed as given. Received:\n- "
-                + "\n- ".join(problems)
-            )
-        for problem in problems:
-            warnings.warn(problem, QuantizationWarning, stacklevel=2)
 
     @staticmethod
     def _check_annotated(plan: Plan, model, layer_quantize_map) -> None:

@@ -50,13 +50,20 @@ def is_nonnegative(tensor) -> bool:
 
 def _is_source(node) -> bool:
     layer = node.layer
+    activation = getattr(layer, "activation", None)
     if type(layer) is _layers.ReLU:
-        return layer.negative_slope == 0 and layer.threshold >= 0
+        return _is_relu(layer)
     if type(layer) is _layers.Softmax or getattr(layer, "symbol", "") in _SYMBOLS:
         return True
     if type(layer) is _layers.Activation or registry.kernels(layer):
-        return getattr(layer, "activation", None) in _FUNCTIONS
+        return activation in _FUNCTIONS or _is_relu(activation)
     return False
+
+
+def _is_relu(layer) -> bool:
+    if not isinstance(layer, _layers.ReLU):
+        return False
+    return layer.negative_slope == 0 and layer.threshold >= 0
 
 
 def _may_keep(node) -> bool:

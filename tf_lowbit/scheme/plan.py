@@ -180,7 +180,19 @@ class _Planner:
         if key not in self._inserted:
             name = self._name_behind(tensor, "quantizer")
             self._inserted[key] = Insertion(name, quantizer)
-        self.plan.insertions[id(node), id(tensor)] = self._inserted[key]
+        place = id(node), id(tensor)
+        wanted = self._inserted[key]
+        present = self.plan.insertions.setdefault(place, wanted)
+        if present.quantizer == wanted.quantizer:
+            return
+        # A concatenation, say, that layers of different rules read.
+        kept = max(present, wanted, key=lambda insertion: insertion.quantizer.bits)
+        self.plan.insertions[place] = kept
+        self.plan.notes.append(
+            f"what {node.layer.name} reads of {tensor._keras_history.layer.name} feeds "
+            f"layers of different precision: {kept.quantizer!r} is taken of "
+            f"{present.quantizer!r} and {wanted.quantizer!r}"
+        )
 
     def _plan_residuals(self, bits) -> None:
         quantizer = quantizers.ResidualQuantizer(bits)

@@ -14,6 +14,11 @@ class LowBitWrapper(_QuantizeWrapper):
     its weights in another order; this one's are saved and read by name.
     """
 
+    def __init__(self, layer, quantize_config, **kwargs):
+        super().__init__(layer, quantize_config, **kwargs)
+        # TF-MOT calls the layer's `call`, around which Keras would add this loss.
+        self._activity_regularizer = getattr(layer, "activity_regularizer", None)
+
     def add_weight(self, *args, **kwargs):
         """As Keras's; TF-MOT's step counter, too, is one and the same everywhere."""
         if kwargs.get("trainable") is False:

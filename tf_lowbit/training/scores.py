@@ -303,8 +303,15 @@ def _copies(metrics):
     """The metrics of `compile` anew: a metric object holds one network's state."""
 
     def copy(metric):
-        if isinstance(metric, keras.metrics.Metric):
+        if not isinstance(metric, keras.metrics.Metric):
+            return metric
+        try:
             return type(metric).from_config(metric.get_config())
-        return metric
+        except TypeError as error:
+            raise ValueError(
+                "A metric of your own must have a get_config with the arguments of its "
+                "constructor: each network gets a copy. "
+                f"Received: {type(metric).__name__} ({error})"
+            ) from error
 
     return tf.nest.map_structure(copy, metrics)

@@ -79,6 +79,7 @@ class LowBitTrainer(keras.Model):
         self._plan = plan
         self._names = list(named)
         self._precision = stochastic_precision
+        self._has_trained = False
         self._steps = stochastic_precision and stochastic_precision.steps
         self._knows_steps = self._steps is not None
         self.students = networks
@@ -413,6 +414,10 @@ class _CountSteps(keras.callbacks.Callback):
             self.model._count_steps(
                 self.params["epochs"], steps, done if is_within else first
             )
+        elif self._is_first and epoch == 0 and self.model._has_trained:
+            # What was counted is another training's: a checkpoint's would come to a
+            # trainer that has not trained yet.
+            self.model.progress.step.assign(0)
 
     def on_train_batch_begin(self, batch, logs=None):
         """Sets them to the very batch; a `CallbackList` may leave this hook out."""
@@ -422,6 +427,11 @@ class _CountSteps(keras.callbacks.Callback):
             first = self._epoch * steps + batch
             self.model._count_steps(self.params["epochs"], steps, first)
         self._is_first = False
+
+    def on_train_end(self, logs=None):
+        """Remembers that the counters are those of a training that is done."""
+        del logs
+        self.model._has_trained = True
 
 
 def _check_names(named):
