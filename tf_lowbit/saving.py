@@ -9,8 +9,9 @@ def load_model(path, **arguments) -> keras.Model:
     Latent weights, learned ranges, bits and batch statistics come back exactly, in all
     three formats; so does the optimizer's state, which a SavedModel alone starts anew,
     as Keras has it; and so do the networks, optimizers and counters of a
-    `LowBitTrainer`, which is saved as `.keras`. `model.save_weights` and `load_weights` work as ever
-    on a model that `quantize` made from the same float model and the same rules.
+    `LowBitTrainer`, which is saved as `.keras`. `model.save_weights` and
+    `load_weights` work as ever on a model that `quantize` made from the same float
+    model and the same rules.
 
     Args:
         path: `.keras` file, `.h5` file or SavedModel folder.
