@@ -25,7 +25,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("results_dir", "benchmarks/results/accuracy", "One file a run.")
 flags.DEFINE_list("phases", None, "Only these phases; all without it.")
 flags.DEFINE_integer("workers", 2, "Processes, of one thread each.")
-flags.DEFINE_integer("seeds", 5, "Seeds of the main table's 2-bit rows.")
+flags.DEFINE_integer("seeds", 5, "Seeds of the small network at 2 and 4 bits.")
 flags.DEFINE_integer("dear_seeds", 3, "Seeds of the other rows.")
 flags.adopt_module_key_flags(sweep_flags)
 

@@ -110,7 +110,7 @@ CLAIMS = (
             _FLOAT,
             -EQUAL,
         )
-        for method in ("plain", "LSQ")
+        for method in sweep.METHODS
     ),
     *(
         Claim(

@@ -30,6 +30,7 @@ def tables(folder: Path) -> dict[str, str]:
     return {
         "W2A2": equal_table(found, settings, SMALL, (2, 2)),
         "bits": bits_table(found, settings),
+        "bits, against plain": against_plain_table(found, settings),
         "ablations": ablations_table(found, settings),
         "per stage": per_stage_table(found, settings),
         "starts": starts_table(found, settings),
@@ -125,8 +126,33 @@ def bits_table(found, settings) -> str:
             found.get(("equal", SMALL, method, bits, settings.epochs)) for bits in BITS
         ]
         if any(cells):
-            lines.append([method, *map(_accuracy, cells)])
+            lines.append([method, *map(_accuracy_of, cells)])
     return table(["method", *map(label, BITS)], lines)
+
+
+def _accuracy_of(row: Row | None) -> str:
+    """With the number of seeds."""
+    return NOTHING if row is None else f"{_accuracy(row)} ({len(row.accuracies)})"
+
+
+def against_plain_table(found, settings) -> str:
+    """Methods beside plain training, by bit-widths."""
+
+    def row(method, bits):
+        return found.get(("equal", SMALL, method, bits, settings.epochs))
+
+    lines = [
+        [method, *(_difference(row(method, b), row("plain", b)) for b in BITS)]
+        for method in sweep.METHODS
+        if method != "plain"
+    ]
+    # The float network that trained on as long, beside plain training of these bits.
+    full = row(sweep.FLOAT, None)
+    floats = [_difference(full, row("plain", bits)) for bits in BITS]
+    shown_lines = [
+        line for line in [["float", *floats], *lines] if set(line[1:]) != {NOTHING}
+    ]
+    return table(["method", *map(label, BITS)], shown_lines)
 
 
 def ablations_table(found, settings) -> str:

@@ -236,7 +236,7 @@ def phases(settings: Settings, seeds: int = 5, dear: int = 3) -> dict[str, list[
 
     Args:
         settings: of the sweep.
-        seeds: of the main table's 2-bit rows.
+        seeds: of the small network's 2-bit and 4-bit rows.
         dear: seeds of the other rows.
 
     Returns:
@@ -288,7 +288,7 @@ def phases(settings: Settings, seeds: int = 5, dear: int = 3) -> dict[str, list[
                 LENGTHS[method] * settings.epochs,
             )
         ],
-        "W4A4": rows("equal", small, METHODS, (4, 4), dear),
+        "W4A4": rows("equal", small, METHODS, (4, 4), seeds),
         "starts": [
             run
             for name in STARTS

@@ -206,6 +206,28 @@ def test_plots_show_every_row(made_up):
     assert [c.get_label() for c in bits.containers] == ["plain", "SP"]
 
 
+def test_bit_widths_stand_beside_plain_training_of_the_same_bits(made_up):
+    for seed, (full, plain) in enumerate([(0.90, 0.89), (0.91, 0.89), (0.92, 0.89)]):
+        put(made_up, low_bit("float", seed, None), full)
+        put(made_up, low_bit("plain", seed, (4, 4)), plain)
+    tables = accuracy_report.tables(made_up)
+    cells = {
+        name: [[c.strip() for c in line.split("|")[1:-1]] for line in lines[2:]]
+        for name in ("bits", "bits, against plain")
+        for lines in [tables[name].splitlines()]
+    }
+    assert cells["bits"] == [
+        ["plain", "89.00 ± 0.00 (3)", "—", "81.00 ± 0.58 (3)", "—"],
+        ["SP", "—", "—", "83.00 ± 1.00 (3)", "—"],
+    ]
+    # By seed +1, +2, +3 and +10, +9, +11: 4.303 times 1 over the root of 3.
+    floats = ["float", "+2.00 [-0.48, +4.48]", "—", "+10.00 [+7.52, +12.48]", "—"]
+    assert cells["bits, against plain"] == [
+        floats,
+        ["SP", "—", "—", "+2.00 [-0.48, +4.48]", "—"],
+    ]
+
+
 def test_repeats_stand_beside_the_runs_of_the_same_seed(made_up, tmp_path):
     again = tmp_path / "again"
     assert accuracy_report.repeats_table(made_up, again) == "Not run yet."
