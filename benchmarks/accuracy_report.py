@@ -19,6 +19,8 @@ from accuracy_rows import (
 )
 
 NOTHING = "—"
+# What the project's own README shows beside plain training.
+SHORT = ("TS+PQ", "SP", "JKD", "LSQ")
 
 
 def tables(folder: Path) -> dict[str, str]:
@@ -133,6 +135,24 @@ def bits_table(found, settings) -> str:
 def _accuracy_of(row: Row | None) -> str:
     """With the number of seeds."""
     return NOTHING if row is None else f"{_accuracy(row)} ({len(row.accuracies)})"
+
+
+def short_table(folder: Path) -> str:
+    """What the project's own README shows: leading methods at 4 and 2 bits.
+
+    Args:
+        folder: of the results.
+    """
+    found, settings = rows(folder), settings_of(folder)
+
+    def cell(method, bits):
+        return _accuracy_of(found.get(("equal", SMALL, method, bits, settings.epochs)))
+
+    full = cell(sweep.FLOAT, None)
+    lines = [["float", full, full]]
+    for method in ("plain", *SHORT):
+        lines.append([method, *(cell(method, bits) for bits in ((4, 4), (2, 2)))])
+    return table(["test accuracy, %", "W4A4", "W2A2"], lines)
 
 
 def against_plain_table(found, settings) -> str:

@@ -1,4 +1,4 @@
-"""Draws tables of benchmarks/README.md and docs/, and plots, from committed results.
+"""Draws tables of both READMEs and of docs/, and plots, from committed results.
 
   python benchmarks/report.py
 
@@ -20,6 +20,7 @@ from absl import app
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results"
 README = FOLDER / "README.md"
+FRONT = FOLDER.parent / "README.md"
 SUPPORTED = FOLDER.parent / "docs" / "supported_models.md"
 
 
@@ -32,6 +33,9 @@ def texts(results: Path = RESULTS) -> dict[Path, dict[str, str]]:
     applications = applications_plan.table(results / "applications")
     return {
         README: tables(results),
+        FRONT: {
+            "accuracy, in short": accuracy_report.short_table(results / "accuracy")
+        },
         SUPPORTED: {"applications": applications},
     }
 

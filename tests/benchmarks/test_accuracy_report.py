@@ -228,6 +228,21 @@ def test_bit_widths_stand_beside_plain_training_of_the_same_bits(made_up):
     ]
 
 
+def test_the_front_page_has_the_leading_methods(made_up):
+    put(made_up, low_bit("float", 0, None), 0.9)
+    put(made_up, low_bit("LSQ", 0, (4, 4)), 0.89)
+    lines = accuracy_report.short_table(made_up).splitlines()[2:]
+    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in lines]
+    assert cells == [
+        ["float", "90.00 (1)", "90.00 (1)"],
+        ["plain", "—", "81.00 ± 0.58 (3)"],
+        ["TS+PQ", "—", "—"],
+        ["SP", "—", "83.00 ± 1.00 (3)"],
+        ["JKD", "—", "—"],
+        ["LSQ", "89.00 (1)", "—"],
+    ]
+
+
 def test_repeats_stand_beside_the_runs_of_the_same_seed(made_up, tmp_path):
     again = tmp_path / "again"
     assert accuracy_report.repeats_table(made_up, again) == "Not run yet."

@@ -20,13 +20,17 @@ def test_tables_stand_between_their_marks():
         report.drawn(text, {"W2A2": "new"})
 
 
-@pytest.mark.parametrize("path", report.texts(), ids=lambda path: path.name)
+def named(path):
+    return "/".join(path.parts[-2:])
+
+
+@pytest.mark.parametrize("path", report.texts(), ids=named)
 def test_a_text_has_what_the_committed_results_give(path):
     text = path.read_text()
     assert report.drawn(text, report.texts()[path]) == text
 
 
-@pytest.mark.parametrize("path", report.texts(), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", report.texts(), ids=named)
 def test_every_mark_has_a_table(path):
     marks = {
         line.removeprefix("<!-- table: ").removesuffix(" -->")
