@@ -11,6 +11,7 @@ from accuracy_rows import SMALL, paired, rows, settings_of
 # Points that count as nothing lost: chosen, less than one such accuracy is sure to.
 EQUAL = 0.2
 TARGET = 0.5
+LONGEST = max(sweep.STAGES.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,15 @@ CLAIMS = (
     ),
     *(
         Claim(
+            f"{method} helps, as long as {LONGEST} full trainings",
+            Trained(method, stages=LONGEST),
+            Trained("plain", stages=LONGEST),
+        )
+        for method in sweep.LONG
+        if method != sweep.FLOAT
+    ),
+    *(
+        Claim(
             f"TS+PQ helps after an abrupt start, {length}",
             Trained("TS+PQ, abrupt", stages=count),
             Trained("plain, abrupt", stages=count),
@@ -119,7 +129,7 @@ CLAIMS = (
             Trained(sweep.FLOAT, None, count),
             -TARGET,
         )
-        for length, count in (("as short", 1), ("as long", 4))
+        for length, count in (("as short", 1), ("as long", LONGEST))
         for method in ("plain", "JKD", "LSQ", "LSQ with JKD")
     ),
 )

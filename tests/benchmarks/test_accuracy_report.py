@@ -273,10 +273,19 @@ def test_a_claim_holds_where_its_whole_interval_does(made_up):
         longer = {"purpose": "per_stage", "epochs": 16}
         put(made_up, low_bit("float", seed, None, **longer), base)
         put(made_up, low_bit("LSQ with JKD", seed, **longer), base - 0.004)
+        put(made_up, low_bit("plain", seed, **longer), base - 0.014)
     assert verdicts(made_up) == {
         "TS helps, in no more epochs": ("+1.00 [+1.00, +1.00]", "yes"),
         "SP helps, in no more epochs": ("+2.00 [-0.48, +4.48]", "not told apart"),
         "JKD helps, in no more epochs": ("-1.00 [-1.00, -1.00]", "no"),
+        "TS+PQ helps, each stage a full training": (
+            "-8.60 [-11.08, -6.12]",
+            "no",
+        ),
+        "LSQ with JKD helps, as long as 4 full trainings": (
+            "+1.00 [+1.00, +1.00]",
+            "yes",
+        ),
         # 81, 84, 84 against 81: 4.303 times the root of 3 over the root of 3.
         "SP in one stage reaches TS+PQ with full stages, to 0.2": (
             "+2.00 [-2.30, +6.30]",
@@ -289,6 +298,7 @@ def test_a_claim_holds_where_its_whole_interval_does(made_up):
             "-1.00 [-1.00, -1.00]",
             "no",
         ),
+        "W2A2 within 0.5 of float, as long: plain": ("-1.40 [-1.40, -1.40]", "no"),
         "W2A2 within 0.5 of float, as long: LSQ with JKD": (
             "-0.40 [-0.40, -0.40]",
             "yes",
