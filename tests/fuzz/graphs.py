@@ -44,6 +44,7 @@ class Graph:
     channels: int
     blocks: tuple[Block, ...]
     head: str
+    hidden: str | None
     classes: int
     weight_bits: int
     activation_bits: int
@@ -66,7 +67,8 @@ class Graph:
             "max": layers.GlobalMaxPooling2D,
             "flatten": layers.Flatten,
         }[self.head](name="pool")(x)
-        x = layers.Dense(5, activation="relu", name="hidden")(x)
+        if self.hidden is not None:
+            x = layers.Dense(5, activation=self.hidden, name="hidden")(x)
         return keras.Model(image, layers.Dense(self.classes, name="head")(x))
 
     def rules(self) -> list[tfl.PrecisionRule]:
@@ -153,7 +155,9 @@ def graphs(draw) -> Graph:
         channels=draw(st.integers(1, 3)),
         blocks=tuple(draw(st.lists(blocks(), min_size=1, max_size=3))),
         head=draw(st.sampled_from(("average", "max", "flatten"))),
-        classes=draw(st.integers(2, 4)),
+        # A linear layer gives the head floats of a signed grid.
+        hidden=draw(st.sampled_from(("relu", "linear", None))),
+        classes=draw(st.integers(1, 4)),
         # 8-bit DoReFa weights do not fit into int8; a signed activation needs 2 bits.
         weight_bits=draw(st.integers(1, 7 if weight_quantizer == "dorefa" else 8)),
         activation_bits=draw(st.integers(2, 8)),
