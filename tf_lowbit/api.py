@@ -41,8 +41,9 @@ def quantize(
             (`from_keras3`).
         rules: `PrecisionRule`s, the first match wins; None for 2-bit weights and
             activations everywhere but at the first and the last layer.
-        strict: raise where a rule matches nothing or a layer cannot be quantized,
-            instead of a `QuantizationWarning`.
+        strict: raise where a rule matches nothing, a layer cannot be quantized, or a
+            loss or metric of the model or an activity regularizer is left out, instead
+            of a `QuantizationWarning`.
         residual_bits: 8 puts signed 8-bit quantizers on what residual Adds read and
             put out (`<layer>_residual`, ours), so that training sees the rounding of
             an int8 residual stream. `tf_lowbit.calibrate` sets their steps. None
@@ -54,8 +55,8 @@ def quantize(
 
     Raises:
         ValueError: if the model, or one among its layers, is subclassed; if it is not
-            built, is quantized already or has no layer that the rules quantize; if
-            `residual_bits` is neither 8 nor None; and as `strict` says.
+            built, is quantized already, has Keras masks or no layer that the rules
+            quantize; if `residual_bits` is neither 8 nor None; and as `strict` says.
     """
     scheme = LowBitScheme(rules, strict, residual_bits)
     _report_losses(model, strict)

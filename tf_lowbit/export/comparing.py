@@ -59,13 +59,13 @@ def compare_on_data(
             own = tf.nest.flatten(observer(argument, training=False))
             _compare_tensors(rows, nodes, model.inputs, values, found, own)
         first = plain.outputs[0]["name"]
-        outputs = plain(*fed)[first]
-        chosen = {"file": classifying.classes(outputs, limit)}
+        scores = plain(*fed)[first]
+        chosen = {"file": classifying.classes(scores, limit)}
         for name, network in networks.items():
-            own = tf.nest.flatten(network(argument, training=False))[0]
-            chosen[name] = classifying.classes(own.numpy(), limit)
+            found = tf.nest.flatten(network(argument, training=False))[0]
+            chosen[name] = classifying.classes(found.numpy(), limit)
         if labels is not None:
-            labels = classifying.labels(labels, outputs, names)
+            labels = classifying.labels(labels, scores, names)
         _count_predictions(predictions, chosen, labels)
     if not predictions.examples:
         raise ValueError("data must hold at least one batch. Received: none")
