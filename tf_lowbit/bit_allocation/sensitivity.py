@@ -129,14 +129,8 @@ def sensitivity(
         def score(found):
             if metric == SQNR:
                 return _sqnr(reference, found)
-            return accuracy(reference) - accuracy(found)
-
-        def accuracy(found):
-            hits = [
-                predictions.classes(values, limit) == own
-                for values, own in zip(found, classes, strict=True)
-            ]
-            return 100.0 * float(np.mean(np.concatenate(hits)))
+            exact = _accuracy(reference, classes, limit)
+            return exact - _accuracy(found, classes, limit)
 
         given = {
             tensor.name: values_of(tensor.variables.values()) for tensor in tensors
@@ -158,8 +152,10 @@ def sensitivity(
                     assign_values(given[tensor.name])
                     tensor.assign_bits(width)
                     scores.setdefault(tensor.name, {})[width] = score(outputs())
-        exact = accuracy(reference) if metric == ACCURACY else None
-    return Sensitivity(metric, chosen, scores, exact)
+    accuracy = None
+    if metric == ACCURACY:
+        accuracy = _accuracy(reference, classes, limit)
+    return Sensitivity(metric, chosen, scores, accuracy)
 
 
 def _check(model, bits, metric, batches) -> tuple[int, ...]:
@@ -211,3 +207,12 @@ def _sqnr(reference, found) -> float:
     signal = sum(float(np.sum(np.square(a, dtype=np.float64))) for a, _ in pairs)
     noise = sum(float(np.sum(np.square(a - b, dtype=np.float64))) for a, b in pairs)
     return decibels(signal, noise)
+
+
+def _accuracy(outputs, classes, limit) -> float:
+    """In percent, over all batches."""
+    hits = [
+        predictions.classes(values, limit) == own
+        for values, own in zip(outputs, classes, strict=True)
+    ]
+    return 100.0 * float(np.mean(np.concatenate(hits)))
