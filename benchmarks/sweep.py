@@ -109,6 +109,8 @@ MIXED_AS = ((2, 2), (3, 3))
 STAGES = {"TS": 2, "PQ": 3, "TS+PQ": 4}
 # What is of one stage, trained as long as the most stages take.
 LONG = (FLOAT, "SP", "JKD", "LSQ", "LSQ with JKD")
+# Of these, with as many seeds as the main table; plain training of that length, too.
+LONG_IN_FULL = (FLOAT, "SP", "JKD")
 # How many times as long the longer trainings are.
 LENGTHS = STAGES | dict.fromkeys(LONG, max(STAGES.values()))
 # What the larger network is trained with, and the wider ones.
@@ -236,7 +238,7 @@ def phases(settings: Settings, seeds: int = 5, dear: int = 3) -> dict[str, list[
 
     Args:
         settings: of the sweep.
-        seeds: of the small network's 2-bit and 4-bit rows.
+        seeds: of the small network's 2-bit and 4-bit rows, and of `LONG_IN_FULL`.
         dear: seeds of the other rows.
 
     Returns:
@@ -259,13 +261,17 @@ def phases(settings: Settings, seeds: int = 5, dear: int = 3) -> dict[str, list[
             for seed in seed_list
         ]
 
+    longest = max(STAGES.values())
     per_stage = [
         run
         for method, count in STAGES.items()
-        for run in [
-            *rows("per_stage", small, [method], two, dear, count * settings.epochs),
-            *rows("per_stage", small, ["plain"], two, dear, count * settings.epochs),
-        ]
+        for name, its_seeds in (
+            (method, dear),
+            ("plain", seeds if count == longest else dear),
+        )
+        for run in rows(
+            "per_stage", small, [name], two, its_seeds, count * settings.epochs
+        )
     ]
     widths = [at_width(small, width) for width in WIDTHS]
     return {
@@ -284,8 +290,8 @@ def phases(settings: Settings, seeds: int = 5, dear: int = 3) -> dict[str, list[
                 small,
                 [method],
                 None if method == FLOAT else two,
-                dear,
-                LENGTHS[method] * settings.epochs,
+                seeds if method in LONG_IN_FULL else dear,
+                longest * settings.epochs,
             )
         ],
         "W4A4": rows("equal", small, METHODS, (4, 4), seeds),

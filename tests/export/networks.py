@@ -22,6 +22,8 @@ CLASSES = 3
 NEAR_TIES = 1e-4
 # A rule that fixes the grids of the first layer's input and of its weights.
 EDGE = Rule("first|head", 8, 8, "uniform", "uniform")
+# Everything that a branch has, the ReLUs at its end too.
+EVERYWHERE = [Rule(".*_relu", None, 2), Rule(".*", 2, 2, edges=True)]
 
 
 def images(count=16, shape=IMAGE, seed=0):
@@ -108,6 +110,19 @@ def bn_relu(x, name):
     """A normalisation and a ReLU."""
     x = layers.BatchNormalization(name=f"{name}_bn")(x)
     return layers.ReLU(name=f"{name}_relu")(x)
+
+
+def conv(*arguments, **more):
+    """A convolution of 5 channels, batch norm and ReLU."""
+    return lambda x, name: bn_relu(
+        layers.Conv2D(5, *arguments, name=name, **more)(x), name
+    )
+
+
+def behind(layer, then=None):
+    """`layer`, and then a convolution."""
+    then = then or conv(3, padding="same")
+    return lambda x, name: then(layer()(x), name)
 
 
 def finished(image, x, classes=CLASSES, seed=0):

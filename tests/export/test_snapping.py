@@ -7,12 +7,15 @@ import tf_lowbit as tfl
 from tests.export.networks import (
     CLASSES,
     EDGE,
+    EVERYWHERE,
     IMAGE,
     NEAR_TIES,
     Rule,
     assert_as_trained,
+    behind,
     bn_relu,
     branched,
+    conv,
     conv_bn_relu,
     differing_codes,
     finished,
@@ -29,17 +32,7 @@ from tf_lowbit.compat import keras, tf
 from tf_lowbit.export import twin
 from tf_lowbit.export.options import Options
 
-# Everything that a branch has, the ReLUs at its end too.
-EVERYWHERE = [Rule(".*_relu", None, 2), Rule(".*", 2, 2, edges=True)]
-
-
 # --- each kind of layer, on a quantized ReLU ------------------------------------------
-
-
-def conv(*arguments, **more):
-    return lambda x, name: bn_relu(
-        layers.Conv2D(5, *arguments, name=name, **more)(x), name
-    )
 
 
 def depthwise(*arguments, **more):
@@ -56,12 +49,6 @@ def conv1d(*arguments, **more):
 
 def dense(x, name):
     return bn_relu(layers.Dense(5, name=name)(x), name)
-
-
-def behind(layer, then=None):
-    """`layer`, and then a convolution."""
-    then = then or conv(3, padding="same")
-    return lambda x, name: then(layer()(x), name)
 
 
 def with_relu(layer, relu):
@@ -239,215 +226,6 @@ def test_awkward_normalisations_are_in_the_networks():
     gamma, *_ = model.get_layer("one_bn").get_weights()
     assert gamma.min() < 0 < gamma.max()
     assert (gamma == 0).any()
-
-
-# --- average pooling ------------------------------------------------------------------
-
-
-def test_an_average_is_a_sum_where_it_fits():
-    body = {"mean": behind(lambda: layers.AveragePooling2D(2, name="mean_pool"))}
-    x = normals(8, (8, 8, 3))
-    model = quantize(branched(body, (8, 8, 3)), EVERYWHERE)
-    proof = prove(model, x)
-    grid = proof.layer("mean_pool").grid
-    assert (grid.low, grid.high) == (0, 12)
-    assert_as_trained(proof, x)
-
-
-@pytest.mark.parametrize("bits", [6, 8])
-def test_an_average_of_more_levels_is_rounded_to_8_bits(bits):
-    body = {"mean": behind(lambda: layers.AveragePooling2D(3, name="mean_pool"))}
-    x = normals(8, (8, 8, 3))
-    rules = [Rule(".*_relu", None, bits), Rule(".*", 2, bits, edges=True)]
-    proof = prove(quantize(branched(body, (8, 8, 3)), rules), x)
-    assert proof.layer("mean_pool").grid.levels == 256
-    assert proof.notes == {"mean_pool": "the average is rounded to 8 bits"}
-    trained = keras.Model(proof.model.inputs, proof.model.get_layer("mean_pool").output)
-    made = keras.Model(proof.snapped.twin.inputs, proof.layer("mean_pool").output)
-    have = made(x).numpy() * proof.layer("mean_pool").grid.step
-    np.testing.assert_allclose(have, trained(x).numpy(), atol=0.51 / 255)
-
-
-def test_same_average_pooling_is_computed_in_float():
-    """Its borders average fewer codes, which no one step fits."""
-
-    def body(x, name):
-        x = layers.AveragePooling2D(3, strides=2, padding="same", name="pooled")(x)
-        return conv(3)(x, name)
-
-    x = normals(8, (8, 8, 3))
-    proof = prove(quantize(branched({"mean": body}, (8, 8, 3)), EVERYWHERE), x)
-    assert "in float" in proof.notes["pooled"]
-    assert isinstance(proof.layer("pooled"), layers.AveragePooling2D)
-    found = differing_codes(proof.model, proof.snapped, x)
-    for name, (different, total) in found.items():
-        assert different <= NEAR_TIES * total, name
-
-
-# --- Adds -----------------------------------------------------------------------------
-
-
-def _branch(x, name, filters=None):
-    return layers.BatchNormalization(name=f"{name}_bn")(
-        layers.Conv2D(filters or x.shape[-1], 3, padding="same", name=name)(x)
-    )
-
-
-def _preact(x, name):
-    x = layers.Conv2D(4, 3, padding="same", name=f"{name}_stem")(x)
-    y = bn_relu(x, f"{name}_first")
-    y = layers.Conv2D(4, 3, padding="same", name=f"{name}_inner")(y)
-    x = layers.Add(name=f"{name}_add")([y, x])
-    return conv(3)(bn_relu(x, f"{name}_second"), name)
-
-
-def _postact(x, name):
-    y = _branch(conv_bn_relu(x, 3, name=f"{name}_inner"), f"{name}_outer")
-    return layers.ReLU(name=f"{name}_relu")(layers.Add(name=f"{name}_add")([x, y]))
-
-
-def _projected(x, name):
-    y = _branch(x, f"{name}_outer", 5)
-    x = _branch(x, f"{name}_shortcut", 5)
-    return layers.ReLU(name=f"{name}_relu")(layers.Add(name=f"{name}_add")([y, x]))
-
-
-def _bottleneck(x, name):
-    x = _branch(x, f"{name}_linear", 3)
-    for i in (1, 2):
-        y = conv_bn_relu(x, 6, 1, name=f"{name}_expand{i}")
-        y = bn_relu(
-            layers.DepthwiseConv2D(3, padding="same", name=f"{name}_deep{i}")(y),
-            f"{name}_deep{i}",
-        )
-        y = _branch(y, f"{name}_project{i}", 3)
-        x = layers.Add(name=f"{name}_add{i}")([x, y])
-    return conv_bn_relu(x, 4, 1, name=name)
-
-
-def _pooled_identity(x, name):
-    x = layers.MaxPooling2D(2, name=f"{name}_pool")(x)
-    y = _branch(x, f"{name}_outer")
-    y = layers.Dropout(0.5)(y)
-    return layers.ReLU(name=f"{name}_relu")(layers.Add(name=f"{name}_add")([y, x]))
-
-
-def _two_activations(x, name):
-    y = conv_bn_relu(x, 3, name=f"{name}_outer")
-    return layers.ReLU(name=f"{name}_relu")(layers.Add(name=f"{name}_add")([x, y]))
-
-
-def _itself(x, name):
-    y = conv_bn_relu(x, 3, name=f"{name}_outer")
-    x = layers.Add(name=f"{name}_add")([y, y])
-    return layers.ReLU(name=f"{name}_relu")(x)
-
-
-ADDS = {
-    "preact": _preact,
-    "postact": _postact,
-    "projected": _projected,
-    "bottleneck": _bottleneck,
-    "pooled_identity": _pooled_identity,
-    "two_activations": _two_activations,
-    "itself": _itself,
-}
-
-
-@functools.cache
-def proven_add(case, residual_bits):
-    model = branched({case: ADDS[case]}, (6, 6, 3))
-    model = quantize(model, EVERYWHERE, residual_bits=residual_bits)
-    x = normals(8, (6, 6, 3))
-    if residual_bits:
-        tfl.calibrate(model, [x])
-    proof = prove(model, x)
-    assert sum(proof.report.additions.values()) == 0
-    assert len(proof.report.additions) == (2 if case == "bottleneck" else 1)
-    wrong = sum(sum(decisions.wrong) for decisions in proof.report.decisions)
-    return differing_codes(model, proof.snapped, x), proof.notes, wrong
-
-
-@pytest.mark.parametrize("case", ADDS)
-def test_a_trained_residual_stream_leaves_as_trained(case):
-    found, notes, wrong = proven_add(case, 8)
-    assert not notes
-    # 255 decision points of one channel do not always fit one scale and one bias.
-    allowed = 0.03 if wrong else NEAR_TIES
-    assert sum(count for count, _ in found.values()) <= allowed * sum(
-        size for _, size in found.values()
-    ), found
-
-
-@pytest.mark.parametrize("case", ["preact", "postact", "projected", "bottleneck"])
-def test_a_float_residual_stream_is_rounded_and_noted(case):
-    found, notes, _ = proven_add(case, None)
-    assert notes
-    assert all("8 bits" in text for text in notes.values())
-    # The rounding is 8 bits': few of the 2-bit codes behind it move.
-    assert sum(count for count, _ in found.values()) <= 0.05 * sum(
-        size for _, size in found.values()
-    ), found
-
-
-def test_an_integer_add_of_three_is_refused():
-    def body(x, name):
-        y = [_branch(x, f"{name}{i}") for i in range(2)]
-        return layers.ReLU(name="relu")(layers.Add(name="triple")([x, *y]))
-
-    model = quantize(branched({"sum": body}, (6, 6, 3)), EVERYWHERE)
-    with pytest.raises(export.ExportError, match="'triple' with 3"):
-        export.snap(model, [normals(4, (6, 6, 3))])
-
-
-def test_a_float_add_stays_one():
-    image = keras.Input(IMAGE)
-    x = [layers.Conv2D(4, 3, name=f"side{i}")(image) for i in range(3)]
-    x = layers.Add(name="sum")(x)
-    x = layers.ReLU(name="relu")(x)
-    x = layers.Conv2D(4, 3, name="inner")(x)
-    x = layers.ReLU(name="last_relu")(x)
-    model = finished(image, x)
-    model = quantize(model, [Rule("inner", 2, 2)])
-    proof = prove(model, normals(), first_layer="float")
-    assert isinstance(proof.layer("sum"), layers.Add)
-
-
-def test_a_sum_far_larger_than_its_identity_does_not_clip():
-    def body(x, name):
-        y = layers.Conv2D(3, 3, padding="same", name=f"{name}_large")(x)
-        x = layers.Add(name="sum")([x, y])
-        return conv_bn_relu(x, 3, name=name)
-
-    model = branched({"wide": body}, (6, 6, 3))
-    model.get_layer("wide_large").bias.assign([30.0, -30.0, 20.0])
-    rules = [Rule(".*_relu", None, 8), Rule(".*", 7, 8, edges=True)]
-    model = quantize(model, rules, clip=60.0)
-    x = normals(8, (6, 6, 3))
-    proof = prove(model, x)
-    trained = keras.Model(model.inputs, model.get_layer("sum").output)(x).numpy()
-    made = keras.Model(proof.snapped.twin.inputs, proof.layer("sum").output)(x)
-    have = made.numpy() * proof.layer("sum").grid.step
-    np.testing.assert_allclose(have, trained, atol=2 * np.abs(trained).max() / 127)
-
-
-# --- concatenation of different grids -------------------------------------------------
-
-
-def test_a_concatenation_of_different_grids_is_noted():
-    def body(x, name):
-        y = layers.ReLU(name="finer_relu")(layers.Conv2D(3, 1, name="finer")(x))
-        x = layers.Concatenate(name="both")([x, y])
-        return conv(3)(x, name)
-
-    rules = [Rule("finer_relu", None, 3), *EVERYWHERE]
-    model = quantize(branched({"after": body}, (6, 6, 3)), rules)
-    x = normals(8, (6, 6, 3))
-    proof = prove(model, x)
-    assert "8 bits" in proof.notes["both"]
-    made = keras.Model(proof.snapped.twin.inputs, proof.layer("both").output)(x)
-    trained = keras.Model(model.inputs, model.get_layer("both").output)(x).numpy()
-    np.testing.assert_allclose(made.numpy() / 127, trained, atol=0.51 / 127)
 
 
 # --- quantizers and bits --------------------------------------------------------------
@@ -745,27 +523,6 @@ def test_a_softmax_over_another_axis_is_refused():
         export.snap(model, [normals()])
 
 
-def test_a_float_network_is_refused():
-    with pytest.raises(ValueError, match=r"tf_lowbit.quantize"):
-        export.snap(network(lambda x: x), [images()])
-
-
-def test_an_uncalibrated_range_is_named():
-    model = tfl.quantize(network(lambda x: x), [EDGE])
-    with pytest.raises(export.ExportError, match=r"calibrate.*first|image_quantizer"):
-        export.snap(model, [images()])
-
-
-def test_bits_of_an_unfinished_stage_are_named():
-    model = quantize(network(lambda x: x), [EDGE])
-    (kernel, *_) = [
-        t for t in inspection.quantized_tensors(model) if t.latent is not None
-    ]
-    kernel.assign_bits(32)
-    with pytest.raises(export.ExportError, match=r"stages.*at 32 bits"):
-        export.snap(model, [images()])
-
-
 def test_bits_of_an_earlier_rung_are_noted():
     model = quantize(network(lambda x: x), [EDGE])
     assert not any("rule says" in str(n) for n in export.snap(model, [images()]).notes)
@@ -777,20 +534,6 @@ def test_bits_of_an_earlier_rung_are_noted():
         "first: its kernel is at 5 bits, its rule says 8; 2 tensors in all are at "
         "other bits than their rules: those of a stage before the last?"
     )
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize(
-    "name", ["first/kernel", "first_bn/moving_variance", "head/bias"]
-)
-def test_weights_that_are_no_numbers_are_named(name, value):
-    model = quantize(network(lambda x: x), [EDGE])
-    (weight,) = [w for w in model.weights if w.name.split(":")[0].endswith(name)]
-    spoilt = weight.numpy()
-    spoilt.flat[1] = value
-    weight.assign(spoilt)
-    with pytest.raises(export.ExportError, match=name):
-        export.snap(model, [images()])
 
 
 def test_data_that_are_no_numbers_are_refused():
@@ -819,22 +562,6 @@ def test_integer_inputs_are_refused():
     model = quantize(keras.Model(image, x), [Rule("inner", 2, None)])
     with pytest.raises(export.ExportError, match=r"floats.*'pixels' of int32"):
         export.snap(model, [images()])
-
-
-def test_a_trainer_of_one_student_is_its_student():
-    model = quantize(network(lambda x: x), [EDGE])
-    trainer = tfl.LowBitTrainer(model)
-    assert export.snap(trainer).twin.get_layer("first")
-    both = tfl.LowBitTrainer(
-        {"a": model, "b": quantize(network(lambda x: x), [EDGE])},
-        network(lambda x: x),
-        distillation=tfl.JointDistillation(),
-    )
-    with pytest.raises(ValueError, match=r"one of trainer.students"):
-        export.snap(both)
-
-
-# --- the walk's own behaviour ---------------------------------------------------------
 
 
 def test_the_same_model_gives_the_same_twin():

@@ -357,3 +357,10 @@ class Builder:
         return _layers.ReLU(
             6.0 if kind == "relu6" else None, name=self.name(name), dtype="float32"
         )
+
+
+def copy_of(layer, name):
+    """A stock layer in float32, under a name that is free."""
+    return type(layer).from_config(
+        {**layer.get_config(), "name": name, "dtype": "float32"}
+    )

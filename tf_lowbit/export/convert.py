@@ -8,10 +8,10 @@ import rich.console
 import rich.progress
 
 from tf_lowbit.compat import keras
-from tf_lowbit.export import files, tflite, twin
+from tf_lowbit.export import checks, files, tflite, twin
 from tf_lowbit.export.flatbuffer import read_metadata
 from tf_lowbit.export.options import Options
-from tf_lowbit.export.snapping import Note, Snapped, require_finite, snap
+from tf_lowbit.export.snapping import Note, Snapped, snap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,7 @@ def to_tflite(
                 f"when it was made. Received: data={data!r}"
             )
         snapped = model
-        require_finite(snapped.twin)
+        checks.require_finite(snapped.twin)
         if snapped.options != options:
             raise ValueError(
                 "The options of a Snapped are those that it was made with: "

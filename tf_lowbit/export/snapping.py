@@ -4,17 +4,14 @@ The graph is walked once, layer by layer; `building` makes the twin's layers.
 """
 
 import dataclasses
-import math
 
 import numpy as np
 
 from tf_lowbit import inspection, quantizers
 from tf_lowbit.compat import keras
-from tf_lowbit.core import grid as core_grid
-from tf_lowbit.core import ratios
-from tf_lowbit.export import elementwise, grids, twin
+from tf_lowbit.export import checks, elementwise, grids, joins, pools, twin
 from tf_lowbit.export import linear as linears
-from tf_lowbit.export.building import DROPOUTS, Builder, Note, Value
+from tf_lowbit.export.building import DROPOUTS, Builder, Note, Value, copy_of
 from tf_lowbit.export.linear import ExportError
 from tf_lowbit.export.options import Options
 from tf_lowbit.scheme import graph, registry
@@ -40,11 +37,6 @@ _KINDS = {
     _layers.Dense: twin.DENSE,
     _layers.DepthwiseConv2D: twin.DEPTHWISE,
 }
-# Of an output's step: what makes the ties of an average go up, all of them, as an
-# integer bias can.
-_UP = 1e-6
-# Ratio of steps that counts as the same one: float32's resolution, some roundings over.
-_SAME = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,49 +87,9 @@ def snap(
         ExportError: naming a layer that has no form in a file.
     """
     options = options or Options()
-    (network,) = _single(model)
-    _check(network)
+    network = checks.single_network(model)
+    checks.require_exportable(network)
     return _Snapper(network, data, options, ranges, batches).run(progress)
-
-
-def _single(model):
-    inspection.require_quantized(model)
-    networks = inspection.networks(model)
-    if len(networks) > 1:
-        raise ValueError(
-            "model must be one network: choose one of trainer.students. "
-            f"Received: a trainer of {len(networks)}"
-        )
-    return networks
-
-
-def _check(model) -> None:
-    for tensor in inspection.quantized_tensors(model):
-        if tensor.bits > core_grid.MAX_BITS:
-            raise ExportError(
-                "All quantizers must be at 1 to 8 bits to be exported: finish the "
-                f"stages first. Received: {tensor.name} at {tensor.bits} bits"
-            )
-        if not tensor.is_calibrated:
-            raise ExportError(
-                "All ranges must be calibrated or trained: call tf_lowbit.calibrate. "
-                f"Received: {tensor.name}, which is not"
-            )
-    require_finite(model)
-
-
-def require_finite(model) -> None:
-    """Refuses a network with a weight that is NaN or infinite.
-
-    Raises:
-        ExportError: naming the weight.
-    """
-    for layer in model.layers:
-        for weight in inspection.parameters(layer):
-            if weight.dtype.is_floating and not np.isfinite(weight.numpy()).all():
-                raise ExportError(
-                    f"Weights must be finite. Received: NaN or inf in {weight.name}"
-                )
 
 
 class _Snapper(Builder):
@@ -211,15 +163,15 @@ class _Snapper(Builder):
         elif type(layer) in DROPOUTS:
             self._alias(value, sources[0])
         elif elementwise.join(node) is np.add:
-            self._add(value, sources)
+            joins.add(self, value, sources)
         elif elementwise.join(node) is np.multiply:
-            self._multiply(value, sources)
+            joins.multiply(self, value, sources)
         elif type(layer) is _layers.Concatenate:
-            self._concatenate(value, sources, layer)
+            joins.concatenate(self, value, sources, layer)
         elif type(layer) is _layers.AveragePooling2D:
-            self._average_pool(value, sources[0], layer)
+            pools.average_pool(self, value, sources[0], layer)
         elif type(layer) is _layers.GlobalAveragePooling2D:
-            self._global_pool(value, sources[0], layer)
+            pools.global_pool(self, value, sources[0], layer)
         elif type(layer) in _FLOAT_LAYERS:
             self._keep_floats(value, sources[0], layer)
         elif type(layer) in _CODE_KEEPING:
@@ -369,39 +321,8 @@ class _Snapper(Builder):
             return
         self.settle(value)
 
-    def _add(self, value, sources) -> None:
-        if not all(self.can_be_codes(s) for s in sources):
-            made = _layers.Add(name=self.name(value.name), dtype="float32")
-            value.values = made([self.values(s) for s in sources])
-            return
-        if len(sources) != 2:
-            raise ExportError(
-                "An integer Add must have two inputs; write it as several Adds. "
-                f"Received: {value.name!r} with {len(sources)}"
-            )
-        target = self.only_quantizer(value)
-        settled = [s for s in sources if s.codes is not None]
-        if target is not None:
-            wanted = target
-        else:
-            step = self.eight_bit_step(value)
-            if settled:
-                first = settled[0].grid.step
-                # Of a sum far larger than its first term, that term moves instead.
-                if first / step > 0.9 * float(ratios.RATIOS[0]):
-                    step = first / float(ratios.nearest_ratio(first / step))
-            wanted = grids.grid(step, *grids.INT8)
-            self.note_eight_bits(value)
-        terms, found = [], []
-        for index, source in enumerate(sources):
-            codes, ratio = self._term(source, wanted, f"{value.name}_input{index + 1}")
-            terms.append(codes)
-            found.append(ratio)
-        made = twin.IntegerAdd(wanted, found, name=self.name(value.name))
-        value.codes, value.grid = made(terms), wanted
-
     def _keep_floats(self, value, source, layer) -> None:
-        made, weights = _copy(layer, self.name(value.name)), layer.get_weights()
+        made, weights = copy_of(layer, self.name(value.name)), layer.get_weights()
         if isinstance(layer, _layers.LayerNormalization):
             elementwise.require_last(layer, len(value.tensor.shape))
             made.scale = made.center = True
@@ -413,123 +334,8 @@ class _Snapper(Builder):
         value.values = made(self.values(source))
         made.set_weights(weights)
 
-    def _multiply(self, value, sources) -> None:
-        layer = _layers.Multiply(name=self.name(value.name), dtype="float32")
-        value.values = layer([self.values(source) for source in sources])
-
-    def _term(self, source, wanted, name):
-        """A term's codes, and its step divided by the sum's."""
-        if source.codes is None:
-            least = self.eight_bit_step(source)
-            ratio = ratios.at_least_ratio(least / wanted.step)
-            grid = grids.grid(wanted.step * float(ratio), *grids.INT8)
-            source.codes = self.emit_integer(source, source.linear, grid)
-            self.note_eight_bits(source)
-            return source.codes, ratio
-        exact = source.grid.step / wanted.step
-        ratio = ratios.nearest_ratio(exact)
-        is_plain = math.isclose(
-            source.grid.scale, source.grid.step, rel_tol=_SAME
-        ) and math.isclose(wanted.scale, wanted.step, rel_tol=_SAME)
-        if is_plain and math.isclose(float(ratio), exact, rel_tol=_SAME):
-            return source.codes, ratio
-        # Put on a grid that has an odd ratio; 8 bits of what were perhaps fewer.
-        largest = max(-source.grid.low, source.grid.high) * source.grid.step
-        ratio = ratios.at_least_ratio(largest / 127 / wanted.step)
-        grid = grids.grid(wanted.step * float(ratio), *grids.INT8)
-        moved = Value(source.tensor, name)
-        self.emit_integer(moved, self.rescale(source), grid)
-        self.note(
-            name, f"{source.name} is rounded to a step that is {ratio} of the sum's"
-        )
-        return moved.codes, ratio
-
-    def _concatenate(self, value, sources, layer) -> None:
-        if not all(self.can_be_codes(s) for s in sources):
-            made = _copy(layer, self.name(value.name))
-            value.values = made([self.values(s) for s in sources])
-            return
-        known = [s.grid for s in sources if s.codes is not None]
-        are_alike = known and all(g.looks_like(known[0]) for g in known)
-        wanted = known[0] if are_alike else None
-        if wanted is None or len(known) < len(sources):
-            wanted = self.eight_bit_grid(value)
-            self.note_eight_bits(value)
-        terms = []
-        for index, source in enumerate(sources):
-            if source.codes is not None and source.grid.looks_like(wanted):
-                terms.append(source.codes)
-                continue
-            moved = Value(source.tensor, f"{value.name}_input{index + 1}")
-            pending = source.linear if source.codes is None else None
-            if pending is None or not self.may_consume(source):
-                pending = self.rescale(source)
-            self.emit_integer(moved, pending, wanted, in_place=True)
-            terms.append(moved.codes)
-        made = _copy(layer, self.name(value.name))
-        value.codes, value.grid = made(terms), wanted
-
-    def _average_pool(self, value, source, layer) -> None:
-        is_same = layer.padding != "valid"
-        if is_same or not self.can_be_codes(source):
-            if is_same and self.can_be_codes(source):
-                self.note(
-                    value.name, "is computed in float: the borders of padding='same' "
-                    "average fewer codes",
-                )  # fmt: skip
-            made = _copy(layer, self.name(value.name))
-            value.values = made(self.values(source))
-            return
-        _, grid = self.codes(source)
-        size = math.prod(layer.pool_size)
-        channels = int(value.tensor.shape[-1])
-        value.linear = linears.Linear(
-            twin.DEPTHWISE, layer, None, source,
-            np.full(channels, 1.0 / size), np.zeros(channels),
-        )  # fmt: skip
-        if (grid.high - grid.low) * size < 256:
-            exact = grids.grid(grid.step / size, grid.low * size, grid.high * size)
-            self.emit_integer(value, value.linear, exact)
-        else:
-            span = grid.high - grid.low
-            coarse = grids.grid(grid.step * span / 255, 0, 255)
-            if grid.low < 0:
-                coarse = grids.grid(grid.step * -grid.low / 128, *grids.INT8)
-            value.linear.offset += _UP * coarse.step
-            self.emit_integer(value, value.linear, coarse)
-            self.note(value.name, "the average is rounded to 8 bits")
-
-    def _global_pool(self, value, source, layer) -> None:
-        is_int8_head = self.options.head == "int8" and self.can_be_codes(source)
-        if is_int8_head and all(source.tensor.shape[1:3]):
-            _, grid = self.codes(source)
-            channels = int(source.tensor.shape[-1])
-            size = math.prod(source.tensor.shape[1:3])
-            pooled = Value(value.tensor, f"{value.name}_sum")
-            finer = 255 // (grid.high - grid.low)
-            step = grid.step * (grid.high - grid.low) / 255
-            wanted = (
-                grids.grid(step, 0, 255)
-                if grid.low == 0
-                else grids.grid(grid.step / finer, grid.low * finer, grid.high * finer)
-            )
-            linear = linears.Linear(
-                twin.DEPTHWISE, layer, None, source,
-                np.full(channels, 1.0 / size), np.full(channels, _UP * wanted.step),
-            )  # fmt: skip
-            self.emit_integer(pooled, linear, wanted)
-            self.note(value.name, "the average is rounded to 8 bits")
-            flat = _layers.Flatten(name=self.name(value.name), dtype="float32")
-            if layer.keepdims:
-                value.codes, value.grid = pooled.codes, wanted
-            else:
-                value.codes, value.grid = flat(pooled.codes), wanted
-            return
-        made = _copy(layer, self.name(value.name))
-        value.values = made(self.values(source))
-
     def _keep_codes(self, value, source, layer, name=None) -> None:
-        made = _copy(layer, name or self.name(value.name))
+        made = copy_of(layer, name or self.name(value.name))
         if self.can_be_codes(source):
             codes, value.grid = self.codes(source)
             value.codes = made(codes)
@@ -548,10 +354,3 @@ class _Snapper(Builder):
 
 def _layer_name(tensor) -> str:
     return tensor._keras_history.layer.name
-
-
-def _copy(layer, name):
-    """A stock layer in float32, under a name that is free."""
-    return type(layer).from_config(
-        {**layer.get_config(), "name": name, "dtype": "float32"}
-    )

@@ -1,0 +1,184 @@
+import functools
+
+import numpy as np
+import pytest
+
+import tf_lowbit as tfl
+from tests.export.networks import (
+    EVERYWHERE,
+    IMAGE,
+    NEAR_TIES,
+    Rule,
+    bn_relu,
+    branched,
+    conv,
+    conv_bn_relu,
+    differing_codes,
+    finished,
+    layers,
+    normals,
+    prove,
+    quantize,
+)
+from tf_lowbit import export
+from tf_lowbit.compat import keras
+
+
+def _branch(x, name, filters=None):
+    return layers.BatchNormalization(name=f"{name}_bn")(
+        layers.Conv2D(filters or x.shape[-1], 3, padding="same", name=name)(x)
+    )
+
+
+def _preact(x, name):
+    x = layers.Conv2D(4, 3, padding="same", name=f"{name}_stem")(x)
+    y = bn_relu(x, f"{name}_first")
+    y = layers.Conv2D(4, 3, padding="same", name=f"{name}_inner")(y)
+    x = layers.Add(name=f"{name}_add")([y, x])
+    return conv(3)(bn_relu(x, f"{name}_second"), name)
+
+
+def _postact(x, name):
+    y = _branch(conv_bn_relu(x, 3, name=f"{name}_inner"), f"{name}_outer")
+    return layers.ReLU(name=f"{name}_relu")(layers.Add(name=f"{name}_add")([x, y]))
+
+
+def _projected(x, name):
+    y = _branch(x, f"{name}_outer", 5)
+    x = _branch(x, f"{name}_shortcut", 5)
+    return layers.ReLU(name=f"{name}_relu")(layers.Add(name=f"{name}_add")([y, x]))
+
+
+def _bottleneck(x, name):
+    x = _branch(x, f"{name}_linear", 3)
+    for i in (1, 2):
+        y = conv_bn_relu(x, 6, 1, name=f"{name}_expand{i}")
+        y = bn_relu(
+            layers.DepthwiseConv2D(3, padding="same", name=f"{name}_deep{i}")(y),
+            f"{name}_deep{i}",
+        )
+        y = _branch(y, f"{name}_project{i}", 3)
+        x = layers.Add(name=f"{name}_add{i}")([x, y])
+    return conv_bn_relu(x, 4, 1, name=name)
+
+
+def _pooled_identity(x, name):
+    x = layers.MaxPooling2D(2, name=f"{name}_pool")(x)
+    y = _branch(x, f"{name}_outer")
+    y = layers.Dropout(0.5)(y)
+    return layers.ReLU(name=f"{name}_relu")(layers.Add(name=f"{name}_add")([y, x]))
+
+
+def _two_activations(x, name):
+    y = conv_bn_relu(x, 3, name=f"{name}_outer")
+    return layers.ReLU(name=f"{name}_relu")(layers.Add(name=f"{name}_add")([x, y]))
+
+
+def _itself(x, name):
+    y = conv_bn_relu(x, 3, name=f"{name}_outer")
+    x = layers.Add(name=f"{name}_add")([y, y])
+    return layers.ReLU(name=f"{name}_relu")(x)
+
+
+ADDS = {
+    "preact": _preact,
+    "postact": _postact,
+    "projected": _projected,
+    "bottleneck": _bottleneck,
+    "pooled_identity": _pooled_identity,
+    "two_activations": _two_activations,
+    "itself": _itself,
+}
+
+
+@functools.cache
+def proven_add(case, residual_bits):
+    model = branched({case: ADDS[case]}, (6, 6, 3))
+    model = quantize(model, EVERYWHERE, residual_bits=residual_bits)
+    x = normals(8, (6, 6, 3))
+    if residual_bits:
+        tfl.calibrate(model, [x])
+    proof = prove(model, x)
+    assert sum(proof.report.additions.values()) == 0
+    assert len(proof.report.additions) == (2 if case == "bottleneck" else 1)
+    wrong = sum(sum(decisions.wrong) for decisions in proof.report.decisions)
+    return differing_codes(model, proof.snapped, x), proof.notes, wrong
+
+
+@pytest.mark.parametrize("case", ADDS)
+def test_a_trained_residual_stream_leaves_as_trained(case):
+    found, notes, wrong = proven_add(case, 8)
+    assert not notes
+    # 255 decision points of one channel do not always fit one scale and one bias.
+    allowed = 0.03 if wrong else NEAR_TIES
+    assert sum(count for count, _ in found.values()) <= allowed * sum(
+        size for _, size in found.values()
+    ), found
+
+
+@pytest.mark.parametrize("case", ["preact", "postact", "projected", "bottleneck"])
+def test_a_float_residual_stream_is_rounded_and_noted(case):
+    found, notes, _ = proven_add(case, None)
+    assert notes
+    assert all("8 bits" in text for text in notes.values())
+    # The rounding is 8 bits': few of the 2-bit codes behind it move.
+    assert sum(count for count, _ in found.values()) <= 0.05 * sum(
+        size for _, size in found.values()
+    ), found
+
+
+def test_an_integer_add_of_three_is_refused():
+    def body(x, name):
+        y = [_branch(x, f"{name}{i}") for i in range(2)]
+        return layers.ReLU(name="relu")(layers.Add(name="triple")([x, *y]))
+
+    model = quantize(branched({"sum": body}, (6, 6, 3)), EVERYWHERE)
+    with pytest.raises(export.ExportError, match="'triple' with 3"):
+        export.snap(model, [normals(4, (6, 6, 3))])
+
+
+def test_a_float_add_stays_one():
+    image = keras.Input(IMAGE)
+    x = [layers.Conv2D(4, 3, name=f"side{i}")(image) for i in range(3)]
+    x = layers.Add(name="sum")(x)
+    x = layers.ReLU(name="relu")(x)
+    x = layers.Conv2D(4, 3, name="inner")(x)
+    x = layers.ReLU(name="last_relu")(x)
+    model = finished(image, x)
+    model = quantize(model, [Rule("inner", 2, 2)])
+    proof = prove(model, normals(), first_layer="float")
+    assert isinstance(proof.layer("sum"), layers.Add)
+
+
+def test_a_sum_far_larger_than_its_identity_does_not_clip():
+    def body(x, name):
+        y = layers.Conv2D(3, 3, padding="same", name=f"{name}_large")(x)
+        x = layers.Add(name="sum")([x, y])
+        return conv_bn_relu(x, 3, name=name)
+
+    model = branched({"wide": body}, (6, 6, 3))
+    model.get_layer("wide_large").bias.assign([30.0, -30.0, 20.0])
+    rules = [Rule(".*_relu", None, 8), Rule(".*", 7, 8, edges=True)]
+    model = quantize(model, rules, clip=60.0)
+    x = normals(8, (6, 6, 3))
+    proof = prove(model, x)
+    trained = keras.Model(model.inputs, model.get_layer("sum").output)(x).numpy()
+    made = keras.Model(proof.snapped.twin.inputs, proof.layer("sum").output)(x)
+    have = made.numpy() * proof.layer("sum").grid.step
+    np.testing.assert_allclose(have, trained, atol=2 * np.abs(trained).max() / 127)
+
+
+def test_a_concatenation_of_different_grids_is_noted():
+    def body(x, name):
+        y = layers.ReLU(name="finer_relu")(layers.Conv2D(3, 1, name="finer")(x))
+        x = layers.Concatenate(name="both")([x, y])
+        return conv(3)(x, name)
+
+    rules = [Rule("finer_relu", None, 3), *EVERYWHERE]
+    model = quantize(branched({"after": body}, (6, 6, 3)), rules)
+    x = normals(8, (6, 6, 3))
+    proof = prove(model, x)
+    assert "8 bits" in proof.notes["both"]
+    made = keras.Model(proof.snapped.twin.inputs, proof.layer("both").output)(x)
+    trained = keras.Model(model.inputs, model.get_layer("both").output)(x).numpy()
+    np.testing.assert_allclose(made.numpy() / 127, trained, atol=0.51 / 127)

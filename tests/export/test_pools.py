@@ -1,0 +1,58 @@
+import numpy as np
+import pytest
+
+from tests.export.networks import (
+    EVERYWHERE,
+    NEAR_TIES,
+    Rule,
+    assert_as_trained,
+    behind,
+    branched,
+    conv,
+    differing_codes,
+    layers,
+    normals,
+    prove,
+    quantize,
+)
+from tf_lowbit.compat import keras
+
+
+def test_an_average_is_a_sum_where_it_fits():
+    body = {"mean": behind(lambda: layers.AveragePooling2D(2, name="mean_pool"))}
+    x = normals(8, (8, 8, 3))
+    model = quantize(branched(body, (8, 8, 3)), EVERYWHERE)
+    proof = prove(model, x)
+    grid = proof.layer("mean_pool").grid
+    assert (grid.low, grid.high) == (0, 12)
+    assert_as_trained(proof, x)
+
+
+@pytest.mark.parametrize("bits", [6, 8])
+def test_an_average_of_more_levels_is_rounded_to_8_bits(bits):
+    body = {"mean": behind(lambda: layers.AveragePooling2D(3, name="mean_pool"))}
+    x = normals(8, (8, 8, 3))
+    rules = [Rule(".*_relu", None, bits), Rule(".*", 2, bits, edges=True)]
+    proof = prove(quantize(branched(body, (8, 8, 3)), rules), x)
+    assert proof.layer("mean_pool").grid.levels == 256
+    assert proof.notes == {"mean_pool": "the average is rounded to 8 bits"}
+    trained = keras.Model(proof.model.inputs, proof.model.get_layer("mean_pool").output)
+    made = keras.Model(proof.snapped.twin.inputs, proof.layer("mean_pool").output)
+    have = made(x).numpy() * proof.layer("mean_pool").grid.step
+    np.testing.assert_allclose(have, trained(x).numpy(), atol=0.51 / 255)
+
+
+def test_same_average_pooling_is_computed_in_float():
+    """Its borders average fewer codes, which no one step fits."""
+
+    def body(x, name):
+        x = layers.AveragePooling2D(3, strides=2, padding="same", name="pooled")(x)
+        return conv(3)(x, name)
+
+    x = normals(8, (8, 8, 3))
+    proof = prove(quantize(branched({"mean": body}, (8, 8, 3)), EVERYWHERE), x)
+    assert "in float" in proof.notes["pooled"]
+    assert isinstance(proof.layer("pooled"), layers.AveragePooling2D)
+    found = differing_codes(proof.model, proof.snapped, x)
+    for name, (different, total) in found.items():
+        assert different <= NEAR_TIES * total, name

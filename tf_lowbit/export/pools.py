@@ -1,0 +1,94 @@
+"""Average pooling in a twin: a depthwise convolution over codes, or floats."""
+
+import math
+
+import numpy as np
+
+from tf_lowbit.compat import keras
+from tf_lowbit.export import grids, twin
+from tf_lowbit.export import linear as linears
+from tf_lowbit.export.building import Value, copy_of
+
+_layers = keras.layers
+# Of an output's step: what makes the ties of an average go up, all of them, as an
+# integer bias can.
+_UP = 1e-6
+
+
+def average_pool(builder, value, source, layer) -> None:
+    """Codes of window averages, as finely as they fit into 8 bits; or floats.
+
+    Args:
+        builder: of the twin.
+        value: what the layer puts out; is set.
+        source: its input.
+        layer: the trained network's.
+    """
+
+    is_same = layer.padding != "valid"
+    if is_same or not builder.can_be_codes(source):
+        if is_same and builder.can_be_codes(source):
+            builder.note(
+                value.name, "is computed in float: the borders of padding='same' "
+                "average fewer codes",
+            )  # fmt: skip
+        made = copy_of(layer, builder.name(value.name))
+        value.values = made(builder.values(source))
+        return
+    _, grid = builder.codes(source)
+    size = math.prod(layer.pool_size)
+    channels = int(value.tensor.shape[-1])
+    value.linear = linears.Linear(
+        twin.DEPTHWISE, layer, None, source,
+        np.full(channels, 1.0 / size), np.zeros(channels),
+    )  # fmt: skip
+    if (grid.high - grid.low) * size < 256:
+        exact = grids.grid(grid.step / size, grid.low * size, grid.high * size)
+        builder.emit_integer(value, value.linear, exact)
+    else:
+        span = grid.high - grid.low
+        coarse = grids.grid(grid.step * span / 255, 0, 255)
+        if grid.low < 0:
+            coarse = grids.grid(grid.step * -grid.low / 128, *grids.INT8)
+        value.linear.offset += _UP * coarse.step
+        builder.emit_integer(value, value.linear, coarse)
+        builder.note(value.name, "the average is rounded to 8 bits")
+
+
+def global_pool(builder, value, source, layer) -> None:
+    """Codes of averages over an image for an int8 head, or floats.
+
+    Args:
+        builder: of the twin.
+        value: what the layer puts out; is set.
+        source: its input.
+        layer: the trained network's.
+    """
+
+    is_int8_head = builder.options.head == "int8" and builder.can_be_codes(source)
+    if is_int8_head and all(source.tensor.shape[1:3]):
+        _, grid = builder.codes(source)
+        channels = int(source.tensor.shape[-1])
+        size = math.prod(source.tensor.shape[1:3])
+        pooled = Value(value.tensor, f"{value.name}_sum")
+        finer = 255 // (grid.high - grid.low)
+        step = grid.step * (grid.high - grid.low) / 255
+        wanted = (
+            grids.grid(step, 0, 255)
+            if grid.low == 0
+            else grids.grid(grid.step / finer, grid.low * finer, grid.high * finer)
+        )
+        linear = linears.Linear(
+            twin.DEPTHWISE, layer, None, source,
+            np.full(channels, 1.0 / size), np.full(channels, _UP * wanted.step),
+        )  # fmt: skip
+        builder.emit_integer(pooled, linear, wanted)
+        builder.note(value.name, "the average is rounded to 8 bits")
+        flat = _layers.Flatten(name=builder.name(value.name), dtype="float32")
+        if layer.keepdims:
+            value.codes, value.grid = pooled.codes, wanted
+        else:
+            value.codes, value.grid = flat(pooled.codes), wanted
+        return
+    made = copy_of(layer, builder.name(value.name))
+    value.values = made(builder.values(source))
