@@ -1101,6 +1101,13 @@ def test_a_loss_and_targets_are_asked_for(compiled, data):
         model.evaluate(*data, verbose=0)
 
 
+def test_a_loss_that_is_not_reduced_is_refused():
+    trainer = tfl.LowBitTrainer(student())
+    trainer.compile("sgd", SPARSE(reduction="none"))
+    with pytest.raises(ValueError, match=r"one number.*\n?.*a loss of shape"):
+        trainer.fit(X, Y, verbose=0)
+
+
 def test_stages_refuse_a_trainer_with_a_legacy_optimizer():
     legacy = keras.optimizers.legacy.SGD
     model = trainer(

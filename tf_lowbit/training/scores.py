@@ -125,13 +125,19 @@ class Scores:
             network's losses: float32 scalars.
 
         Raises:
-            ValueError: if there is no loss or no target.
+            ValueError: if there is no loss or no target, or the loss is no scalar.
         """
         value = self._losses(batch.y, outputs, batch.sample_weight)
         if value is None:
             raise ValueError(
                 "compile must be given a loss, and the data must have targets. "
                 f"Received: targets {batch.y}"
+            )
+        if value.shape.rank != 0:
+            raise ValueError(
+                "The loss must be one number, for other parts are added to it: give it "
+                'reduction="sum_over_batch_size". '
+                f"Received: a loss of shape {value.shape}"
             )
         # Keras has divided by the number of replicas.
         value = tf.cast(value, tf.float32) * replicas()
