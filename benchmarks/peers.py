@@ -120,15 +120,14 @@ def measure_memory(folder: Path) -> None:
             if not path.exists():
                 arguments = ["memory", path, settings, variant]
                 tasks[str(path)] = in_process(
-                    "peers_cost.py", arguments, variables("default")
+                    "peers_cost.py", arguments, variables("0")
                 )
     processes.perform(tasks, 1)
 
 
 def variables(onednn: str) -> dict[str, str]:
     """The environment variables of a process with oneDNN asked for, or not."""
-    found = {k: v for k, v in os.environ.items() if k != "TF_ENABLE_ONEDNN_OPTS"}
-    return found if onednn == "default" else {**found, "TF_ENABLE_ONEDNN_OPTS": onednn}
+    return {**os.environ, "TF_ENABLE_ONEDNN_OPTS": onednn}
 
 
 def main(argv):

@@ -42,7 +42,8 @@ BITS = ((2, 2), (4, 4))
 PHASES = ("float", "tuning", "equal", "deployment", "step cost", "memory")
 # Of step cost and memory: TF-MOT as its guide says refuses that network.
 MEASURED = ("float", "plain", "LSQ", "tfmot_by_hand", "qkeras", "larq")
-ONEDNN = ("default", "1")
+# Where TensorFlow is left alone, the processor decides: it must be said.
+ONEDNN = ("0", "1")
 
 
 def trainings(

@@ -134,7 +134,7 @@ def step_table(folder: Path) -> str:
     ]  # fmt: skip
     headers = ["W2A2 step of"] + [
         f"to {peers_plan.NAMES.get(base, base)}"
-        + ("" if onednn == "default" else ", oneDNN")
+        + ("" if onednn == "0" else ", oneDNN")
         for onednn in found
         for base in bases
     ]
