@@ -6,38 +6,12 @@ from pathlib import Path
 
 import sweep
 from accuracy_report import shown, table
-from accuracy_rows import SMALL, paired, rows, settings_of
+from accuracy_rows import Trained, paired, rows, settings_of
 
 # Points that count as nothing lost: chosen, less than one such accuracy is sure to.
 EQUAL = 0.2
 TARGET = 0.5
 LONGEST = max(sweep.STAGES.values())
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """One row of the sweep.
-
-    Attributes:
-        method: a key of `sweep.METHODS`, `sweep.ABLATIONS` or `sweep.STARTS`, or
-            `sweep.FLOAT`.
-        bits: None for a float network.
-        stages: how many times the sweep's epochs it takes.
-    """
-
-    method: str
-    bits: tuple[int, int] | None = (2, 2)
-    stages: int = 1
-
-    def key(self, settings: sweep.Settings) -> tuple:
-        """Of its row."""
-        purpose = "equal" if self.stages == 1 else "per_stage"
-        if self.method in sweep.ABLATIONS and self.stages == 1:
-            purpose = "ablation"
-        if self.method in sweep.STARTS:
-            purpose = "start"
-        epochs = self.stages * settings.epochs
-        return purpose, SMALL, self.method, self.bits, epochs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +66,11 @@ CLAIMS = (
         )
         for method in sweep.LONG
         if method != sweep.FLOAT
+    ),
+    Claim(
+        f"JKD helps, {LONGEST} full trainings beside {sweep.AS_DEAR} plain ones",
+        Trained("JKD", stages=LONGEST),
+        Trained("plain", stages=sweep.AS_DEAR),
     ),
     *(
         Claim(

@@ -11,6 +11,7 @@ from accuracy_rows import (
     LARGE,
     SMALL,
     Row,
+    Trained,
     cost_ratio,
     label,
     paired,
@@ -20,7 +21,7 @@ from accuracy_rows import (
 
 NOTHING = "—"
 # What the project's own README shows beside plain training.
-SHORT = ("TS+PQ", "SP", "JKD", "LSQ")
+SHORT = ("TS+PQ", "SP", "JKD", "LSQ", "LSQ with JKD")
 
 
 def tables(folder: Path) -> dict[str, str]:
@@ -144,15 +145,19 @@ def short_table(folder: Path) -> str:
         folder: of the results.
     """
     found, settings = rows(folder), settings_of(folder)
+    longest = max(sweep.STAGES.values())
+    columns = [((4, 4), 1), ((2, 2), 1), ((2, 2), longest)]
 
-    def cell(method, bits):
-        return _accuracy_of(found.get(("equal", SMALL, method, bits, settings.epochs)))
+    def cell(method, bits, stages):
+        bits = None if method == sweep.FLOAT else bits
+        return _accuracy_of(found.get(Trained(method, bits, stages).key(settings)))
 
-    full = cell(sweep.FLOAT, None)
-    lines = [["float", full, full]]
-    for method in ("plain", *SHORT):
-        lines.append([method, *(cell(method, bits) for bits in ((4, 4), (2, 2)))])
-    return table(["test accuracy, %", "W4A4", "W2A2"], lines)
+    lines = [[method, *(cell(method, *column) for column in columns)]
+             for method in (sweep.FLOAT, "plain", *SHORT)]  # fmt: skip
+    headers = [
+        f"{label(bits)}, {stages * settings.epochs} epochs" for bits, stages in columns
+    ]
+    return table(["test accuracy, %", *headers], lines)
 
 
 def against_plain_table(found, settings) -> str:
@@ -192,7 +197,7 @@ def per_stage_table(found, settings) -> str:
     """Longer trainings, beside plain training that is as long."""
     plain = found.get(("equal", SMALL, "plain", (2, 2), settings.epochs))
     lines = []
-    for count in sorted(set(sweep.LENGTHS.values())):
+    for count in sorted({*sweep.LENGTHS.values(), sweep.AS_DEAR}):
         epochs = count * settings.epochs
         long = found.get(("per_stage", SMALL, "plain", (2, 2), epochs))
         methods = [method for method, c in sweep.LENGTHS.items() if c == count]

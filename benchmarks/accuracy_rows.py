@@ -112,6 +112,32 @@ def read_alike(paths: Iterable[Path]) -> Iterator[tuple[Path, dict]]:
         yield path, run
 
 
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """Which row of the small network is meant.
+
+    Attributes:
+        method: a key of `sweep.METHODS`, `sweep.ABLATIONS` or `sweep.STARTS`, or
+            `sweep.FLOAT`.
+        bits: None for a float network.
+        stages: how many times the sweep's epochs it takes.
+    """
+
+    method: str
+    bits: tuple[int, int] | None = (2, 2)
+    stages: int = 1
+
+    def key(self, settings: sweep.Settings) -> tuple:
+        """Of its row."""
+        purpose = "equal" if self.stages == 1 else "per_stage"
+        if self.method in sweep.ABLATIONS and self.stages == 1:
+            purpose = "ablation"
+        if self.method in sweep.STARTS:
+            purpose = "start"
+        epochs = self.stages * settings.epochs
+        return purpose, SMALL, self.method, self.bits, epochs
+
+
 def rows(folder: Path) -> dict[tuple, Row]:
     """All reported runs, by (purpose, network, method, bits, epochs).
 

@@ -133,8 +133,7 @@ def step_table(folder: Path) -> str:
         if found
     ]  # fmt: skip
     headers = ["W2A2 step of"] + [
-        f"to {peers_plan.NAMES.get(base, base)}"
-        + ("" if onednn == "0" else ", oneDNN")
+        f"to {peers_plan.NAMES.get(base, base)}" + ("" if onednn == "0" else ", oneDNN")
         for onednn in found
         for base in bases
     ]

@@ -111,6 +111,8 @@ STAGES = {"TS": 2, "PQ": 3, "TS+PQ": 4}
 LONG = (FLOAT, "SP", "JKD", "LSQ", "LSQ with JKD")
 # Of these, with as many seeds as the main table; plain training of that length, too.
 LONG_IN_FULL = (FLOAT, "SP", "JKD")
+# Plain training that takes about as much time as the longest with a teacher.
+AS_DEAR = 2 * max(STAGES.values())
 # How many times as long the longer trainings are.
 LENGTHS = STAGES | dict.fromkeys(LONG, max(STAGES.values()))
 # What the larger network is trained with, and the wider ones.
@@ -293,7 +295,8 @@ def phases(settings: Settings, seeds: int = 5, dear: int = 3) -> dict[str, list[
                 seeds if method in LONG_IN_FULL else dear,
                 longest * settings.epochs,
             )
-        ],
+        ]
+        + rows("per_stage", small, ["plain"], two, dear, AS_DEAR * settings.epochs),
         "W4A4": rows("equal", small, METHODS, (4, 4), seeds),
         "starts": [
             run

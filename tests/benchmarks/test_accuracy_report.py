@@ -231,15 +231,18 @@ def test_bit_widths_stand_beside_plain_training_of_the_same_bits(made_up):
 def test_the_front_page_has_the_leading_methods(made_up):
     put(made_up, low_bit("float", 0, None), 0.9)
     put(made_up, low_bit("LSQ", 0, (4, 4)), 0.89)
+    put(made_up, low_bit("JKD", 0, purpose="per_stage", epochs=16), 0.87)
+    put(made_up, low_bit("LSQ with JKD", 0, purpose="ablation"), 0.86)
     lines = accuracy_report.short_table(made_up).splitlines()[2:]
     cells = [[c.strip() for c in line.split("|")[1:-1]] for line in lines]
     assert cells == [
-        ["float", "90.00 (1)", "90.00 (1)"],
-        ["plain", "—", "81.00 ± 0.58 (3)"],
-        ["TS+PQ", "—", "—"],
-        ["SP", "—", "83.00 ± 1.00 (3)"],
-        ["JKD", "—", "—"],
-        ["LSQ", "89.00 (1)", "—"],
+        ["float", "90.00 (1)", "90.00 (1)", "—"],
+        ["plain", "—", "81.00 ± 0.58 (3)", "—"],
+        ["TS+PQ", "—", "—", "—"],
+        ["SP", "—", "83.00 ± 1.00 (3)", "—"],
+        ["JKD", "—", "—", "87.00 (1)"],
+        ["LSQ", "89.00 (1)", "—", "—"],
+        ["LSQ with JKD", "—", "86.00 (1)", "—"],
     ]
 
 
@@ -304,6 +307,16 @@ def test_a_claim_holds_where_its_whole_interval_does(made_up):
             "yes",
         ),
     }
+
+
+def test_a_teacher_is_measured_by_plain_training_that_takes_as_much_time(made_up):
+    longer = {"purpose": "per_stage", "epochs": 16}
+    put(made_up, low_bit("JKD", 0, **longer), 0.90)
+    put(made_up, low_bit("plain", 0, purpose="per_stage", epochs=32), 0.91)
+    claim = "JKD helps, 4 full trainings beside 8 plain ones"
+    assert verdicts(made_up)[claim] == ("-1.00", "one seed")
+    line = accuracy_report.tables(made_up)["per stage"].splitlines()[-1]
+    assert [c.strip() for c in line.split("|")[1:5]] == ["plain", "32", "1", "91.00"]
 
 
 def test_one_seed_proves_no_claim(tmp_path):
