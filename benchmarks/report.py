@@ -22,6 +22,7 @@ RESULTS = FOLDER / "results"
 README = FOLDER / "README.md"
 FRONT = FOLDER.parent / "README.md"
 SUPPORTED = FOLDER.parent / "docs" / "supported_models.md"
+CHOOSING = FOLDER.parent / "docs" / "how_to" / "choosing.md"
 
 
 def texts(results: Path = RESULTS) -> dict[Path, dict[str, str]]:
@@ -31,11 +32,11 @@ def texts(results: Path = RESULTS) -> dict[Path, dict[str, str]]:
         results: the folder of all results.
     """
     applications = applications_plan.table(results / "applications")
+    short = {"accuracy, in short": accuracy_report.short_table(results / "accuracy")}
     return {
         README: tables(results),
-        FRONT: {
-            "accuracy, in short": accuracy_report.short_table(results / "accuracy")
-        },
+        FRONT: short,
+        CHOOSING: short,
         SUPPORTED: {"applications": applications},
     }
 
