@@ -460,3 +460,28 @@ def test_the_stripped_network_has_the_new_scales():
     np.testing.assert_array_equal(
         strip(quantized).get_layer("bn").gamma, quantized.get_layer("bn").gamma
     )
+
+
+def test_batches_of_one_example_are_refused_where_nothing_varies():
+    model = keras.Sequential([keras.Input((5,)), layers.Dense(3, name="dense")])
+    model.add(layers.BatchNormalization(name="norm"))
+    before = nets.snapshot(model.variables)
+    ones = [images[:1] for images in BATCHES]
+    with pytest.raises(ValueError, match=r"more than one example. Received: 'norm'"):
+        recalibrate_batch_norm(model, ones)
+    nets.assert_all_equal(nets.snapshot(model.variables), before)
+    assert recalibrate_batch_norm(model, BATCHES) == ["norm"]
+
+
+def test_noise_and_augmentation_are_off():
+    image = keras.Input((6, 6, 2))
+    x = layers.RandomTranslation(0.5, 0.5, fill_mode="constant")(image)
+    x = layers.GaussianNoise(100.0)(x)
+    model = keras.Model(image, layers.BatchNormalization(name="norm")(x))
+    data = nets.images(16, (6, 6, 2))
+    recalibrate_batch_norm(model, [data])
+    norm = model.get_layer("norm")
+    np.testing.assert_allclose(norm.moving_mean, data.mean((0, 1, 2)), atol=1e-5)
+    np.testing.assert_allclose(
+        norm.moving_variance, data.var((0, 1, 2)), rtol=0.01, atol=1e-5
+    )

@@ -310,3 +310,19 @@ def test_a_layer_within_a_layer_keeps_its_weights():
     # 40 weights of 2 bits, and 40 floats in the layer within.
     (cost,) = (c for c in tfl.cost(quantized).layers if c.name == "composite")
     assert cost.weight_bytes == 40 // 4 + 4 * 40
+
+
+def test_residual_sums_keep_their_bits_unless_told_otherwise():
+    model = tfl.quantize(nets.randomize(nets.preactivation()), LEARNED, residual_bits=8)
+    tfl.calibrate(model, [inputs_of(model)])
+
+    def bits_of(network):
+        tensors = tfl.inspection.quantized_tensors(network)
+        return {t.name: t.bits for t in tensors if t.is_residual}
+
+    assert set(bits_of(model).values()) == {8}
+    assert bits_of(tfl.requantize(model, LEARNED)) == bits_of(model)
+    assert not bits_of(tfl.requantize(model, LEARNED, residual_bits=None))
+    plain = tfl.quantize(nets.preactivation())
+    assert not bits_of(tfl.requantize(plain, LEARNED))
+    assert bits_of(tfl.requantize(plain, LEARNED, residual_bits=8)) == bits_of(model)

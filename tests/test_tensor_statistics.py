@@ -150,3 +150,7 @@ def test_what_cannot_be_measured():
         tfl.statistics(model, [])
     with pytest.raises(ValueError, match="Received: LowBitTrainer"):
         tfl.statistics(tfl.LowBitTrainer(model))
+    images = nets.images()
+    images[0, 0, 0, 0] = np.nan
+    with pytest.raises(ValueError, match=r"must be finite.*Received: \w+/output with"):
+        tfl.statistics(model, [images])

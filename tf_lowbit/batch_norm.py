@@ -11,7 +11,7 @@ from tf_lowbit.observation import (
     changed_setting,
     input_batches,
     validate_batches,
-    without_dropout,
+    without_draws,
 )
 from tf_lowbit.scheme import graph, registry
 
@@ -45,7 +45,7 @@ def fit_to_fixed_clips(model: keras.Model, batches: list) -> list[str]:
     ]
     tensors = [tensor for tensor, _ in found]
     for _ in range(_PASSES if found else 0):
-        with restored(model.non_trainable_variables), without_dropout(model):
+        with restored(model.non_trainable_variables), without_draws(model):
             for tensor in tensors:
                 tensor.assign_bits(tensor.quantizer.bits)
             samples = calibration_samples(model, tensors, batches)
@@ -80,8 +80,9 @@ def recalibrate_batch_norm(model, dataset, batches: int = 32) -> list[str]:
     Each becomes the plain average, over the batches, of the statistics of the network
     as it stands, quantized at its present bits. Where training ended otherwise, as
     with stochastic precision without a tail, the moving averages are those of
-    another network. Dropout is off; no weight is changed. Ours; as the re-estimation
-    after averaging weights (Izmailov et al., arXiv:1803.05407).
+    another network. Dropout, noise and augmentation are off; no weight is changed.
+    Ours; as the re-estimation after averaging weights (Izmailov et al.,
+    arXiv:1803.05407).
 
     Args:
         model: any functional model; or a `LowBitTrainer`, for its students.
@@ -93,9 +94,10 @@ def recalibrate_batch_norm(model, dataset, batches: int = 32) -> list[str]:
         The names of the layers that were measured. Frozen ones are left alone.
 
     Raises:
-        ValueError: if the dataset is empty, `batches` is below 1, or a statistic is
-            NaN or infinite; then nothing is changed. Also if a layer is called
-            several times, whose average over its calls is not known.
+        ValueError: if the dataset is empty, `batches` is below 1, a statistic is NaN
+            or infinite, or no channel of a layer varies within a batch; then nothing
+            is changed. Also if a layer is called several times, whose average over its
+            calls is not known.
     """
     validate_batches(batches)
     networks = inspection.networks(model)
@@ -112,7 +114,7 @@ def recalibrate_batch_norm(model, dataset, batches: int = 32) -> list[str]:
 
 def _average_batch_norm(network, dataset, batches) -> list[str]:
     with (
-        without_dropout(network),
+        without_draws(network),
         changed_setting(network, registry.BATCH_NORMS, "momentum") as norms,
     ):
         norms = [layer for layer in norms if layer.trainable]
@@ -133,6 +135,12 @@ def _average_batch_norm(network, dataset, batches) -> list[str]:
                     "Batch statistics must be finite: look for NaN in the data. "
                     f"Received: {average.name} that is not"
                 )
+        if not tf.reduce_any(layer.moving_variance > 0.0):
+            raise ValueError(
+                "Batch normalisation must see values that differ in a batch: take "
+                "batches of more than one example. "
+                f"Received: {layer.name!r}, all of whose variances are 0"
+            )
     return [layer.name for layer in norms]
 
 

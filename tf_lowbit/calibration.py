@@ -13,7 +13,7 @@ from tf_lowbit.observation import (
     batches_of,
     calibration_samples,
     validate_batches,
-    without_dropout,
+    without_draws,
 )
 from tf_lowbit.quantizers import sampling
 
@@ -37,7 +37,8 @@ def calibrate(
     While it is measured, the ranges to be set neither clip nor round, weights are
     quantized as they stand, normalisation uses each batch's own statistics (quantized
     weights have another scale than the float ones, so the moving averages would
-    mislead) and dropout is off. No other weight and no moving average is changed.
+    mislead) and dropout, noise and augmentation are off. No other weight and no moving
+    average is changed.
 
     Residual quantizers are measured as uniform ones, and then tied (`tie_residuals`).
 
@@ -79,7 +80,7 @@ def _calibrate(model, batches, fit_batch_norm) -> list[str]:
     # The moving averages are not to move.
     with (
         restored(model.non_trainable_variables),
-        without_dropout(model),
+        without_draws(model),
         sampling.opened(tensor.variables for tensor in tensors),
     ):
         samples = calibration_samples(model, tensors, batches)

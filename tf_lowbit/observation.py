@@ -1,6 +1,7 @@
 """Running a network on batches to see what is within it."""
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 
@@ -11,11 +12,8 @@ from tf_lowbit.inspection import QuantizedTensor
 from tf_lowbit.quantizers import ranges
 from tf_lowbit.scheme import graph
 
-_DROPOUT = (
-    keras.layers.AlphaDropout,
-    keras.layers.Dropout,
-    keras.layers.GaussianDropout,
-)
+# All of Keras's that draw in training: dropout, noise, augmentation.
+RANDOM = keras.__internal__.layers.BaseRandomLayer
 
 
 def validate_batches(batches: int) -> None:
@@ -68,8 +66,8 @@ def quantizer_inputs(
         tensors: its activation quantizers that are asked for.
         dataset: iterable of batches.
         batches: how many of them to use.
-        training: whether normalisation uses each batch's own statistics, and dropout
-            drops.
+        training: whether normalisation uses each batch's own statistics, and random
+            layers draw.
         keep: function (name, tensor) -> what is kept of it.
 
     Returns:
@@ -107,12 +105,21 @@ def calibration_samples(model, tensors, batches: list) -> dict[str, list]:
 
 
 @contextlib.contextmanager
-def without_dropout(model: keras.Model) -> Iterator[None]:
-    """A context in which nothing is dropped out in training."""
-    with changed_setting(model, _DROPOUT, "rate") as layers:
-        for layer in layers:
-            layer.rate = 0.0
+def without_draws(model: keras.Model) -> Iterator[None]:
+    """A context in which Keras's random layers do in training what they do else."""
+    layers = [module for module in model.submodules if isinstance(module, RANDOM)]
+    for layer in layers:
+        layer.call = functools.partial(_at_rest, layer.call)
+    try:
         yield
+    finally:
+        for layer in layers:
+            del layer.call  # The class's is left.
+
+
+def _at_rest(call, inputs, *args, **kwargs):
+    del args, kwargs
+    return call(inputs, training=False)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from tf_lowbit.scheme import graph
 from tf_lowbit.scheme.configs import ActivationQuantizeConfig, WeightQuantizeConfig
 
 LATENT, QUANTIZED = "latent", "quantized"
+SAME = "same"
 _RELUS = {"relu": None, "relu6": 6.0}
 
 
@@ -62,7 +63,7 @@ def requantize(
     rules=None,
     *,
     strict: bool = False,
-    residual_bits: int | None = None,
+    residual_bits: int | str | None = SAME,
 ) -> keras.Model:
     """Quantizes a low-bitwidth network anew, after other rules.
 
@@ -75,7 +76,8 @@ def requantize(
         model: what `quantize` made. It is not changed.
         rules: as in `quantize`.
         strict: likewise.
-        residual_bits: likewise.
+        residual_bits: likewise; or "same", the bits that the model's residual sums are
+            made for, if they are quantized.
 
     Returns:
         A new Functional model, not compiled.
@@ -85,6 +87,9 @@ def requantize(
     """
     model = _network(model)
     before = {t.name: t for t in inspection.quantized_tensors(model)}
+    if residual_bits == SAME:
+        made_for = [t.quantizer.bits for t in before.values() if t.is_residual]
+        residual_bits = max(made_for, default=None)
     fresh = quantize(strip(model), rules, strict=strict, residual_bits=residual_bits)
     for tensor in inspection.quantized_tensors(fresh):
         old = before.get(tensor.name)

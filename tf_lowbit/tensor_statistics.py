@@ -81,7 +81,7 @@ def statistics(
 
     Raises:
         ValueError: if nothing in the model is quantized, it is no single network, the
-            dataset is empty or `batches` is below 1.
+            dataset is empty, `batches` is below 1, or a value is NaN or infinite.
     """
     validate_batches(batches)
     tensors = inspection.require_quantized(model)
@@ -116,6 +116,11 @@ def _statistics(tensor, parts) -> TensorStatistics:
     for values in parts:
         values = tf.cast(values, tf.float32)
         exact = quantizer.exact(values, variables).numpy()
+        if not np.isfinite(exact).all():
+            raise ValueError(
+                "What is measured must be finite: look for NaN in data and weights. "
+                f"Received: {tensor.name} with NaN or infinite values"
+            )
         error = quantizer(values, False, variables).numpy() - exact
         step = np.asarray(quantizer.step(values, variables))
         signal += float(np.sum(np.square(exact, dtype=np.float64)))

@@ -118,7 +118,7 @@ def test_a_tensor_that_rounding_does_not_change():
     image = keras.Input((4,))
     x = layers.Dense(3, name="first")(layers.ReLU(name="in")(image))
     model = tfl.quantize(keras.Model(image, x), tfl.PrecisionRule("first", 1, 1))
-    data = [np.zeros((2, 4), np.float32)]
+    data = [np.float32([[0, 0, 0, 0], [1, 1, 0, 0]])]
     found = tfl.sensitivity(model, data, [1], progress=False)
     assert found.scores["in/output"][1] == np.inf
     assert found.loss("in/output", 1) == 0
@@ -149,3 +149,57 @@ def test_what_cannot_be_measured(name, network):
 def test_a_trainer_is_refused(network):
     with pytest.raises(ValueError, match="Received: LowBitTrainer"):
         tfl.sensitivity(tfl.LowBitTrainer(network), DATA)
+
+
+class Noisy(layers.Layer):
+    """One's own, which nothing tells to be random."""
+
+    def call(self, inputs, training=None):
+        return inputs + tf.random.normal(tf.shape(inputs)) if training else inputs
+
+
+def behind(layer):
+    """A network whose images pass a layer first."""
+    image = keras.Input((8, 8, 3))
+    x = layers.Conv2D(4, 3, name="first")(layer(image))
+    x = layers.ReLU(name="relu")(x)
+    x = layers.Flatten()(layers.Conv2D(4, 3, name="second")(x))
+    model = keras.Model(image, layers.Dense(nets.CLASSES, name="head")(x))
+    return tfl.quantize(model, tfl.PrecisionRule("second", 2, 2))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        layers.RandomFlip("horizontal"),
+        layers.RandomTranslation(0.3, 0.3),
+        layers.GaussianNoise(1.0),
+        layers.SpatialDropout2D(0.5),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_layers_that_draw_are_at_rest(layer):
+    data = [nets.images(8, (8, 8, 3), seed=1)]
+    drawing, plain = behind(layer), behind(layers.Activation("linear"))
+    pairs = zip(drawing.trainable_weights, plain.trainable_weights, strict=True)
+    for own, other in pairs:
+        own.assign(other)
+    found = tfl.sensitivity(drawing, data, [2, 8], progress=False)
+    assert found.scores == tfl.sensitivity(plain, data, [2, 8], progress=False).scores
+    # It draws again afterwards.
+    first, second = (drawing(data[0], training=True).numpy() for _ in range(2))
+    assert (first != second).any()
+
+
+def test_outputs_that_tell_nothing_are_refused():
+    def measured(model, images):
+        return tfl.sensitivity(model, [images], [2], progress=False)
+
+    images = nets.images(8, (8, 8, 3), seed=1)
+    with pytest.raises(ValueError, match=r"the same for the same batch.*differ, at"):
+        measured(behind(Noisy()), images)
+    with pytest.raises(ValueError, match=r"differ from example.*Received: the same"):
+        measured(behind(layers.Activation("linear")), np.repeat(images[:1], 3, axis=0))
+    images[3, 2, 2, 1] = np.nan
+    with pytest.raises(ValueError, match=r"finite.*NaN"):
+        measured(behind(layers.Activation("linear")), images)

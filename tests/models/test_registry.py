@@ -34,3 +34,7 @@ def test_errors():
         models.get("preact_resnet9")
     with pytest.raises(TypeError, match="width"):
         models.get("alexnet", width=2)
+
+
+def test_a_name_of_the_network_is_one_of_its_arguments():
+    assert models.get("preact_resnet8", width=1, name="mine").name == "mine"

@@ -257,11 +257,13 @@ def test_what_cannot_be_reported(network, tmp_path, monkeypatch):
         tfl.report(network, endless, path)
     with pytest.raises(ValueError, match=r"at least one batch\. Received: none"):
         tfl.report(network, [], path)
+    with pytest.raises(ValueError, match=r"read twice.*Received: generator"):
+        tfl.report(network, (batch for batch in DATA), path)
     with pytest.raises(ValueError, match="nothing is quantized"):
         tfl.report(nets.chain(), None, path)
     with pytest.raises(ValueError, match="Received: LowBitTrainer"):
         tfl.report(tfl.LowBitTrainer(network), None, path)
-    with pytest.raises(OSError):
+    with pytest.raises(FileNotFoundError, match=r"folder must exist\. Rec.*absent'$"):
         tfl.report(network, None, tmp_path / "absent" / "net.html")
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(ImportError, match=r"\.\[report\]"):

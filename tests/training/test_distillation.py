@@ -400,6 +400,16 @@ def test_a_resolution_that_comes_back_counts_by_its_last_activation():
     assert [hint.teacher for hint in hints] == ["quarter", "again"]
 
 
+def test_stages_need_images_of_a_fixed_size():
+    image = keras.Input((None, None, 3))
+    x = layers.ReLU(name="relu")(layers.Conv2D(4, 3, name="first")(image))
+    x = layers.GlobalAveragePooling2D()(layers.Conv2D(4, 3, name="second")(x))
+    model = keras.Model(image, layers.Dense(3, name="head")(x))
+    quantized = quantize(model, W2A2)
+    with pytest.raises(ValueError, match=r"fixed image size.*Received: 'relu' with"):
+        find_hints("stages", quantized, model)
+
+
 def test_stages_need_image_activations(student):
     with pytest.raises(ValueError, match=r"Received: 'perceptron'.*\['relu1'\]"):
         find_hints("stages", student, nets.perceptron())

@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import warnings
 
 import numpy as np
 import pytest
@@ -1099,6 +1100,71 @@ def test_a_loss_and_targets_are_asked_for(compiled, data):
         model.fit(*data, verbose=0)
     with pytest.raises(ValueError, match=message):
         model.evaluate(*data, verbose=0)
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+@pytest.mark.parametrize("which", ["optimizer", "teacher_optimizer"])
+def test_averaged_weights_are_refused_beside_a_teacher(which, policy):
+    averaging = SGD(RATE, use_ema=True)
+    if policy == "mixed_float16":
+        averaging = keras.mixed_precision.LossScaleOptimizer(averaging)
+    model = tfl.LowBitTrainer(student(), teacher())
+    optimizers = {"optimizer": SGD(RATE), "teacher_optimizer": SGD(RATE)}
+    with pytest.raises(ValueError, match=r"must not average weights.*Received"):
+        model.compile(loss=SPARSE(), **optimizers | {which: averaging})
+
+
+def test_averaged_weights_are_put_in_place_without_a_teacher():
+    found = []
+    for wrap in (lambda network: network, tfl.LowBitTrainer):
+        network = student()
+        model = wrap(network)
+        model.compile(SGD(RATE, use_ema=True, ema_momentum=0.5), SPARSE())
+        model.fit(X, Y, epochs=2, shuffle=False, verbose=0)
+        found.append(nets.snapshot(network.variables))
+    nets.assert_all_equal(*found)
+
+
+def test_a_name_that_begins_a_metric_is_no_clash():
+    model = tfl.LowBitTrainer({"a": student(), "sparse": student("other")}, teacher())
+    metric = "sparse_categorical_accuracy"
+    model.compile(SGD(0.0), SPARSE(), [metric], teacher_optimizer=SGD(0.0))
+    log = model.evaluate(X, Y, return_dict=True, verbose=0)
+    for name, network in zip(("", "sparse_"), model.students, strict=True):
+        hits = network(X).numpy().argmax(1) == Y
+        assert log[f"{name}{metric}"] == pytest.approx(hits.mean())
+    history = model.fit(X, Y, verbose=0).history
+    names = {f"{start}{metric}" for start in ("", "sparse_", "teacher_")}
+    assert names <= set(history)
+
+
+def test_augmentation_within_the_networks_is_warned_of():
+    def network(layer):
+        image = keras.Input((6, 6, 1))
+        x = layers.Conv2D(2, 3, name="conv")(layer(image))
+        x = layers.Flatten()(layers.ReLU(name="relu")(x))
+        x = layers.ReLU(name="last")(layers.Dense(3, name="dense")(x))
+        return keras.Model(image, layers.Dense(3, name="head")(x))
+
+    low_bit = tfl.quantize(network(layers.Dropout(0.5)), tfl.PrecisionRule(".*", 2, 2))
+    flipping = network(layers.RandomFlip(name="flip"))
+    with pytest.warns(UserWarning, match=r"augment the data\. Received: \['flip'\]"):
+        tfl.LowBitTrainer(low_bit, flipping)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tfl.LowBitTrainer(low_bit, network(layers.Dropout(0.5)))
+
+
+@pytest.mark.parametrize("name", ["w.h5", "w.hdf5", "w.keras"])
+def test_weights_are_saved_to_no_older_file(name, tmp_path):
+    low_bit = student()
+    model = tfl.LowBitTrainer(low_bit, keras.models.clone_model(teacher()))
+    model.teacher._name = low_bit.name  # As of a clone.
+    with pytest.raises(ValueError, match=rf"\.weights\.h5 file\. Rec.*{name}' of"):
+        model.save_weights(str(tmp_path / name))
+    assert not list(tmp_path.iterdir())
+    model.save_weights(tmp_path / "w.weights.h5")
+    assert (tmp_path / "w.weights.h5").exists()
 
 
 def test_a_loss_that_is_not_reduced_is_refused():

@@ -15,12 +15,15 @@ from tf_lowbit import inspection, predictions
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.core import grid
 from tf_lowbit.core.state import assign_values, restored, values_of
-from tf_lowbit.observation import batches_of, validate_batches, without_dropout
+from tf_lowbit.observation import batches_of, validate_batches, without_draws
 from tf_lowbit.tensor_statistics import decibels
 
 SQNR, ACCURACY = "sqnr", "accuracy"
 METRICS = (SQNR, ACCURACY)
 NOT_ROUNDED = 32
+# Decibels at which two runs of one network agree: float32's are above 120, of sums in
+# another order above 100, and of 8 bits about 40.
+_REPEATS = 80.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +92,8 @@ def sensitivity(
     Every quantizer but residual ones is tried at each bit-width, while all others keep
     their scale and clip and do not round. Normalisation uses each batch's own
     statistics, as in training, for rounding shifts them and training would follow;
-    dropout is off. Learned steps are those that a change of bits gives. Nothing about
-    the model is changed in the end.
+    dropout, noise and augmentation are off. Learned steps are those that a change of
+    bits gives. Nothing about the model is changed in the end.
 
     Args:
         model: what `tf_lowbit.quantize` made, calibrated and, at best, trained.
@@ -111,7 +114,8 @@ def sensitivity(
     Raises:
         ValueError: if the model is not a quantized network with one output, the dataset
             is empty or has no labels that are classes, or another argument is none of
-            those above.
+            those above; if the outputs are not finite, are alike for all examples, or
+            change from one time to the next, as layers of one's own may make them.
     """
     chosen = _check(model, bits, metric, batches)
     tensors = [t for t in inspection.quantized_tensors(model) if not t.is_residual]
@@ -120,7 +124,7 @@ def sensitivity(
         raise ValueError("dataset must hold at least one batch. Received: none")
     scores: dict[str, dict[int, float]] = {}
     limit = predictions.threshold(model)
-    with restored(model.variables), without_dropout(model):
+    with restored(model.variables), without_draws(model):
         forward = tf.function(lambda x: model(x, training=True))
 
         def outputs():
@@ -138,6 +142,7 @@ def sensitivity(
         for tensor in tensors:
             tensor.assign_bits(NOT_ROUNDED)
         reference = outputs()
+        _check_outputs(reference, outputs())
         if metric == ACCURACY:
             classes = [
                 _classes(y, values, model)
@@ -199,6 +204,28 @@ def _classes(labels, outputs, model) -> np.ndarray:
             f"Received: labels of type {np.asarray(labels).dtype} that are not"
         )
     return found
+
+
+def _check_outputs(first, second):
+    """Refuses outputs that tell nothing of the rounding."""
+    every = np.concatenate([values.reshape(len(values), -1) for values in first])
+    if not np.isfinite(every).all():
+        raise ValueError(
+            "The network's outputs must be finite: look for NaN in data and weights. "
+            "Received: outputs that are not"
+        )
+    if len(every) > 1 and (every == every[0]).all():
+        raise ValueError(
+            "The network's outputs must differ from example to example; normalisation "
+            "that uses the batch's statistics needs larger batches. "
+            "Received: the same for all examples"
+        )
+    if _sqnr(first, second) < _REPEATS:
+        raise ValueError(
+            "The network must put out the same for the same batch in training: a layer "
+            "of your own that draws must be left out while it is measured. "
+            f"Received: outputs that differ, at {_sqnr(first, second):.0f} dB"
+        )
 
 
 def _sqnr(reference, found) -> float:

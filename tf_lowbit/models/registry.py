@@ -34,7 +34,7 @@ def names() -> tuple[str, ...]:
     return tuple(_NETWORKS)
 
 
-def get(name: str, **kwargs) -> keras.Model:
+def get(name: str, /, **kwargs) -> keras.Model:
     """Builds a network by name.
 
     "preact_resnet<depth>" is the CIFAR network `preact_resnet(depth)` for every

@@ -66,9 +66,11 @@ def report(
         The page's path.
 
     Raises:
-        ValueError: if nothing in the model is quantized, it is no single network, or
-            the dataset is empty or endless.
+        ValueError: if nothing in the model is quantized, it is no single network, a
+            value is NaN or infinite, or the dataset is empty, endless or can be read
+            once only.
         ImportError: without matplotlib and Jinja (`pip install '.[report]'`).
+        FileNotFoundError: if the page's folder is not there.
         OSError: if the page or the folder cannot be written.
     """
     try:
@@ -79,6 +81,16 @@ def report(
             "report needs matplotlib and Jinja: pip install '.[report]'"
         ) from error
     inspection.require_quantized(model)
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"The page's folder must exist. Received: {str(path.parent)!r}"
+        )
+    if dataset is not None and batches_of(dataset) is dataset:
+        raise ValueError(
+            "dataset must be iterable anew, for it is read twice: a list of batches or "
+            f"a tf.data.Dataset. Received: {type(dataset).__name__}"
+        )
     whole = cost(model)
     measured = statistics(model, dataset, batches)
     accuracy, examples = (None, 0) if dataset is None else _accuracy(model, dataset)
@@ -111,7 +123,6 @@ def report(
         verified=verified,
         environment=environment(),
     )
-    path = Path(path)
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         temporary.write_text(page, encoding="utf-8")

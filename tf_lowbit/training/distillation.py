@@ -368,6 +368,12 @@ def _last_of_stages(student, by_layer) -> list[str]:
         is_hint = tensor is not None and not tensor.is_residual
         shape = layer.output_shape if is_hint else None
         if shape is not None and len(shape) == 4:
+            if None in shape[1:3]:
+                raise ValueError(
+                    f'hints="{STAGES}" needs a student of fixed image size, whose '
+                    "resolutions tell its stages: name the layers. "
+                    f"Received: {layer.name!r} with outputs of {shape}"
+                )
             last.pop(shape[1:3], None)  # So that the order is that of the last ones.
             last[shape[1:3]] = layer.name
     if not last:

@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Sequence
 
 from tf_lowbit import inspection
 from tf_lowbit.compat import keras, tf
+from tf_lowbit.observation import RANDOM
 from tf_lowbit.scheme import graph
 from tf_lowbit.training.distillation import (
     Hint,
@@ -15,6 +17,12 @@ from tf_lowbit.training.distillation import (
 )
 from tf_lowbit.training.stochastic_precision import Sampler, StochasticPrecision
 
+_DROPS = (
+    keras.layers.AlphaDropout,
+    keras.layers.Dropout,
+    keras.layers.GaussianDropout,
+    keras.layers.GaussianNoise,
+)
 _SOFTMAX = (keras.activations.softmax, tf.nn.softmax)
 
 
@@ -62,6 +70,7 @@ class Plan:
             distillation = distillation or JointDistillation()
             for network in students:
                 _check_teacher(network, teacher)
+            _warn_of_augmentation([*students, teacher])
             hints = [
                 find_hints(distillation.hints, network, teacher) for network in students
             ]
@@ -127,6 +136,23 @@ def _check_teacher(student, teacher):
                 "applies the softmax itself (and the loss can, with from_logits=True). "
                 f"Received: a softmax in layer {layer.name!r}"
             )
+
+
+def _warn_of_augmentation(networks):
+    """Each network would draw for itself, and compare what it makes of two images."""
+    found = {
+        module.name
+        for network in networks
+        for module in network.submodules
+        if isinstance(module, RANDOM) and not isinstance(module, _DROPS)
+    }
+    if found:
+        warnings.warn(
+            "Teacher and students each draw their own augmentation where it is a part "
+            "of the networks, so that they see different images: augment the data. "
+            f"Received: {sorted(found)}",
+            stacklevel=4,
+        )
 
 
 def _check_graph(role, network):

@@ -78,6 +78,7 @@ class Scores:
         self._losses = losses
         self._metrics = metrics
         self._weights = weights
+        self._named: set[int] = set()
         # The task's loss alone is the whole loss but for regularisation.
         parts = weights if len(weights) > 1 else ()
         self._means = {
@@ -191,7 +192,8 @@ class Scores:
         self._metrics.update_state(batch.y, outputs, batch.sample_weight)
         for metric in self._of_keras():
             # Made by the container just now, and named as those of all networks are.
-            if not metric.name.startswith(self._prefix):
+            if id(metric) not in self._named:
+                self._named.add(id(metric))
                 metric._name = self._prefix + metric.name
 
     def logs(self, *, in_training: bool) -> dict:

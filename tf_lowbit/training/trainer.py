@@ -141,7 +141,8 @@ class LowBitTrainer(keras.Model):
 
         Raises:
             ValueError: if there is a teacher to train and no optimizer for it, or an
-                optimizer and no such teacher.
+                optimizer and no such teacher; or a teacher and an optimizer that
+                averages weights.
         """
         is_same = teacher_optimizer is optimizer and not isinstance(optimizer, str)
         if self.trains_teacher and (teacher_optimizer is None or is_same):
@@ -158,6 +159,13 @@ class LowBitTrainer(keras.Model):
             raise ValueError(
                 "teacher_optimizer must be None where no teacher is trained. "
                 f"Received: {teacher_optimizer}"
+            )
+        averaging = [o for o in (optimizer, teacher_optimizer) if _averages(o)]
+        if self.teacher is not None and averaging:
+            raise ValueError(
+                "Optimizers must not average weights (use_ema) where there is a "
+                "teacher: Keras would look for both networks' in one of them. "
+                f"Received: {averaging}"
             )
         super().compile(
             optimizer, loss, metrics, loss_weights, weighted_metrics, **arguments
@@ -281,6 +289,32 @@ class LowBitTrainer(keras.Model):
                 f"Received: filepath={os.fspath(filepath)!r}"
             )
         super().save(filepath, *args, **kwargs)
+
+    def save_weights(self, filepath, *args, **kwargs):
+        """Saves the networks' weights and optimizers; see `keras.Model.save_weights`.
+
+        Args:
+            filepath: of a `.weights.h5` file, or the prefix of a checkpoint; where the
+                networks have names of their own, also of a `.h5` file.
+            *args: as Keras has them.
+            **kwargs: likewise.
+
+        Raises:
+            ValueError: for a file of Keras's older HDF5 format, which cannot hold two
+                networks of one name.
+        """
+        name = os.fspath(filepath)
+        is_older = kwargs.get("save_format") in ("h5", "hdf5") or name.endswith(
+            (".h5", ".hdf5", ".keras")
+        )
+        names = [layer.name for layer in self.layers]
+        is_older = is_older and not name.endswith(".weights.h5")
+        if is_older and len(set(names)) < len(names):
+            raise ValueError(
+                "The weights of networks of one name are saved to a .weights.h5 file. "
+                f"Received: filepath={name!r} of {names}"
+            )
+        super().save_weights(filepath, *args, **kwargs)
 
     def get_config(self):
         """The constructor's arguments, serialized."""
@@ -451,6 +485,11 @@ def _policy(networks) -> str | None:
     layers = (layer for network in networks for layer in network.layers)
     dtypes = {inspection.wrapped_layer(layer).compute_dtype for layer in layers}
     return "mixed_float16" if "float16" in dtypes else "float32"
+
+
+def _averages(optimizer) -> bool:
+    """Whether Keras puts averaged weights in place when `fit` ends."""
+    return getattr(getattr(optimizer, "inner_optimizer", optimizer), "use_ema", False)
 
 
 def _build_optimizer(optimizer, variables):
