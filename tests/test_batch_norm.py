@@ -207,6 +207,14 @@ def test_a_nested_models_normalisation_is_measured_too():
     assert_averages(averages(inner, ["bn"]), expected)
 
 
+def test_a_nested_model_that_is_called_twice_is_refused():
+    inner = keras.Sequential([layers.BatchNormalization(input_shape=(5,), name="bn")])
+    inputs = keras.Input((5,), name="in")
+    model = keras.Model(inputs, layers.Add()([inner(inputs), inner(2.0 * inputs)]))
+    with pytest.raises(ValueError, match=r"called once.*Received: \['bn'\]"):
+        recalibrate_batch_norm(model, BATCHES)
+
+
 STUDENT_NORMS = ["bn_first", "bn_mid", "bn_last"]
 
 

@@ -144,8 +144,17 @@ def _average_batch_norm(network, dataset, batches) -> list[str]:
     return [layer.name for layer in norms]
 
 
+def _layers_called(network):
+    """Each layer as often as a network calls it, those of models within it too."""
+    for node in graph.calls(network):
+        if getattr(node.layer, "_is_graph_network", False):
+            yield from _layers_called(node.layer)
+        else:
+            yield node.layer
+
+
 def _refuse_shared(network, norms):
-    calls = [node.layer for node in graph.calls(network)]
+    calls = list(_layers_called(network))
     shared = [layer.name for layer in norms if calls.count(layer) > 1]
     if shared:
         raise ValueError(
