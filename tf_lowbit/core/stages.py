@@ -128,7 +128,7 @@ class Stage:
 
 def two_stage(
     bits: Bits,
-    epochs: Sequence[int],
+    epochs: Sequence[int] | int,
     learning_rate: float | Sequence[float] | None = None,
     decay: str = "constant",
     milestones: Sequence[float] = STEP_MILESTONES,
@@ -140,7 +140,7 @@ def two_stage(
 
     Args:
         bits: final bits, one int or (weight, activation).
-        epochs: epochs of the two stages.
+        epochs: epochs of each stage, or one int for either.
         learning_rate: one for both, one each, or None.
         decay: as in `Stage`.
         milestones: as in `Stage`, shares of each stage.
