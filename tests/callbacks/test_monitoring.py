@@ -105,8 +105,46 @@ def test_several_students_are_told_apart(tmp_path):
     assert {"a/sqnr/mid/kernel", "b/sqnr/mid/kernel"} <= set(written(tmp_path))
 
 
+def test_values_that_are_not_finite_are_left_out_and_end_no_training(tmp_path):
+    model = compiled(tfl.quantize(nets.randomize(nets.chain()), RULE))
+    data = [np.full_like(nets.images(), np.nan)]
+
+    class Mend(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 1:
+                data[:] = [nets.images()]
+
+    monitor = tfl.callbacks.QuantizationMonitor(tmp_path, data)
+    with pytest.warns(UserWarning, match=r"not written in this epoch: .* NaN"):
+        fit(model, monitor, Mend())
+    found = written(tmp_path)
+    assert set(found["training/loss"]) == {0, 1}
+    assert set(found["bits/mid/kernel"]) == set(found["bits/relu1/output"]) == {1}
+
+
+def test_other_errors_of_a_measurement_are_not_swallowed(tmp_path):
+    model = compiled(tfl.quantize(nets.randomize(nets.chain()), RULE))
+    with pytest.raises(ValueError, match="at least one batch"):
+        fit(model, tfl.callbacks.QuantizationMonitor(tmp_path, []))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every": 0}, "every must be >= 1. Received: every=0"),
+        ({"batches": 0}, "batches must be >= 1. Received: batches=0"),
+        ({"dataset": (nets.images(), nets.labels())}, "iterable of batches.*tuple"),
+        ({"dataset": iter([nets.images()])}, "once. Received: list_iterator"),
+        ({"dataset": iter(tf.data.Dataset.range(3))}, "once. Received: OwnedIterator"),
+        ({"dataset": (x for x in [nets.images()])}, "once. Received: generator"),
+    ],
+    ids=["every", "batches", "arrays", "iterator", "tf.data iterator", "generator"],
+)
+def test_refuses_before_training_what_it_cannot_read(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        tfl.callbacks.QuantizationMonitor(tmp_path, **options)
+
+
 def test_what_cannot_be_watched(tmp_path):
-    with pytest.raises(ValueError, match="Received: every=0"):
-        tfl.callbacks.QuantizationMonitor(tmp_path, every=0)
     with pytest.raises(ValueError, match="nothing is quantized"):
         fit(compiled(nets.chain()), tfl.callbacks.QuantizationMonitor(tmp_path))

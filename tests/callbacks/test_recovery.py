@@ -1,6 +1,7 @@
 import contextlib
 import errno
 import functools
+import json
 import os
 import random
 import shutil
@@ -34,12 +35,16 @@ def dense_net(optimizer=None, units=(6, 2), built=True, **options):
     return model
 
 
-def quantized_net():
+def quantized_net(bits=2, weight_quantizer="lsq", activation_quantizer="lsq"):
     keras.utils.set_random_seed(7)
     layers = [keras.layers.Dense(4, activation="relu"), keras.layers.Dense(2)]
     net = keras.Sequential([keras.Input((3,)), *layers])
-    options = {"weight_quantizer": "lsq", "activation_quantizer": "lsq"}
-    model = tfl.quantize(net, [tfl.PrecisionRule(".*", 2, 2, edges=True, **options)])
+    quantizers = {
+        "weight_quantizer": weight_quantizer,
+        "activation_quantizer": activation_quantizer,
+    }
+    rule = tfl.PrecisionRule(".*", bits, bits, edges=True, **quantizers)
+    model = tfl.quantize(net, [rule])
     model.compile(keras.optimizers.SGD(0.05, momentum=0.9), "mse")
     return model
 
@@ -248,6 +253,8 @@ def test_prints_nothing_unless_asked(tmp_path, capsys):
     assert capsys.readouterr().out == ""
     fit(dense_net(), Recovery(tmp_path, verbose=1))
     assert capsys.readouterr().out == "Going on at epoch 1, step 4\n"
+    fit(dense_net(), Recovery(tmp_path, verbose=1))
+    assert capsys.readouterr().out == f"Nothing is trained: {EPOCHS} epochs are done\n"
 
 
 def test_what_is_made_later_is_restored_later(tmp_path):
@@ -315,6 +322,48 @@ def test_the_start_of_a_later_fit_is_not_moved(tmp_path, fails):
         fit(model, Recovery(tmp_path), epochs=3)
     fit(model, seen, epochs=1)
     assert seen.epochs == [0]
+
+
+def test_a_start_that_fails_does_not_move_a_later_one(tmp_path):
+    class Fail(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            raise RuntimeError("as a callback behind does")
+
+    fit(dense_net(), Recovery(tmp_path), epochs=2)
+    model, seen = dense_net(), Recorder()
+    history = keras.callbacks.History()
+    with pytest.raises(RuntimeError, match="behind"):
+        fit(model, history, Recovery(tmp_path), Fail())
+    fit(model, history, seen, epochs=2)
+    assert seen.epochs == [0, 1]
+    # Its own start is moved, though.
+    fit(model, history, seen, Recovery(tmp_path), epochs=3)
+    assert seen.epochs == [0, 1, 2]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_replace_no_checkpoint(tmp_path, value):
+    recovery = Recovery(tmp_path, every=2)
+    fit(dense_net(), recovery, epochs=1)
+    kept = saved(tmp_path)
+
+    class Break(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 1:
+                self.model.layers[-1].bias.assign([value, 0.0])
+
+    model = dense_net()
+    message = f"must be finite.* Received: .* in {model.layers[-1].bias.name}$"
+    with pytest.warns(UserWarning, match=message) as reported:
+        fit(model, Break(), recovery)
+    assert len(reported) == 1
+    assert saved(tmp_path) == kept
+    with pytest.warns(UserWarning, match="must be finite"):  # In each fit.
+        fit(dense_net(), Break(), recovery)
+    resumed = dense_net()
+    with no_warning():
+        fit(resumed, recovery)
+    assert_same_state(state(resumed), uninterrupted())
 
 
 def test_an_epoch_that_is_cut_short_is_not_taken_for_whole(tmp_path):
@@ -449,6 +498,28 @@ def test_a_torn_checkpoint_is_reported_and_skipped(folder, damage, file, message
         assert found.position == (1, 0)
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.EIO, "Input/output error"), "Input/output"),
+        (OSError("why"), "why"),
+    ],
+    ids=["errno", "bare"],
+)
+def test_a_checkpoint_that_a_disk_does_not_read_is_skipped(
+    folder, error, reason, monkeypatch
+):
+    def read(file, algorithm):
+        if name(1, 3) in file.name:
+            raise error  # A read, unlike an opening, knows no file name.
+        return digest(file, algorithm)
+
+    digest = recovery.hashlib.file_digest
+    monkeypatch.setattr(recovery.hashlib, "file_digest", read)
+    with pytest.warns(UserWarning, match=rf"{name(1, 3)} cannot be read \({reason}"):
+        assert Recovery(folder).position == (1, 0)
+
+
 @pytest.mark.parametrize("keep", [1, 2])
 def test_a_torn_checkpoint_gives_way_to_the_one_made_again(folder, keep):
     flip(folder / name(1, 3) / DATA)
@@ -521,14 +592,80 @@ def test_refuses_another_networks_checkpoint(folder, units, optimizer, message):
     assert_same_state(model.get_weights(), before)
 
 
+@pytest.mark.parametrize(
+    ("bits", "quantizers", "message"),
+    [
+        (
+            4,
+            {},
+            r"LSQ\w+\(bits=2, .*\) at \S+/output, "
+            r"where the model has LSQ\w+\(bits=4, .*\) at \S+/output$",
+        ),
+        (
+            2,
+            {"weight_quantizer": "uniform"},
+            r"DoReFa\w+\(.*\) at \S+/kernel, where the model has UniformWeight",
+        ),
+        (
+            2,
+            {"activation_quantizer": "uniform"},
+            r"LSQActivationQuantizer\(.*\) at \S+/output, where the model has Uniform",
+        ),
+    ],
+    ids=["bits", "weights", "activations"],
+)
+def test_refuses_the_checkpoint_of_other_quantizers(
+    tmp_path, bits, quantizers, message
+):
+    fit(quantized_net(2, "dorefa"), Recovery(tmp_path), epochs=1)
+    model = quantized_net(bits, **{"weight_quantizer": "dorefa", **quantizers})
+    before = model.get_weights()
+    with pytest.raises(ValueError, match=rf"of the network.*{name(1, 0)}: {message}"):
+        fit(model, Recovery(tmp_path))
+    assert_same_state(model.get_weights(), before)
+
+
+def as_an_earlier_version(checkpoint):
+    """Takes out what versions before did not write."""
+    path = checkpoint / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["steps"], manifest["files"]["quantizers.json"]
+    path.write_text(json.dumps(manifest))
+    (checkpoint / "quantizers.json").unlink()
+
+
+def test_restores_what_an_earlier_version_wrote(tmp_path):
+    fit_until((1, 3), quantized_net(), Recovery(tmp_path, every=1, keep=1))
+    as_an_earlier_version(tmp_path / name(1, 3))
+    seen = Recorder()
+    # Its rules and its steps per epoch are not known.
+    fit(quantized_net(4), seen, Recovery(tmp_path), steps_per_epoch=4, epochs=2)
+    assert seen.batches == [(1, 3)]
+
+
 def test_refuses_an_initial_epoch_past_the_checkpoint(folder):
     with pytest.raises(ValueError, match=r"Received: initial_epoch=2, .* at 1"):
         fit(dense_net(), Recovery(folder), initial_epoch=2)
 
 
 def test_refuses_fewer_steps_than_are_done(folder):
+    as_an_earlier_version(folder / name(1, 3))
     with pytest.raises(ValueError, match="Received: 3 steps, a checkpoint at step 3"):
         fit(dense_net(), Recovery(folder), steps_per_epoch=3)
+
+
+@pytest.mark.parametrize("steps", [3, 4, 6])
+def test_refuses_other_steps_within_an_epoch(folder, steps):
+    message = f"Received: {steps} steps, a checkpoint at step 3 of {STEPS}$"
+    with pytest.raises(ValueError, match=message):
+        fit(dense_net(), Recovery(folder), steps_per_epoch=steps)
+
+
+def test_other_steps_may_follow_a_whole_epoch(folder):
+    shutil.rmtree(folder / name(1, 3))
+    seen = Recorder()
+    fit(dense_net(), seen, Recovery(folder), steps_per_epoch=np.int64(2), epochs=2)
+    assert seen.batches == [(1, 0), (1, 1)]
 
 
 @pytest.mark.parametrize("is_last", [True, False])

@@ -1,10 +1,11 @@
+import re
 import warnings
 
 import numpy as np
 import pytest
 
 import tf_lowbit as tfl
-from tf_lowbit.callbacks import StagedPrecision
+from tf_lowbit.callbacks import Recovery, StagedPrecision
 from tf_lowbit.callbacks.staging import reset_optimizer
 from tf_lowbit.compat import keras, tf
 
@@ -233,6 +234,76 @@ def test_steps_fall_on_the_milestones_of_each_stage():
     np.testing.assert_allclose(used, np.repeat(epochs, STEPS), rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "options", [{"decay": "cosine"}, {"decay": "step", "milestones": (0.5,)}], ids=str
+)
+def test_a_decay_is_refused_in_an_epoch_of_unknown_steps(options):
+    """In a stage of one epoch it would have no effect; in others it falls by epochs."""
+    unknown, seen = data().take(STEPS).filter(lambda x, y: True), Recorder()
+
+    def train(epochs):
+        stages = [tfl.Stage(epochs, learning_rate=0.1, **options)]
+        callbacks = [StagedPrecision(stages), seen]
+        quantized_net().fit(unknown, epochs=epochs, callbacks=callbacks, verbose=0)
+
+    with pytest.raises(ValueError, match=r"steps_per_epoch.*Received: .*unknown"):
+        train(1)
+    assert seen.rates == []
+    train(2)
+    second = 0.05 if options["decay"] == "cosine" else 0.01
+    np.testing.assert_allclose(seen.rates, [0.1, second], rtol=1e-6)
+
+
+class Lower(keras.callbacks.Callback):
+    """Halves the learning rate after each epoch, as `ReduceLROnPlateau` can."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        optimizer = self.model.optimizer
+        optimizer.learning_rate = optimizer.learning_rate.numpy() / 2
+
+
+def test_a_constant_rate_is_set_once_a_stage_and_may_be_lowered():
+    model, seen = quantized_net(), Recorder()
+    stages = tfl.two_stage(2, (2, 2), learning_rate=(0.2, 0.1))
+    for _ in range(2):  # A second training has the rates of its stages again.
+        fit(model, stages, [seen, Lower()])
+    np.testing.assert_allclose(seen.rates, [0.2, 0.1, 0.1, 0.05] * 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3], ids="epoch{}".format)
+def test_a_resumed_run_keeps_a_lowered_rate(tmp_path, stop):
+    stages = tfl.two_stage(2, (2, 2), learning_rate=(0.2, 0.1))
+    whole, resumed, seen = quantized_net(), quantized_net(), Recorder()
+    fit(whole, stages, [Lower()])
+
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == stop:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(quantized_net(), stages, [Lower(), Recovery(tmp_path), Stop()])
+    resumed.fit(
+        data(stop),
+        steps_per_epoch=STEPS,
+        epochs=4,
+        callbacks=[StagedPrecision(stages), seen, Lower(), Recovery(tmp_path)],
+        verbose=0,
+    )
+    np.testing.assert_allclose(seen.rates, [0.2, 0.1, 0.1, 0.05][stop:], rtol=1e-6)
+    assert_same_weights(whole, resumed)
+    assert_same_optimizers(whole, resumed)
+
+
+def test_a_fresh_optimizer_in_mid_stage_gets_the_stages_rate():
+    model, seen = quantized_net(), Recorder()
+    stages = [tfl.Stage(3, learning_rate=0.1)]
+    fit(model, stages, [StopEarly()])
+    model.compile(keras.optimizers.SGD(0.7), "mse")
+    fit(model, stages, [seen], initial_epoch=1)
+    np.testing.assert_allclose(seen.rates, [0.1, 0.1], rtol=1e-6)
+
+
 def rates_of(stages):
     """The learning rate of each step."""
     rates = []
@@ -384,6 +455,15 @@ def test_other_stages_bring_their_bits_and_a_fresh_optimizer():
     assert seen.iterations == [STEPS, 2 * STEPS, STEPS, 2 * STEPS]
 
 
+def test_a_list_in_whose_earlier_stage_it_goes_on_resets_the_optimizer():
+    model, seen = quantized_net(), Recorder()
+    fit(model, [tfl.Stage(2, 8, 8), tfl.Stage(2, 2, 2)])
+    model.staging.epochs_done.assign(3)  # As one killed in the last epoch left it.
+    fit(model, [tfl.Stage(4, 4, 4)], [seen], initial_epoch=3)
+    assert seen.bits[0]["middle/kernel"] == 4
+    assert seen.iterations == [STEPS]
+
+
 def test_a_longer_list_goes_by_its_own_bits():
     model = quantized_net()
     fit(model, [tfl.Stage(2, 8, 8), tfl.Stage(2, 8, 4)])
@@ -406,6 +486,29 @@ def test_warns_where_the_training_ends_before_its_last_stage():
     message = r"reach its last stage.*Received: \S+ at 8 bits, and \d+ other quantizers"
     with pytest.warns(tfl.QuantizationWarning, match=message):
         fit(model, [tfl.Stage(2, 8, 8), tfl.Stage(2, 2, 2)], [StopEarly()])
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ([tfl.Stage(2, 2, 2)], "weights at 8 bits and activations at 8 bits"),
+        ([tfl.Stage(1, 2, 2), tfl.Stage(1, 8, 8)], "in its stage 1, "),
+        ([tfl.Stage(1, 8, 8)], "after 2 epochs, "),
+    ],
+    ids=["bits", "number", "epochs"],
+)
+def test_warns_where_nothing_is_left_to_train_by_other_stages(
+    tmp_path, others, message
+):
+    stages = [tfl.Stage(2, 8, 8)]
+    fit(quantized_net(), stages, [Recovery(tmp_path)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", tfl.QuantizationWarning)
+        assert fit(quantized_net(), stages, [Recovery(tmp_path)]).history == {}
+    with pytest.warns(tfl.QuantizationWarning) as reported:
+        assert fit(quantized_net(), others, [Recovery(tmp_path)]).history == {}
+    (told,) = [str(each.message) for each in reported]
+    assert re.search(f"Nothing was trained: .* Received: .*{message}", told)
 
 
 def test_runs_on_two_replicas(mirrored):
@@ -458,6 +561,24 @@ def test_refuses_a_rate_where_the_optimizer_has_a_schedule():
     with pytest.raises(ValueError, match="LearningRateSchedule"):
         fit(model, [tfl.Stage(1, learning_rate=0.1)])
     fit(model, [tfl.Stage(1)])
+
+
+class Special(keras.optimizers.SGD):
+    """`from_config` does not make it again: `get_config` lacks an argument."""
+
+    def __init__(self, special, **options):
+        super().__init__(**options)
+
+
+def test_refuses_before_training_an_optimizer_that_cannot_be_reset():
+    stages, seen = [tfl.Stage(1, 8, 8), tfl.Stage(1, 2, 2)], Recorder()
+    model = quantized_net(optimizer=Special(3))
+    with pytest.raises(ValueError, match=r"from_config .*Received: Special: .*special"):
+        fit(model, stages, [seen])
+    assert seen.bits == []
+    fit(model, stages, [seen], reset_optimizer=False)
+    fit(quantized_net(optimizer=Special(3)), [tfl.Stage(1)], [seen])
+    assert len(seen.bits) == 3
 
 
 def test_refuses_a_legacy_optimizer():

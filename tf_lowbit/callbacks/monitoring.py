@@ -1,9 +1,11 @@
 """What becomes of each tensor during a training, for TensorBoard."""
 
 import os
+import warnings
 
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.inspection import networks, require_quantized
+from tf_lowbit.observation import batches_of, validate_batches
 from tf_lowbit.tensor_statistics import statistics
 
 
@@ -19,25 +21,36 @@ class QuantizationMonitor(keras.callbacks.Callback):
     The tags are `<what>/<tensor>`, so that TensorBoard shows a quantity of all layers
     side by side; of several students `<student's name>/<what>/<tensor>`.
 
+    Where values are NaN or infinite there is nothing to measure: a warning tells, and
+    the network's tensors are left out in that epoch.
+
     It needs the package `tensorboard`.
 
     Args:
         log_dir: folder of TensorBoard's files; the callback writes to `quantization/`
             in it.
         dataset: iterable of batches for the activations, as in `statistics`: the same
-            ones each time; None for the weights alone.
+            ones each time, so no generator; None for the weights alone.
         batches: how many of them to use.
         every: epochs between two measurements.
 
     Raises:
-        ValueError: if `every` is below 1; and when training begins, if nothing in the
-            model is quantized.
+        ValueError: if `every` or `batches` is below 1, or `dataset` is arrays or can
+            be read only once; and when training begins, if nothing in the model is
+            quantized.
     """
 
     def __init__(self, log_dir, dataset=None, batches: int = 1, every: int = 1):
         super().__init__()
         if every < 1:
             raise ValueError(f"every must be >= 1. Received: every={every}")
+        validate_batches(batches)
+        if dataset is not None and batches_of(dataset) is dataset:
+            raise ValueError(
+                "dataset must be one that each measurement can read from its start, "
+                "such as a list or a tf.data.Dataset; a generator can be read only "
+                f"once. Received: {type(dataset).__name__}"
+            )
         self.log_dir = os.fspath(log_dir)
         self.dataset = dataset
         self.batches = batches
@@ -70,7 +83,17 @@ class QuantizationMonitor(keras.callbacks.Callback):
         names = getattr(self.model, "student_names", [""])
         for name, network in zip(names, found, strict=True):
             front = f"{name}/" if len(found) > 1 else ""
-            for tensor in statistics(network, self.dataset, self.batches):
+            try:
+                measured = statistics(network, self.dataset, self.batches)
+            except ValueError as error:
+                if "must be finite" not in str(error):
+                    raise
+                # A training that diverges is for others to end.
+                warnings.warn(
+                    f"The tensors are not written in this epoch: {error}", stacklevel=3
+                )
+                continue
+            for tensor in measured:
                 for what in ("bits", "step", "sqnr", "clip_rate", "entropy"):
                     value = getattr(tensor, what)
                     if abs(value) != float("inf"):

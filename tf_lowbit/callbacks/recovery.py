@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from tf_lowbit import inspection
 from tf_lowbit.compat import keras, tf
 
 _FORMAT = 1
@@ -20,6 +21,7 @@ _NAME = "epoch-{:05d}-step-{:07d}"
 _PARTIAL = ".partial-"
 _MANIFEST = "manifest.json"
 _SIGNATURE = "signature.json"
+_QUANTIZERS = "quantizers.json"
 _VARIABLES = "variables"
 
 
@@ -66,6 +68,9 @@ class Recovery(keras.callbacks.Callback):
     If the checkpoint is at or past the `epochs` of `fit`, the model is restored and
     not trained: `fit` returns an empty history.
 
+    While a trainable variable holds NaN or infinity, nothing is saved, so that the
+    checkpoints from before stay; a warning, one in a `fit`, names the variable.
+
     A checkpoint is a folder, named by its position, whose manifest holds the size and
     the SHA-256 of each file. It is written under a hidden name, flushed to the disk
     and then renamed, so that it is there whole or not at all, whenever the program is
@@ -82,13 +87,16 @@ class Recovery(keras.callbacks.Callback):
             `steps_per_execution`, after the execution that gets there), and where
             `stop_training` cuts an epoch short.
         keep: how many intact checkpoints stay; older ones are deleted after a save.
-        verbose: 1 prints a line where a training goes on.
+        verbose: 1 prints a line where a training goes on, or is found to be done.
 
     Raises:
         ValueError: in the constructor, if an argument is out of range; when training
-            begins, if the checkpoint is of another network or optimizer or does not
-            fit the epochs and steps of `fit`, if `every` is given and the steps per
-            epoch are not known, or if `BackupAndRestore` is used as well.
+            begins, if the checkpoint is of another network, of other quantizers (the
+            bits of a stage aside) or optimizer, does not fit the epochs of `fit`, or
+            was made within an epoch of another number of steps, if `every` is given
+            and the steps per epoch are not known, or if `BackupAndRestore` is used as
+            well. What a checkpoint of an earlier version does not tell, its quantizers
+            and its steps per epoch, is not compared.
         OSError: if the folder cannot be written, when training begins or at a save.
             The earlier checkpoints stay.
     """
@@ -124,6 +132,7 @@ class Recovery(keras.callbacks.Callback):
         self._epoch = 0
         self._steps_before = 0
         self._is_epoch_whole = False
+        self._has_warned = False
 
     @property
     def position(self) -> Position:
@@ -147,12 +156,15 @@ class Recovery(keras.callbacks.Callback):
                 shutil.rmtree(leftover, ignore_errors=True)
         with self._partial_folder():
             pass  # An unwritable folder is found now, not after an epoch.
-        position = self._newest_intact()
+        self._has_warned = False
+        position, steps = self._newest_intact(), None
         if position is not None:
             self._restore(position)
+            manifest = (self._path(position) / _MANIFEST).read_text()
+            steps = json.loads(manifest).get("steps")
             if self.verbose:
-                print(f"Going on at epoch {position.epoch}, step {position.step}")
-        self.model._training_state = _Start(self.model, position)
+                print(self._announcement(position))
+        self.model._training_state = _Start(self.model, self.params, position, steps)
 
     def on_epoch_begin(self, epoch, logs=None):
         """Checks that nothing else has moved the start of the training."""
@@ -187,6 +199,11 @@ class Recovery(keras.callbacks.Callback):
 
     def _is_chief(self) -> bool:
         return self.model.distribute_strategy.extended.should_checkpoint
+
+    def _announcement(self, position: Position) -> str:
+        if position.epoch >= self.params["epochs"]:
+            return f"Nothing is trained: {position.epoch} epochs are done"
+        return f"Going on at epoch {position.epoch}, step {position.step}"
 
     def _path(self, position: Position) -> Path:
         return self.folder / _NAME.format(*position)
@@ -225,11 +242,9 @@ class Recovery(keras.callbacks.Callback):
             if _has_plain_optimizer(model):
                 model.optimizer.build(model.trainable_variables)
             # A restoration that fails has changed a part of the model already.
-            saved = json.loads((folder / _SIGNATURE).read_text())
-            pairs = itertools.zip_longest(saved, _signature(model), fillvalue="nothing")
-            for theirs, own in pairs:
-                if theirs != own:
-                    raise error(f"{theirs}, where the model has {own}")
+            difference = _difference(model, folder)
+            if difference:
+                raise error(difference)
         try:
             status = tf.train.Checkpoint(model=model).read(str(folder / _VARIABLES))
             # What does not exist yet is restored when it is made.
@@ -238,6 +253,10 @@ class Recovery(keras.callbacks.Callback):
             raise error(failure) from failure
 
     def _save(self, position: Position):
+        broken = _non_finite(self.model)
+        if broken is not None:
+            self._warn_of_non_finite(broken)
+            return
         final = self._path(position)
         with self._partial_folder() as partial:
             # Reading a variable can take all workers: each of them writes.
@@ -246,13 +265,24 @@ class Recovery(keras.callbacks.Callback):
                 return
             signature = json.dumps(_signature(self.model))
             (partial / _SIGNATURE).write_text(signature)
-            _write_manifest(partial, position)
+            quantizers = json.dumps(_quantizers(self.model))
+            (partial / _QUANTIZERS).write_text(quantizers)
+            _write_manifest(partial, position, self.params.get("steps"))
             if final.exists():  # Torn, else the training had gone on from it.
                 shutil.rmtree(final)
             partial.rename(final)
             _flush(self.folder)
         self._torn.discard(position)
         self._delete_before(position)
+
+    def _warn_of_non_finite(self, name: str):
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                "Weights must be finite to be saved: no checkpoint is made, and those "
+                f"from before stay. Received: NaN or infinity in {name}",
+                stacklevel=3,
+            )
 
     def _delete_before(self, newest: Position):
         """Deletes what `keep` does not cover; torn ones do not count."""
@@ -288,9 +318,17 @@ class _Start:
     `keras.callbacks.BackupAndRestore` does it.
     """
 
-    def __init__(self, model: keras.Model, position: Position | None):
+    def __init__(
+        self,
+        model: keras.Model,
+        params: dict,
+        position: Position | None,
+        steps: int | None,
+    ):
         self._model = model
+        self._params = params
         self._position = position
+        self._steps = steps
 
     def maybe_load_initial_counters_from_ckpt(
         self, steps_per_epoch, initial_epoch, mode
@@ -300,7 +338,11 @@ class _Start:
         # Asked once: it must not move the start of a later `fit`, even if this one
         # fails and does not get to `on_train_end`.
         self._model._training_state = None
-        if self._position is None:
+        # One `fit` gives all its callbacks the same parameters. Others than ours mean
+        # that it is a later one: ours failed before it got here.
+        history = getattr(self._model, "history", None)
+        is_later = history is not None and history.params is not self._params
+        if self._position is None or is_later:
             return initial_epoch, 0
         epoch, step = self._position
         if initial_epoch > epoch:
@@ -309,11 +351,15 @@ class _Start:
                 "use another folder or delete it. "
                 f"Received: initial_epoch={initial_epoch}, a checkpoint at {epoch}"
             )
-        if steps_per_epoch is not None and step >= steps_per_epoch:
-            raise ValueError(
-                "The steps per epoch must be those that the checkpoint was made with. "
-                f"Received: {steps_per_epoch} steps, a checkpoint at step {step}"
-            )
+        if step and steps_per_epoch is not None:
+            # Earlier versions did not write the number down.
+            is_known = self._steps is not None
+            if steps_per_epoch != self._steps if is_known else step >= steps_per_epoch:
+                raise ValueError(
+                    "The steps per epoch must be those that the checkpoint was made "
+                    f"with. Received: {steps_per_epoch} steps, a checkpoint at step "
+                    f"{step}" + (f" of {self._steps}" if is_known else "")
+                )
         return epoch, step
 
 
@@ -336,6 +382,25 @@ def _position_of(path: Path) -> Position | None:
     return position if path.name == _NAME.format(*position) else None
 
 
+def _difference(model, folder: Path) -> str:
+    """Says in what a model is not that of a checkpoint; empty if in nothing."""
+    if (folder / _QUANTIZERS).exists():  # Earlier versions wrote none.
+        saved = json.loads((folder / _QUANTIZERS).read_text())
+        pairs = itertools.zip_longest(
+            saved, _quantizers(model), fillvalue=["nothing", "the end"]
+        )
+        # Names are told, not compared: Keras numbers the layers that got none.
+        for (theirs, at), (own, own_at) in pairs:
+            if theirs != own:
+                return f"{theirs} at {at}, where the model has {own} at {own_at}"
+    saved = json.loads((folder / _SIGNATURE).read_text())
+    pairs = itertools.zip_longest(saved, _signature(model), fillvalue="nothing")
+    for theirs, own in pairs:
+        if theirs != own:
+            return f"{theirs}, where the model has {own}"
+    return ""
+
+
 def _signature(model) -> list[str]:
     """What a checkpoint and the model that it is restored into must have in common."""
     state = model.optimizer.variables if _has_plain_optimizer(model) else []
@@ -344,6 +409,24 @@ def _signature(model) -> list[str]:
         f"the optimizer {type(model.optimizer).__name__}",
         *(f"optimizer state of shape {value.shape}" for value in state),
     ]
+
+
+def _quantizers(model) -> list[list[str]]:
+    """Each quantizer, as its rule has made it, and the tensor that it stands at.
+
+    A stage's bits, like a calibrated or a learned range, are variables: not in here.
+    """
+    tensors = inspection.quantized_tensors(model)
+    return [[repr(tensor.quantizer), tensor.name] for tensor in tensors]
+
+
+def _non_finite(model) -> str | None:
+    """The name of a trainable variable in which not all is finite."""
+    for variable in model.trainable_variables:
+        is_float = variable.dtype.is_floating
+        if is_float and not tf.reduce_all(tf.math.is_finite(variable)):
+            return variable.name
+    return None
 
 
 def _has_plain_optimizer(model) -> bool:
@@ -356,13 +439,14 @@ def _has_plain_optimizer(model) -> bool:
     return type(model).train_step is keras.Model.train_step and not is_legacy
 
 
-def _write_manifest(folder: Path, position: Position):
+def _write_manifest(folder: Path, position: Position, steps: int | None):
     """Writes down what is in a folder, and flushes all of it to the disk."""
     files = {}
     for path in folder.iterdir():
         files[path.name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
         _flush(path)
-    manifest = {"format": _FORMAT, **position._asdict(), "files": files}
+    manifest = {"format": _FORMAT, **position._asdict()}
+    manifest |= {"steps": steps and int(steps), "files": files}
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     _flush(folder / _MANIFEST)
     _flush(folder)
@@ -383,7 +467,9 @@ def _flaw(folder: Path, position: Position) -> str:
             if _digest(folder / name) != file["sha256"]:
                 return f"{name} is not what was written"
     except OSError as error:
-        return f"{Path(error.filename).name} cannot be read ({error.strerror})"
+        # A read that fails, unlike an opening, does not name its file.
+        name = Path(error.filename or folder).name
+        return f"{name} cannot be read ({error.strerror or error})"
     except (ValueError, TypeError, LookupError, AttributeError):
         return f"{_MANIFEST} is not one"
     return ""

@@ -23,6 +23,12 @@ class StagedPrecision(keras.callbacks.Callback):
     tells where a training ends at other bits than the last stage's, as early stopping
     has it.
 
+    A constant learning rate is set where its stage is entered, and is then left to
+    others, such as `ReduceLROnPlateau`: a resumed run goes on with the rate that the
+    checkpoint holds, and a rate edited in between is that of the next stage at the
+    earliest. One with a decay or a warmup is set at each step. Where the number of
+    steps in an epoch is not known, a decay falls from epoch to epoch.
+
     `weight_bits` and `activation_bits`, the lowest in the model (residual quantizers
     apart), are added to the logs: put this callback ahead of loggers such as
     `CSVLogger`.
@@ -30,9 +36,11 @@ class StagedPrecision(keras.callbacks.Callback):
     The position (stage, epochs done) is in variables that hang on the model as
     `model.staging`, so that `keras.callbacks.BackupAndRestore` and
     `tf.train.Checkpoint(model=...)` save it: a resumed run goes on in mid-stage,
-    without a second reset (a model file does not hold it). Where the stages are others
-    than those that it was trained by, theirs are the bits, and the optimizer's state is
-    reset.
+    without a second reset. A SavedModel holds it too, a `.keras` or `.h5` file does
+    not. Where the stages are others than those that it was trained by, so that the bits
+    change or an earlier stage holds, theirs are the bits and the learning rate, and the
+    optimizer's state is reset. Where all epochs were done before, nothing is trained; a
+    `QuantizationWarning` tells if that was by other stages.
 
     Args:
         stages: list of `Stage`; `two_stage`, `progressive` and
@@ -44,8 +52,10 @@ class StagedPrecision(keras.callbacks.Callback):
     Raises:
         ValueError: in the constructor, if `stages` is no list of stages; when training
             begins, if the epochs do not sum up, the model is not quantized, the last
-            stage asks for fewer bits than any quantizer was made for, or a learning
-            rate is to be set and the optimizer follows a schedule of its own.
+            stage asks for fewer bits than any quantizer was made for, a learning rate
+            is to be set and the optimizer follows a schedule of its own, the optimizer
+            is to be reset and `from_config` does not make it again, or the steps in an
+            epoch are not known to a warmup or to a decay within a single epoch.
     """
 
     def __init__(
@@ -80,7 +90,7 @@ class StagedPrecision(keras.callbacks.Callback):
             )
         self._check_reachable()
         self._check_optimizer()
-        self._check_warmup()
+        self._check_steps()
         self._is_first_epoch = True
         if not hasattr(self.model, "staging"):
             # A tf.train.Checkpoint is tracked by checkpoints, yet its variables
@@ -102,24 +112,30 @@ class StagedPrecision(keras.callbacks.Callback):
             has_other_bits = self._assign_bits(stage)
             # Where the model was in a stage of this number, but of another list.
             is_new_training |= has_other_bits and not is_entered
-            is_later = is_entered and index > 0
-            if self.reset_optimizer and (is_later or is_new_training):
+            # Later ones; or, of another list, earlier ones. None is -1, as the first.
+            is_other = index != max(position.stage.numpy(), 0)
+            if self.reset_optimizer and (is_other or is_new_training):
                 reset_optimizer(self.model)
             position.stage.assign(index)
+            # A resumed run has its rate, unless the optimizer was not in what it is
+            # resumed from.
+            is_unused = not _innermost(self.model.optimizer).iterations.numpy()
+            if is_entered or is_new_training or is_unused:
+                self._set_learning_rate(0)
         if self._is_first_epoch:
             # Not before: a checkpoint may have brought the ranges.
             self._warn_of_open_ranges()
             self._is_first_epoch = False
         position.epochs_done.assign(epoch)
-        self._set_learning_rate(0)
+        if _moves_rate(stage):
+            self._set_learning_rate(0)
         if self.verbose and epoch == start:
             print(f"Stage {index + 1}/{len(self.stages)}: {self._description(stage)}")
 
     def on_train_batch_begin(self, batch, logs=None):
         """Follows the stage's warmup and decay of the learning rate."""
         del logs
-        stage = self._stage()
-        if stage.decay != "constant" or stage.warmup:
+        if _moves_rate(self._stage()):
             self._set_learning_rate(batch)
 
     def on_train_batch_end(self, batch, logs=None):
@@ -133,10 +149,12 @@ class StagedPrecision(keras.callbacks.Callback):
         self._log(logs)
 
     def on_train_end(self, logs=None):
-        """Warns where the training ended before the last stage's bits."""
+        """Warns where the training ended before the last stage, or did not begin."""
         del logs
         others = self._with_other_bits(self.stages[-1])
-        if others:
+        if self._is_first_epoch:
+            self._warn_of_no_epoch(is_other=bool(others))
+        elif others:
             warnings.warn(
                 "The training must reach its last stage to have its bits: stop early, "
                 "or take the best epoch, within that stage alone. Received: "
@@ -163,12 +181,34 @@ class StagedPrecision(keras.callbacks.Callback):
                     f"Received: {role} quantizers of {sorted(set(own))} bits"
                 )
 
-    def _check_warmup(self):
-        # Progress within the epoch is not known then: the rate would stay at 0.
-        if any(stage.warmup for stage in self.stages) and not self.params.get("steps"):
+    def _warn_of_no_epoch(self, is_other: bool):
+        """Warns where a training that had no epoch left was not by these stages."""
+        position = self.model.staging
+        stage, done = int(position.stage), int(position.epochs_done)
+        total = sum(stage.epochs for stage in self.stages)
+        if is_other or (stage, done) != (len(self.stages) - 1, total):
+            lowest = [self._lowest_bits(role) for role in ("weight", "activation")]
+            warnings.warn(
+                "Nothing was trained: all epochs of fit were done before, and not by "
+                "these stages. To train by these, start without the checkpoint. "
+                f"Received: a model after {done} epochs, in its stage {stage + 1}, "
+                f"with weights at {lowest[0]} bits and activations at {lowest[1]} bits",
+                QuantizationWarning,
+                stacklevel=3,
+            )
+
+    def _check_steps(self):
+        # Progress within the epoch is not known then: the rate would stay at 0, or
+        # where it starts to fall from.
+        needs_steps = any(
+            stage.warmup or (stage.decay != "constant" and stage.epochs == 1)
+            for stage in self.stages
+        )
+        if needs_steps and not self.params.get("steps"):
             raise ValueError(
-                "A warmup needs the number of steps in an epoch: give fit "
-                "steps_per_epoch. Received: data of unknown length"
+                "A warmup, and a decay in a stage of one epoch, need the number of "
+                "steps in an epoch: give fit steps_per_epoch. "
+                "Received: data of unknown length"
             )
 
     def _warn_of_open_ranges(self):
@@ -195,6 +235,8 @@ class StagedPrecision(keras.callbacks.Callback):
                 "A stage's learning_rate needs an optimizer with a plain number as "
                 "its own. Received: an optimizer with a LearningRateSchedule"
             )
+        if self.reset_optimizer and len(self.stages) > 1:
+            _fresh_optimizer(self.model)  # Else found after a stage was trained.
 
     def _assign_bits(self, stage) -> bool:
         """Gives every quantizer its bits; whether some were others before."""
@@ -254,17 +296,39 @@ def reset_optimizer(model: keras.Model) -> None:
     Args:
         model: compiled model with a `keras.optimizers.Optimizer`. A `LowBitTrainer`'s
             teacher keeps its own.
+
+    Raises:
+        ValueError: if `from_config` does not make the optimizer again.
     """
     optimizer = _innermost(model.optimizer)
     networks = inspection.networks(model)
     variables = [v for network in networks for v in network.trainable_variables]
+    fresh = _fresh_optimizer(model)
     with model.distribute_strategy.scope():
-        fresh = type(optimizer).from_config(optimizer.get_config())
         fresh.build(variables)
         optimizer.build(variables)
     for old, new in zip(optimizer.variables, fresh.variables, strict=True):
         if old is not optimizer.learning_rate:
             old.assign(new)
+
+
+def _fresh_optimizer(model: keras.Model):
+    """An optimizer of the same configuration, not built."""
+    optimizer = _innermost(model.optimizer)
+    try:
+        with model.distribute_strategy.scope():
+            return type(optimizer).from_config(optimizer.get_config())
+    except Exception as error:  # A user's class fails in ways of its own.
+        raise ValueError(
+            "The optimizer must be one that from_config makes again from get_config, "
+            "for a stage resets its state; or pass reset_optimizer=False. "
+            f"Received: {type(optimizer).__name__}: {error}"
+        ) from error
+
+
+def _moves_rate(stage: Stage) -> bool:
+    """Whether the stage changes the learning rate from step to step."""
+    return stage.decay != "constant" or stage.warmup > 0
 
 
 def _innermost(optimizer):
