@@ -102,6 +102,14 @@ def read_image(path: str, shape, info: dict) -> np.ndarray:
         )
     height, width, channels = shape
     with Image.open(path) as image:
+        if image.mode.startswith("I;16"):
+            # Pillow would clip: most of the picture would be white.
+            image = Image.fromarray(in_8_bits(np.asarray(image)))
+        if image.mode in ("I", "F"):
+            raise ValueError(
+                "A picture must have 8 or 16 bits a channel, whose black and white are "
+                f"known. Received: {path!r} of mode {image.mode!r}"
+            )
         image = image.convert({1: "L", 3: "RGB"}[channels])
         if image.size != (width, height):
             print(f"{path}: resized from {image.size[0]}x{image.size[1]}")
@@ -112,6 +120,11 @@ def read_image(path: str, shape, info: dict) -> np.ndarray:
         return pixels.astype(np.float32)
     mean, deviation = normalization["mean"], normalization["deviation"]
     return ((pixels - mean) / deviation).astype(np.float32)
+
+
+def in_8_bits(pixels: np.ndarray) -> np.ndarray:
+    """16-bit pixels as the nearest 8-bit ones: 65535 is 257 times 255."""
+    return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
 def classify_images(classifier: Classifier, paths: list[str]) -> None:
@@ -136,7 +149,7 @@ def classify_dataset(classifier: Classifier, name: str) -> None:
     data = datasets.load(
         name,
         batch_size=FLAGS.batch_size,
-        data_dir=FLAGS.data_dir,
+        data_dir=FLAGS.data_dir or None,
         limit=FLAGS.limit,
     )
     if data.input_shape != classifier.image_shape:

@@ -37,11 +37,24 @@ flags.DEFINE_integer("width", 16, "Channels of the network's first stage.")
 flags.DEFINE_integer("batch_size", 32, "Images in a batch.")
 flags.DEFINE_float("float_learning_rate", 0.1, "Of the float training.")
 flags.DEFINE_float("learning_rate", 0.02, "At the start of each quantized stage.")
-flags.DEFINE_integer("seed", 0, "Of the initial weights and the data's order.")
+flags.DEFINE_integer(
+    "seed",
+    0,
+    "Of the initial weights and the data's order.",
+    lower_bound=0,
+    upper_bound=experiment.LARGEST_SEED,
+)
 flags.DEFINE_string(
     "output_dir", "runs/demo", "Where the networks go; an earlier demo is replaced."
 )
 
+# In each folder that the demo makes: what another program left is not replaced.
+MARK = ".demo"
+# All that the demo writes to a folder.
+WRITTEN = (
+    *("checkpoints", "tensorboard", "log.csv", "model.h5", "result.json"),
+    *("network.tflite", "float.tflite", "deployment.json"),
+)
 LADDER = (8, 4, 2)
 # The one that is deployed: first layer, last layer and residual sums train at 8 bits.
 DEPLOYED = "W2A2 deployed"
@@ -68,17 +81,28 @@ def load_data(first_epoch: int = 0, first_step: int = 0) -> datasets.Dataset:
     )
 
 
-def train_float(folder: Path) -> tuple[keras.Model, experiment.Outcome]:
-    """Trains the float network that all others start from."""
+def float_model() -> keras.Model:
+    """The float network that all others start from, untrained."""
     data = load_data()
     model = models.preact_resnet(
         8, width=FLAGS.width, classes=data.classes, input_shape=data.input_shape
     )
     experiment.compile_model(model, FLAGS.float_learning_rate)
-    stage = tfl.Stage(
+    return model
+
+
+def float_stage() -> tfl.Stage:
+    """The single stage of the float training."""
+    return tfl.Stage(
         FLAGS.float_epochs, learning_rate=FLAGS.float_learning_rate, decay="cosine"
     )
-    return model, experiment.train(model, load_data, [stage], folder, label="float")
+
+
+def stages(method: str, bits: tuple[int, int]) -> list[tfl.Stage]:
+    """The stages of one of the `NETWORKS`."""
+    return experiment.stages_for(
+        method, bits, FLAGS.epochs, FLAGS.learning_rate, "cosine", LADDER
+    )
 
 
 def train_quantized(
@@ -113,10 +137,9 @@ def train_quantized(
             FLAGS.epochs * load_data().steps_per_epoch,
         ),
     )
-    stages = experiment.stages_for(
-        method, bits, FLAGS.epochs, FLAGS.learning_rate, "cosine", LADDER
+    return experiment.train(
+        trainer, load_data, stages(method, bits), folder, label=label
     )
-    return experiment.train(trainer, load_data, stages, folder, label=label)
 
 
 def results_table(rows) -> rich.table.Table:
@@ -214,16 +237,22 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Received: arguments that are no flags: {argv[1:]}")
     experiment.quiet()
-    output = experiment.require_writable(Path(FLAGS.output_dir))
+    output = Path(FLAGS.output_dir)
     keras.utils.set_random_seed(FLAGS.seed)
     settings = experiment.flag_settings(__name__)
+    # Made first: what is wrong is said before an earlier demo is lost, or time.
+    model, stage = float_model(), float_stage()
+    for _, method, _, bits in NETWORKS:
+        stages(method, bits)
+    labels = ["float", *(label for label, *_ in NETWORKS)]
+    claim([folder_of(output, label) for label in labels])
     rows = []
-    folder = fresh(output / "float")
-    model, outcome = train_float(folder)
+    folder = fresh(folder_of(output, "float"))
+    outcome = experiment.train(model, load_data, [stage], folder, label="float")
     experiment.write_result(folder, outcome, settings)
     rows.append(("float", "32 / 32", outcome, folder))
     for label, method, distill, bits in NETWORKS:
-        folder = fresh(output / label.replace(" ", "-").lower())
+        folder = fresh(folder_of(output, label))
         outcome = train_quantized(model, label, method, distill, bits, folder)
         experiment.write_result(folder, outcome, settings)
         rows.append((label, f"{bits[0]} / {bits[1]}", outcome, folder))
@@ -235,10 +264,54 @@ def main(argv):
     deploy(model, rows[-1][-1], console)
 
 
+def folder_of(output: Path, label: str) -> Path:
+    """Where a network goes."""
+    return output / label.replace(" ", "-").lower()
+
+
+def claim(folders: list[Path]) -> None:
+    """Makes the demo's folders and marks them, if nothing of another program is lost.
+
+    Raises:
+        FileExistsError: if there are files to be replaced that are not an earlier
+            demo's.
+        OSError: if a folder cannot be made or written.
+    """
+    held = [f for f in folders if any((f / name).exists() for name in WRITTEN)]
+    # Runs of train.py have settings.
+    likely = [f for f in held if not (f / experiment.SETTINGS).exists()]
+    own = [f for f in likely if (f / MARK).exists() or has_unmarked_result(f)]
+    # A demo without marks that was broken off: its last network has no result.
+    torn = [f for f in likely if own and not (f / "result.json").exists()]
+    foreign = [str(f) for f in held if f not in own + torn]
+    if foreign:
+        raise FileExistsError(
+            "--output_dir must hold no run of another program, which the demo would "
+            f"replace; choose another or delete it. Received: {foreign}"
+        )
+    for folder in folders:
+        experiment.require_writable(folder)
+        (folder / MARK).write_text("Of examples/demo.py, which replaces its files.\n")
+
+
+def has_unmarked_result(folder: Path) -> bool:
+    """Whether a demo that did not leave marks yet has written the result in there."""
+    path = folder / "result.json"
+    if not path.exists():
+        return False
+    settings = json.loads(path.read_text())["settings"]
+    return settings.keys() == experiment.flag_settings(__name__).keys()
+
+
 def fresh(folder: Path) -> Path:
-    """An empty folder, in place of what an earlier demo left there."""
-    shutil.rmtree(folder, ignore_errors=True)
-    return experiment.require_writable(folder)
+    """A folder of the demo without what an earlier one wrote there."""
+    for name in WRITTEN:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    return folder
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ labels and from one another. On the digits that scikit-learn holds:
 """
 
 import os
+from pathlib import Path
 
 # Before TensorFlow is imported: its start-up notes would bury the progress bar.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -25,12 +26,20 @@ FLAGS = flags.FLAGS
 flags.DEFINE_enum("dataset", "digits", datasets.names(), "What to train on.")
 flags.DEFINE_string("model", "preact_resnet8", "The network of both.")
 flags.DEFINE_integer("bits", 2, "Bits of the student's weights and activations.")
-flags.DEFINE_integer("float_epochs", 20, "Epochs of the float network, their start.")
-flags.DEFINE_integer("epochs", 20, "Epochs of the joint training.")
+flags.DEFINE_integer(
+    "float_epochs", 20, "Epochs of the float network, their start.", lower_bound=1
+)
+flags.DEFINE_integer("epochs", 20, "Epochs of the joint training.", lower_bound=1)
 flags.DEFINE_float("learning_rate", 0.02, "Of both, at the start; at batch 32.")
 flags.DEFINE_integer("batch_size", 32, "Images in a batch.")
-flags.DEFINE_integer("seed", 0, "Of the initial weights and the data's order.")
-flags.DEFINE_string("output", "student.h5", "File for the student.")
+flags.DEFINE_integer(
+    "seed",
+    0,
+    "Of the initial weights and the data's order.",
+    lower_bound=0,
+    upper_bound=experiment.LARGEST_SEED,
+)
+flags.DEFINE_string("output", "student.h5", "File for the student, .h5 or .keras.")
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
@@ -46,6 +55,14 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Received: arguments that are no flags: {argv[1:]}")
     experiment.quiet()
+    # Made first: what is wrong with them is said before any training.
+    rule = tfl.PrecisionRule(".*", weight_bits=FLAGS.bits, activation_bits=FLAGS.bits)
+    output = Path(FLAGS.output)
+    if output.suffix not in (".h5", ".keras") or output.is_dir():
+        raise ValueError(
+            f"--output must be a file that ends in .h5 or .keras. Received: {output}"
+        )
+    experiment.require_writable(output.parent)
     keras.utils.set_random_seed(FLAGS.seed)
     data = datasets.load(FLAGS.dataset, batch_size=FLAGS.batch_size, seed=FLAGS.seed)
     epoch = {"steps_per_epoch": data.steps_per_epoch, "validation_data": data.test}
@@ -57,7 +74,6 @@ def main(argv):
     teacher.compile(sgd(steps), LOSS, metrics=["accuracy"])
     teacher.fit(data.train, epochs=FLAGS.float_epochs, **epoch)
 
-    rule = tfl.PrecisionRule(".*", weight_bits=FLAGS.bits, activation_bits=FLAGS.bits)
     student = tfl.quantize(teacher, [rule])
     tfl.calibrate(student, data.train)
     trainer = tfl.LowBitTrainer(student, teacher, distillation=tfl.JointDistillation())
@@ -69,8 +85,8 @@ def main(argv):
 
     # Of the student alone, fully quantized.
     _, accuracy = trainer.evaluate(data.test, verbose=0)
-    student.save(FLAGS.output, include_optimizer=False)
-    print(f"{FLAGS.bits}-bit student: test accuracy {accuracy:.4f}, in {FLAGS.output}")
+    experiment.replace_file(output, student.save)
+    print(f"{FLAGS.bits}-bit student: test accuracy {accuracy:.4f}, in {output}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What the example programs share: one training run, resumable, with its records.
 
-A run lives in a folder: `checkpoints/` (networks, optimizers, stage, epoch and step),
-`log.csv`, `tensorboard/`, and at the end `model.h5` and `result.json`.
+A run lives in a folder: `settings.json` (what must stay the same when it goes on),
+`checkpoints/` (networks, optimizers, stage, epoch and step), `log.csv`, `tensorboard/`,
+and at the end `model.h5` and `result.json`.
 """
 
 import contextlib
@@ -26,7 +27,10 @@ from tf_lowbit.compat import keras, tf
 from tf_lowbit.core.stages import STEP_MILESTONES
 from tf_lowbit.reporting import environment
 
+SETTINGS = "settings.json"
 METHODS = ("plain", "ts", "pq", "ts+pq", "sp")
+# What NumPy takes.
+LARGEST_SEED = 2**32 - 1
 DISTILLATIONS = ("none", "joint", "task", "frozen")
 # From the epoch and the step that the training part starts with.
 DataLoader = Callable[[int, int], datasets.Dataset]
@@ -40,6 +44,7 @@ class Outcome:
         accuracy: top-1 on the test set after the last epoch, in [0, 1].
         loss: test loss, weight decay included.
         epochs: epochs trained, over all sittings.
+        new_epochs: how many of them this sitting trained, or went on with.
         seconds: wall time of this sitting's training.
         cost: what the network costs at its final bits.
     """
@@ -47,6 +52,7 @@ class Outcome:
     accuracy: float
     loss: float
     epochs: int
+    new_epochs: int
     seconds: float
     cost: tfl.Cost
 
@@ -289,6 +295,55 @@ def require_writable(folder: Path) -> Path:
     return folder
 
 
+def check_folder(folder: Path, settings: dict, resume: bool) -> None:
+    """Says before any training whether a run may go to a folder.
+
+    A run that began before there was `settings.json` goes on without the check.
+
+    Args:
+        folder: of the run.
+        settings: what must be as it was when a run began, as for `train`.
+        resume: whether to go on with what is there.
+
+    Raises:
+        FileExistsError: if the folder holds a run already and `resume` is False.
+        ValueError: if the run there began with other settings, or they are torn.
+    """
+    if not _has_run(folder):
+        return
+    if not resume:
+        raise FileExistsError(
+            "The folder must not hold another run; go on with it (--resume) or choose "
+            f"another --output_dir. Received: {str(folder)!r}"
+        )
+    path = folder / SETTINGS
+    if not path.exists():
+        return
+    try:
+        begun = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            "The settings that a run began with must be whole; without the file it "
+            f"goes on unchecked. Received: {str(path)!r} ({error})"
+        ) from error
+    # As the file has them: its lists were tuples, maybe.
+    settings = json.loads(json.dumps(settings))
+    changed = [
+        f"--{name}={value!r}, begun with {begun[name]!r}"
+        for name, value in settings.items()
+        if name in begun and begun[name] != value
+    ]
+    if changed:
+        raise ValueError(
+            "--resume must have the settings that the run began with; choose another "
+            f"--output_dir for others. Received: {'; '.join(changed)} in {str(path)!r}"
+        )
+
+
+def _has_run(folder):
+    return any(folder.glob("checkpoints/epoch-*"))
+
+
 def train(
     model: keras.Model,
     load_data: DataLoader,
@@ -298,6 +353,7 @@ def train(
     resume: bool = False,
     save_every: int | None = None,
     label: str | None = None,
+    settings: dict | None = None,
 ) -> Outcome:
     """Trains a compiled model through its stages and leaves a full record.
 
@@ -311,29 +367,32 @@ def train(
         resume: go on from the newest intact checkpoint in the folder, if there is one.
         save_every: steps between checkpoints within an epoch; None for one an epoch.
         label: shows one progress bar under this name instead of Keras's own.
+        settings: JSON-ready; written down at the start, and to be the same when the
+            training goes on. None for none.
 
     Returns:
         The outcome, measured on the test set after the last epoch.
 
     Raises:
         FileExistsError: if the folder holds a run already and `resume` is False.
-        ValueError: if the model has fewer outputs than the data set has classes, or the
-            training diverges. The checkpoints then end with the last good epoch; with
-            `save_every` one within an epoch may hold weights that are finite still.
+        ValueError: if the run there began with other settings, the model has fewer
+            outputs than the data set has classes, or the training diverges. The
+            checkpoints then end with the last good epoch; with `save_every` one within
+            an epoch may hold weights that are finite still.
     """
     epochs = sum(stage.epochs for stage in stages)
     recovery = tfl.callbacks.Recovery(folder / "checkpoints", every=save_every)
-    if not resume and any(recovery.folder.glob("epoch-*")):
-        raise FileExistsError(
-            "The folder must not hold another run; go on with it (--resume) or choose "
-            f"another --output_dir. Received: {str(folder)!r}"
-        )
+    check_folder(folder, settings or {}, resume)
     first_epoch, first_step = recovery.position
     data = load_data(first_epoch, first_step)
     network = model.student if isinstance(model, tfl.LowBitTrainer) else model
     _check_labels(network, data)
     is_quantized = any(tfl.inspection.quantized_tensors(model))
     with _records(model, folder) as records:
+        # What an earlier version began has none: nobody knows now how it began.
+        if settings is not None and not _has_run(folder):
+            require_writable(records)
+            replace_text(records / SETTINGS, json.dumps(settings, indent=2) + "\n")
         _drop_rows_from(records / "log.csv", first_epoch)
         callbacks = [
             tfl.callbacks.StagedPrecision(stages, verbose=0 if label else 1)
@@ -360,7 +419,9 @@ def train(
             records / "model.h5",
             lambda path: network.save(path, include_optimizer=False),
         )
-    return Outcome(accuracy, loss, epochs, seconds, tfl.summary(network).cost)
+    cost = tfl.summary(network).cost
+    new_epochs = max(epochs - first_epoch, 0)
+    return Outcome(accuracy, loss, epochs, new_epochs, seconds, cost)
 
 
 @contextlib.contextmanager
@@ -512,21 +573,21 @@ def float_learning_rate(
 
 
 def _drop_rows_from(path: Path, epoch: int) -> None:
-    """Drops the log's rows of epochs that will be trained (again)."""
+    """Drops the log's rows of epochs that will be trained (again), and torn ones."""
     if not path.exists():
         return
     with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    kept = [row for row in rows if int(row["epoch"]) < epoch]
+        # A machine that fails may leave a part of the last line.
+        rows = list(csv.reader(line for line in file if line.endswith("\n")))
+    whole = [row for row in rows[1:] if len(row) == len(rows[0])]
+    kept = [row for row in whole if int(row[0]) < epoch]
     if not kept:
         path.unlink()
         return
 
     def write(temporary):
         with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(kept)
+            csv.writer(file).writerows([rows[0], *kept])
 
     replace_file(path, write)
 

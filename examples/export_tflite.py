@@ -66,7 +66,7 @@ def load_data() -> datasets.Dataset:
         FLAGS.dataset,
         batch_size=FLAGS.batch_size,
         augment=False,
-        data_dir=FLAGS.data_dir,
+        data_dir=FLAGS.data_dir or None,
         limit=FLAGS.limit,
     )
 

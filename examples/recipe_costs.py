@@ -130,7 +130,11 @@ def recipe_cost(path: Path) -> RecipeCost:
         ValueError: if the recipe's data set has no entry in `SOURCES`.
     """
     FLAGS.unparse_flags()
-    FLAGS([train.__name__, f"--flagfile={path}"])
+    try:
+        FLAGS([train.__name__, f"--flagfile={path}"])
+    finally:
+        # Whoever shows an error reads flags, too.
+        FLAGS.mark_as_parsed()
     if FLAGS.dataset not in SOURCES:
         raise ValueError(
             f"--dataset must be one of {', '.join(SOURCES)}. "
@@ -181,9 +185,21 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Received: arguments that are no flags: {argv[1:]}")
     # Read now: each recipe sets all flags anew.
-    tflops, recipes = FLAGS.tflops, FLAGS.recipes
+    tflops, recipes = FLAGS.tflops, FLAGS.recipes or []
     if not tflops > 0:
         raise ValueError(f"--tflops must be positive. Received: --tflops={tflops}")
+    missing = [name for name in recipes if not Path(name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"--recipes must name files that are there. Received: {missing}"
+        )
+    of_train = FLAGS.get_key_flags_for_module(train.__name__)
+    given = [f"--{flag.name}" for flag in of_train if flag.present]
+    if given:
+        raise ValueError(
+            "Flags of train.py must be in the files that --recipes names. "
+            f"Received: {', '.join(given)}"
+        )
     paths = [Path(name) for name in recipes] if recipes else CONFIGS.glob("*.flags")
     print(table([recipe_cost(path) for path in sorted(paths)], tflops), end="")
 

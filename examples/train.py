@@ -30,8 +30,8 @@ The settings of a published recipe, from a file (examples/configs/ has more):
 
   python examples/train.py --flagfile=examples/configs/cifar100_resnet20_jkd.flags
 
-The output folder gets float/ and quantized/, each with checkpoints, log.csv,
-tensorboard/, model.h5 and result.json. The same command with --resume goes on
+The output folder gets float/ and quantized/, each with settings.json, checkpoints,
+log.csv, tensorboard/, model.h5 and result.json. The same command with --resume goes on
 where a stopped run was.
 """
 
@@ -161,7 +161,11 @@ flags.DEFINE_integer("batch_size", 128, "Images in a batch, over all devices tog
 flags.DEFINE_float("weight_decay", 1e-4, "Coupled L2 decay, as torch counts it.")
 flags.DEFINE_bool("augment", True, "Whether to augment the training images.")
 flags.DEFINE_integer(
-    "seed", 0, "Of the initial weights, the order of the data and its augmentation."
+    "seed",
+    0,
+    "Of the initial weights, the order of the data and its augmentation.",
+    lower_bound=0,
+    upper_bound=experiment.LARGEST_SEED,
 )
 flags.DEFINE_string("output_dir", "runs/train", "Where everything goes.")
 flags.DEFINE_bool("resume", False, "Go on with a run that was stopped.")
@@ -187,6 +191,14 @@ flags.DEFINE_enum(
 flags.DEFINE_bool("jit_compile", False, "Compile the training steps with XLA.")
 
 
+# Where the data are, and how the work is done, not what: a run may go on with others.
+_FREE = ("data_dir", "save_every", "strategy", "logical_cpus", "jit_compile")
+# All that the float training depends on; the quantized one depends on all flags.
+_FLOAT_TRAINING = (
+    *("dataset", "limit", "augment", "batch_size", "seed", "policy"),
+    *("model", "width", "weight_decay", "schedule", "milestones"),
+    *("float_epochs", "float_learning_rate"),
+)
 # With --epochs=0 none of them has an effect; flags that depend on these do not either.
 _QUANTIZED_TRAINING = (
     *("method", "distill", "learning_rate", "warmup"),
@@ -202,7 +214,7 @@ def load_data(first_epoch: int = 0, first_step: int = 0) -> datasets.Dataset:
         batch_size=FLAGS.batch_size,
         seed=FLAGS.seed,
         augment=FLAGS.augment,
-        data_dir=FLAGS.data_dir,
+        data_dir=FLAGS.data_dir or None,
         limit=FLAGS.limit,
         start_epoch=first_epoch,
         start_step=first_step,
@@ -236,6 +248,19 @@ def rules() -> list[tfl.PrecisionRule]:
     return [tfl.PrecisionRule("stem|head", edge, edge, **chosen), inner]
 
 
+def binding_settings(part: str) -> dict:
+    """The flags that must be the same in all sittings of a training, by name.
+
+    Args:
+        part: "float" or "quantized".
+    """
+    return {
+        name: value
+        for name, value in experiment.flag_settings(__name__).items()
+        if name in _FLOAT_TRAINING or (part == "quantized" and name not in _FREE)
+    }
+
+
 def run(model: keras.Model, schedule: list[tfl.Stage], folder: Path):
     """Trains what was compiled, as the flags have it."""
     return experiment.train(
@@ -245,12 +270,15 @@ def run(model: keras.Model, schedule: list[tfl.Stage], folder: Path):
         folder,
         resume=FLAGS.resume,
         save_every=FLAGS.save_every,
+        settings=binding_settings(folder.name),
     )
 
 
 def write_result(folder: Path, outcome: experiment.Outcome) -> None:
-    """Writes the result, on one of the workers."""
-    if tf.distribute.get_strategy().extended.should_save_summary:
+    """Writes the result, on one of the workers; that of an earlier sitting stays."""
+    if not outcome.new_epochs and (folder / "result.json").exists():
+        print(f"Finished before: {folder / 'result.json'}")
+    elif tf.distribute.get_strategy().extended.should_save_summary:
         settings = experiment.flag_settings(__name__)
         path = experiment.write_result(folder, outcome, settings)
         print(f"Written: {path}")
@@ -367,6 +395,11 @@ def make_trainer(
     return trainer
 
 
+def has_float_training() -> bool:
+    """Whether the flags have a float network trained."""
+    return FLAGS.float_checkpoint is None and FLAGS.float_epochs != 0
+
+
 def check_flags() -> None:
     """Refuses flags that would have no effect, or a wrong one late.
 
@@ -382,8 +415,7 @@ def check_flags() -> None:
             "--float_checkpoint must name the file of a float network; a recipe that "
             "leaves it empty starts from a pretrained one. Received: ''"
         )
-    has_float_training = FLAGS.float_checkpoint is None and FLAGS.float_epochs != 0
-    if not (has_float_training or FLAGS.epochs):
+    if not (has_float_training() or FLAGS.epochs):
         raise ValueError(
             "There must be something to train. Received: --epochs=0 with "
             f"--float_epochs={FLAGS.float_epochs}, "
@@ -402,7 +434,7 @@ def check_flags() -> None:
         "milestones": FLAGS.schedule != "step",
         "logical_cpus": FLAGS.strategy != "mirrored",
         "float_epochs": FLAGS.float_checkpoint is not None,
-        "float_learning_rate": not has_float_training,
+        "float_learning_rate": not has_float_training(),
     }
     given = [n for n, is_idle in idle.items() if is_idle and FLAGS[n].present]
     if given:
@@ -424,7 +456,12 @@ def main(argv):
     # Made first: what is wrong with the flags is said before any training.
     check_flags()
     precision, schedule = rules(), stages()
-    output = experiment.require_writable(Path(FLAGS.output_dir))
+    output = Path(FLAGS.output_dir)
+    for part, is_trained in (("float", has_float_training()), ("quantized", schedule)):
+        if is_trained:
+            settings = binding_settings(part)
+            experiment.check_folder(output / part, settings, FLAGS.resume)
+    experiment.require_writable(output)
     strategy = devices.strategy(FLAGS.strategy, FLAGS.logical_cpus)
     keras.mixed_precision.set_global_policy(FLAGS.policy)
     keras.utils.set_random_seed(FLAGS.seed)

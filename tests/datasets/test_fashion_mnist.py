@@ -85,6 +85,24 @@ def test_a_malformed_file_is_named(small):
         datasets.load("fashion_mnist", batch_size=16, data_dir=str(small))
 
 
+def test_images_of_two_sizes_are_refused(tmp_path):
+    images, labels = _examples(20, 1)
+    wide = np.pad(images, ((0, 0), (2, 2), (2, 2)))
+    idx_files.write_fashion_mnist(
+        tmp_path, _examples(50, 0), (wide, labels), compressed=False
+    )
+    with pytest.raises(
+        ValueError, match=r"one size. Received: \(28, 28\) and \(32, 32\)"
+    ):
+        datasets.load("fashion_mnist", batch_size=16, data_dir=str(tmp_path))
+
+
+def test_the_home_folder_may_be_a_tilde(small, monkeypatch):
+    monkeypatch.setenv("HOME", str(small.parent))
+    data = datasets.load("fashion_mnist", batch_size=16, data_dir=f"~/{small.name}")
+    assert data.train_size == 50
+
+
 def test_absent_data_says_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match=_ABSENT):
         datasets.load("fashion_mnist", batch_size=16, data_dir=str(tmp_path))

@@ -28,6 +28,10 @@ BAD = {
         ["torn.tflite", "digit.png"],
         r"^ValueError: The file must be whole\. Received: 'torn\.tflite'",
     ),
+    "grey of no known range": (
+        ["net.tflite", "float.tif"],
+        r"^ValueError: A picture must have 8 or 16 bits .*'float\.tif' of mode 'F'",
+    ),
     "missing image": (["net.tflite", "nope.png"], r"^FileNotFoundError: .*'nope\.png'"),
     "no image": (["net.tflite", "notes.txt"], r"^UnidentifiedImage.*'notes\.txt'"),
     "two channels": (
@@ -125,17 +129,24 @@ def runs(exported, digits, tmp_path_factory):
     picture.save(folder / "digit.png")
     picture.convert("RGB").save(folder / "colour.png")
     picture.resize((16, 24)).save(folder / "large.png")
+    picture.convert("F").save(folder / "float.tif")
+    # As near to the 8-bit picture as to be it, when rounded.
+    noise = np.random.RandomState(0).randint(-128, 129, (8, 8))
+    deep = np.clip(257 * np.asarray(picture, int) + noise, 0, 65535).astype(np.uint16)
+    Image.fromarray(deep).save(folder / "deep.png")
     pictures = {
         "pictures": ["net.tflite", "digit.png", "colour.png", "large.png"],
         "one class": ["net.tflite", "digit.png", "--top=1"],
         "all classes": ["net.tflite", "digit.png", "--top=99"],
         "codes": ["codes.tflite", "digit.png", "--threads=2"],
         "foreign": ["foreign.tflite", "digit.png"],
+        "16 bits": ["net.tflite", "deep.png"],
     }
     data = {
         f"data, {name}": [
             *(f"{name}.tflite", "--dataset=digits", f"--limit={LIMIT}"),
-            "--batch_size=16",
+            # Without a folder: the default, as with train.py.
+            *("--batch_size=16", "--data_dir="),
         ]
         for name in ("net", "codes", "foreign")
     }
@@ -183,6 +194,13 @@ def test_prints_the_likeliest_classes_of_a_picture(runs, digits):
     assert second == line.replace("digit.png", "colour.png")
     assert note == "large.png: resized from 16x24\n"
     assert re.fullmatch(r"large\.png: (\d \d+\.\d %(, )?){3}\n", third)
+
+
+def test_a_picture_of_16_bits_is_scaled_to_8(runs, digits):
+    of, folder = runs
+    *_, normalization = digits
+    line = expected(folder / "net.tflite", folder / "digit.png", normalization)
+    assert of("16 bits")[2] == line.replace("digit.png", "deep.png")
 
 
 @pytest.mark.parametrize(("name", "top"), [("one class", 1), ("all classes", 10)])

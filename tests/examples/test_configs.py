@@ -220,6 +220,8 @@ def described(tmp_path_factory):
         f"--recipes={CONFIGS / 'cifar100_resnet20_jkd.flags'}",
     ]
     cases["no speed"] = ["--tflops=0"]
+    cases["no file"] = ["--recipes=nix.flags"]
+    cases["a recipe's flag"] = ["--model=resnet50", "--dataset=cifar10"]
     cases = {name: (folder, arguments) for name, arguments in cases.items()}
     return programs.run_each("recipe_costs", cases, before=DESCRIBE)[0]
 
@@ -328,6 +330,27 @@ def test_the_rule_of_the_costs(described):
 
 def test_a_speed_of_nothing_is_refused(described):
     assert re.search(r"positive\. Received: --tflops=0", described["no speed"][1])
+
+
+def test_a_missing_recipe_is_named(described):
+    code, error, printed = described["no file"]
+    assert (code, printed) == (1, "")
+    assert re.search(r"^FileNotFound.*must name files.*Received: .*nix\.flags", error)
+
+
+def test_a_recipe_with_an_unknown_flag_says_which(tmp_path):
+    (tmp_path / "odd.flags").write_text("--dataset=cifar10\n--nope=1\n")
+    done = programs.run("recipe_costs.py", "--recipes=odd.flags", folder=tmp_path)
+    assert done.returncode == 1
+    assert "Unknown command line flag 'nope'" in done.stderr
+    assert "UnparsedFlagAccessError" not in done.stderr
+
+
+def test_flags_of_the_training_are_refused_where_files_have_them(described):
+    code, error, printed = described["a recipe's flag"]
+    assert (code, printed) == (1, "")
+    assert re.search(r"--recipes names. Received: .*--dataset", error)
+    assert "--model" in error
 
 
 # That they run

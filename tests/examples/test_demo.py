@@ -19,21 +19,30 @@ NETWORKS = [
     ("W4A4 plain", "w4a4-plain", "4 / 4"),
     ("W2A2 deployed", "w2a2-deployed", "2 / 2"),
 ]
+# In the results of demos before there were marks.
+OLD_FLAGS = ("float_epochs", "epochs", "width", "batch_size", "float_learning_rate")
+OLD_RESULT = {"settings": dict.fromkeys((*OLD_FLAGS, "learning_rate", "seed"))}
 DEPLOYMENT = ["deployment.json", "float.tflite", "network.tflite"]
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """One tiny demo, over the leftovers of an earlier one."""
+    """One tiny demo, over the leftovers of an earlier version's that was broken off."""
     folder = tmp_path_factory.mktemp("demo")
-    stale = folder / "out" / "w2a2-plain" / "checkpoints" / "stale"
-    stale.parent.mkdir(parents=True)
-    stale.write_text("")
+    write(folder / "out" / "float" / "result.json", json.dumps(OLD_RESULT))
+    stale = write(folder / "out" / "w2a2-plain" / "checkpoints" / "stale")
+    write(folder / "out" / "w2a2-plain" / "notes.txt")  # No demo's.
     arguments = ("--float_epochs=3", "--epochs=3", "--width=2", "--batch_size=256")
     done = programs.run("demo.py", *arguments, "--output_dir=out", folder=folder)
     assert done.returncode == 0, done.stderr
     assert not stale.exists()
     return done.stdout, folder
+
+
+def write(path, text=""):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
 
 
 def result(folder, name):
@@ -66,7 +75,9 @@ def test_says_where_the_files_are_and_leaves_them(demo):
     for _, name, _ in NETWORKS:
         assert f"  out/{name}\n" in shown
         expected = ["checkpoints", "log.csv", "model.h5", "result.json", "tensorboard"]
+        expected.append(".demo")
         expected += DEPLOYMENT if name == "w2a2-deployed" else []
+        expected += ["notes.txt"] if name == "w2a2-plain" else []
         found = sorted(path.name for path in (folder / "out" / name).iterdir())
         assert found == sorted(expected)
     assert sorted(path.name for path in (folder / "out").iterdir()) == sorted(
@@ -146,3 +157,69 @@ def test_ends_with_a_proved_file(demo):
         assert found[f"{prefix}accuracy"] == right / data.test_size
         row = rf"{label} +│ +{len(content):,} │ .*│ +{100 * right / data.test_size:.2f}"
         assert re.search(row, table)
+
+
+# Folders before a demo, by file; its flags; what the message must hold, if it fails.
+TRAINED = json.dumps({"settings": {**OLD_RESULT["settings"], "method": "plain"}})
+CASES = {
+    "a run of train.py": (
+        {"float/result.json": TRAINED, "float/model.h5": "weights"},
+        [],
+        r"^FileExistsError: --output_dir must .*Received: \['out/float'\]",
+    ),
+    "a run of train.py that was broken off": (
+        {
+            "float/settings.json": "{}",
+            "float/.demo": "",
+            "float/checkpoints/epoch-00001-step-0000000/variables": "weights",
+            "w2a2-plain/.demo": "",
+            "w2a2-plain/model.h5": "weights",
+        },
+        [],
+        r"^FileExistsError: .*Received: \['out/float'\]",
+    ),
+    "files without a mark": (
+        {"float/model.h5": "weights"},
+        [],
+        r"^FileExistsError: .*Received: \['out/float'\]",
+    ),
+    **{
+        name: (
+            {"float/.demo": "", "float/model.h5": "weights"},
+            [flag],
+            message,
+        )
+        for name, flag, message in (
+            ("an epoch for two stages", "--epochs=1", r"2 stages need at least 2"),
+            ("two epochs for three rungs", "--epochs=2", r"3 stages need at least 3"),
+            ("a falling rate", "--learning_rate=-1", r"Received: learning_rate=-1"),
+            ("no float epochs", "--float_epochs=0", r"Received: .*0"),
+            ("seed", "--seed=9999999999", r"--seed=9999999999"),
+        )
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory):
+    """Runs of all `CASES`, and their folder."""
+    folder = tmp_path_factory.mktemp("refused")
+    runs = {}
+    tiny = ("--float_epochs=1", "--epochs=3", "--width=2", "--batch_size=512")
+    for name, (files, flags, _) in CASES.items():
+        for path, text in files.items():
+            write(folder / name / "out" / path, text)
+        runs[name] = folder / name, [*tiny, "--output_dir=out", *flags]
+    return programs.run_each("demo", runs)[0], folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_is_lost_to_a_demo_that_cannot_be(refused, name):
+    found, folder = refused
+    files, _, message = CASES[name]
+    code, error, _ = found[name]
+    assert code == 1
+    assert re.search(message, error), error
+    left = [path for path in (folder / name).rglob("*") if path.is_file()]
+    found = {str(path.relative_to(folder / name / "out")): path for path in left}
+    assert {path: file.read_text() for path, file in found.items()} == files

@@ -8,14 +8,27 @@ from tf_lowbit import datasets
 from tf_lowbit.compat import keras
 
 BITS = 3
+TINY = ("--float_epochs=1", "--epochs=1", "--batch_size=256")
+# Of each kind of mistake one: its flags, and what the message must hold.
+BAD = {
+    "bits": (["--bits=9"], r"weight_bits must .*Received: weight_bits=9"),
+    "no float epochs": (["--float_epochs=0"], r"--float_epochs=0"),
+    "no epochs": (["--epochs=0"], r"--epochs=0"),
+    "seed": (["--seed=9999999999"], r"--seed=9999999999"),
+    "another format": (
+        ["--output=student.txt"],
+        r"--output must .*\.h5 or \.keras\. Received: student\.txt",
+    ),
+    "no file": (["--output=folder.h5"], r"--output must be a file.*folder\.h5"),
+    "no folder": (["--output=file/student.h5"], r"writable .*Received: 'file'"),
+}
 
 
 @pytest.fixture(scope="module")
 def distilled(tmp_path_factory):
     """One tiny run: its process and its folder."""
     folder = tmp_path_factory.mktemp("distilled")
-    tiny = ("--float_epochs=1", "--epochs=1", "--batch_size=256")
-    done = programs.run("distill.py", *tiny, f"--bits={BITS}", folder=folder)
+    done = programs.run("distill.py", *TINY, f"--bits={BITS}", folder=folder)
     assert done.returncode == 0, done.stderr
     return done, folder
 
@@ -46,6 +59,36 @@ def test_teacher_and_student_learn_in_one_step(distilled):
             assert re.search(rf" {role}{name}: \d+\.\d", shown), role + name
     assert "compiled metrics have yet" not in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """Runs to another file, and with bad flags; and their folder."""
+    folder = tmp_path_factory.mktemp("others")
+    (folder / "file").write_text("")
+    (folder / "folder.h5").mkdir()
+    cases = {name: flags for name, (flags, _) in BAD.items()}
+    cases["keras"] = ["--output=made/student.keras"]
+    cases = {name: (folder, [*TINY, *flags]) for name, flags in cases.items()}
+    found, _ = programs.run_each("distill", cases, before=programs.WITHOUT_TRACING)
+    return found, folder
+
+
+def test_the_student_may_go_to_a_keras_file(others):
+    code, error, shown = others[0]["keras"]
+    assert (code, error) == (0, "")
+    assert shown.endswith("in made/student.keras\n")
+    student = tfl.load_model(others[1] / "made" / "student.keras")
+    assert {t.bits for t in tfl.inspection.quantized_tensors(student)} == {2}
+    assert [path.name for path in (others[1] / "made").iterdir()] == ["student.keras"]
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_flags_are_refused_before_any_training(others, name):
+    code, error, shown = others[0][name]
+    assert code == 1
+    assert re.search(BAD[name][1], error), error
+    assert shown == ""
 
 
 @pytest.mark.parametrize("file", ["README.md", "examples/README.md"])

@@ -278,6 +278,15 @@ def test_rows_of_epochs_to_come_are_dropped(tmp_path, epoch):
     assert files(tmp_path) == ["log.csv"]
 
 
+def test_a_torn_row_is_dropped(tmp_path):
+    path = tmp_path / "log.csv"
+    *whole, last = LOG.splitlines(keepends=True)
+    for size in range(len(last)):
+        path.write_bytes("".join([*whole, last[:size]]).encode())
+        experiment._drop_rows_from(path, 3)
+        assert path.read_bytes() == "".join(whole).encode()
+
+
 def test_a_log_without_rows_is_removed(tmp_path):
     path = tmp_path / "log.csv"
     experiment._drop_rows_from(path, 0)
@@ -560,7 +569,7 @@ def test_train_leaves_a_full_record(whole):
     model, folder, outcome = whole
     assert files(folder) == ["checkpoints", "log.csv", "model.h5", "tensorboard"]
     assert saved_at(folder) == [(3, 0), (4, 0)]
-    assert outcome.epochs == 4
+    assert outcome.epochs == outcome.new_epochs == 4
     assert outcome.seconds > 0
     assert outcome.cost == tfl.cost(model)
     loss, accuracy = model.evaluate(load_data().test, verbose=0)
@@ -683,6 +692,7 @@ def test_a_finished_training_resumes_to_the_same_outcome(whole, tmp_path):
     again = experiment.train(model, load_data, stages(), folder, resume=True)
     assert (again.accuracy, again.loss) == (outcome.accuracy, outcome.loss)
     assert again.cost == outcome.cost
+    assert again.new_epochs == 0
     assert rows(folder) == before
 
 
@@ -696,6 +706,81 @@ def test_a_folder_with_an_earlier_run_is_refused(whole):
     with pytest.raises(FileExistsError, match=rf"--resume.*Received: '{folder}'"):
         experiment.train(quantized_model(), load, stages(), folder)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+BEGUN = {"bits": 2, "ladder": ["4", "2"], "limit": None, "rate": 0.1}
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """The folder of a run that has a checkpoint."""
+    (tmp_path / "checkpoints" / "epoch-00001-step-0000000").mkdir(parents=True)
+    (tmp_path / "settings.json").write_text(json.dumps(BEGUN))
+    return tmp_path
+
+
+def test_a_run_goes_on_with_the_settings_that_it_began_with(begun):
+    experiment.check_folder(begun, BEGUN, resume=True)
+    # What a later version asks for, or no longer.
+    experiment.check_folder(begun, {"bits": 2, "depth": 8}, resume=True)
+
+
+def test_a_run_does_not_go_on_with_other_settings(begun):
+    changed = {**BEGUN, "bits": 4, "ladder": ["4", "3"], "limit": 5}
+    with pytest.raises(ValueError, match=r"--resume must .*Received: ") as caught:
+        experiment.check_folder(begun, changed, resume=True)
+    told = str(caught.value)
+    assert "--bits=4, begun with 2;" in told
+    assert "--ladder=['4', '3'], begun with ['4', '2'];" in told
+    assert f"--limit=5, begun with None in '{begun / 'settings.json'}'" in told
+    assert "rate" not in told
+
+
+def test_a_run_that_began_without_settings_goes_on(begun):
+    (begun / "settings.json").unlink()
+    experiment.check_folder(begun, BEGUN, resume=True)
+
+
+def test_torn_settings_are_named(begun):
+    (begun / "settings.json").write_text("")
+    with pytest.raises(ValueError, match=r"must be whole.*Received: .*settings\.json"):
+        experiment.check_folder(begun, BEGUN, resume=True)
+
+
+def test_settings_bind_from_the_first_checkpoint_on(begun):
+    shutil.rmtree(begun / "checkpoints")
+    for resume in (False, True):
+        experiment.check_folder(begun, {"bits": 4}, resume=resume)
+
+
+def test_settings_are_written_before_the_first_step(tmp_path):
+    for bits in (2, 3):
+        with pytest.raises(tf.errors.InvalidArgumentError):
+            experiment.train(
+                *(quantized_model(), failing_after(0), stages(), tmp_path),
+                settings={"bits": bits},
+            )
+        assert json.loads((tmp_path / "settings.json").read_text()) == {"bits": bits}
+        assert not saved_at(tmp_path)
+
+
+def test_a_training_does_not_go_on_with_other_settings(whole, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(whole[1], folder)
+    # It began without; nobody knows with which.
+    experiment.train(
+        *(quantized_model(), load_data, stages(), folder),
+        resume=True,
+        settings={"bits": 2},
+    )
+    assert not (folder / "settings.json").exists()
+    (folder / "settings.json").write_text('{"bits": 2}')
+    with pytest.raises(ValueError, match="--bits=4, begun with 2"):
+        experiment.train(
+            *(quantized_model(), load_data, stages(), folder),
+            resume=True,
+            settings={"bits": 4},
+        )
 
 
 def test_a_float_training_resumes_in_mid_schedule(tmp_path):

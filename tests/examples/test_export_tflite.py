@@ -115,7 +115,9 @@ def exports(tmp_path_factory, trained_for_deployment):
 
     def add(name, *flags, model="../small.keras", out="out"):
         (folder / name).mkdir()
-        common = ("--dataset=digits", "--batch_size=16", f"--limit={LIMIT}")
+        # Without a folder: the default, as with train.py.
+        common = ("--dataset=digits", "--data_dir=", "--batch_size=16")
+        common = (*common, f"--limit={LIMIT}")
         flags = (f"--model={model}", *common, f"--output_dir={out}", *flags)
         cases[name] = folder / name, flags
 

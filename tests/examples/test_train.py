@@ -36,7 +36,8 @@ JOINT = (
     *TINY[:5],
     *("--method=sp", "--sp_unit=block", "--sp_start=0.25"),
     *("--distill=joint", "--hints", "--teacher_learning_rate=0.01"),
-    *("--policy=mixed_bfloat16", "--save_every=1"),
+    # Without a folder for the data: their default.
+    *("--policy=mixed_bfloat16", "--save_every=1", "--data_dir="),
     *("--float_epochs=1", "--epochs=2"),
 )
 MIRRORED = (
@@ -123,7 +124,8 @@ def test_writes_what_the_help_says_and_nothing_else(whole):
     assert files(folder) == ["float", "quantized"]
     for part in ("float", "quantized"):
         assert files(folder / part) == [
-            *("checkpoints", "log.csv", "model.h5", "result.json", "tensorboard")
+            *("checkpoints", "log.csv", "model.h5", "result.json"),
+            *("settings.json", "tensorboard"),
         ]
 
 
@@ -258,6 +260,76 @@ def test_a_killed_run_resumes_in_mid_epoch_to_the_weights_of_the_whole_one(
         assert results[0][key] == results[1][key]
 
 
+def test_each_part_says_with_what_it_must_go_on(whole):
+    _, folder = whole
+    found = {
+        part: json.loads((folder / part / "settings.json").read_text())
+        for part in ("float", "quantized")
+    }
+    free = {"data_dir", "save_every", "strategy", "logical_cpus", "jit_compile"}
+    assert set(found["quantized"]) == own_flags() - {"output_dir", "resume"} - free
+    assert found["quantized"]["ladder"] == ["4", "2"]
+    assert set(found["float"]) == {
+        *("dataset", "limit", "augment", "batch_size", "seed", "policy"),
+        *("model", "width", "weight_decay", "schedule", "milestones"),
+        *("float_epochs", "float_learning_rate"),
+    }
+    assert found["float"].items() <= found["quantized"].items()
+
+
+# Flags of a run that goes on, and what the refusal must hold; None for none.
+RESUMED = {
+    "quantized": (
+        ["--weight_bits=4", "--weight_quantizer=uniform", f"--epochs={EPOCHS + 4}"],
+        [
+            *("--weight_bits=4, begun with 2", "'uniform', begun with 'dorefa'"),
+            *(f"--epochs=12, begun with {EPOCHS}", "'out/quantized/settings.json'"),
+        ],
+    ),
+    "float": (
+        ["--batch_size=16", "--float_epochs=3"],
+        [
+            *("--batch_size=16, begun with 32", "--float_epochs=3, begun with 2"),
+            "'out/float/settings.json'",
+        ],
+    ),
+    "how, not what": (["--save_every=1", "--data_dir="], None),
+    "earlier version": (["--seed=6"], None),
+}
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory, whole):
+    """A finished run's copies that go on with each of some flags, and their folder."""
+    folder = tmp_path_factory.mktemp("resumed")
+    cases = {}
+    for name, (flags, _) in RESUMED.items():
+        shutil.copytree(whole[1], folder / name / "out")
+        cases[name] = folder / name, [*TINY, "--output_dir=out", "--resume", *flags]
+    for path in (folder / "earlier version").rglob("settings.json"):
+        path.unlink()
+    return programs.run_each("train", cases)[0], folder
+
+
+def results(folder):
+    paths = sorted(folder.rglob("result.json")) + sorted(folder.rglob("log.csv"))
+    return [path.read_text() for path in paths]
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_run_goes_on_with_the_flags_that_it_began_with(resumed, name):
+    code, error, shown = resumed[0][name]
+    told = RESUMED[name][1]
+    assert (code, bool(error)) == ((0, False) if told is None else (1, True))
+    assert all(part in error for part in told or [])
+    assert "Float network" not in shown or told is None
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_the_result_of_a_finished_run_stays(resumed, whole, name):
+    assert results(resumed[1] / name / "out") == results(whole[1])
+
+
 # Stochastic precision and joint distillation
 
 
@@ -390,6 +462,11 @@ BAD = {
         ["--dataset=fashion_mnist", "--data_dir=/nonexistent"],
         r"(?s)/nonexistent.*Received: |Received: .*/nonexistent",
     ),
+    "a low-bit network that is there": (
+        ["--output_dir=old"],
+        r"FileExistsError.*another run.*Received: 'old/quantized'",
+    ),
+    "seed": (["--seed=9999999999"], r"--seed=9999999999: .*\[0, 4294967295\]"),
     "output_dir": (["--output_dir=file/out"], r"writable.*Received: 'file/out'"),
     "not_a_flag": (["digits"], r"Received: arguments that are no flags: \['digits'\]"),
     "sp_start without sp": (
@@ -495,6 +572,9 @@ def refused(tmp_path_factory, whole):
         mine = folder / str(index)
         mine.mkdir()
         (mine / "file").write_text("")
+        (mine / "old/quantized/checkpoints/epoch-00001-step-0000000").mkdir(
+            parents=True
+        )
         flags = [*TINY[:5], "--float_epochs=1", "--output_dir=out", *flags]
         cases[name] = (str(mine), flags)
     again = (str(whole[1].parent), [*TINY, "--output_dir=whole"])

@@ -1,6 +1,7 @@
 """The data sets by name."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 
 from tf_lowbit.datasets import (
@@ -77,7 +78,8 @@ def load(
       seed: seeds the order and the augmentation of the training examples, in
         [0, 2**63). It changes neither the examples nor any split.
       augment: whether training images are augmented.
-      data_dir: the folder that holds the data; None for the default of each data set.
+      data_dir: the folder that holds the data, `~` is the home folder; None for the
+        default of each data set.
       validation_fraction: part of the training set to hold out as `validation`, in
         [0, 1).
       start_epoch: the epoch, from 0, that `train` starts with.
@@ -115,6 +117,8 @@ def load(
         limit=limit,
     )
     if entry.reads_files:
+        # A shell leaves the ~ of --data_dir=~/data as it is.
+        data_dir = None if data_dir is None else os.path.expanduser(data_dir)
         return entry.load(options, data_dir=data_dir, **source_options)
     if data_dir is not None:
         raise ValueError(

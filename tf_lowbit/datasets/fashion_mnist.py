@@ -31,7 +31,7 @@ def read(*, data_dir: str | None = None) -> InMemorySource:
 
     Raises:
       FileNotFoundError: it is in neither place, or one of the IDX files is missing.
-      ValueError: an IDX file is malformed.
+      ValueError: an IDX file is malformed, or training and test images differ in size.
     """
     folder = pathlib.Path(DEBIAN_FOLDER if data_dir is None else data_dir)
     parts = _read_folder(folder) or _read_prepared(data_dir)
@@ -71,7 +71,13 @@ def _read_folder(folder: pathlib.Path) -> tuple[Examples, Examples] | None:
             *(found[f"{prefix}-{kind}"] for kind in _KINDS), classes=_CLASSES
         )
         parts.append(Examples(images[..., np.newaxis], labels.astype(np.int64)))
-    return parts[0], parts[1]
+    train, test = parts
+    if train.images.shape[1:] != test.images.shape[1:]:
+        raise ValueError(
+            f"The training and the test images in {folder} must be of one size. "
+            f"Received: {train.images.shape[1:3]} and {test.images.shape[1:3]}"
+        )
+    return train, test
 
 
 def _raw_or_compressed(path: pathlib.Path) -> pathlib.Path | None:
