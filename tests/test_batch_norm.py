@@ -478,7 +478,19 @@ def test_batches_of_one_example_are_refused_where_nothing_varies():
     with pytest.raises(ValueError, match=r"more than one example. Received: 'norm'"):
         recalibrate_batch_norm(model, ones)
     nets.assert_all_equal(nets.snapshot(model.variables), before)
+    # Dead channels do not vary, and are no reason.
+    model.get_layer("dense").kernel.assign(tf.zeros((5, 3)))
     assert recalibrate_batch_norm(model, BATCHES) == ["norm"]
+    np.testing.assert_array_equal(model.get_layer("norm").moving_variance, 0.0)
+
+
+def test_one_image_has_several_values():
+    image = keras.Input((4, 4, 2))
+    model = keras.Model(image, layers.BatchNormalization(name="norm")(image))
+    data = nets.images(1, (4, 4, 2))
+    assert recalibrate_batch_norm(model, [data]) == ["norm"]
+    mean = model.get_layer("norm").moving_mean
+    np.testing.assert_allclose(mean, data.mean((0, 1, 2)), atol=1e-6)
 
 
 def test_noise_and_augmentation_are_off():

@@ -1,6 +1,7 @@
 """Batch normalisation and quantizers: what is measured on data and not trained."""
 
 import itertools
+import math
 
 from tf_lowbit import inspection
 from tf_lowbit.compat import keras, tf
@@ -95,9 +96,9 @@ def recalibrate_batch_norm(model, dataset, batches: int = 32) -> list[str]:
 
     Raises:
         ValueError: if the dataset is empty, `batches` is below 1, a statistic is NaN
-            or infinite, or no channel of a layer varies within a batch; then nothing
-            is changed. Also if a layer is called several times, whose average over its
-            calls is not known.
+            or infinite, or a layer sees one value of a channel in each batch; then
+            nothing is changed. Also if a layer is called several times, whose average
+            over its calls is not known.
     """
     validate_batches(batches)
     networks = inspection.networks(model)
@@ -123,7 +124,9 @@ def _average_batch_norm(network, dataset, batches) -> list[str]:
             # Weight 0 would not rid an average of a NaN that it holds.
             layer.moving_mean.assign(tf.zeros_like(layer.moving_mean))
             layer.moving_variance.assign(tf.ones_like(layer.moving_variance))
+        largest = 0
         for count, inputs in enumerate(input_batches(dataset, batches)):
+            largest = max(largest, len(tf.nest.flatten(inputs)[0]))
             for layer in norms:
                 # Makes the moving average that of all batches so far, this one in.
                 layer.momentum = count / (count + 1)
@@ -135,13 +138,19 @@ def _average_batch_norm(network, dataset, batches) -> list[str]:
                     "Batch statistics must be finite: look for NaN in the data. "
                     f"Received: {average.name} that is not"
                 )
-        if not tf.reduce_any(layer.moving_variance > 0.0):
+        if largest * _values_of_an_example(layer) < 2:
             raise ValueError(
-                "Batch normalisation must see values that differ in a batch: take "
+                "Batch normalisation must see several values of a channel: take "
                 "batches of more than one example. "
-                f"Received: {layer.name!r}, all of whose variances are 0"
+                f"Received: {layer.name!r}, with one value in each batch"
             )
     return [layer.name for layer in norms]
+
+
+def _values_of_an_example(layer) -> int:
+    """How many values each channel has; 2 for each size that is not known."""
+    sizes = enumerate(layer.get_output_shape_at(0))
+    return math.prod(s or 2 for axis, s in sizes if axis > 0 and axis not in layer.axis)
 
 
 def _layers_called(network):
