@@ -37,6 +37,20 @@ def batches_of(dataset) -> Iterator:
     return iter(dataset)
 
 
+def require_rereadable(dataset) -> None:
+    """Refuses data that are used up when they were gone over once.
+
+    Raises:
+        ValueError: for a generator or another iterator, and for arrays.
+    """
+    if batches_of(dataset) is dataset:
+        raise ValueError(
+            "dataset must be one that can be read again from its start, such as a list "
+            "of batches or a tf.data.Dataset; a generator can be read only once. "
+            f"Received: {type(dataset).__name__}"
+        )
+
+
 def input_batches(dataset, batches: int) -> Iterator:
     """The inputs of a dataset's first batches: `x` of `x`, `(x, y)`, `(x, y, weight)`.
 

@@ -16,7 +16,12 @@ import numpy as np
 import pytest
 
 import tf_lowbit as tfl
-from tf_lowbit.callbacks import Position, Recovery, StagedPrecision, recovery
+from tf_lowbit.callbacks import (
+    Position,
+    Recovery,
+    StagedPrecision,
+    checkpoint_files,
+)
 from tf_lowbit.compat import keras, tf
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -514,8 +519,8 @@ def test_a_checkpoint_that_a_disk_does_not_read_is_skipped(
             raise error  # A read, unlike an opening, knows no file name.
         return digest(file, algorithm)
 
-    digest = recovery.hashlib.file_digest
-    monkeypatch.setattr(recovery.hashlib, "file_digest", read)
+    digest = checkpoint_files.hashlib.file_digest
+    monkeypatch.setattr(checkpoint_files.hashlib, "file_digest", read)
     with pytest.warns(UserWarning, match=rf"{name(1, 3)} cannot be read \({reason}"):
         assert Recovery(folder).position == (1, 0)
 
@@ -700,7 +705,8 @@ def test_an_unwritable_folder_is_found_before_training(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("owner", "function"), [(recovery.os, "fsync"), (tf.train.Checkpoint, "write")]
+    ("owner", "function"),
+    [(checkpoint_files.os, "fsync"), (tf.train.Checkpoint, "write")],
 )
 def test_a_failing_save_leaves_the_earlier_checkpoints(
     folder, owner, function, monkeypatch

@@ -5,7 +5,7 @@ import warnings
 
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.inspection import networks, require_quantized
-from tf_lowbit.observation import batches_of, validate_batches
+from tf_lowbit.observation import require_rereadable, validate_batches
 from tf_lowbit.tensor_statistics import statistics
 
 
@@ -45,12 +45,8 @@ class QuantizationMonitor(keras.callbacks.Callback):
         if every < 1:
             raise ValueError(f"every must be >= 1. Received: every={every}")
         validate_batches(batches)
-        if dataset is not None and batches_of(dataset) is dataset:
-            raise ValueError(
-                "dataset must be one that each measurement can read from its start, "
-                "such as a list or a tf.data.Dataset; a generator can be read only "
-                f"once. Received: {type(dataset).__name__}"
-            )
+        if dataset is not None:
+            require_rereadable(dataset)
         self.log_dir = os.fspath(log_dir)
         self.dataset = dataset
         self.batches = batches

@@ -1,9 +1,6 @@
 """Checkpoints that are whole or absent, and a `model.fit` that goes on from them."""
 
 import contextlib
-import hashlib
-import itertools
-import json
 import numbers
 import os
 import shutil
@@ -13,15 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from tf_lowbit import inspection
+from tf_lowbit.callbacks import checkpoint_files
 from tf_lowbit.compat import keras, tf
 
-_FORMAT = 1
 _NAME = "epoch-{:05d}-step-{:07d}"
 _PARTIAL = ".partial-"
-_MANIFEST = "manifest.json"
-_SIGNATURE = "signature.json"
-_QUANTIZERS = "quantizers.json"
 _VARIABLES = "variables"
 
 
@@ -160,8 +153,7 @@ class Recovery(keras.callbacks.Callback):
         position, steps = self._newest_intact(), None
         if position is not None:
             self._restore(position)
-            manifest = (self._path(position) / _MANIFEST).read_text()
-            steps = json.loads(manifest).get("steps")
+            steps = checkpoint_files.steps_of(self._path(position))
             if self.verbose:
                 print(self._announcement(position))
         self.model._training_state = _Start(self.model, self.params, position, steps)
@@ -217,7 +209,7 @@ class Recovery(keras.callbacks.Callback):
 
     def _newest_intact(self) -> Position | None:
         for position in reversed(self._positions()):
-            flaw = _flaw(self._path(position), position)
+            flaw = checkpoint_files.flaw(self._path(position), position)
             if not flaw:
                 return position
             if position not in self._torn:
@@ -239,10 +231,10 @@ class Recovery(keras.callbacks.Callback):
             )
 
         if model.built:
-            if _has_plain_optimizer(model):
+            if checkpoint_files.has_plain_optimizer(model):
                 model.optimizer.build(model.trainable_variables)
             # A restoration that fails has changed a part of the model already.
-            difference = _difference(model, folder)
+            difference = checkpoint_files.difference(model, folder)
             if difference:
                 raise error(difference)
         try:
@@ -263,15 +255,12 @@ class Recovery(keras.callbacks.Callback):
             tf.train.Checkpoint(model=self.model).write(str(partial / _VARIABLES))
             if not self._is_chief():
                 return
-            signature = json.dumps(_signature(self.model))
-            (partial / _SIGNATURE).write_text(signature)
-            quantizers = json.dumps(_quantizers(self.model))
-            (partial / _QUANTIZERS).write_text(quantizers)
-            _write_manifest(partial, position, self.params.get("steps"))
+            checkpoint_files.write_identity(self.model, partial)
+            checkpoint_files.write_manifest(partial, position, self.params.get("steps"))
             if final.exists():  # Torn, else the training had gone on from it.
                 shutil.rmtree(final)
             partial.rename(final)
-            _flush(self.folder)
+            checkpoint_files.flush(self.folder)
         self._torn.discard(position)
         self._delete_before(position)
 
@@ -382,44 +371,6 @@ def _position_of(path: Path) -> Position | None:
     return position if path.name == _NAME.format(*position) else None
 
 
-def _difference(model, folder: Path) -> str:
-    """Says in what a model is not that of a checkpoint; empty if in nothing."""
-    if (folder / _QUANTIZERS).exists():  # Earlier versions wrote none.
-        saved = json.loads((folder / _QUANTIZERS).read_text())
-        pairs = itertools.zip_longest(
-            saved, _quantizers(model), fillvalue=["nothing", "the end"]
-        )
-        # Names are told, not compared: Keras numbers the layers that got none.
-        for (theirs, at), (own, own_at) in pairs:
-            if theirs != own:
-                return f"{theirs} at {at}, where the model has {own} at {own_at}"
-    saved = json.loads((folder / _SIGNATURE).read_text())
-    pairs = itertools.zip_longest(saved, _signature(model), fillvalue="nothing")
-    for theirs, own in pairs:
-        if theirs != own:
-            return f"{theirs}, where the model has {own}"
-    return ""
-
-
-def _signature(model) -> list[str]:
-    """What a checkpoint and the model that it is restored into must have in common."""
-    state = model.optimizer.variables if _has_plain_optimizer(model) else []
-    return [
-        *(f"weights of shape {weight.shape}" for weight in model.weights),
-        f"the optimizer {type(model.optimizer).__name__}",
-        *(f"optimizer state of shape {value.shape}" for value in state),
-    ]
-
-
-def _quantizers(model) -> list[list[str]]:
-    """Each quantizer, as its rule has made it, and the tensor that it stands at.
-
-    A stage's bits, like a calibrated or a learned range, are variables: not in here.
-    """
-    tensors = inspection.quantized_tensors(model)
-    return [[repr(tensor.quantizer), tensor.name] for tensor in tensors]
-
-
 def _non_finite(model) -> str | None:
     """The name of a trainable variable in which not all is finite."""
     for variable in model.trainable_variables:
@@ -427,63 +378,3 @@ def _non_finite(model) -> str | None:
         if is_float and not tf.reduce_all(tf.math.is_finite(variable)):
             return variable.name
     return None
-
-
-def _has_plain_optimizer(model) -> bool:
-    """Whether the optimizer's state is known ahead of the first step.
-
-    A legacy optimizer makes it as it goes, and a `train_step` of the model's own need
-    not train all variables, or with one optimizer only.
-    """
-    is_legacy = not hasattr(model.optimizer, "build")
-    return type(model).train_step is keras.Model.train_step and not is_legacy
-
-
-def _write_manifest(folder: Path, position: Position, steps: int | None):
-    """Writes down what is in a folder, and flushes all of it to the disk."""
-    files = {}
-    for path in folder.iterdir():
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
-        _flush(path)
-    manifest = {"format": _FORMAT, **position._asdict()}
-    manifest |= {"steps": steps and int(steps), "files": files}
-    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    _flush(folder / _MANIFEST)
-    _flush(folder)
-
-
-def _flaw(folder: Path, position: Position) -> str:
-    """Says what is wrong with a checkpoint; empty if it is intact."""
-    try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
-        if manifest["format"] != _FORMAT:
-            return f"{_MANIFEST} is of format {manifest['format']!r}, not {_FORMAT}"
-        if (manifest["epoch"], manifest["step"]) != position:
-            return f"{_MANIFEST} is of another position"
-        for name, file in manifest["files"].items():
-            size = (folder / name).stat().st_size
-            if size != file["bytes"]:
-                return f"{name} has {size} bytes instead of {file['bytes']}"
-            if _digest(folder / name) != file["sha256"]:
-                return f"{name} is not what was written"
-    except OSError as error:
-        # A read that fails, unlike an opening, does not name its file.
-        name = Path(error.filename or folder).name
-        return f"{name} cannot be read ({error.strerror or error})"
-    except (ValueError, TypeError, LookupError, AttributeError):
-        return f"{_MANIFEST} is not one"
-    return ""
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path):
-    """Waits until a file or the entries of a folder are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

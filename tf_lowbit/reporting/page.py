@@ -9,7 +9,7 @@ from pathlib import Path
 from tf_lowbit import inspection, predictions
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.core.stages import Stage
-from tf_lowbit.observation import batches_of
+from tf_lowbit.observation import batches_of, require_rereadable
 from tf_lowbit.reporting import plots
 from tf_lowbit.reporting.cost import cost
 from tf_lowbit.reporting.environment import environment
@@ -86,11 +86,8 @@ def report(
         raise FileNotFoundError(
             f"The page's folder must exist. Received: {str(path.parent)!r}"
         )
-    if dataset is not None and batches_of(dataset) is dataset:
-        raise ValueError(
-            "dataset must be iterable anew, for it is read twice: a list of batches or "
-            f"a tf.data.Dataset. Received: {type(dataset).__name__}"
-        )
+    if dataset is not None:
+        require_rereadable(dataset)
     whole = cost(model)
     measured = statistics(model, dataset, batches)
     accuracy, examples = (None, 0) if dataset is None else _accuracy(model, dataset)
