@@ -190,14 +190,40 @@ def test_learned_clip_gradient_is_autodiff_of_the_papers_formula():
             np.testing.assert_allclose(result, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_infinite_upstream_gradient_stays_out_of_what_is_clipped():
-    """Of the composed form; the fused kernel multiplies by its mask: NaN there."""
+@pytest.mark.parametrize("implementation", ["fused", "composed"])
+def test_infinite_upstream_gradient_stays_out_of_what_is_clipped(implementation):
     _, d_x = run(
-        lambda v: ste.clip_round(v, 1.0, tf.constant(2), "composed"),
+        lambda v: ste.clip_round(v, 1.0, tf.constant(2), implementation),
         [-1.0, 0.5, 2.0],
         upstream=[np.inf, np.inf, np.inf],
     )
     np.testing.assert_array_equal(d_x, [0, np.inf, 0])
+
+
+@pytest.mark.parametrize("is_learned", [False, True])
+def test_only_masks_wait_for_the_backward_pass(is_learned):
+    """What takes the activation itself there would hold four bytes an element."""
+
+    @tf.function
+    def gradient(x, limit):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            if is_learned:
+                y = ste.learned_clip_round(x, limit, tf.constant(2))
+            else:
+                y = ste.clip_round(x, 1.0, tf.constant(2))
+        return tape.gradient(y, x, y)
+
+    graph = gradient.get_concrete_function(tf.TensorSpec([8]), tf.TensorSpec([])).graph
+    takers = graph.inputs[0].consumers()
+    forward = {"QuantizeAndDequantizeV3", "IdentityN"}
+    assert forward < {taker.type for taker in takers}
+    backward = [taker for taker in takers if taker.type not in forward]
+    assert {taker.outputs[0].dtype for taker in backward} == {tf.bool}
+    # A mask as a float would be made as soon as the mask is, and held.
+    masks = [op for op in graph.get_operations() if op.type == "LogicalAnd"]
+    uses = [use.type for mask in masks for use in mask.outputs[0].consumers()]
+    assert uses == ["SelectV2"]
 
 
 @pytest.mark.parametrize("implementation", ["fused", "composed"])

@@ -86,20 +86,23 @@ def _inside(inputs, low, high):
     return tf.logical_and(inputs >= low, inputs <= high)
 
 
-def _masked(upstream, inputs, low, high):
-    # Select, not a product with the mask: 0 * inf would be NaN.
-    return tf.where(_inside(inputs, low, high), upstream, tf.zeros_like(upstream))
+def _passed(upstream, inside):
+    """`upstream` where `inside`, else 0.
+
+    Until the backward pass only the mask is held: a byte for each element, where a
+    kernel that takes the activation itself would hold four.
+    """
+    # A select, not a product with the mask: 0 * inf would be NaN, and the mask as a
+    # float would be made, and held, as soon as it can be.
+    return tf.where(inside, upstream, 0.0)
 
 
-def _fused_masked(upstream, inputs, low, high):
+def _fused_passed(upstream, inputs, low, high):
+    """`upstream` where `low <= inputs <= high`, else 0; 0 * inf is NaN here."""
     # The op promises gradients for its range too; they come back as zero (TF 2.21).
     return tf.raw_ops.QuantizeAndDequantizeV4Grad(
         gradients=upstream, input=inputs, input_min=low, input_max=high, axis=-1
     ).input_backprop
-
-
-def _mask_function(fused: bool):
-    return _fused_masked if fused else _masked
 
 
 def clip_round(inputs, limit: float, bits, implementation: str = "auto"):
@@ -123,7 +126,7 @@ def clip_round(inputs, limit: float, bits, implementation: str = "auto"):
     @tf.custom_gradient
     def quantize(x):
         def gradient(upstream):
-            return _mask_function(fused)(upstream, x, 0.0, limit)
+            return _passed(upstream, _inside(x, 0.0, limit))
 
         forward = _fused_unsigned if fused else _composed_unsigned
         return forward(x, limit, bits), gradient
@@ -151,10 +154,8 @@ def learned_clip_round(inputs, limit, bits, implementation: str = "auto"):
     @tf.custom_gradient
     def quantize(x, alpha):
         def gradient(upstream):
-            masked = _mask_function(fused)
-            beyond = tf.math.nextafter(alpha, float("inf"))
-            above = masked(upstream, x, beyond, float("inf"))
-            return masked(upstream, x, 0.0, alpha), tf.reduce_sum(above)
+            d_alpha = tf.reduce_sum(_passed(upstream, x > alpha))
+            return _passed(upstream, _inside(x, 0.0, alpha)), d_alpha
 
         forward = _fused_unsigned if fused else _composed_unsigned
         return forward(x, alpha, bits), gradient
@@ -256,7 +257,12 @@ def stepped_round(
             y = unsigned_forward(x, high, fineness, implementation)
 
         def gradient(upstream):
-            d_x = _mask_function(fused)(upstream, x, low, high)
+            # The step's gradient needs `x` itself: a mask would wait besides.
+            d_x = (
+                _fused_passed(upstream, x, low, high)
+                if fused
+                else _passed(upstream, _inside(x, low, high))
+            )
             d_step = _sum_to_shape(upstream * y - d_x * x, s) / s
             return d_x, d_step * gradient_scale
 
@@ -305,7 +311,7 @@ def scaled_round(inputs, scale, bits, *, narrow_range: bool, rounding_bits=None)
             # The largest weight defines the scale; rounding of `scale * Q` must not
             # put it out of range.
             reach = scale * (1.0 + 2.0**-22)
-            return _masked(upstream, x, -negative * reach, positive * reach)
+            return _passed(upstream, _inside(x, -negative * reach, positive * reach))
 
         return y, gradient
 
