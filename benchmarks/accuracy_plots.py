@@ -37,7 +37,7 @@ def _plot_cost(axes, found, settings):
         if not math.isnan(ratio := cost_ratio(row, plain))
     }
     lengths = sorted({epochs for _, epochs in points})
-    markers = dict(zip(lengths, "os^D", strict=False))
+    markers = dict(zip(lengths, "os^Dv", strict=False))
     for (method, epochs), (ratio, row) in points.items():
         axes.errorbar(
             ratio,
