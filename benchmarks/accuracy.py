@@ -18,6 +18,7 @@ from pathlib import Path
 import processes
 import sweep
 import sweep_flags
+import tuning
 from absl import app, flags
 
 FLAGS = flags.FLAGS
@@ -31,12 +32,12 @@ flags.adopt_module_key_flags(sweep_flags)
 
 
 def with_rates(runs, rates: dict[tuple, float]) -> list[sweep.Run]:
-    """The runs, with the learning rates that `sweep.tuned` gives."""
+    """The runs, with the learning rates that `tuning.rates` gives."""
     return [
         run
         if run.learning_rate is not None
         else dataclasses.replace(
-            run, learning_rate=rates[run.method, sweep.tuned_at(run.bits)]
+            run, learning_rate=rates[run.method, tuning.tuned_at(run.bits)]
         )
         for run in runs
     ]
@@ -71,11 +72,11 @@ def main(argv):
         )
     for name in FLAGS.phases or every:
         runs = every[name]
-        while name == "tuning" and (left := sweep.next_of_tuning(folder, settings)):
+        while name == "tuning" and (left := tuning.left(folder, settings)):
             print(f"tuning: {len(left)} runs, and perhaps more", flush=True)
             perform_all(left, settings, folder)
         if any(run.learning_rate is None for run in runs):
-            runs = with_rates(runs, sweep.tuned(folder, settings))
+            runs = with_rates(runs, tuning.rates(folder, settings))
         left = [run for run in runs if not sweep.is_done(folder, run, settings)]
         print(f"{name}: {len(runs)} runs, {len(left)} of them to do", flush=True)
         perform_all(runs, settings, folder)

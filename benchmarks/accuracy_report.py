@@ -6,6 +6,7 @@ from pathlib import Path
 
 import sweep
 import tabulate
+import tuning
 from accuracy_rows import (
     BITS,
     LARGE,
@@ -316,12 +317,12 @@ def widths_table(found, settings) -> str:
 def tuning_table(folder: Path, settings: sweep.Settings) -> str:
     """Accuracy on the held-out images by learning rate; the chosen one in bold."""
     found = {
-        k: scores for k, scores in sweep.tuning(folder, settings).items() if scores
+        k: scores for k, scores in tuning.all_scores(folder, settings).items() if scores
     }
     rates = sorted({rate for scores in found.values() for rate in scores})
     lines = []
     for (method, bits), scores in found.items():
-        chosen = sweep.chosen_rate(method, scores)
+        chosen = tuning.chosen_rate(method, scores)
         cells = []
         for rate in rates:
             if rate not in scores:

@@ -116,12 +116,13 @@ def measure_memory(folder: Path) -> None:
     tasks = {}
     for repeat in range(FLAGS.repeats):
         for variant in peers_plan.MEASURED:
-            path = folder / peers_plan.memory_file(variant, repeat)
-            if not path.exists():
-                arguments = ["memory", path, settings, variant]
-                tasks[str(path)] = in_process(
-                    "peers_cost.py", arguments, variables("0")
-                )
+            for allocator, its_own in peers_plan.ALLOCATORS.items():
+                path = folder / peers_plan.memory_file(variant, allocator, repeat)
+                if not path.exists():
+                    arguments = ["memory", path, settings, variant, allocator]
+                    tasks[str(path)] = in_process(
+                        "peers_cost.py", arguments, {**variables("0"), **its_own}
+                    )
     processes.perform(tasks, 1)
 
 

@@ -70,13 +70,14 @@ def step_cost(path: Path, settings: dict) -> None:
     write(path, {"ratios": ratios}, settings)
 
 
-def memory(path: Path, settings: dict, variant: str) -> None:
+def memory(path: Path, settings: dict, variant: str, allocator: str) -> None:
     """Writes by how much a training's peak exceeds what was in use before it.
 
     Args:
         path: of the JSON file.
         settings: "depth", "width", "batch_size" and "steps".
         variant: one of `peers_plan.MEASURED`; the only one in this process.
+        allocator: one of `peers_plan.ALLOCATORS`, whose variables are set.
     """
     keras.utils.set_random_seed(0)
     if variant in _MODULES:
@@ -91,6 +92,7 @@ def memory(path: Path, settings: dict, variant: str) -> None:
     peak = kilobytes("VmHWM")
     figures = {
         "variant": variant,
+        "allocator": allocator,
         "before_kilobytes": before,
         "peak_kilobytes": peak,
         "growth_kilobytes": peak - before,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import sweep
+import tuning
 
 # Key -> what tables call it. "tfmot" annotates as its guide says; "tfmot_by_hand" names
 # each tensor, so that it quantizes what the others quantize.
@@ -42,6 +43,10 @@ BITS = ((2, 2), (4, 4))
 PHASES = ("float", "tuning", "equal", "deployment", "step cost", "memory")
 # Of step cost and memory: TF-MOT as its guide says refuses that network.
 MEASURED = ("float", "plain", "LSQ", "tfmot_by_hand", "qkeras", "larq")
+# Environment variables that memory is measured with. As it is, glibc keeps much of what
+# is freed, as it comes; with the other, tensors go back to the system at once, and the
+# peak is of what is in use.
+ALLOCATORS = {"glibc": {}, "in-use": {"MALLOC_MMAP_THRESHOLD_": "262144"}}
 # Where TensorFlow is left alone, the processor decides: it must be said.
 ONEDNN = ("0", "1")
 
@@ -86,7 +91,7 @@ def next_of_tuning(
 ) -> list[sweep.Run]:
     """The runs that the tuning still needs, as far as is known; none when it is done.
 
-    All are tuned at `sweep.TUNED_AT`, in the way of the sweep.
+    All are tuned at `tuning.TUNED_AT`, in the way of the sweep.
 
     Args:
         folder: of the results.
@@ -97,10 +102,8 @@ def next_of_tuning(
         run
         for network in networks
         for method in (*OURS, *PEERS)
-        for bits in sweep.TUNED_AT
-        for run in _next_runs(
-            folder, sweep.tuning_runs(network, method, bits, settings)
-        )
+        for bits in tuning.TUNED_AT
+        for run in _next_runs(folder, tuning.runs_of(network, method, bits, settings))
     ]
 
 
@@ -109,7 +112,7 @@ def _next_runs(folder, runs: dict[float, list[sweep.Run]]) -> list[sweep.Run]:
     every = [sweep.read(folder, run) for alike in runs.values() for run in alike]
     if any(found and found.get("refused") for found in every):
         return []  # Another learning rate would not change that.
-    return sweep.next_runs(folder, runs)
+    return tuning.next_runs(folder, runs)
 
 
 def with_rate(folder: Path, settings: sweep.Settings, run: sweep.Run) -> sweep.Run:
@@ -126,16 +129,16 @@ def with_rate(folder: Path, settings: sweep.Settings, run: sweep.Run) -> sweep.R
     if run.method == POST_TRAINING:
         return dataclasses.replace(run, learning_rate=0.0)
     method = "plain" if run.method == FOR_FILE else run.method
-    bits = sweep.tuned_at(run.bits)
-    runs = sweep.tuning_runs(run.network, method, bits, settings)
+    bits = tuning.tuned_at(run.bits)
+    runs = tuning.runs_of(run.network, method, bits, settings)
     missing = _next_runs(folder, runs)
     if missing:
         raise ValueError(
             "The learning rates must have been tuned. "
             f"Received: no file {str(folder / missing[0].path)!r}"
         )
-    scores = sweep.tuning_scores(folder, runs)
-    return dataclasses.replace(run, learning_rate=sweep.chosen_rate(method, scores))
+    scores = tuning.scores_of(folder, runs)
+    return dataclasses.replace(run, learning_rate=tuning.chosen_rate(method, scores))
 
 
 def adopt(run: sweep.Run, settings: sweep.Settings, source: Path, folder: Path) -> None:
@@ -160,6 +163,6 @@ def step_cost_file(onednn: str) -> Path:
     return Path("step_cost", f"onednn-{onednn}.json")
 
 
-def memory_file(variant: str, repeat: int) -> Path:
+def memory_file(variant: str, allocator: str, repeat: int) -> Path:
     """Of one process's peak memory, in the folder of results."""
-    return Path("memory", f"{variant.lower()}-{repeat}.json")
+    return Path("memory", f"{variant.lower()}-{allocator}-{repeat}.json")

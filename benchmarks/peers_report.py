@@ -148,26 +148,37 @@ def _ratio_cell(ratio: dict | None) -> str:
 
 def memory_table(folder: Path) -> str:
     """Growth of the peak memory, relative to the float training's median."""
-    growth: dict[str, list[int]] = {}
+    growth: dict[tuple[str, str], list[int]] = {}
     for path in sorted(folder.glob("memory/*.json")):
         run = json.loads(path.read_text())
-        growth.setdefault(run["variant"], []).append(run["growth_kilobytes"])
-    if "float" not in growth:
-        return ""
-    base = statistics.median(growth["float"])
-    lines = []
-    for variant in peers_plan.MEASURED:
-        if variant in growth:
-            ratios = [value / base for value in growth[variant]]
-            lines.append(
-                [
-                    peers_plan.NAMES.get(variant, variant),
-                    f"{statistics.median(growth[variant]) / 1024:.0f}",
-                    f"{statistics.median(ratios):.2f}",
-                    f"{min(ratios):.2f} to {max(ratios):.2f}",
-                ]
-            )
-    return _table(["W2A2 training with", "MiB", "relative to float", "range"], lines)
+        key = run["variant"], run["allocator"]
+        growth.setdefault(key, []).append(run["growth_kilobytes"])
+    lines = [
+        [
+            peers_plan.NAMES.get(variant, variant),
+            *(
+                cell
+                for allocator in ("in-use", "glibc")
+                for cell in _memory_cells(growth, variant, allocator)
+            ),
+        ]
+        for variant in peers_plan.MEASURED
+        if (variant, "in-use") in growth
+    ]
+    headers = ["W2A2 training with", "MiB in use", "relative to float"]
+    headers += ["MiB with glibc", "relative to float"]
+    return _table(headers, lines) if lines else ""
+
+
+def _memory_cells(growth: dict, variant: str, allocator: str) -> list[str]:
+    kilobytes = growth[variant, allocator]
+    base = statistics.median(growth["float", allocator])
+    ratios = [value / base for value in kilobytes]
+    middle, least, largest = statistics.median(ratios), min(ratios), max(ratios)
+    return [
+        f"{statistics.median(kilobytes) / 1024:.0f}",
+        f"{middle:.2f} ({least:.2f} to {largest:.2f})",
+    ]
 
 
 def deployment_table(every: dict[str, _Runs]) -> str:

@@ -12,15 +12,6 @@ from pathlib import Path
 # won at which single trainings lose their way.
 TUNING_SEEDS = (100, 101)
 FLOAT = "float"
-# Bits that the learning rates are tuned at; others take those of the nearer ones.
-TUNED_AT = ((2, 2), (4, 4))
-# The same seed on another processor may end up as far from itself: of rates that are
-# no further from the best, the lowest is taken, where fewer lose their way.
-AS_GOOD = 0.003
-# The grid of learning rates. The tuning starts with two of them, and goes on in the
-# direction of the better one until the best stands between two others.
-RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-_FIRST_RATES = (0.03, 0.1)
 # Share of each stage over which the learning rate rises, of all that start from a float
 # network: at the full rate at once, a network just quantized may lose its way.
 WARMUP = 0.1
@@ -99,9 +90,7 @@ STARTS = {
 MIXED = {
     "LSQ, mixed bits": ("LSQ", Method(quantizers=("lsq", "lsq"), mixed=True)),
 }
-_VARIANTS = ABLATIONS | STARTS | MIXED
-# Methods and bits that are tuned each for itself.
-_TUNED = (*((method, bits) for bits in TUNED_AT for method in METHODS), (FLOAT, None))
+VARIANTS = ABLATIONS | STARTS | MIXED
 # What mixed bits are chosen from, and the uniform ones whose cost they may have.
 MIXED_FROM = (1, 2, 3, 4, 6, 8)
 MIXED_AS = ((2, 2), (3, 3))
@@ -211,12 +200,12 @@ def method_of(run: Run) -> Method:
     """How a low-bit run trains."""
     if run.method in METHODS:
         return METHODS[run.method]
-    return _VARIANTS[run.method][1]
+    return VARIANTS[run.method][1]
 
 
 def warmup_of(run: Run) -> float:
     """Share of each stage over which the learning rate of a run rises."""
-    _, changed = _VARIANTS.get(run.method, (None, Method()))
+    _, changed = VARIANTS.get(run.method, (None, Method()))
     return 0.0 if run.is_start or not changed.is_gentle else WARMUP
 
 
@@ -365,150 +354,3 @@ def is_done(folder: Path, run: Run, settings: Settings) -> bool:
             f"{found['settings']}"
         )
     return not run.is_start or (folder / start_file(run.network, run.seed)).exists()
-
-
-def tuned_at(bits: tuple[int, int] | None) -> tuple[int, int] | None:
-    """The bits whose learning rates a run takes; None for a float one."""
-    if bits is None:
-        return None
-    return TUNED_AT[0] if min(bits) <= 2 else TUNED_AT[1]
-
-
-def tuning(folder: Path, settings: Settings) -> dict[tuple, dict[float, float | None]]:
-    """`tuning_scores` of each method and its bits, on the small network."""
-    return {
-        key: tuning_scores(folder, tuning_runs("preact_resnet8", *key, settings))
-        for key in _TUNED
-    }
-
-
-def tuning_scores(
-    folder: Path, runs: dict[float, list[Run]]
-) -> dict[float, float | None]:
-    """Accuracy on the held-out images by learning rate, the mean over the seeds.
-
-    Args:
-        folder: of the results.
-        runs: of one method, by learning rate, as `tuning_runs` gives them.
-
-    Returns:
-        None for a rate at which a run diverged; nothing of a rate whose runs are not
-        all done.
-    """
-    scores = {}
-    for rate, alike in runs.items():
-        found = [read(folder, run) for run in alike]
-        if None not in found:
-            accuracies = [run["accuracy"] for run in found]
-            is_lost = None in accuracies
-            scores[rate] = None if is_lost else sum(accuracies) / len(accuracies)
-    return scores
-
-
-def tuning_runs(
-    network: str, method: str, bits: tuple[int, int] | None, settings: Settings
-) -> dict[float, list[Run]]:
-    """A method's runs, one for each seed, by the learning rates of the grid.
-
-    Args:
-        network: as in `Run`.
-        method: likewise.
-        bits: one of `TUNED_AT`, or None for a float network.
-        settings: of the sweep.
-    """
-    return {
-        rate: [
-            Run("tuning", network, method, bits, seed, settings.epochs, rate)
-            for seed in TUNING_SEEDS
-        ]
-        for rate in RATES
-    }
-
-
-def next_of_tuning(folder: Path, settings: Settings) -> list[Run]:
-    """The runs that the tuning still needs, as far as is known; none when it is done.
-
-    For each method the first two rates, then the next one beyond the best, until the
-    best is none of the outermost that were tried, or there is no rate beyond.
-    """
-    return [
-        run
-        for key in _TUNED
-        for run in next_runs(folder, tuning_runs("preact_resnet8", *key, settings))
-    ]
-
-
-def next_runs(folder: Path, runs: dict[float, list[Run]]) -> list[Run]:
-    """The runs that one method's tuning still needs, as far as is known.
-
-    Args:
-        folder: of the results.
-        runs: as `tuning_runs` gives them.
-    """
-    return [
-        run
-        for rate in next_rates(tuning_scores(folder, runs))
-        for run in runs[rate]
-        if read(folder, run) is None
-    ]
-
-
-def next_rates(scores: dict[float, float | None]) -> list[float]:
-    """The learning rates to try after those that have been.
-
-    Args:
-        scores: accuracy by rate, None where it diverged.
-    """
-    missing = [rate for rate in _FIRST_RATES if rate not in scores]
-    if missing:
-        return missing
-    here = RATES.index(best_rate(scores))
-    beside = RATES[max(0, here - 1) : here + 2]
-    return [rate for rate in beside if rate not in scores]
-
-
-def best_rate(scores: dict[float, float | None]) -> float:
-    """The rate of the best accuracy; the smaller of equals, and never a diverged one.
-
-    The least rate where all diverged.
-    """
-    return min(scores, key=lambda rate: (-(scores[rate] or 0.0), rate))
-
-
-def chosen_rate(method: str, scores: dict[float, float | None]) -> float:
-    """The lowest of the rates that are as good as the best, to `AS_GOOD`.
-
-    The best itself of the float network, which the others are measured by.
-
-    Args:
-        method: as in `Run`.
-        scores: accuracy by rate, None where it diverged.
-    """
-    best = best_rate(scores)
-    if method == FLOAT:
-        return best
-    least = (scores[best] or 0.0) - AS_GOOD
-    return min(rate for rate, score in scores.items() if (score or 0.0) >= least)
-
-
-def tuned(folder: Path, settings: Settings) -> dict[tuple, float]:
-    """The learning rates, by method or ablation and `tuned_at` of the bits.
-
-    Raises:
-        ValueError: if the tuning is not done.
-    """
-    missing = next_of_tuning(folder, settings)
-    if missing:
-        raise ValueError(
-            "The learning rates must have been tuned. "
-            f"Received: no file {str(folder / missing[0].path)!r}"
-        )
-    rates = {
-        key: chosen_rate(key[0], found)
-        for key, found in tuning(folder, settings).items()
-    }
-    return rates | {
-        (name, bits): changed.learning_rate or rates[method, bits]
-        for name, (method, changed) in _VARIANTS.items()
-        for bits in TUNED_AT
-    }

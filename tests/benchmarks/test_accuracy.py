@@ -15,6 +15,7 @@ sys.path.insert(0, str(programs.ROOT / "benchmarks"))
 import accuracy_report
 import accuracy_rows
 import sweep
+import tuning
 
 
 def test_a_torn_file_is_named(tmp_path):
@@ -28,16 +29,16 @@ def test_a_torn_file_is_named(tmp_path):
 def test_the_tuning_goes_on_until_the_best_rate_stands_between_others(tmp_path):
     best = {"SP": 0.3, "JKD": 0.01, "PQ": 1.0, "LSQ": 0.003}
     tried = 0
-    while runs := sweep.next_of_tuning(tmp_path, SETTINGS):
+    while runs := tuning.left(tmp_path, SETTINGS):
         tried += len(runs)
         for run in runs:
-            steps = sweep.RATES.index(run.learning_rate) - sweep.RATES.index(
+            steps = tuning.RATES.index(run.learning_rate) - tuning.RATES.index(
                 best.get(run.method, 0.1)
             )
             # TS diverges above its best rate.
             is_lost = run.method == "TS" and steps > 0
             put(tmp_path, run, None if is_lost else 0.9 - 0.1 * abs(steps))
-    rates = sweep.tuned(tmp_path, SETTINGS)
+    rates = tuning.rates(tmp_path, SETTINGS)
     # Every other method is tuned to 0.1, at both bit-widths.
     for bits in ((2, 2), (4, 4)):
         for method in sweep.METHODS:
@@ -77,30 +78,30 @@ def test_the_tuning_goes_on_until_the_best_rate_stands_between_others(tmp_path):
 
 
 def test_a_rate_is_judged_by_all_seeds_of_the_tuning(tmp_path):
-    runs = sweep.tuning_runs("preact_resnet8", "SP", (2, 2), SETTINGS)
+    runs = tuning.runs_of("preact_resnet8", "SP", (2, 2), SETTINGS)
     for rate, accuracies in {0.03: (0.8, 0.9), 0.1: (0.9, None), 0.3: (0.9,)}.items():
         for run, accuracy in zip(runs[rate], accuracies, strict=False):
             put(tmp_path, run, accuracy)
-    scores = sweep.tuning_scores(tmp_path, runs)
+    scores = tuning.scores_of(tmp_path, runs)
     # At 0.1 one diverged; of 0.3 one is not done.
     assert scores == {0.03: pytest.approx(0.85), 0.1: None}
 
 
 def test_of_rates_as_good_as_the_best_the_lowest_is_taken():
     close = {0.03: 0.890, 0.1: 0.8975, 0.3: 0.9, 1.0: None}
-    assert sweep.chosen_rate("SP", close) == 0.1
-    assert sweep.chosen_rate("SP", {**close, 0.1: 0.8965}) == 0.3
-    assert sweep.chosen_rate("SP", {0.03: None, 0.1: None}) == 0.03
+    assert tuning.chosen_rate("SP", close) == 0.1
+    assert tuning.chosen_rate("SP", {**close, 0.1: 0.8965}) == 0.3
+    assert tuning.chosen_rate("SP", {0.03: None, 0.1: None}) == 0.03
     # What the others are measured by has its best.
-    assert sweep.chosen_rate("float", close) == 0.3
+    assert tuning.chosen_rate("float", close) == 0.3
     # The search goes on at the best itself.
-    assert sweep.next_rates({0.03: 0.89, 0.1: 0.899, 0.3: 0.9}) == [1.0]
+    assert tuning.next_rates({0.03: 0.89, 0.1: 0.899, 0.3: 0.9}) == [1.0]
 
 
 def test_others_take_the_rates_of_the_nearer_bits():
-    at = {bits: sweep.tuned_at(bits) for bits in ((2, 2), (1, 2), (3, 3), (4, 4))}
+    at = {bits: tuning.tuned_at(bits) for bits in ((2, 2), (1, 2), (3, 3), (4, 4))}
     assert at == {(2, 2): (2, 2), (1, 2): (2, 2), (3, 3): (4, 4), (4, 4): (4, 4)}
-    assert sweep.tuned_at(None) is None
+    assert tuning.tuned_at(None) is None
 
 
 def test_a_run_at_another_rate_is_not_done(tmp_path):
@@ -113,7 +114,7 @@ def test_a_run_at_another_rate_is_not_done(tmp_path):
 
 def test_rates_are_not_guessed(tmp_path):
     with pytest.raises(ValueError, match=r"must have been tuned\. Received: no file"):
-        sweep.tuned(tmp_path, SETTINGS)
+        tuning.rates(tmp_path, SETTINGS)
 
 
 def test_all_runs_of_a_seed_start_and_are_measured_alike():

@@ -20,6 +20,7 @@ import peers_plan
 import peers_report
 import peers_setup
 import sweep
+import tuning
 
 from tf_lowbit.compat import keras, tf, tfmot
 
@@ -128,8 +129,11 @@ def test_costs_are_shown_relative_to_float_and_to_ours(tmp_path):
     sweep.write(tmp_path / path, {"ratios": ratios})
     for repeat, growths in enumerate([(1024, 3072), (2048, 2048), (4096, 8192)]):
         for variant, growth in zip(("float", "larq"), growths, strict=True):
-            sweep.write(tmp_path / peers_plan.memory_file(variant, repeat),
-                        {"variant": variant, "growth_kilobytes": growth})  # fmt: skip
+            for allocator, factor in (("in-use", 1), ("glibc", 2)):
+                path = peers_plan.memory_file(variant, allocator, repeat)
+                sweep.write(tmp_path / path,
+                            {"variant": variant, "allocator": allocator,
+                             "growth_kilobytes": growth * factor})  # fmt: skip
     made = peers_report.tables(tmp_path)
     assert list(made) == ["step cost", "memory"]
     steps = {row[0]: row[1:] for row in cells(made["step cost"])}
@@ -137,8 +141,8 @@ def test_costs_are_shown_relative_to_float_and_to_ours(tmp_path):
     assert steps["QKeras"] == ["—"] * 3
     assert "oneDNN" in made["step cost"].splitlines()[0]
     assert cells(made["memory"]) == [
-        ["float", "2", "1.00", "0.50 to 2.00"],
-        ["Larq DoReFa", "3", "1.50", "1.00 to 4.00"],
+        ["float", "2", "1.00 (0.50 to 2.00)", "4", "1.00 (0.50 to 2.00)"],
+        ["Larq DoReFa", "3", "1.50 (1.00 to 4.00)", "6", "1.50 (1.00 to 4.00)"],
     ]
 
 
@@ -168,7 +172,7 @@ def test_every_run_has_its_start():
 
 def tune(folder, method, accuracies, network=NETWORK, bits=(2, 2), **more):
     """Writes the files of a tuning: accuracy by learning rate."""
-    runs = sweep.tuning_runs(network, method, bits, SETTINGS)
+    runs = tuning.runs_of(network, method, bits, SETTINGS)
     for rate, accuracy in accuracies.items():
         for run in runs[rate]:
             sweep.write(folder / run.path, {"accuracy": accuracy, **more})
