@@ -40,7 +40,7 @@ def _unit(x, limit):
 def unsigned_gradients(x, limit: float, upstream):
     """(dL/dx, dL/dlimit): 1 in [0, limit]; 1 above it (PACT)."""
     x, upstream = np.asarray(x, np.float64), np.asarray(upstream, np.float64)
-    inside = (x >= 0) & (x <= limit)
+    inside = ~np.signbit(x) & (x <= limit)  # -0 is below 0.
     return np.where(inside, upstream, 0.0), upstream[x > limit].sum()
 
 
