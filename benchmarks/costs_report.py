@@ -15,22 +15,29 @@ def tables(folder: Path) -> dict[str, str]:
         folder: of the results.
     """
     makers = {
-        "step cost": ("step_cost.json", step_cost),
         "scaling": ("scaling.json", scaling),
         "scaling, oneDNN": ("scaling-onednn.json", scaling),
         "input pipeline": ("input_pipeline.json", input_pipeline),
         "startup": ("startup.json", startup),
     }
-    return {
+    made = {
         name: make(json.loads((folder / file).read_text()))
         for name, (file, make) in makers.items()
         if (folder / file).exists()
     }
+    steps = [folder / f"step_cost-onednn-{onednn}.json" for onednn in ("0", "1")]
+    if all(path.exists() for path in steps):
+        made["step cost"] = step_cost(*(json.loads(path.read_text()) for path in steps))
+    return made
 
 
-def step_cost(result: dict) -> str:
-    """Ratios of steps."""
-    return _as_they_are(result["ratios"])
+def step_cost(without: dict, with_onednn: dict) -> str:
+    """Ratios of steps, without oneDNN and with it."""
+    lines = [
+        [ratio["step"], ratio["relative to"], _spread(ratio), _spread(other)]
+        for ratio, other in zip(without["ratios"], with_onednn["ratios"], strict=True)
+    ]
+    return table(["step", "relative to", "without oneDNN", "with oneDNN"], lines)
 
 
 def scaling(result: dict) -> str:
@@ -69,12 +76,17 @@ def startup(result: dict) -> str:
             found["step"],
             *(f"{seconds:.1f}" for seconds in found["cpu_seconds"].values()),
             f"{found['to_first_step']:.1f}",
-            f"{found['median']:.2f} ({found['least']:.2f} to {found['largest']:.2f})",
+            _spread(found),
         ]
         for found in result["startup"]
     ]
     parts = [f"{part}, s" for part in result["startup"][0]["cpu_seconds"]]
     return table(["network", *parts, "to the first step, s", "relative"], lines)
+
+
+def _spread(ratio: dict) -> str:
+    least, largest = ratio["least"], ratio["largest"]
+    return f"{ratio['median']:.2f} ({least:.2f} to {largest:.2f})"
 
 
 def _as_they_are(found: list[dict]) -> str:

@@ -1,6 +1,7 @@
-"""CPU time of a training step, as ratios between steps of the same run.
+r"""CPU time of a training step, as ratios between steps of the same run.
 
-  python benchmarks/step_cost.py --rounds=7 --output=benchmarks/results/step_cost.json
+  TF_ENABLE_ONEDNN_OPTS=1 python benchmarks/step_cost.py --rounds=7 \
+      --output=benchmarks/results/step_cost-onednn-1.json
 
 The variants take turns, round by round, in one process, so that the machine's drift
 hits all of them; each figure is the median over the rounds of the ratio to another
