@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 from tf_lowbit import inspection
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.core.counters import counter
 from tf_lowbit.training import distillation as distilling
 from tf_lowbit.training.distillation import JointDistillation
 from tf_lowbit.training.plan import Plan
 from tf_lowbit.training.scores import DISTILLATION, HINT, TASK, Batch, Board
+from tf_lowbit.training.step_count import CountSteps, StepCount
 from tf_lowbit.training.stochastic_precision import StochasticPrecision
 
 
@@ -79,17 +79,14 @@ class LowBitTrainer(keras.Model):
         self._plan = plan
         self._names = list(named)
         self._precision = stochastic_precision
-        self._has_trained = False
-        self._steps = stochastic_precision and stochastic_precision.steps
-        self._knows_steps = self._steps is not None
         self.students = networks
         self.teacher = teacher
         self.teacher_optimizer = None
-        # A tf.train.Checkpoint is tracked by checkpoints, yet its variables are no
-        # weights of the model.
-        self.progress = tf.train.Checkpoint(step=counter(), total_steps=counter())
-        if self._knows_steps:
-            self.progress.total_steps.assign(self._steps)
+        self._count = StepCount(
+            stochastic_precision and stochastic_precision.steps,
+            is_needed=plan.sampler is not None,
+        )
+        self.progress = self._count.progress
         self.built = True
         self.output_names = self.student.output_names
         # Logs are results of metrics, the same on all replicas: Keras's default would
@@ -201,7 +198,7 @@ class LowBitTrainer(keras.Model):
         """
         given = inspect.signature(super().fit).bind(*args, **kwargs)
         callbacks = given.arguments.get("callbacks")
-        counting = _CountSteps()
+        counting = CountSteps(self._count)
         if isinstance(callbacks, keras.callbacks.CallbackList):
             counting.set_model(self)
             counting.set_params(callbacks.params)
@@ -350,43 +347,21 @@ class LowBitTrainer(keras.Model):
 
     def save_own_variables(self, store):
         """Keras's: writes what is neither a network's nor an optimizer's."""
-        for name, counted in self._counters().items():
+        for name, counted in self._count.variables().items():
             store[name] = counted.numpy()
 
     def load_own_variables(self, store):
         """Keras's: reads it; older files of weights have none of it."""
         if store.keys():
-            for name, counted in self._counters().items():
+            for name, counted in self._count.variables().items():
                 counted.assign(store[name][()])
-
-    def _counters(self) -> dict:
-        return {
-            "step": self.progress.step,
-            "total_steps": self.progress.total_steps,
-        }
-
-    def _expect_steps(self, steps) -> None:
-        """Checks that the length of the training that `fit` begins is known."""
-        self._knows_steps = self._steps is not None or bool(steps)
-        if self._plan.sampler and not self._knows_steps:
-            raise ValueError(
-                "StochasticPrecision must know how many steps the training has: give "
-                "fit steps_per_epoch, or StochasticPrecision steps. Received: "
-                "data of unknown length"
-            )
-
-    def _count_steps(self, epochs, steps, first) -> None:
-        """Sets the length of the training, and the number of the step to come."""
-        if self._steps is None:
-            self.progress.total_steps.assign(epochs * steps)
-        self.progress.step.assign(first)
 
     def _draw(self, step):
         """Draws the units to be quantized in this step, and logs their share."""
         sampler = self._plan.sampler
         if sampler is None:
             return None
-        if not self._knows_steps:
+        if not self._count.is_known:
             raise ValueError(
                 "StochasticPrecision must know how many steps the training has: train "
                 "with fit, or give it steps=. Received: steps=None, outside of fit"
@@ -418,54 +393,6 @@ class LowBitTrainer(keras.Model):
 
     def _student_variables(self):
         return [v for network in self.students for v in network.trainable_variables]
-
-
-class _CountSteps(keras.callbacks.Callback):
-    """Tells a trainer how many steps there are, and which comes first.
-
-    The first step's number follows from epoch and batch, so that it is right whether
-    the training starts, goes on after another `fit`, or resumes in mid-epoch.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self._epoch = 0
-        self._is_first = True
-
-    def on_train_begin(self, logs=None):
-        """Checks that there is a total."""
-        del logs
-        self.model._expect_steps(self.params.get("steps"))
-
-    def on_epoch_begin(self, epoch, logs=None):
-        """Sets the counters, when all that restores them has done so."""
-        del logs
-        self._epoch = epoch
-        steps = self.params.get("steps")
-        if self._is_first and steps:
-            done, first = int(self.model.progress.step.numpy()), epoch * steps
-            is_within = first <= done < first + steps
-            self.model._count_steps(
-                self.params["epochs"], steps, done if is_within else first
-            )
-        elif self._is_first and epoch == 0 and self.model._has_trained:
-            # What was counted is another training's: a checkpoint's would come to a
-            # trainer that has not trained yet.
-            self.model.progress.step.assign(0)
-
-    def on_train_batch_begin(self, batch, logs=None):
-        """Sets them to the very batch; a `CallbackList` may leave this hook out."""
-        del logs
-        steps = self.params.get("steps")
-        if self._is_first and steps:
-            first = self._epoch * steps + batch
-            self.model._count_steps(self.params["epochs"], steps, first)
-        self._is_first = False
-
-    def on_train_end(self, logs=None):
-        """Remembers that the counters are those of a training that is done."""
-        del logs
-        self.model._has_trained = True
 
 
 def _check_names(named):
