@@ -455,3 +455,45 @@ def test_layers_keep_their_policy_whatever_the_global_one_is(
     low_bit.save(tmp_path / "net.keras")
     again = requantize(load_model(tmp_path / "net.keras"), rule)
     assert {layer.name: layer.compute_dtype for layer in again.layers} == dtypes
+
+
+def test_learned_steps_are_frozen_with_the_layers_they_belong_to():
+    base = keras.Sequential(
+        [
+            layers.Conv2D(4, 3, activation="relu", input_shape=(8, 8, 3)),
+            layers.Conv2D(4, 3, activation="relu"),
+            layers.GlobalAveragePooling2D(),
+        ]
+    )
+    rules = PrecisionRule(".*", 2, 2, "lsq", "lsq", edges=True)
+    for is_frozen in (True, False):
+        base.trainable = not is_frozen
+        inputs = keras.Input((8, 8, 3))
+        head = layers.Dense(2, name="head")(base(inputs, training=False))
+        model = quantize(keras.Model(inputs, head), rules)
+        trained = {v.name.split("/")[0] for v in model.trainable_weights}
+        assert (trained == {"head"}) == is_frozen
+        assert any(name.endswith("_quantizer") for name in trained) != is_frozen
+
+
+def test_a_rule_for_layers_leaves_their_own_relus_to_those_that_read_them():
+    model = keras.Sequential(
+        [
+            layers.Conv2D(4, 3, activation="relu", name="conv1", input_shape=(8, 8, 3)),
+            layers.Conv2D(4, 3, activation="relu", name="conv2"),
+            layers.Flatten(),
+            layers.Dense(8, activation="relu", name="fc1"),
+            layers.Dense(3, name="fc2"),
+        ]
+    )
+    rules = [PrecisionRule("conv.*", 8, 8, "uniform", "uniform"),
+             PrecisionRule("fc.*", 2, 2)]  # fmt: skip
+    bits = {
+        t.name: t.bits for t in inspection.quantized_tensors(quantize(model, rules))
+    }
+    assert bits["conv2_relu/output"] == 2
+    named = [PrecisionRule("conv2_relu", None, 4), *rules]
+    bits = {
+        t.name: t.bits for t in inspection.quantized_tensors(quantize(model, named))
+    }
+    assert bits["conv2_relu/output"] == 4

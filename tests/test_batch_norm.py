@@ -505,3 +505,38 @@ def test_noise_and_augmentation_are_off():
     np.testing.assert_allclose(
         norm.moving_variance, data.var((0, 1, 2)), rtol=0.01, atol=1e-5
     )
+
+
+def test_what_is_called_with_training_false_keeps_its_averages():
+    base = keras.Sequential(
+        [
+            layers.Conv2D(4, 3, input_shape=(8, 8, 3)),
+            layers.BatchNormalization(name="held"),
+            layers.Conv2D(4, 3, activation="relu", name="conv"),
+        ]
+    )
+    base.get_layer("held").set_weights([np.full(4, value) for value in (1, 0, 5, 9)])
+    inputs = keras.Input((8, 8, 3))
+    outputs = layers.BatchNormalization(name="moved")(base(inputs, training=False))
+    outputs = layers.Dense(2)(layers.Flatten()(outputs))
+    model = quantize(
+        keras.Model(inputs, outputs), PrecisionRule("conv", 8, 8, "uniform", "uniform")
+    )
+    x = np.random.default_rng(0).normal(2, 3, (16, 8, 8, 3)).astype("float32")
+    assert recalibrate_batch_norm(model, [x]) == ["moved"]
+    held = model.get_layer("held")
+    np.testing.assert_array_equal(held.moving_mean, np.full(4, 5))
+    np.testing.assert_array_equal(held.moving_variance, np.full(4, 9))
+
+
+def test_normalisation_within_another_layer_is_measured():
+    inputs = keras.Input((3, 4, 2))
+    outputs = layers.TimeDistributed(layers.BatchNormalization())(inputs)
+    outputs = layers.Dense(4, name="middle")(layers.Flatten()(outputs))
+    model = quantize(
+        keras.Model(inputs, layers.Dense(2)(outputs)), PrecisionRule("middle", 2, 8)
+    )
+    x = np.random.default_rng(0).normal(2, 3, (16, 3, 4, 2)).astype("float32")
+    assert len(recalibrate_batch_norm(model, [x])) == 1
+    (norm,) = (m for m in model.submodules if isinstance(m, layers.BatchNormalization))
+    np.testing.assert_allclose(norm.moving_mean, x.mean((0, 1, 2)), rtol=1e-4)

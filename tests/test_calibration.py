@@ -531,3 +531,18 @@ def test_ranges_follow_the_scale_of_the_data(kind, scale):
         found[factor] = float(tensor.variables[names[kind]])
     # Neither clipped nor rounded while measured, whatever the scale.
     assert found[scale] / found[1.0] == pytest.approx(scale, rel=1e-4)
+
+
+def test_inputs_by_other_names_than_their_layers():
+    inputs = {
+        "img": keras.Input((8, 8, 3), name="a"),
+        "vec": keras.Input((5,), name="b"),
+    }
+    outputs = layers.Conv2D(4, 3, activation="relu")(inputs["img"])
+    outputs = layers.GlobalAveragePooling2D()(layers.Conv2D(4, 3, name="c")(outputs))
+    outputs = layers.Dense(2)(layers.Concatenate()([outputs, inputs["vec"]]))
+    model = quantize(
+        keras.Model(inputs, outputs), PrecisionRule("c", 2, 2, "lsq", "lsq")
+    )
+    batch = {"img": np.ones((4, 8, 8, 3), "float32"), "vec": np.ones((4, 5), "float32")}
+    assert len(calibrate(model, [batch])) == 1

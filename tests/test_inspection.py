@@ -231,3 +231,16 @@ def test_a_network_is_its_only_one():
     for model in (nets.perceptron(), quantize(nets.perceptron(), W2A2)):
         (found,) = inspection.networks(model)
         assert found is model
+
+
+def test_quantizers_in_a_model_among_the_layers_are_not_passed_over():
+    first, second = (quantize(nets.chain()) for _ in range(2))
+    second._name = "second"
+    inputs = keras.Input(first.input_shape[1:])
+    outputs = layers.Concatenate()([first(inputs), second(inputs)])
+    nested = keras.Model(inputs, outputs)
+    with pytest.raises(ValueError, match="must be the model's own"):
+        inspection.require_quantized(nested)
+    half = keras.Model(first.input, [first.output, second(first.input)])
+    with pytest.raises(ValueError, match="must be the model's own"):
+        inspection.require_quantized(half)

@@ -234,3 +234,33 @@ def test_a_difference_would_be_seen(monkeypatch):
     model = on_an_input(layers.Dense(3, activation="hard_sigmoid"))
     with pytest.raises(ValueError, match=r"differ by 0\.0"):
         tfl.from_keras3(randomize(model))
+
+
+@pytest.mark.parametrize(
+    "model_layers",
+    [
+        [keras3.Input((5,), dtype="int32"), layers.Embedding(9, 4), layers.Flatten()],
+        [keras3.Input((8, 8, 3)), layers.Resizing(6, 6), layers.Flatten()],
+        [keras3.Input((8, 8, 3)), layers.RandomFlip(), layers.Flatten()],
+        [keras3.Input((None, 2)), layers.Conv1D(4, 64), layers.GlobalMaxPooling1D()],
+    ],
+    ids=["integers", "resizing", "augmentation", "large kernel"],
+)
+def test_inputs_and_options_that_are_no_obstacle(model_layers):
+    theirs = keras3.Sequential([*model_layers, layers.Dense(2)])
+    assert tfl.from_keras3(theirs).output_shape == theirs.output_shape
+
+
+def test_layers_without_a_counterpart_are_refused_by_name():
+    inputs = keras3.Input((5, 4))
+    attention = layers.MultiHeadAttention(2, 4, name="a")(inputs, inputs)
+    for model, name in (
+        (keras3.Model(inputs, attention), "a"),
+        (
+            keras3.Sequential([inputs, layers.Bidirectional(layers.LSTM(4), name="b")]),
+            "b",
+        ),
+        (keras3.Sequential([inputs, layers.Lambda(lambda x: 2 * x, name="c")]), "c"),
+    ):
+        with pytest.raises(ValueError, match=f"must have a counterpart.*'{name}'"):
+            tfl.from_keras3(model)

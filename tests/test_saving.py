@@ -259,3 +259,27 @@ def test_weights_of_another_network_are_refused(trained, tmp_path):
     other = quantize(nets.chain(width=5), RULES["lsq"])
     with pytest.raises(ValueError):
         other.load_weights(tmp_path / "net.weights.h5")
+
+
+@pytest.mark.parametrize("kind", ["Conv2DTranspose", "SeparableConv2D"])
+def test_saved_model_of_layers_with_an_input_spec(kind, tmp_path):
+    """Keras traces such a layer by itself, where it knows no quantized weights."""
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            getattr(keras.layers, kind)(4, 3, name="special"),
+            keras.layers.Flatten(),
+            keras.layers.Dense(2),
+        ]
+    )
+    model = quantize(model, PrecisionRule("special", 2, None))
+    model.save(tmp_path / "saved")
+    x = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype("float32")
+    np.testing.assert_array_equal(load_model(tmp_path / "saved")(x), model(x))
+
+
+def test_a_quantized_network_within_another_loads_from_hdf5(tmp_path):
+    model = keras.Sequential([quantize(nets.chain()), keras.layers.Dense(3)])
+    model.save(tmp_path / "model.h5")
+    x = np.random.default_rng(0).normal(size=(2, *model.input_shape[1:]))
+    np.testing.assert_array_equal(load_model(tmp_path / "model.h5")(x), model(x))

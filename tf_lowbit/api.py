@@ -87,6 +87,31 @@ def take_flags(source: keras.Model, target: keras.Model) -> None:
     for layer in target.layers:
         if layer.name in given:
             graph.take_flags(given[layer.name], layer)
+        elif isinstance(layer, LowBitWrapper):
+            # A quantizer of its own trains with the layers that it belongs to.
+            owners = {given[name] for name in _owners(target, layer, given)}
+            layer.trainable = not owners or any(o.trainable for o in owners)
+
+
+def _owners(model, layer, given) -> set[str]:
+    """Of a new layer, what it stands behind; or what reads it, behind an input."""
+    found, sources = set(), list(graph.inputs_of(model, layer))
+    while sources:
+        node = graph.producer(sources.pop())
+        if node.layer.name in given and not node.is_input:
+            found.add(node.layer.name)
+        elif not node.is_input:
+            sources += node.keras_inputs
+    if found:
+        return found
+    readers = graph.readers(model)
+    return {
+        node.layer.name
+        for own in layer.inbound_nodes
+        for tensor in graph.outputs_of(own)
+        for node in readers.get(id(tensor), [])
+        if node.layer.name in given
+    }
 
 
 def _regularizes_alike(layer, other) -> bool:

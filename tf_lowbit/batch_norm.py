@@ -92,7 +92,8 @@ def recalibrate_batch_norm(model, dataset, batches: int = 32) -> list[str]:
         batches: how many of them to use, at least 1.
 
     Returns:
-        The names of the layers that were measured. Frozen ones are left alone.
+        The names of the layers that were measured. Frozen ones, and those that the
+        network calls with `training=False`, are left alone.
 
     Raises:
         ValueError: if the dataset is empty, `batches` is below 1, a statistic is NaN
@@ -120,6 +121,7 @@ def _average_batch_norm(network, dataset, batches) -> list[str]:
     ):
         norms = [layer for layer in norms if layer.trainable]
         _refuse_shared(network, norms)
+        before = [layer.get_weights() for layer in norms]
         for layer in norms:
             # Weight 0 would not rid an average of a NaN that it holds.
             layer.moving_mean.assign(tf.zeros_like(layer.moving_mean))
@@ -131,6 +133,13 @@ def _average_batch_norm(network, dataset, batches) -> list[str]:
                 # Makes the moving average that of all batches so far, this one in.
                 layer.momentum = count / (count + 1)
             network(inputs, training=True)
+    moved = []
+    for layer, values in zip(norms, before, strict=True):
+        if _is_at_start(layer):
+            layer.set_weights(values)  # Called with training=False.
+        else:
+            moved.append(layer)
+    norms = moved
     for layer in norms:
         for average in (layer.moving_mean, layer.moving_variance):
             if not tf.reduce_all(tf.math.is_finite(average)):
@@ -147,9 +156,18 @@ def _average_batch_norm(network, dataset, batches) -> list[str]:
     return [layer.name for layer in norms]
 
 
+def _is_at_start(layer) -> bool:
+    """Whether the averages are 0 and 1, to which no batch leads by itself."""
+    is_mean = tf.reduce_all(tf.equal(layer.moving_mean, 0.0))
+    return bool(is_mean & tf.reduce_all(tf.equal(layer.moving_variance, 1.0)))
+
+
 def _values_of_an_example(layer) -> int:
     """How many values each channel has; 2 for each size that is not known."""
-    sizes = enumerate(layer.get_output_shape_at(0))
+    try:
+        sizes = enumerate(layer.get_output_shape_at(0))
+    except RuntimeError:  # Within another layer, of which there is no graph.
+        return 2
     return math.prod(s or 2 for axis, s in sizes if axis > 0 and axis not in layer.axis)
 
 

@@ -126,11 +126,25 @@ def require_quantized(model: keras.Model) -> list[QuantizedTensor]:
     """The quantizers of a model, or an error where there is none.
 
     Raises:
-        ValueError: if the model was not made by `quantize`.
+        ValueError: if the model was not made by `quantize`, or has quantizers in a
+            model among its layers, where they would be passed over.
     """
     if not isinstance(model, keras.Model):
         raise ValueError(
             f"model must be a tf_keras Model. Received: {type(model).__name__}"
+        )
+    within = [
+        layer.name
+        for network in networks(model)
+        for layer in network.layers
+        if isinstance(layer, keras.Model)
+        and any(isinstance(part, _Wrapper) for part in layer.submodules)
+    ]
+    if within:
+        raise ValueError(
+            "Quantized layers must be the model's own: quantize the whole float model, "
+            "which is flattened then, or hand each quantized network over by itself. "
+            f"Received: {within} within {model.name!r}"
         )
     found = list(quantized_tensors(model))
     if not found:

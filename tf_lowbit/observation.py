@@ -93,7 +93,8 @@ def quantizer_inputs(
     read = {t.name: graph.inputs_of(model, t.layer) for t in tensors}
     seen: dict[str, list] = {name: [] for name in read}
     if read:
-        observer = keras.Model(model.inputs, read)
+        # Not `inputs`: a dict of them may have other names than its layers.
+        observer = keras.Model(model.input, read)
         for inputs in input_batches(dataset, batches):
             for name, values in observer(inputs, training=training).items():
                 seen[name].extend(keep(name, v) for v in tf.nest.flatten(values))

@@ -137,7 +137,7 @@ def _stripped(layer) -> keras.layers.Layer | None:
 def _copy_weights(source, target) -> None:
     """By name where a wrapper has more weights than its layer, else in order."""
     if inspection.wrapped_layer(source) is source:
-        target.set_weights(source.get_weights())
+        graph.set_weights(source, target)
         return
     # A layer within the layer may have a weight of the same name.
     latent = {inspection.short_name(v): v for v, _, _ in source._weight_vars}

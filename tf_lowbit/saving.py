@@ -1,6 +1,7 @@
 """Loading quantized models without scopes."""
 
 from tf_lowbit.compat import keras, tfmot
+from tf_lowbit.scheme.wrapper import LowBitWrapper
 
 
 def load_model(path, **arguments) -> keras.Model:
@@ -24,5 +25,7 @@ def load_model(path, **arguments) -> keras.Model:
         OSError: if there is no such file.
         ValueError: if it is none of these formats, or damaged.
     """
-    with tfmot.quantization.keras.quantize_scope():
+    # A network within another one is read without its package's name in HDF5.
+    own = {LowBitWrapper.__name__: LowBitWrapper}
+    with tfmot.quantization.keras.quantize_scope(own):
         return keras.models.load_model(path, **arguments)

@@ -96,9 +96,9 @@ def test_one_bit_is_the_sign_times_the_mean_magnitude():
     np.testing.assert_array_equal(
         quantizer.codes(tf.constant(w), variables), [-1, -1, 1, 1]
     )
-    # In range is |w| <= 1; nothing flows through the mean.
+    # All of it passes, also beyond the levels; nothing flows through the mean.
     (d_w,) = cases.gradients(quantizer, variables, w, [1.0, 2.0, 3.0, 4.0], None)
-    np.testing.assert_array_equal(d_w, [0, 2, 3, 4])
+    np.testing.assert_array_equal(d_w, [1, 2, 3, 4])
 
 
 def test_weights_by_hand():
@@ -286,3 +286,14 @@ def test_clip_must_be_positive(clip):
 def test_an_unknown_implementation_is_refused():
     with pytest.raises(ValueError, match="Received: implementation='fast'"):
         UniformActivation(2, implementation="fast")
+
+
+@pytest.mark.parametrize("bits", [1, 2, 8])
+def test_the_gradient_passes_straight_through(bits):
+    """At one bit the range is the mean magnitude: beyond it weights must train too."""
+    weights = tf.Variable(np.linspace(-1, 1, 10).astype(np.float32))
+    quantizer = UniformWeight(bits, per_axis=False)
+    variables = build(quantizer, weights.shape)
+    with tf.GradientTape() as tape:
+        outputs = quantizer(weights, True, variables)
+    np.testing.assert_array_equal(tape.gradient(outputs, weights), np.ones(10))

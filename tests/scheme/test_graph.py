@@ -137,3 +137,38 @@ def test_a_subclassed_model_within_is_named():
     model = keras.Model(image, Own(name="own")(image))
     with pytest.raises(ValueError, match=r"cannot be read\. Received: 'own', Own"):
         graph.flatten(model)
+
+
+@pytest.mark.parametrize("frozen", ["all", "first", "last", "none"])
+def test_a_copy_of_a_partly_frozen_layer_has_its_weights_and_flags(frozen):
+    """Keras lists what trains first: the order of the weights hangs on the flags."""
+    block = keras.Sequential(
+        [
+            layers.BatchNormalization(input_shape=(6,)),
+            layers.Activation("tanh"),
+            layers.BatchNormalization(),
+        ]
+    )
+    for place, layer in enumerate((block.layers[0], block.layers[-1])):
+        layer.trainable = frozen not in ("all", ("first", "last")[place])
+    inputs = keras.Input((5, 6))
+    outputs = layers.Flatten()(layers.TimeDistributed(block)(inputs))
+    model = keras.Model(inputs, layers.Dense(2)(outputs))
+    rng = np.random.default_rng(0)
+    model.set_weights([rng.uniform(0.3, 1.5, w.shape) for w in model.get_weights()])
+    x = rng.normal(size=(2, 5, 6)).astype("float32")
+    outer = keras.Input((5, 6))
+    for copy in (graph.clone(model), graph.flatten(keras.Model(outer, model(outer)))):
+        np.testing.assert_array_equal(copy(x), model(x))
+        graph.take_flags(model.layers[1], copy.layers[1])
+        assert len(copy.trainable_weights) == len(model.trainable_weights)
+
+
+def test_what_a_frozen_model_holds_stays_frozen():
+    inner = keras.Sequential([layers.Dense(3, input_shape=(4,)), layers.Dense(2)])
+    inner.trainable = False
+    inner.layers[0].trainable = True  # Nothing in a frozen model trains, all the same.
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, layers.Dense(2, name="head")(inner(inputs)))
+    assert [len(v) for v in (model.trainable_weights, model.weights)] == [2, 6]
+    assert len(graph.flatten(model).trainable_weights) == 2

@@ -295,10 +295,19 @@ def unsigned_range(step, bits):
     return step * grid.unsigned_limit(tf.minimum(bits, grid.MAX_BITS))
 
 
-def scaled_round(inputs, scale, bits, *, narrow_range: bool, rounding_bits=None):
+def scaled_round(
+    inputs,
+    scale,
+    bits,
+    *,
+    narrow_range: bool,
+    rounding_bits=None,
+    clips_gradient: bool = True,
+):
     """Signed rounding with a given scale: `scale * round(clip(x / scale))`.
 
-    Gradient: `dy/dx = 1` inside the range, else 0; none for `scale`.
+    Gradient: `dy/dx = 1` inside the range, else 0; none for `scale`. Without
+    `clips_gradient` it is 1 everywhere.
 
     Args:
         inputs: float32 tensor of any shape.
@@ -306,6 +315,7 @@ def scaled_round(inputs, scale, bits, *, narrow_range: bool, rounding_bits=None)
         bits: scalar int32 tensor.
         narrow_range: leave the lowest code out.
         rounding_bits: as in `stepped_round`.
+        clips_gradient: whether nothing is passed on to what is out of range.
 
     Returns:
         Float32 tensor of the same shape.
@@ -318,8 +328,9 @@ def scaled_round(inputs, scale, bits, *, narrow_range: bool, rounding_bits=None)
         y = grid.signed_codes(x / scale, bits, narrow_range, rounding_bits) * scale
 
         def gradient(upstream):
-            # The largest weight defines the scale; rounding of `scale * Q` must not
-            # put it out of range.
+            if not clips_gradient:
+                return upstream
+            # What is as large as the range is in it, however `scale * Q` is rounded.
             reach = scale * (1.0 + 2.0**-22)
             return _passed(upstream, _inside(x, -negative * reach, positive * reach))
 

@@ -18,7 +18,8 @@ class UniformWeightQuantizer(WeightQuantizer):
     Narrow range, zero on the grid. At one bit: `{-s, +s}` with `s = mean|w|` (as in
     XNOR-Net, arXiv:1603.05279), where the largest weight would be a poor scale.
     At 2 bits most weights fall on zero, since `s` is the largest weight: prefer
-    LSQ or DoReFa there. Gradient: `dy/dw = 1` everywhere in range; none through `s`.
+    LSQ or DoReFa there. Gradient: `dy/dw = 1` everywhere, also beyond the levels of
+    one bit; none through `s`.
 
     Args:
         bits: 1 to 8, or 16 or 32 for "not rounded".
@@ -43,6 +44,7 @@ class UniformWeightQuantizer(WeightQuantizer):
             bits,
             narrow_range=True,
             rounding_bits=self.rounding_bits(variables),
+            clips_gradient=False,
         )
 
     def codes(self, inputs, variables):

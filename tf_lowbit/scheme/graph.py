@@ -3,6 +3,7 @@
 Keras gives the nodes of a model no public name; this module alone reads them.
 """
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterator
 
@@ -151,11 +152,14 @@ def flatten(model: keras.Model) -> keras.Model:
     if not nested_models(model):
         return model
     copies: dict[int, tuple] = {}
+    thawed: set[int] = set()  # What is called in no model that is frozen.
     taken = {layer.name for layer in model.layers} - {
         within.name for within in nested_models(model)
     }
 
-    def copied(layer, owner):
+    def copied(layer, owner, is_frozen):
+        if not is_frozen:
+            thawed.add(id(layer))
         if id(layer) not in copies:
             config = layer.get_config()
             if owner is not None:
@@ -164,19 +168,20 @@ def flatten(model: keras.Model) -> keras.Model:
             copies[id(layer)] = layer, type(layer).from_config(config)
         return copies[id(layer)][1]
 
-    def caller(owner, training):
+    def caller(owner, training, is_frozen):
         def call(node, args, kwargs):
             layer = node.layer
             is_open = kwargs.get("training") is None and _takes_training(layer)
             if training is not None and is_open:
                 kwargs = {**kwargs, "training": training}
             if isinstance(layer, keras.Model):
-                return inlined(layer, args[0], kwargs.get("training"))
-            return copied(layer, owner)(*args, **kwargs)
+                hidden = is_frozen or not layer.trainable
+                return inlined(layer, args[0], kwargs.get("training"), hidden)
+            return copied(layer, owner, is_frozen)(*args, **kwargs)
 
         return call
 
-    def inlined(within, inputs, training):
+    def inlined(within, inputs, training, is_frozen):
         if not within._is_graph_network:
             raise ValueError(
                 "Models among the layers must be Sequential or Functional: the graph "
@@ -185,14 +190,15 @@ def flatten(model: keras.Model) -> keras.Model:
             )
         news = within._flatten_to_reference_inputs(inputs)
         made = dict(zip(map(id, within.inputs), news, strict=True))
-        call = caller(within.name, training)
+        call = caller(within.name, training, is_frozen)
         return _run(within, made, call, lambda old, new: made.update({id(old): new}))
 
-    flat = rebuild(model, caller(None, None))
-    for layer, copy in copies.values():
-        if layer.weights:
-            copy.set_weights(layer.get_weights())
+    flat = rebuild(model, caller(None, None, False))
+    for key, (layer, copy) in copies.items():
+        set_weights(layer, copy)
         take_flags(layer, copy)
+        if key not in thawed:
+            copy.trainable = False
     return flat
 
 
@@ -202,17 +208,47 @@ def _takes_training(layer) -> bool:
 
 def take_flags(source: keras.layers.Layer, target: keras.layers.Layer) -> None:
     """Gives a layer what another has and its copy has not."""
+    pairs = list(source._flatten_layers()), list(target._flatten_layers())
     target.trainable = source.trainable
+    if len(pairs[0]) == len(pairs[1]):
+        # Layers within the layer may have flags of their own.
+        for layer, copy in zip(*pairs, strict=True):
+            copy._trainable = layer._trainable
     if getattr(source, "synchronized", False):
         # Keras leaves it out of the configuration, so that no copy has it.
         target.synchronized, target.fused = True, False
 
 
+def set_weights(source: keras.layers.Layer, target: keras.layers.Layer) -> None:
+    """Gives a layer the weights of another, whichever of the layers within are frozen.
+
+    Keras lists the weights that train before the others.
+    """
+    if not source.weights:
+        return
+    with contextlib.ExitStack() as stack:
+        for layer in (source, target):
+            stack.enter_context(_thawed(layer))
+        target.set_weights(source.get_weights())
+
+
+@contextlib.contextmanager
+def _thawed(layer):
+    """A context in which a layer and all that is in it are trainable."""
+    flags = [(within, within._trainable) for within in layer._flatten_layers()]
+    try:
+        for within, _ in flags:
+            within._trainable = True
+        yield
+    finally:
+        for within, flag in flags:
+            within._trainable = flag
+
+
 def copy_weights(source: keras.Model, target: keras.Model) -> None:
     """Copies the weights of all layers of `source` to those of the same name."""
     for layer in source.layers:
-        if layer.weights:
-            target.get_layer(layer.name).set_weights(layer.get_weights())
+        set_weights(layer, target.get_layer(layer.name))
 
 
 def clone(model: keras.Model, copy=copy_layer) -> keras.Model:
@@ -232,6 +268,5 @@ def clone(model: keras.Model, copy=copy_layer) -> keras.Model:
     result = rebuild(model, lambda n, a, k: copies[n.layer.name](*a, **k))
     # Not by name: a copy may have one of its own (TF-MOT's annotation has).
     for layer in model.layers:
-        if layer.weights:
-            copies[layer.name].set_weights(layer.get_weights())
+        set_weights(layer, copies[layer.name])
     return result

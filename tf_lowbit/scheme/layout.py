@@ -75,7 +75,14 @@ class LowBitLayout(tfmot.quantization.keras.QuantizeLayoutTransform):
         }
         eligible = set(layer_quantize_map) - set(given)
         split = split_activations(model)
-        plan = make_plan(split, self.rules, eligible, self.residual_bits)
+        present = {layer.name for layer in model.layers}
+        plan = make_plan(
+            split,
+            self.rules,
+            eligible,
+            self.residual_bits,
+            split_off={layer.name for layer in split.layers} - present,
+        )
         report_problems(plan.problems(), self.strict)
         self._check_annotated(plan, model, layer_quantize_map)
         placed = _place_quantizers(split, plan)

@@ -1,6 +1,7 @@
 """From rules and a graph to decisions: which quantizer stands where."""
 
 import dataclasses
+from collections.abc import Set
 from typing import NamedTuple
 
 from tf_lowbit import quantizers
@@ -62,6 +63,7 @@ def make_plan(
     rules: tuple[PrecisionRule, ...],
     eligible: set[str],
     residual_bits: int | None = None,
+    split_off: Set[str] = frozenset(),
 ) -> Plan:
     """Decides what is quantized in a functional model.
 
@@ -70,23 +72,26 @@ def make_plan(
         rules: the rules, in order.
         eligible: names of the layers whose weights may be quantized.
         residual_bits: of the quantizers on residual Adds, or None for none.
+        split_off: names of ReLUs that the user has within other layers. A rule that
+            fits the layer in front, too, means that one.
 
     Returns:
         The plan.
     """
-    return _Planner(model, rules, eligible, residual_bits).plan
+    return _Planner(model, rules, eligible, residual_bits, split_off).plan
 
 
 class _Planner:
     """Builds one plan; its methods share the graph and the rules."""
 
-    def __init__(self, model, rules, eligible, residual_bits):
+    def __init__(self, model, rules, eligible, residual_bits, split_off):
         self.model = model
         self.rules = rules
         self.plan = Plan()
         self._used: set[PrecisionRule] = set()
         self._inserted: dict[tuple[int, str], Insertion] = {}
         self._taken = {layer.name for layer in model.layers}
+        self._split_off = split_off
         self._edges = set().union(*edge_layers(model))
         self._named_activations = self._plan_named_activations()
         for layer in model.layers:
@@ -107,14 +112,23 @@ class _Planner:
         named = set()
         specific = [r for r in self.rules if r.pattern != CATCH_ALL or r.layer_type]
         for layer in self.model.layers:
-            rule = next((r for r in specific if r.matches(layer)), None)
-            if registry.relu_kind(layer) is None or rule is None:
+            if registry.relu_kind(layer) is None:
+                continue
+            rule = next((r for r in specific if self._names(r, layer)), None)
+            if rule is None:
                 continue
             self._used.add(rule)
             named.add(layer.name)
             if rule.activation_bits is not None:
                 self.plan.activations[layer.name] = _unsigned(rule)
         return named
+
+    def _names(self, rule, relu) -> bool:
+        if relu.name in self._split_off:
+            (read,) = graph.inputs_of(self.model, relu)[:1]
+            if rule.matches(graph.producer(read).layer):
+                return False
+        return rule.matches(relu)
 
     def _plan_layer(self, layer, eligible) -> None:
         if registry.is_unsupported(layer):

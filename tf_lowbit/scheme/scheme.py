@@ -15,6 +15,9 @@ class LowBitScheme(tfmot.quantization.keras.QuantizeScheme):
         annotated = tfmot.quantization.keras.quantize_annotate_model(model)
         quantized = tfmot.quantization.keras.quantize_apply(
             annotated, scheme=tf_lowbit.LowBitScheme(rules))
+        tf_lowbit.inspection.initialize_weight_ranges(quantized)
+
+    Without the last line the learned steps of weights are 1.
 
     Args:
         rules: `PrecisionRule`s, the first match wins; None for W2A2.

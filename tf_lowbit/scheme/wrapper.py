@@ -31,6 +31,9 @@ class LowBitWrapper(_QuantizeWrapper):
         trainable, self.trainable = self.trainable, True
         super().build(input_shape)
         self.trainable = trainable
+        # With one, a SavedModel would trace the layer apart from this wrapper, which
+        # hands it the quantized weights.
+        self.layer.input_spec = None
 
     @property
     def trainable_weights(self):
