@@ -73,7 +73,8 @@ def make_plan(
         eligible: names of the layers whose weights may be quantized.
         residual_bits: of the quantizers on residual Adds, or None for none.
         split_off: names of ReLUs that the user has within other layers. A rule that
-            fits the layer in front, too, means that one.
+            fits the layer in front, too, means that one: those that read the ReLU
+            go before it.
 
     Returns:
         The plan.
@@ -93,9 +94,13 @@ class _Planner:
         self._taken = {layer.name for layer in model.layers}
         self._split_off = split_off
         self._edges = set().union(*edge_layers(model))
+        self._meant_for_owners: dict[str, PrecisionRule] = {}
         self._named_activations = self._plan_named_activations()
         for layer in model.layers:
             self._plan_layer(layer, eligible)
+        for name, rule in self._meant_for_owners.items():
+            if rule.activation_bits is not None:  # Where no reader has a wish.
+                self.plan.activations.setdefault(name, _unsigned(rule))
         if residual_bits is not None:
             self._plan_residuals(residual_bits)
         self.plan.unused_rules = [r for r in rules if r not in self._used]
@@ -114,8 +119,13 @@ class _Planner:
         for layer in self.model.layers:
             if registry.relu_kind(layer) is None:
                 continue
-            rule = next((r for r in specific if self._names(r, layer)), None)
+            rule = next((r for r in specific if r.matches(layer)), None)
             if rule is None:
+                continue
+            if layer.name in self._split_off and self._fits_owner(rule, layer):
+                rule = next((r for r in specific if self._names(r, layer)), rule)
+            if layer.name in self._split_off and self._fits_owner(rule, layer):
+                self._meant_for_owners[layer.name] = rule
                 continue
             self._used.add(rule)
             named.add(layer.name)
@@ -124,11 +134,12 @@ class _Planner:
         return named
 
     def _names(self, rule, relu) -> bool:
-        if relu.name in self._split_off:
-            (read,) = graph.inputs_of(self.model, relu)[:1]
-            if rule.matches(graph.producer(read).layer):
-                return False
-        return rule.matches(relu)
+        return rule.matches(relu) and not self._fits_owner(rule, relu)
+
+    def _fits_owner(self, rule, relu) -> bool:
+        """Whether a rule fits the layer in front of a ReLU."""
+        read = graph.inputs_of(self.model, relu)[0]
+        return rule.matches(graph.producer(read).layer)
 
     def _plan_layer(self, layer, eligible) -> None:
         if registry.is_unsupported(layer):
