@@ -43,10 +43,10 @@ BITS = ((2, 2), (4, 4))
 PHASES = ("float", "tuning", "equal", "deployment", "step cost", "memory")
 # Of step cost and memory: TF-MOT as its guide says refuses that network.
 MEASURED = ("float", "plain", "LSQ", "tfmot_by_hand", "qkeras", "larq")
-# Environment variables that memory is measured with. As it is, glibc keeps much of what
-# is freed, as it comes; with the other, tensors go back to the system at once, and the
-# peak is of what is in use.
-ALLOCATORS = {"glibc": {}, "in-use": {"MALLOC_MMAP_THRESHOLD_": "262144"}}
+# Environment variables that memory is measured with. With the first, freed tensors go
+# back to the system at once, and the peak is of what is in use; without it glibc keeps
+# some of them.
+ALLOCATORS = {"in-use": {"MALLOC_MMAP_THRESHOLD_": "262144"}, "glibc": {}}
 # Where TensorFlow is left alone, the processor decides: it must be said.
 ONEDNN = ("0", "1")
 

@@ -158,7 +158,7 @@ def memory_table(folder: Path) -> str:
             peers_plan.NAMES.get(variant, variant),
             *(
                 cell
-                for allocator in ("in-use", "glibc")
+                for allocator in peers_plan.ALLOCATORS
                 for cell in _memory_cells(growth, variant, allocator)
             ),
         ]

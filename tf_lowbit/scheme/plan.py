@@ -119,13 +119,11 @@ class _Planner:
         for layer in self.model.layers:
             if registry.relu_kind(layer) is None:
                 continue
-            rule = next((r for r in specific if r.matches(layer)), None)
+            matching = [r for r in specific if r.matches(layer)]
+            rule = next((r for r in matching if not self._means_owner(r, layer)), None)
             if rule is None:
-                continue
-            if layer.name in self._split_off and self._fits_owner(rule, layer):
-                rule = next((r for r in specific if self._names(r, layer)), rule)
-            if layer.name in self._split_off and self._fits_owner(rule, layer):
-                self._meant_for_owners[layer.name] = rule
+                if matching:
+                    self._meant_for_owners[layer.name] = matching[0]
                 continue
             self._used.add(rule)
             named.add(layer.name)
@@ -133,11 +131,10 @@ class _Planner:
                 self.plan.activations[layer.name] = _unsigned(rule)
         return named
 
-    def _names(self, rule, relu) -> bool:
-        return rule.matches(relu) and not self._fits_owner(rule, relu)
-
-    def _fits_owner(self, rule, relu) -> bool:
-        """Whether a rule fits the layer in front of a ReLU."""
+    def _means_owner(self, rule, relu) -> bool:
+        """Whether a rule fits the layer that a ReLU was split off."""
+        if relu.name not in self._split_off:
+            return False
         read = graph.inputs_of(self.model, relu)[0]
         return rule.matches(graph.producer(read).layer)
 
