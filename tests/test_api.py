@@ -413,6 +413,39 @@ def test_what_was_added_to_the_model_is_named_for_it_is_left_out():
         quantize(model, PrecisionRule(".*", 8, 8), strict=True)
 
 
+class OwnStep(keras.Model):
+    def train_step(self, data):
+        return super().train_step(data)
+
+
+def test_a_models_own_training_step_is_named_for_it_is_left_out():
+    chain = nets.chain()
+    model = OwnStep(chain.inputs, chain.outputs)
+    with pytest.warns(QuantizationWarning, match="train_step of class OwnStep is left"):
+        quantize(model, W2A2)
+    with pytest.raises(ValueError, match="train_step of class OwnStep is left out"):
+        quantize(model, W2A2, strict=True)
+
+
+@pytest.mark.parametrize("activation", [lambda x: 2.0 * x, nets.images])
+def test_a_function_that_cannot_be_copied_is_refused_by_its_layers_name(activation):
+    inputs = keras.Input((5,))
+    x = layers.Dense(4, activation="relu", name="in")(inputs)
+    mid = layers.Dense(4, name="mid")
+    model = keras.Model(inputs, layers.Dense(2, name="head")(mid(x)))
+    mid.activation = activation
+    with pytest.raises(ValueError, match=r"registered with.*Received: layer .mid., De"):
+        quantize(model, W2A2)
+
+
+def test_the_shape_of_the_output_is_told():
+    quantized = quantize(nets.mobilenet_like(), W2A2)
+    assert quantized.compute_output_shape((7, 16, 16, 3)) == (
+        7,
+        *quantized.output_shape[1:],
+    )
+
+
 def test_masks_are_refused_by_name():
     image = keras.Input((6, 4))
     x = layers.Dense(5, activation="relu", name="dense")(layers.Masking()(image))
@@ -455,6 +488,28 @@ def test_layers_keep_their_policy_whatever_the_global_one_is(
     low_bit.save(tmp_path / "net.keras")
     again = requantize(load_model(tmp_path / "net.keras"), rule)
     assert {layer.name: layer.compute_dtype for layer in again.layers} == dtypes
+
+
+@pytest.mark.parametrize("own", ["float64", "float16"])
+@pytest.mark.parametrize("others", ["float32", "float64", "mixed_float16"])
+def test_layers_of_a_pure_precision_keep_it(own, others, global_policy):
+    global_policy(others)
+    image = keras.Input((8, 8, 2))
+    x = layers.Conv2D(4, 3, activation="relu", name="first")(image)
+    x = layers.Conv2D(4, 3, activation="relu", name="second", dtype=own)(x)
+    x = layers.GlobalAveragePooling2D(name="pool")(x)
+    model = keras.Model(image, layers.Dense(3, dtype="float32", name="head")(x))
+    low_bit = quantize(model, PrecisionRule(".*", 4, 4, edges=True))
+    for layer in model.layers:
+        assert low_bit.get_layer(layer.name).compute_dtype == layer.compute_dtype
+    kernel = inspection.quantized_tensors(low_bit)
+    kernel = next(t for t in kernel if t.name == "second/kernel")
+    given = model.get_layer("second").kernel.numpy()
+    np.testing.assert_array_equal(kernel.latent, given.astype(np.float32).astype(own))
+    low_bit.compile("sgd", "mse")
+    before = kernel.latent.numpy()
+    low_bit.fit(nets.images(4, (8, 8, 2)), np.ones((4, 3)), verbose=0)
+    assert np.any(kernel.latent.numpy() != before)
 
 
 def test_learned_steps_are_frozen_with_the_layers_they_belong_to():

@@ -137,6 +137,21 @@ def test_input_activations():
     assert {s for sources in names(model).values() for s in sources} == {None}
 
 
+def test_paths_that_part_and_join_are_walked_once():
+    # Two to the power of 40 of them.
+    x = image = keras.Input(nets.IMAGE)
+    x = layers.Conv2D(4, 1, activation="relu", name="stem")(x)
+    for _ in range(40):
+        x = layers.Concatenate()([layers.Cropping2D(0)(x), layers.Dropout(0.1)(x)])
+        x = layers.Permute((1, 3, 2))(layers.Permute((1, 3, 2))(x))
+        x = layers.Reshape((8, 16, -1))(x)
+        x = layers.Cropping2D(((0, 0), (0, 8)))(x)
+    x = layers.Conv2D(4, 1, name="mid")(x)
+    model = keras.Model(image, layers.Conv2D(4, 1, name="head")(x))
+    (read,) = inspection.input_activations(quantize(model, W2A2))["mid"]
+    assert read.name == "stem_relu/output"
+
+
 def test_input_activations_of_a_shared_layer():
     inputs = keras.Input((4,), name="in")
     shared = layers.Dense(4, name="shared")

@@ -3,14 +3,17 @@
 import contextlib
 
 from tf_lowbit import inspection, keras3
-from tf_lowbit.compat import keras, tfmot
-from tf_lowbit.scheme import graph, registry
+from tf_lowbit.compat import keras, tf, tfmot
+from tf_lowbit.scheme import graph, output_names, registry
 from tf_lowbit.scheme.layout import report_problems
 from tf_lowbit.scheme.scheme import LowBitScheme
 from tf_lowbit.scheme.wrapper import LowBitWrapper
 
 # What `model.add_loss` and `model.add_metric` make.
 _ADDED_TO_MODEL = ("AddLoss", "AddMetric")
+# What a subclass of a Functional model may have its own of.
+_STEPS = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")
+_KERAS = ("keras", "tf_keras")
 
 
 def quantize(
@@ -25,9 +28,10 @@ def quantize(
     The layers that the rules name get weight quantizers, and the ReLUs that they
     read become quantized ReLUs. Where a layer reads something that no ReLU puts out,
     a quantizer is inserted (ours): signed, unless the layers in front tell that there
-    is no negative number, as behind squeeze-and-excite. Layer names stay; an
-    `activation="relu"` of a weight layer becomes a layer of its own behind it, `conv`
-    -> `conv_relu`. A quantized ReLU clips at its own range, also where a ReLU6 stood.
+    is no negative number, as behind squeeze-and-excite. Layer names stay, and those of
+    the outputs; an `activation="relu"` of a weight layer becomes a layer of its own
+    behind it, `conv` -> `conv_relu`. A quantized ReLU clips at its own range, also
+    where a ReLU6 stood.
 
     Models among the layers are flattened: their layers keep their names, and have the
     model's in front where a name stands twice, `backbone_conv1`.
@@ -42,8 +46,8 @@ def quantize(
         rules: `PrecisionRule`s, the first match wins; None for 2-bit weights and
             activations everywhere but at the first and the last layer.
         strict: raise where a rule matches nothing, a layer cannot be quantized, or a
-            loss or metric of the model or an activity regularizer is left out, instead
-            of a `QuantizationWarning`.
+            loss, metric or `train_step` of the model's own or an activity regularizer
+            is left out, instead of a `QuantizationWarning`.
         residual_bits: 8 puts signed 8-bit quantizers on what residual Adds read and
             put out (`<layer>_residual`, ours), so that training sees the rounding of
             an int8 residual stream. `tf_lowbit.calibrate` sets their steps. None
@@ -59,7 +63,7 @@ def quantize(
             quantize; if `residual_bits` is neither 8 nor None; and as `strict` says.
     """
     scheme = LowBitScheme(rules, strict, residual_bits)
-    _report_losses(model, strict)
+    _report_own_parts(model, strict)
     model = _functional(model)
     with _unmixed():
         applied = tfmot.quantization.keras.quantize_apply(
@@ -73,7 +77,7 @@ def quantize(
     quantized = graph.clone(applied, lambda layer: _own_wrapper(layer, policies))
     inspection.initialize_weight_ranges(quantized)
     take_flags(model, quantized)
-    return quantized
+    return output_names.kept(model, quantized)
 
 
 def take_flags(source: keras.Model, target: keras.Model) -> None:
@@ -127,7 +131,7 @@ def _unmixed():
     They have the global policy, whatever that of their layers is.
     """
     policy = keras.mixed_precision.global_policy()
-    keras.mixed_precision.set_global_policy(policy.variable_dtype)
+    keras.mixed_precision.set_global_policy("float32")
     try:
         yield
     finally:
@@ -154,8 +158,18 @@ def _own_wrapper(layer, policies):
     return graph.copy_layer(layer, dtype=policy)
 
 
-def _report_losses(model, strict) -> None:
-    """Names what was added to the model, which the rebuilt one has not."""
+def _report_own_parts(model, strict) -> None:
+    """Names what is the model's own, which the rebuilt one has not."""
+    steps = [
+        name
+        for name in _STEPS
+        for kind in type(model).__mro__
+        if name in vars(kind) and kind.__module__.split(".")[0] not in _KERAS
+    ]
+    if steps:
+        report_problems(
+            [f"{', '.join(steps)} of class {type(model).__name__} is left out"], strict
+        )
     added = [
         module.name
         for module in getattr(model, "submodules", ())
@@ -244,9 +258,8 @@ def _annotate(model: keras.Model) -> keras.Model:
         )
 
     def copy(layer):
-        is_mixed = layer.compute_dtype != layer.variable_dtype
-        changes = {"dtype": layer.variable_dtype} if is_mixed else {}
-        fresh = graph.copy_layer(layer, **changes)
+        is_float = layer.dtype is not None and tf.as_dtype(layer.dtype).is_floating
+        fresh = graph.copy_layer(layer, **({"dtype": "float32"} if is_float else {}))
         fresh.trainable = True  # TF-MOT orders the weights of frozen layers anew.
         return annotate(fresh) if layer.name in found else fresh
 

@@ -41,6 +41,7 @@ def calibrate(
     average is changed.
 
     Residual quantizers are measured as uniform ones, and then tied (`tie_residuals`).
+    Ranges of frozen layers are set, too: they have none before.
 
     Args:
         model: what `tf_lowbit.quantize` made; or a `LowBitTrainer`, for its students.

@@ -205,13 +205,21 @@ def input_activations(model: keras.Model) -> dict[str, list[QuantizedTensor | No
     return found
 
 
-def _sources(tensor, by_layer) -> list[QuantizedTensor | None]:
-    node = graph.producer(tensor)
-    if node.layer.name in by_layer:
-        return [by_layer[node.layer.name]]
-    if node.is_input or not registry.is_transparent(node.layer):
-        return [None]
-    return [s for t in node.keras_inputs for s in _sources(t, by_layer)]
+def _sources(tensor, by_layer) -> Iterator[QuantizedTensor | None]:
+    # Each tensor once: paths part and join again.
+    waiting, seen = [tensor], set()
+    while waiting:
+        tensor = waiting.pop()
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        node = graph.producer(tensor)
+        if node.layer.name in by_layer:
+            yield by_layer[node.layer.name]
+        elif node.is_input or not registry.is_transparent(node.layer):
+            yield None
+        else:
+            waiting += reversed(node.keras_inputs)
 
 
 class ResidualAdd(NamedTuple):

@@ -7,21 +7,10 @@ import sys
 import numpy as np
 
 from tf_lowbit.compat import keras, tf
+from tf_lowbit.scheme.activations import hard_sigmoid, hard_silu
 
 # What layers call otherwise there: class -> {name in Keras 3: name in tf_keras}.
 _RENAMED = {"LeakyReLU": {"negative_slope": "alpha"}}
-
-
-@keras.utils.register_keras_serializable(package="tf_lowbit")
-def hard_sigmoid(x):
-    """Keras 3's, `relu6(x + 3) / 6`; the one of `tf_keras` has another slope."""
-    return tf.nn.relu6(x + 3.0) / 6.0
-
-
-@keras.utils.register_keras_serializable(package="tf_lowbit")
-def hard_silu(x):
-    """Keras 3's, `x hard_sigmoid(x)`."""
-    return x * hard_sigmoid(x)
 
 
 _ACTIVATIONS = {"hard_sigmoid": hard_sigmoid, "hard_silu": hard_silu}

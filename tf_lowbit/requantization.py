@@ -4,7 +4,7 @@ from tf_lowbit import inspection
 from tf_lowbit.api import quantize, take_flags
 from tf_lowbit.compat import keras
 from tf_lowbit.quantizers import WEIGHT
-from tf_lowbit.scheme import graph
+from tf_lowbit.scheme import graph, output_names
 from tf_lowbit.scheme.configs import ActivationQuantizeConfig, WeightQuantizeConfig
 
 LATENT, QUANTIZED = "latent", "quantized"
@@ -55,7 +55,7 @@ def strip(model: keras.Model, weights: str = LATENT) -> keras.Model:
                 own = getattr(copies[tensor.layer.name], tensor.attribute)
                 own.assign(tensor.quantized())
     take_flags(model, stripped)
-    return stripped
+    return output_names.kept(model, stripped)
 
 
 def requantize(

@@ -1,6 +1,7 @@
 """Loading quantized models without scopes."""
 
 from tf_lowbit.compat import keras, tfmot
+from tf_lowbit.scheme.output_names import NamedOutputs
 from tf_lowbit.scheme.wrapper import LowBitWrapper
 
 
@@ -26,6 +27,6 @@ def load_model(path, **arguments) -> keras.Model:
         ValueError: if it is none of these formats, or damaged.
     """
     # A network within another one is read without its package's name in HDF5.
-    own = {LowBitWrapper.__name__: LowBitWrapper}
+    own = {kind.__name__: kind for kind in (LowBitWrapper, NamedOutputs)}
     with tfmot.quantization.keras.quantize_scope(own):
         return keras.models.load_model(path, **arguments)

@@ -4,6 +4,7 @@ import pytest
 import tf_lowbit as tfl
 from tf_lowbit import inspection
 from tf_lowbit.compat import keras, tf
+from tf_lowbit.scheme import activations as keras3
 from tf_lowbit.scheme.nonnegative import is_nonnegative
 
 layers = keras.layers
@@ -37,6 +38,7 @@ SURE = {
     "function": lambda x: tf.sigmoid(linear(x)),
     "excited": lambda x: layers.Multiply()([relu(x), gate(x)]),
     "operator": lambda x: relu(x) * gate(x),
+    "Keras 3's gate": lambda x: layers.Activation(keras3.hard_sigmoid)(linear(x)),
     "hard gate": lambda x: layers.Multiply()([relu(x), hard_sigmoid(linear(x))]),
     "sum": lambda x: layers.Add()([relu(x), layers.MaxPooling2D(1)(relu(x))]),
     "joined": lambda x: layers.Concatenate()([relu(x), gate(x)]),

@@ -102,6 +102,19 @@ def test_what_keeps_a_grid(layer, keeps):
     assert registry.is_transparent(layer) or not keeps
 
 
+def test_what_interpolates_passes_no_grid_on():
+    image = keras.Input((4, 4, 3))
+    x = layers.Conv2D(4, 1, activation="relu", name="stem")(image)
+    x = layers.UpSampling2D(2, interpolation="bilinear", name="larger")(x)
+    x = layers.Conv2D(4, 1, name="mid")(x)
+    model = keras.Model(image, layers.Conv2D(2, 1, name="head")(x))
+    quantized = tfl.quantize(model, tfl.PrecisionRule("mid", 2, 2))
+    (read,) = quantized.get_layer("mid").inbound_nodes[0].keras_inputs
+    values = keras.Model(quantized.inputs, read)(nets.images(4, (4, 4, 3)))
+    assert len(np.unique(values)) <= 4
+    assert quantized.get_layer("larger_quantizer")
+
+
 def test_what_is_an_add():
     assert registry.is_add(layers.Add())
     assert not registry.is_add(layers.Concatenate())

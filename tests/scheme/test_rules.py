@@ -63,6 +63,15 @@ def test_rules_are_frozen_and_compared_by_value():
     assert len({rule, PrecisionRule("conv", weight_bits=2)}) == 1
 
 
+def test_a_serialized_quantizer_is_the_quantizer():
+    quantizer = quantizers.LSQWeightQuantizer(2, per_axis=True)
+    data = quantizers.serialize(quantizer)
+    rule = PrecisionRule("conv", weight_bits=2, weight_quantizer=data)
+    assert rule.weight_quantizer == quantizer
+    assert rule == PrecisionRule("conv", weight_bits=2, weight_quantizer=quantizer)
+    assert hash(rule) == hash(dataclasses.replace(rule))
+
+
 @pytest.mark.parametrize(
     ("pattern", "matches"),
     [("conv", False), ("conv1", True), ("conv.", True), ("onv1", False), (".*", True)],

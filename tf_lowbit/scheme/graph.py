@@ -62,10 +62,23 @@ def free_name(name: str, taken: set[str]) -> str:
 
 
 def copy_layer(layer: keras.layers.Layer, **changes) -> keras.layers.Layer:
-    """A new layer of the same configuration but for some changes, not built yet."""
-    config = layer.get_config()
-    config |= {name: value for name, value in changes.items() if name in config}
-    return type(layer).from_config(config)
+    """A new layer of the same configuration but for some changes, not built yet.
+
+    Raises:
+        ValueError: if its class cannot make it of its configuration.
+    """
+    try:
+        config = layer.get_config()
+        config |= {name: value for name, value in changes.items() if name in config}
+        return type(layer).from_config(config)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ValueError(
+            "A layer must be one that its class makes again of `get_config`; functions "
+            "within, such as an activation, must have names and be registered with "
+            "keras.utils.register_keras_serializable, and be no lambdas. "
+            f"Received: layer {layer.name!r}, {type(layer).__name__}: "
+            f"{str(error)[:500]}"
+        ) from error
 
 
 def rebuild(
@@ -144,7 +157,8 @@ def flatten(model: keras.Model) -> keras.Model:
 
     Returns:
         A functional model without models among its layers, of the same function, with
-        the layers' `trainable` flags; the given one where there is none in it.
+        the layers' `trainable` flags and the outputs' names; the given one where there
+        is none in it.
 
     Raises:
         ValueError: if a model within has no graph that can be read.
@@ -161,11 +175,10 @@ def flatten(model: keras.Model) -> keras.Model:
         if not is_frozen:
             thawed.add(id(layer))
         if id(layer) not in copies:
-            config = layer.get_config()
+            name = layer.name
             if owner is not None:
-                name = layer.name if layer.name not in taken else None
-                config["name"] = free_name(name or f"{owner}_{layer.name}", taken)
-            copies[id(layer)] = layer, type(layer).from_config(config)
+                name = free_name(f"{owner}_{name}" if name in taken else name, taken)
+            copies[id(layer)] = layer, copy_layer(layer, name=name)
         return copies[id(layer)][1]
 
     def caller(owner, training, is_frozen):
@@ -199,6 +212,7 @@ def flatten(model: keras.Model) -> keras.Model:
         take_flags(layer, copy)
         if key not in thawed:
             copy.trainable = False
+    flat.output_names = list(model.output_names)  # Not those of layers within.
     return flat
 
 

@@ -3,14 +3,15 @@
 import numpy as np
 
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.scheme import graph, registry
+from tf_lowbit.scheme import activations, graph, registry
 
 _layers = keras.layers
 # What puts out no negative number, whatever it reads.
 _FUNCTIONS = (
     *(keras.activations.relu, keras.activations.sigmoid, keras.activations.softmax),
     *(keras.activations.softplus, keras.activations.exponential),
-    *(keras.activations.hard_sigmoid, tf.nn.relu, tf.nn.relu6, tf.sigmoid),
+    *(keras.activations.hard_sigmoid, activations.hard_sigmoid),
+    *(tf.nn.relu, tf.nn.relu6, tf.sigmoid),
 )
 _SYMBOLS = ("math.sigmoid", "math.softplus", "nn.relu", "nn.relu6", "nn.softmax")
 # What puts out none where it reads none.
@@ -84,5 +85,5 @@ def _may_keep(node) -> bool:
             np.all(np.asarray(layer.offset) >= 0)
         )
     # Cubic and Lanczos interpolation overshoot.
-    is_mean = getattr(layer, "interpolation", "nearest") in ("nearest", "bilinear")
-    return type(layer) in _KEEPING or (registry.is_transparent(layer) and is_mean)
+    is_mean = getattr(layer, "interpolation", None) == "bilinear"
+    return type(layer) in _KEEPING or registry.is_transparent(layer) or is_mean

@@ -94,6 +94,7 @@ class _Planner:
         self._taken = {layer.name for layer in model.layers}
         self._split_off = split_off
         self._edges = set().union(*edge_layers(model))
+        self._behind_relus = self._find_behind_relus()
         self._meant_for_owners: dict[str, PrecisionRule] = {}
         self._named_activations = self._plan_named_activations()
         for layer in model.layers:
@@ -159,23 +160,31 @@ class _Planner:
                     self._quantize_input(node, node.keras_inputs[0], rule)
 
     def _quantize_input(self, node, tensor, rule) -> None:
-        source = graph.producer(tensor)
-        if registry.relu_kind(source.layer):
-            self._quantize_relu(source.layer, rule)
-        elif self._leads_to_relu(source):
-            for behind in source.keras_inputs:
-                self._quantize_input(source, behind, rule)
-        else:
-            self._insert(node, tensor, rule)
+        # Each place once: paths part and join again.
+        waiting, seen = [(node, tensor)], set()
+        while waiting:
+            node, tensor = waiting.pop()
+            if (id(node), id(tensor)) in seen:
+                continue
+            seen.add((id(node), id(tensor)))
+            source = graph.producer(tensor)
+            if registry.relu_kind(source.layer):
+                self._quantize_relu(source.layer, rule)
+            elif id(source) in self._behind_relus:
+                waiting += [(source, behind) for behind in source.keras_inputs[::-1]]
+            else:
+                self._insert(node, tensor, rule)
 
-    def _leads_to_relu(self, node) -> bool:
-        """Whether a ReLU lies behind layers that pass its grid on."""
-        if node.is_input or not registry.is_transparent(node.layer):
-            return False
-        sources = [graph.producer(tensor) for tensor in node.keras_inputs]
-        return any(
-            registry.relu_kind(s.layer) or self._leads_to_relu(s) for s in sources
-        )
+    def _find_behind_relus(self) -> set[int]:
+        """Ids of the nodes that pass the grid of a ReLU on."""
+        found: set[int] = set()
+        for node in graph.calls(self.model):
+            sources = [graph.producer(tensor) for tensor in node.keras_inputs]
+            if registry.is_transparent(node.layer) and any(
+                registry.relu_kind(s.layer) or id(s) in found for s in sources
+            ):
+                found.add(id(node))
+        return found
 
     def _quantize_relu(self, layer, rule) -> None:
         if layer.name in self._named_activations:

@@ -151,13 +151,17 @@ def kernels(layer) -> tuple[Kernel, ...]:
 
 def is_transparent(layer) -> bool:
     """Whether a quantization point may lie in front of the layer."""
-    return type(layer) in _TRANSPARENT
+    return type(layer) in _TRANSPARENT and not _interpolates(layer)
 
 
 def keeps_grid(layer) -> bool:
     """Whether the layer's output is, at inference, on the grid of its only input."""
-    is_nearest = getattr(layer, "interpolation", "nearest") == "nearest"
-    return type(layer) in _KEEPING_GRID and is_nearest
+    return type(layer) in _KEEPING_GRID and not _interpolates(layer)
+
+
+def _interpolates(layer) -> bool:
+    """Whether the layer puts out values between those that it reads."""
+    return getattr(layer, "interpolation", "nearest") != "nearest"
 
 
 def is_add(layer) -> bool:

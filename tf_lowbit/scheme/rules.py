@@ -30,8 +30,8 @@ class PrecisionRule:
         weight_bits: 1 to 8; 16 or 32 for "quantizer in place, not rounded"; None
             for full precision.
         activation_bits: likewise. None leaves the layer's input as it is.
-        weight_quantizer: a name ("dorefa", "lsq", "uniform") or a quantizer, whose
-            bits are replaced by the rule's.
+        weight_quantizer: a name ("dorefa", "lsq", "uniform") or a quantizer, also
+            as `quantizers.serialize` writes it, whose bits are replaced by the rule's.
         activation_quantizer: likewise ("dorefa", "lsq", "pact", "uniform").
         layer_type: class name, such as "Conv2D", that the layer must have; None for
             any.
@@ -61,6 +61,10 @@ class PrecisionRule:
         for name in ("weight_bits", "activation_bits"):
             if getattr(self, name) is not None:
                 grid.validate_bits(getattr(self, name), name)
+        for name in ("weight_quantizer", "activation_quantizer"):
+            if isinstance(getattr(self, name), Mapping):  # Serialized; not hashable.
+                quantizer = quantizers.deserialize(dict(getattr(self, name)))
+                object.__setattr__(self, name, quantizer)
         quantizers.get(self.weight_quantizer, quantizers.WEIGHT)
         activation = quantizers.get(self.activation_quantizer, quantizers.ACTIVATION)
         if not activation.replaces_relu:

@@ -35,6 +35,10 @@ class LowBitWrapper(_QuantizeWrapper):
         # hands it the quantized weights.
         self.layer.input_spec = None
 
+    def compute_output_shape(self, input_shape):
+        """That of the wrapped layer: quantization changes no shape."""
+        return self.layer.compute_output_shape(input_shape)
+
     @property
     def trainable_weights(self):
         """None while the layer is frozen."""

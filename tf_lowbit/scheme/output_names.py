@@ -1,0 +1,47 @@
+"""Names of a model's outputs, by which losses, metrics and targets are given.
+
+Keras takes them from the layers that put the outputs out. Where a quantized network
+has another layer at an output, its losses would be asked for under another name.
+"""
+
+from tf_lowbit.compat import keras
+
+
+@keras.utils.register_keras_serializable(package="tf_lowbit")
+class NamedOutputs(keras.Model):
+    """A Functional model whose outputs have names of their own.
+
+    Attributes:
+        output_names: the names, in the order of the outputs.
+    """
+
+    def get_config(self):
+        """As Keras's, with the names."""
+        return {**super().get_config(), "output_names": list(self.output_names)}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        """The model of a configuration, without weights."""
+        others = {k: v for k, v in config.items() if k != "output_names"}
+        model = super().from_config(others, custom_objects)
+        model.output_names = list(config["output_names"])
+        return model
+
+
+def kept(source: keras.Model, target: keras.Model) -> keras.Model:
+    """The target, with the names that the source's outputs have.
+
+    Args:
+        source: Functional model.
+        target: Functional model with as many outputs, in the same order.
+
+    Returns:
+        The target itself, where it has them already; else a model of its layers.
+    """
+    if target.output_names == source.output_names:
+        return target
+    named = NamedOutputs(
+        target._nested_inputs, target._nested_outputs, name=target.name
+    )
+    named.output_names = list(source.output_names)
+    return named
