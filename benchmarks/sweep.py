@@ -264,7 +264,14 @@ def phases(settings: Settings, seeds: int = 5, dear: int = 3) -> dict[str, list[
             "per_stage", small, [name], two, its_seeds, count * settings.epochs
         )
     ]
-    widths = [at_width(small, width) for width in WIDTHS]
+    wider = {}
+    for width in WIDTHS:
+        wide = at_width(small, width)
+        wider[f"float width {width}"] = starts(wide, range(dear))
+        wider[f"W2A2 width {width}"] = [
+            *rows("equal", wide, AT_WIDTHS, two, dear),
+            *rows("equal", wide, [FLOAT], None, dear),
+        ]
     return {
         "float": starts(small, [*TUNING_SEEDS, *range(seeds)]),
         # Each run of it says which come next: `next_of_tuning`.
@@ -302,13 +309,7 @@ def phases(settings: Settings, seeds: int = 5, dear: int = 3) -> dict[str, list[
         "W2A2 20": rows("equal", large, LEADING, two, dear),
         "W4A4 20": rows("equal", large, ["plain"], (4, 4), dear)
         + rows("equal", large, [FLOAT], None, dear),
-        "float widths": [run for wide in widths for run in starts(wide, range(dear))],
-        "W2A2 widths": [
-            run
-            for wide in widths
-            for run in rows("equal", wide, AT_WIDTHS, two, dear)
-            + rows("equal", wide, [FLOAT], None, dear)
-        ],
+        **wider,
     }
 
 

@@ -180,6 +180,7 @@ def test_schedules_refuse_bad_arguments(make, message):
         ({"epochs": 1, "learning_rate": -1}, "Received: learning_rate=-1"),
         ({"epochs": 1, "learning_rate": math.nan}, "Received: learning_rate=nan"),
         ({"epochs": 1, "learning_rate": math.inf}, "Received: learning_rate=inf"),
+        ({"epochs": 1, "learning_rate": True}, "Received: learning_rate=True"),
         ({"epochs": 1, "learning_rate": "0.1"}, "Received: learning_rate='0.1'"),
         ({"epochs": 1, "decay": "linear"}, "Received: decay='linear'"),
         ({"epochs": 1, "decay": "step"}, "Received: learning_rate=None"),

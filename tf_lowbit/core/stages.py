@@ -65,7 +65,8 @@ class Stage:
             if getattr(self, name) is not None:
                 grid.validate_bits(getattr(self, name), name)
         rate = self.learning_rate
-        is_rate = isinstance(rate, numbers.Real) and math.isfinite(rate) and rate > 0
+        is_number = isinstance(rate, numbers.Real) and not isinstance(rate, bool)
+        is_rate = is_number and math.isfinite(rate) and rate > 0
         if rate is not None and not is_rate:
             raise ValueError(
                 "learning_rate must be a positive number or None. "
