@@ -6,7 +6,7 @@ from pathlib import Path
 
 import sweep
 from accuracy_report import shown, table
-from accuracy_rows import Trained, paired, rows, settings_of
+from accuracy_rows import LARGE, Trained, paired, rows, settings_of
 
 # Points that count as nothing lost: chosen, less than one such accuracy is sure to.
 EQUAL = 0.2
@@ -110,6 +110,29 @@ CLAIMS = (
         )
         for length, count in (("as short", 1), ("as long", LONGEST))
         for method in ("plain", "JKD", "LSQ", "LSQ with JKD")
+    ),
+    *(
+        Claim(
+            f"ResNet-20: {method} helps, in no more epochs",
+            Trained(method, network=LARGE),
+            Trained("plain", network=LARGE),
+        )
+        for method in ("SP", "JKD")
+    ),
+    Claim(
+        f"ResNet-20: W4A4 loses nothing, to {EQUAL}: plain",
+        Trained("plain", (4, 4), network=LARGE),
+        Trained(sweep.FLOAT, None, network=LARGE),
+        -EQUAL,
+    ),
+    *(
+        Claim(
+            f"ResNet-20: W2A2 within {TARGET} of float, as short: {method}",
+            Trained(method, network=LARGE),
+            Trained(sweep.FLOAT, None, network=LARGE),
+            -TARGET,
+        )
+        for method in ("plain", "JKD", "LSQ")
     ),
 )
 

@@ -234,6 +234,7 @@ def starts_table(found, settings) -> str:
 def large_table(found, settings) -> str:
     """The larger network."""
     lines = []
+    full = found.get(Trained(sweep.FLOAT, None, network=LARGE).key(settings))
     for bits in BITS:
         plain = found.get(("equal", LARGE, "plain", bits, settings.epochs))
         for method in sweep.METHODS:
@@ -245,6 +246,7 @@ def large_table(found, settings) -> str:
                         str(len(row.accuracies)),
                         _accuracy(row),
                         _difference(row, plain),
+                        _difference(row, full),
                     ]
                 )
     for purpose, epochs, name in (
@@ -254,8 +256,9 @@ def large_table(found, settings) -> str:
         row = found.get((purpose, LARGE, sweep.FLOAT, None, epochs))
         if row is not None:
             count = str(len(row.accuracies))
-            lines.insert(0, [name, count, _accuracy(row), NOTHING])
-    return table(["network", "seeds", "accuracy, %", "against plain"], lines)
+            lines.insert(0, [name, count, _accuracy(row), NOTHING, NOTHING])
+    headers = ["network", "seeds", "accuracy, %", "against plain", "against float"]
+    return table(headers, lines)
 
 
 def mixed_table(found, settings) -> str:

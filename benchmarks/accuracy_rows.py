@@ -114,18 +114,20 @@ def read_alike(paths: Iterable[Path]) -> Iterator[tuple[Path, dict]]:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """Which row of the small network is meant.
+    """Which row is meant.
 
     Attributes:
         method: a key of `sweep.METHODS`, `sweep.ABLATIONS` or `sweep.STARTS`, or
             `sweep.FLOAT`.
         bits: None for a float network.
         stages: how many times the sweep's epochs it takes.
+        network: the model's name.
     """
 
     method: str
     bits: tuple[int, int] | None = (2, 2)
     stages: int = 1
+    network: str = SMALL
 
     def key(self, settings: sweep.Settings) -> tuple:
         """Of its row."""
@@ -135,7 +137,7 @@ class Trained:
         if self.method in sweep.STARTS:
             purpose = "start"
         epochs = self.stages * settings.epochs
-        return purpose, SMALL, self.method, self.bits, epochs
+        return purpose, self.network, self.method, self.bits, epochs
 
 
 def rows(folder: Path) -> dict[tuple, Row]:

@@ -156,6 +156,29 @@ def test_wider_networks_stand_beside_their_own_float_network(made_up):
     ]
 
 
+def test_the_larger_network_stands_beside_its_own_rows(made_up):
+    large = "preact_resnet20"
+    for seed, full in enumerate([0.91, 0.92, 0.93]):
+        put(made_up, sweep.Run("equal", large, "float", None, seed, 4, 0.1), full)
+        for method, accuracy in (("plain", 0.90), ("SP", 0.91)):
+            run = dataclasses.replace(low_bit(method, seed), network=large)
+            put(made_up, run, accuracy)
+    lines = accuracy_report.tables(made_up)["ResNet-20"].splitlines()[2:]
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
+    # By seed -1, -2, -3 to float: 4.303 times 1 over the root of 3.
+    assert cells == [
+        ["float, trained on as long", "3", "92.00 ± 0.58", "—", "—"],
+        ["W2A2, plain", "3", "90.00 ± 0.00", "—", "-2.00 [-4.48, +0.48]"],
+        [
+            *("W2A2, SP", "3", "91.00 ± 0.00"),
+            *("+1.00 [+1.00, +1.00]", "-1.00 [-3.48, +1.48]"),
+        ],
+    ]
+    claims = accuracy_claims.claims_table(made_up).splitlines()
+    (line,) = (x for x in claims if "ResNet-20: SP helps" in x)
+    assert line.strip("| ").endswith("yes")
+
+
 def test_an_ablation_stands_beside_its_method(made_up):
     run = low_bit("SP from 0.8", 0, purpose="ablation")
     assert run.path.name == "sp-from-0.8-w2a2-4epochs-seed0.json"
