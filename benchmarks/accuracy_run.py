@@ -165,9 +165,13 @@ def prepared(model, run, settings, data):
         experiment.compile_model(model, rate)
         return model, [stage], [experiment.float_learning_rate(stage, data)]
     method = sweep.method_of(run)
+    rules, bits = [tfl.PrecisionRule(".*", *run.bits, *method.quantizers)], run.bits
+    if method.mixed:
+        rules = mixed_rules(model, rules, data)
+        bits = lowest_bits(rules)  # A stage has no quantizer at fewer than its own.
     stages = experiment.stages_for(
         method.staging,
-        run.bits,
+        bits,
         run.epochs,
         rate,
         "cosine",
@@ -175,9 +179,6 @@ def prepared(model, run, settings, data):
         last_only=True,
         warmup=sweep.warmup_of(run),
     )
-    rules = [tfl.PrecisionRule(".*", *run.bits, *method.quantizers)]
-    if method.mixed:
-        rules = mixed_rules(model, rules, data)
     quantized = tfl.quantize(model, rules)
     if method.is_gentle:
         tfl.calibrate(quantized, data.train)
@@ -215,6 +216,15 @@ def mixed_rules(model, uniform, data) -> list[tfl.PrecisionRule]:
     return tfl.allocate_bits(
         quantized, found, weight_bytes=budget.weight_bytes, bops=budget.bops
     )
+
+
+def lowest_bits(rules) -> tuple[int, int]:
+    """The fewest bits of weights and of activations that rules have."""
+    pairs = [(rule.weight_bits, rule.activation_bits) for rule in rules]
+    weights, activations = (
+        min(b for b in column if b is not None) for column in zip(*pairs, strict=True)
+    )
+    return weights, activations
 
 
 def save_start(model: keras.Model, path: Path) -> None:
