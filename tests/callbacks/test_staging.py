@@ -488,6 +488,20 @@ def test_warns_where_the_training_ends_before_its_last_stage():
         fit(model, [tfl.Stage(2, 8, 8), tfl.Stage(2, 2, 2)], [StopEarly()])
 
 
+def test_warns_where_the_last_stage_raises_some_of_several_bits():
+    rules = [tfl.PrecisionRule("middle", 1, 2), tfl.PrecisionRule("late", 2, 3)]
+    model = quantized_net(rules=rules)
+    message = (
+        r"weights are quantized.*Received: 2 bits, and quantizers of \[1, 2\] bits"
+    )
+    with pytest.warns(tfl.QuantizationWarning, match=message):
+        fit(model, [tfl.Stage(1, 2, 2)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", tfl.QuantizationWarning)
+        fit(model, [tfl.Stage(1, 1, 2)])
+    assert {t.bits for t in tfl.inspection.quantized_tensors(model)} == {1, 2, 3}
+
+
 @pytest.mark.parametrize(
     ("others", "message"),
     [

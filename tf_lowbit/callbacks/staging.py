@@ -21,7 +21,8 @@ class StagedPrecision(keras.callbacks.Callback):
 
     A `QuantizationWarning` names activation ranges that still wait for `calibrate`, and
     tells where a training ends at other bits than the last stage's, as early stopping
-    has it.
+    has it, or the last stage's are more than some quantizers were made for: with bits
+    for each layer, its own are the fewest of them.
 
     A constant learning rate is set where its stage is entered, and is then left to
     others, such as `ReduceLROnPlateau`: a resumed run goes on with the rate that the
@@ -179,6 +180,14 @@ class StagedPrecision(keras.callbacks.Callback):
                     f"The last stage asks for {wanted}-bit {role}s, and no quantizer "
                     f"was made for so few: quantize the model at {wanted} bits. "
                     f"Received: {role} quantizers of {sorted(set(own))} bits"
+                )
+            if wanted is not None and own and min(own) < wanted <= max(own):
+                warnings.warn(
+                    f"The last stage should ask for the fewest bits that {role}s are "
+                    f"quantized at, or those end with more. Received: {wanted} bits, "
+                    f"and quantizers of {sorted(set(own))} bits",
+                    QuantizationWarning,
+                    stacklevel=2,
                 )
 
     def _warn_of_no_epoch(self, is_other: bool):
