@@ -25,7 +25,8 @@ class Row:
             training, by seed, of the low-bit runs that tell it.
         cpu_seconds: of the training, by seed.
         processors: that it ran on, by seed.
-        weight_bytes: of the network at its final bits.
+        weight_bytes: of the network at its final bits; where bits are chosen for each
+            seed, of the largest.
         bops: likewise.
     """
 
@@ -168,8 +169,8 @@ def rows(folder: Path) -> dict[tuple, Row]:
             },
             {run["seed"]: run["cpu_seconds"] for run in runs},
             {run["seed"]: _processor(run["machine"]) for run in runs},
-            runs[0]["weight_bytes"],
-            runs[0]["bops"],
+            max(run["weight_bytes"] for run in runs),
+            max(run["bops"] for run in runs),
         )
         for key, runs in found.items()
     }
