@@ -53,6 +53,7 @@ def test_reloaded(tmp_path, file):
     quantized.save(tmp_path / file)
     again = load_model(tmp_path / file)
     assert again.output_names == ["count", "kind"]
+    assert type(again.output_names) is list  # None of Keras's, which are saved.
     for found, expected in zip(
         again(nets.images()), quantized(nets.images()), strict=True
     ):

@@ -212,7 +212,7 @@ def flatten(model: keras.Model) -> keras.Model:
         take_flags(layer, copy)
         if key not in thawed:
             copy.trainable = False
-    flat.output_names = list(model.output_names)  # Not those of layers within.
+    flat.output_names[:] = model.output_names  # Not those of layers within.
     return flat
 
 

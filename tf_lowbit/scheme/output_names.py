@@ -24,7 +24,8 @@ class NamedOutputs(keras.Model):
         """The model of a configuration, without weights."""
         others = {k: v for k, v in config.items() if k != "output_names"}
         model = super().from_config(others, custom_objects)
-        model.output_names = list(config["output_names"])
+        # In place: a list that is set anew becomes a part of checkpoints.
+        model.output_names[:] = config["output_names"]
         return model
 
 
@@ -43,5 +44,5 @@ def kept(source: keras.Model, target: keras.Model) -> keras.Model:
     named = NamedOutputs(
         target._nested_inputs, target._nested_outputs, name=target.name
     )
-    named.output_names = list(source.output_names)
+    named.output_names[:] = source.output_names
     return named
