@@ -265,21 +265,27 @@ def mixed_table(found, settings) -> str:
     """Bits for each layer, beside uniform ones of the same cost."""
     lines = []
     for bits in sweep.MIXED_AS:
+        uniform = None
         for name, (method, _) in sweep.MIXED.items():
             row = found.get(("mixed", SMALL, name, bits, settings.epochs))
-            uniform = found.get(("equal", SMALL, method, bits, settings.epochs))
-            for title, each in ((f"{method}, {label(bits)}", uniform), (name, row)):
-                if row is not None and each is not None:
-                    lines.append(
-                        [
-                            title,
-                            str(len(each.accuracies)),
-                            str(each.weight_bytes),
-                            f"{each.bops / 1e6:.2f}",
-                            _accuracy(each),
-                            _difference(each, uniform),
-                        ]
-                    )
+            if row is None:
+                continue
+            rows_of = [(name, row)]
+            if uniform is None:
+                uniform = found.get(("equal", SMALL, method, bits, settings.epochs))
+                rows_of = [(f"{method}, {label(bits)}", uniform), *rows_of]
+            lines += [
+                [
+                    title,
+                    str(len(each.accuracies)),
+                    str(each.weight_bytes),
+                    f"{each.bops / 1e6:.2f}",
+                    _accuracy(each),
+                    _difference(each, uniform),
+                ]
+                for title, each in rows_of
+                if each is not None
+            ]
     headers = ["bits", "seeds", "weights, bytes", "million BOPs", "accuracy, %"]
     return table([*headers, "against uniform"], lines)
 

@@ -167,7 +167,7 @@ def prepared(model, run, settings, data):
     method = sweep.method_of(run)
     rules, bits = [tfl.PrecisionRule(".*", *run.bits, *method.quantizers)], run.bits
     if method.mixed:
-        rules = mixed_rules(model, rules, data)
+        rules = mixed_rules(model, rules, data, method.mixed)
         bits = lowest_bits(rules)  # A stage has no quantizer at fewer than its own.
     stages = experiment.stages_for(
         method.staging,
@@ -205,8 +205,8 @@ def prepared(model, run, settings, data):
     return trainer, stages, [tfl.callbacks.StagedPrecision(stages)]
 
 
-def mixed_rules(model, uniform, data) -> list[tfl.PrecisionRule]:
-    """Bits for each layer, at no more than the cost of uniform ones."""
+def mixed_rules(model, uniform, data, costs) -> list[tfl.PrecisionRule]:
+    """Bits for each layer, at no more of these costs than uniform ones have."""
     quantized = tfl.quantize(model, uniform)
     tfl.calibrate(quantized, data.train)
     found = tfl.sensitivity(
@@ -214,7 +214,7 @@ def mixed_rules(model, uniform, data) -> list[tfl.PrecisionRule]:
     )
     budget = tfl.cost(quantized)
     return tfl.allocate_bits(
-        quantized, found, weight_bytes=budget.weight_bytes, bops=budget.bops
+        quantized, found, **{name: getattr(budget, name) for name in costs}
     )
 
 

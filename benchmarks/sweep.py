@@ -29,7 +29,7 @@ class Method:
         quantizers: of weights and activations.
         teacher_rate: the teacher's learning rate relative to the student's.
         start: of stochastic precision, the probability at the start.
-        mixed: bits for each layer, at the bytes and bit operations of uniform ones.
+        mixed: bits for each layer, at no more of these costs than uniform ones have.
         learning_rate: where it is not what the tuning chose for the method.
         from_float: whether it starts from the float weights of its seed.
         is_gentle: whether ranges are calibrated first, and every stage warms up.
@@ -40,7 +40,7 @@ class Method:
     quantizers: tuple[str, str] = ("dorefa", "dorefa")
     teacher_rate: float = 1.0
     start: float = 0.5
-    mixed: bool = False
+    mixed: tuple[str, ...] = ()
     learning_rate: float | None = None
     from_float: bool = True
     is_gentle: bool = True
@@ -88,7 +88,15 @@ STARTS = {
     "TS+PQ, abrupt": ("TS+PQ", Method("ts+pq", is_gentle=False)),
 }
 MIXED = {
-    "LSQ, mixed bits": ("LSQ", Method(quantizers=("lsq", "lsq"), mixed=True)),
+    "LSQ, mixed bits": (
+        "LSQ",
+        Method(quantizers=("lsq", "lsq"), mixed=("weight_bytes", "bops")),
+    ),
+    # Activations then keep their bits.
+    "LSQ, mixed weights": (
+        "LSQ",
+        Method(quantizers=("lsq", "lsq"), mixed=("weight_bytes",)),
+    ),
 }
 VARIANTS = ABLATIONS | STARTS | MIXED
 # What mixed bits are chosen from, and the uniform ones whose cost they may have.

@@ -59,6 +59,7 @@ def test_the_tuning_goes_on_until_the_best_rate_stands_between_others(tmp_path):
             "plain, abrupt": 0.1,
             "TS+PQ, abrupt": 0.1,
             "LSQ, mixed bits": 0.003,
+            "LSQ, mixed weights": 0.003,
         }
     assert rates["float", None] == 0.1
     # 0.03, 0.1 and 0.3 for six and float; one or two more for the others.
@@ -232,7 +233,7 @@ for method in ("plain", *sweep.STARTS):
     # Calibrating takes what lies beyond the clip into the normalisations.
     is_same = all(np.array_equal(before[n], layer.gamma) for n, layer in norms.items())
     print(f"{method}:", is_from_float, {s.warmup for s in stages}, is_same)
-for purpose, method in (("equal", "LSQ"), ("mixed", "LSQ, mixed bits")):
+for purpose, method in [("equal", "LSQ"), *(("mixed", name) for name in sweep.MIXED)]:
     one = dataclasses.replace(run, purpose=purpose, method=method)
     accuracy_run.perform(one, settings, folder)
 for purpose, method, bits in (("equal", "plain", (2, 2)), ("float", "float", None)):
@@ -285,12 +286,16 @@ for purpose, method, bits in (("equal", "plain", (2, 2)), ("float", "float", Non
     assert "TS+PQ, abrupt: True {0.0} True\n" in done.stdout
     # Trained at bits of which some differ, within the cost of uniform ones.
     uniform = sweep.read(folder, dataclasses.replace(run, method="LSQ"))
-    mixed = dataclasses.replace(run, purpose="mixed", method="LSQ, mixed bits")
-    mixed = sweep.read(folder, mixed)
-    assert mixed["weight_bytes"] <= uniform["weight_bytes"]
-    assert mixed["bops"] <= uniform["bops"]
-    quantized = [bits for bits in mixed["layer_bits"].values() if [32] not in bits]
-    assert len({str(bits) for bits in quantized}) > 1
+    for method, costs in (
+        ("LSQ, mixed bits", ["weight_bytes", "bops"]),
+        ("LSQ, mixed weights", ["weight_bytes"]),
+    ):
+        mixed = dataclasses.replace(run, purpose="mixed", method=method)
+        mixed = sweep.read(folder, mixed)
+        assert all(mixed[cost] <= uniform[cost] for cost in costs)
+        quantized = [bits for bits in mixed["layer_bits"].values() if [32] not in bits]
+        assert len({str(bits) for bits in quantized}) > 1
+    assert {str(activations) for _, activations in quantized} == {"[2]"}
     with np.load(folder / sweep.start_file("preact_resnet8", 0)) as file:
         for name, value in start.items():
             np.testing.assert_array_equal(file[name], value)

@@ -33,6 +33,8 @@ def allocate_bits(
     (`Sensitivity.loss`), have the least sum. That losses add up is an assumption: it
     ignores how one tensor's error acts on another's.
 
+    Activations take no bytes: within a budget of bytes alone they keep their bits.
+
     Args:
         model: the network that `found` was measured on. It is not changed.
         found: what `tf_lowbit.sensitivity` returned; its bits are what is chosen from.
@@ -54,7 +56,9 @@ def allocate_bits(
             "A budget must be given: weight_bytes, bops or both. Received: neither"
         )
     parts = _parts(model, found)
-    table = _costs(model, found.bits, parts)
+    # None: as it is.
+    read_at = (None,) if bops is None else found.bits
+    table = _costs(model, itertools.product(found.bits, read_at), parts)
     budgets = {"weight_bytes": weight_bytes, "bops": bops}
     budgets = {name: value for name, value in budgets.items() if value is not None}
     chosen = _solve(parts, found, table, budgets)
@@ -125,23 +129,23 @@ def _groups(reads: dict[str, set[str]]) -> dict[str, int]:
     return numbers
 
 
-def _costs(model, widths, parts) -> dict:
-    """(weight bits, activation bits) -> `Cost` with all quantizers at these."""
+def _costs(model, pairs, parts) -> dict:
+    """(weight bits, activation bits or None) -> `Cost` with all quantizers at these."""
     tensors = [t for part in parts for t in (*part.weights, *part.sources)]
     table = {}
     with restored([v for t in tensors for v in t.variables.values()]):
-        for pair in itertools.product(widths, repeat=2):
+        for pair in pairs:
             for part in parts:
                 for tensor in part.weights:
                     tensor.assign_bits(pair[0])
-                for tensor in part.sources:
+                for tensor in part.sources if pair[1] is not None else ():
                     tensor.assign_bits(pair[1])
             table[pair] = cost(model)
     return table
 
 
-def _solve(parts, found, table, budgets) -> dict[str, tuple[int, int]]:
-    """Layer -> bits of its weights and of what it reads."""
+def _solve(parts, found, table, budgets) -> dict[str, tuple[int, int | None]]:
+    """Layer -> bits of its weights and of what it reads; None for as it is."""
     try:
         from scipy import optimize, sparse
     except ImportError as error:
@@ -149,11 +153,12 @@ def _solve(parts, found, table, budgets) -> dict[str, tuple[int, int]]:
             "allocate_bits needs SciPy: pip install '.[search]'"
         ) from error
     pairs = list(table)
+    read_at = sorted({pair[1] for pair in pairs})
     layers = {pair: {c.name: c for c in whole.layers} for pair, whole in table.items()}
     groups = sorted({part.group for part in parts})
     # One variable for each layer and pair, then one for each group and width.
     first_of_groups = len(parts) * len(pairs)
-    count = first_of_groups + len(groups) * len(found.bits)
+    count = first_of_groups + len(groups) * len(read_at)
     objective = np.zeros(count)
     usage = {name: np.zeros(count) for name in budgets}
     rows, lower, upper = [], [], []
@@ -171,17 +176,18 @@ def _solve(parts, found, table, budgets) -> dict[str, tuple[int, int]]:
                 usage[name][column] = _known(layers[pair][part.layer], name)
         require(dict.fromkeys(at.values(), 1.0), 1.0, 1.0)
         group = groups.index(part.group)
-        for i, width in enumerate(found.bits):
+        for i, width in enumerate(read_at):
             same = {column: 1.0 for pair, column in at.items() if pair[1] == width}
-            same[first_of_groups + group * len(found.bits) + i] = -1.0
+            same[first_of_groups + group * len(read_at) + i] = -1.0
             require(same, 0.0, 0.0)
     for index, group in enumerate(groups):
         sources = {
             t.name for part in parts if part.group == group for t in part.sources
         }
-        for i, width in enumerate(found.bits):
-            column = first_of_groups + index * len(found.bits) + i
-            objective[column] = sum(found.loss(name, width) for name in sources)
+        for i, width in enumerate(read_at):
+            column = first_of_groups + index * len(read_at) + i
+            if width is not None:
+                objective[column] = sum(found.loss(name, width) for name in sources)
     searched = {part.layer for part in parts}
     for name, budget in budgets.items():
         rest = sum(
@@ -233,8 +239,10 @@ def _total(whole, name) -> int:
     return sum(_known(layer, name) for layer in whole.layers)
 
 
-def _rule(part: _Part, weight_bits: int, activation_bits: int) -> PrecisionRule:
+def _rule(part: _Part, weight_bits: int, activation_bits: int | None) -> PrecisionRule:
     quantizers = {}
+    if activation_bits is None:
+        activation_bits = max((tensor.bits for tensor in part.sources), default=None)
     if part.weights:
         quantizers["weight_quantizer"] = part.weights[0].quantizer
     if part.sources:
