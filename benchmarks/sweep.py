@@ -311,7 +311,10 @@ def phases(settings: Settings, seeds: int = 5, dear: int = 3) -> dict[str, list[
         "W1A2": rows("equal", small, METHODS, (1, 2), dear),
         "W3A3": rows("equal", small, METHODS, (3, 3), dear),
         "mixed": [
-            run for bits in MIXED_AS for run in rows("mixed", small, MIXED, bits, dear)
+            run
+            for bits in MIXED_AS
+            # As many as the uniform bits have that they stand beside.
+            for run in rows("mixed", small, MIXED, bits, seeds if bits == two else dear)
         ],
         "float 20": starts(large, range(dear)),
         "W2A2 20": rows("equal", large, LEADING, two, dear),
