@@ -36,9 +36,9 @@ def quantize(
     Models among the layers are flattened: their layers keep their names, and have the
     model's in front where a name stands twice, `backbone_conv1`.
 
-    The float weights carry over as the latent weights, and learned weight steps start
-    from them. Learned or fixed activation ranges want `tf_lowbit.calibrate`. The
-    float model is not changed.
+    The float weights carry over as the latent weights, float64 ones as float32 has
+    them, and learned weight steps start from them. Learned or fixed activation ranges
+    want `tf_lowbit.calibrate`. The float model is not changed.
 
     Args:
         model: built Sequential or Functional model of `tf_keras`, or of Keras 3
@@ -59,8 +59,9 @@ def quantize(
 
     Raises:
         ValueError: if the model, or one among its layers, is subclassed; if it is not
-            built, is quantized already, has Keras masks or no layer that the rules
-            quantize; if `residual_bits` is neither 8 nor None; and as `strict` says.
+            built, is quantized already, has Keras masks, a layer that cannot be copied
+            or none that the rules quantize; if `residual_bits` is neither 8 nor None;
+            and as `strict` says.
     """
     scheme = LowBitScheme(rules, strict, residual_bits)
     _report_own_parts(model, strict)

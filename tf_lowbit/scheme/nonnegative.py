@@ -85,5 +85,6 @@ def _may_keep(node) -> bool:
             np.all(np.asarray(layer.offset) >= 0)
         )
     # Cubic and Lanczos interpolation overshoot.
-    is_mean = getattr(layer, "interpolation", None) == "bilinear"
+    is_upsampling = type(layer) is _layers.UpSampling2D
+    is_mean = is_upsampling and layer.interpolation == "bilinear"
     return type(layer) in _KEEPING or registry.is_transparent(layer) or is_mean
