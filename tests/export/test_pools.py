@@ -56,3 +56,16 @@ def test_same_average_pooling_is_computed_in_float():
     found = differing_codes(proof.model, proof.snapped, x)
     for name, (different, total) in found.items():
         assert different <= NEAR_TIES * total, name
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_pool_of_one_element_takes_every_other_code(count):
+    """As the shortcuts of ResNetV2 have it; XNNPACK leaves it to another kernel."""
+    body = {
+        f"pooled{i}": behind(lambda: layers.MaxPooling2D(1, strides=2))
+        for i in range(count)
+    }
+    x = normals(8, (8, 8, 3))
+    model = quantize(branched(body, (8, 8, 3)), EVERYWHERE)
+    proof = prove(model, x, not_delegated=["MAX_POOL_2D"] * count)
+    assert_as_trained(proof, x)

@@ -27,6 +27,7 @@ from tf_lowbit.export.running import Runner, runtime
 from tf_lowbit.export.snapping import Snapped, snap
 from tf_lowbit.observation import batches_of
 
+_MAX_POOLS = (keras.layers.MaxPooling1D, keras.layers.MaxPooling2D)
 _INT8 = np.arange(-128, 128, dtype=np.int8)
 
 
@@ -179,6 +180,12 @@ def _check_delegation(content, snapped, report) -> bool:
         _OPERATOR[layer.kind]
         for layer in twin.integer_layers(snapped.twin)
         if layer.storage == "int4"
+    ]
+    # XNNPACK takes no pool of one element; it moves codes, in whichever kernel.
+    expected += [
+        "MAX_POOL_2D"
+        for layer in snapped.twin.layers
+        if isinstance(layer, _MAX_POOLS) and set(layer.pool_size) == {1}
     ]
     if any(detail["dtype"] == np.uint8 for detail in runner.inputs):
         expected.append("QUANTIZE")
