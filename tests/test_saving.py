@@ -283,3 +283,19 @@ def test_a_quantized_network_within_another_loads_from_hdf5(tmp_path):
     model.save(tmp_path / "model.h5")
     x = np.random.default_rng(0).normal(size=(2, *model.input_shape[1:]))
     np.testing.assert_array_equal(load_model(tmp_path / "model.h5")(x), model(x))
+
+
+@pytest.mark.parametrize("file", ["net.keras", "net.h5"])
+def test_the_layers_of_convnext(tmp_path, file):
+    """Which Keras alone saves and cannot load; of a SavedModel it cannot trace them."""
+    own = sys.modules[keras.applications.ConvNeXtTiny.__module__]
+    image = keras.Input(nets.IMAGE)
+    x = keras.layers.Conv2D(4, 3, activation="relu", name="stem")(image)
+    x = own.StochasticDepth(0.1, name="depth")(own.LayerScale(0.5, 4, name="scale")(x))
+    x = keras.layers.Conv2D(4, 3, activation="relu", name="mid")(x)
+    x = keras.layers.GlobalAveragePooling2D(name="pool")(x)
+    model = keras.Model(image, keras.layers.Dense(3, name="head")(x))
+    quantized = quantize(nets.randomize(model), RULES["dorefa"])
+    quantized.save(tmp_path / file)
+    again = load_model(tmp_path / file)
+    np.testing.assert_array_equal(again(nets.images()), quantized(nets.images()))
