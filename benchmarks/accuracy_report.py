@@ -264,28 +264,27 @@ def large_table(found, settings) -> str:
 def mixed_table(found, settings) -> str:
     """Bits for each layer, beside uniform ones of the same cost."""
     lines = []
+    (method,) = {method for method, _ in sweep.MIXED.values()}
     for bits in sweep.MIXED_AS:
-        uniform = None
-        for name, (method, _) in sweep.MIXED.items():
-            row = found.get(("mixed", SMALL, name, bits, settings.epochs))
-            if row is None:
-                continue
-            rows_of = [(name, row)]
-            if uniform is None:
-                uniform = found.get(("equal", SMALL, method, bits, settings.epochs))
-                rows_of = [(f"{method}, {label(bits)}", uniform), *rows_of]
-            lines += [
-                [
-                    title,
-                    str(len(each.accuracies)),
-                    str(each.weight_bytes),
-                    f"{each.bops / 1e6:.2f}",
-                    _accuracy(each),
-                    _difference(each, uniform),
-                ]
-                for title, each in rows_of
-                if each is not None
+        uniform = found.get(("equal", SMALL, method, bits, settings.epochs))
+        mixed = {
+            name: found.get(("mixed", SMALL, name, bits, settings.epochs))
+            for name in sweep.MIXED
+        }
+        if not any(mixed.values()):
+            continue
+        lines += [
+            [
+                title,
+                str(len(row.accuracies)),
+                str(row.weight_bytes),
+                f"{row.bops / 1e6:.2f}",
+                _accuracy(row),
+                _difference(row, uniform),
             ]
+            for title, row in {f"{method}, {label(bits)}": uniform, **mixed}.items()
+            if row is not None
+        ]
     headers = ["bits", "seeds", "weights, bytes", "million BOPs", "accuracy, %"]
     return table([*headers, "against uniform"], lines)
 
