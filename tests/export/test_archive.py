@@ -128,7 +128,12 @@ def linear(layer, x, weights, strides, padding, dilations):
         return x @ weights
     view = windows(x, weights.shape[:2], strides, dilations, padding)
     if kind == "conv":
-        return np.einsum("bhwcij,ijco->bhwo", view, weights)
+        groups = x.shape[-1] // weights.shape[2]
+        pairs = zip(
+            np.split(view, groups, axis=3), np.split(weights, groups, 3), strict=True
+        )
+        totals = [np.einsum("bhwcij,ijco->bhwo", v, w) for v, w in pairs]
+        return np.concatenate(totals, axis=-1)
     total = np.einsum("bhwcij,ijcm->bhwcm", view, weights)
     return total.reshape(*total.shape[:3], -1)
 
@@ -416,6 +421,21 @@ def test_a_chain_by_thresholds_alone(example):
 def test_a_chain_of_other_bits_by_thresholds_alone(tmp_path):
     network = quantized(chain(), [rule(1, 4)], images())
     check_by_thresholds(*saved(network, tmp_path, images()), images())
+
+
+def test_groups_by_thresholds_alone(tmp_path):
+    x = image = keras.Input(IMAGE, name="image")
+    widths = {"stem": (6, 1), "threes": (4, 2), "singles": (8, 4)}
+    for name, (filters, groups) in widths.items():
+        x = layers.Conv2D(filters, 3, groups=groups, name=name)(x)
+        x = layers.BatchNormalization(name=f"{name}_bn")(x)
+        x = layers.ReLU(name=f"{name}_relu")(x)
+    x = layers.Dense(3, name="head")(layers.Flatten(name="flat")(x))
+    network = quantized(keras.Model(image, x), [rule(2, 2)], images())
+    snapped, found = saved(network, tmp_path, images())
+    assert found.layer("threes").settings["weight_shape"] == [3, 3, 3, 4]
+    assert found.layer("singles").codes().shape == (3, 3, 1, 8)
+    check_by_thresholds(snapped, found, images())
 
 
 def test_plain_cnn_by_thresholds_alone(tmp_path):

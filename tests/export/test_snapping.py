@@ -80,6 +80,13 @@ def _no_layer_in_front(x, name):
     return bn_relu(x, name)
 
 
+def grouped(kind, filters, *arguments, **more):
+    """A convolution in groups, batch norm and ReLU."""
+    return lambda x, name: bn_relu(
+        kind(filters, *arguments, name=name, **more)(x), name
+    )
+
+
 GROUPS = {
     "convolutions": (
         (9, 7, 3),
@@ -96,6 +103,32 @@ GROUPS = {
             "two_by_three": conv((2, 3), padding="same"),
             "as_large_as_the_image": conv((9, 7)),
             "without_bias": conv(3, use_bias=False),
+        },
+    ),
+    "grouped": (
+        (9, 7, 6),
+        {
+            "three_of_two": grouped(layers.Conv2D, 6, 3, groups=3, padding="same"),
+            "two_of_three": grouped(layers.Conv2D, 4, 3, groups=2, use_bias=False),
+            "one_by_one": grouped(layers.Conv2D, 9, 1, groups=3),
+            "stride_2": grouped(layers.Conv2D, 4, 3, strides=2, groups=2),
+            "dilated": grouped(layers.Conv2D, 4, 3, dilation_rate=2, groups=2),
+            "of_one_channel": grouped(layers.Conv2D, 6, 3, groups=6, padding="same"),
+            "of_one_channel_to_two": grouped(
+                layers.Conv2D, 12, 3, groups=6, strides=2, padding="same"
+            ),
+            "of_one_channel_strides_of_two_kinds": grouped(
+                layers.Conv2D, 6, 3, groups=6, strides=(3, 1), padding="same"
+            ),
+        },
+    ),
+    "grouped_sequences": (
+        (11, 4),
+        {
+            "two_of_two": grouped(layers.Conv1D, 6, 3, groups=2, padding="same"),
+            "of_one_channel": grouped(
+                layers.Conv1D, 8, 3, groups=4, strides=3, padding="same"
+            ),
         },
     ),
     "depthwise": (
@@ -398,6 +431,18 @@ def test_first_layer_and_head_are_what_was_asked_for(first, head, keepdims):
     assert np.abs(have - wanted).max() <= 0.1 * np.abs(wanted).max()
 
 
+@pytest.mark.parametrize("first", ["float", "int8"])
+def test_a_first_layer_in_groups(first):
+    image = keras.Input(IMAGE, name="image")
+    x = layers.Conv2D(4, 3, groups=2, name="first")(image)
+    x = conv_bn_relu(layers.ReLU(name="relu")(x), 4, groups=4, name="inner")
+    model = quantize(finished(image, x), [Rule("inner", 2, 2)])
+    proof = prove(model, images(), first_layer=first)
+    assert isinstance(proof.layer("first"), twin.IntegerLinear) is (first == "int8")
+    wanted, have = model(images()).numpy(), proof.snapped.twin(images()).numpy()
+    assert np.abs(have - wanted).max() <= 0.1 * np.abs(wanted).max()
+
+
 @pytest.mark.parametrize("front", [layers.Flatten, lambda: layers.Dropout(0.5)])
 def test_a_first_layer_behind_a_layer_that_moves_values_is_int8_too(front):
     image = keras.Input(IMAGE, name="image")
@@ -449,7 +494,6 @@ UNKNOWN = {
     "own_sigmoid_of_another_kind": lambda: layers.Conv2D(
         4, 3, activation="elu", name="odd"
     ),
-    "grouped": lambda: layers.Conv2D(4, 3, groups=2, name="odd"),
 }
 
 

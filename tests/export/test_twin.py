@@ -107,6 +107,43 @@ def test_the_gradients_of_an_integer_layer():
     np.testing.assert_allclose(tape.gradient(y, x), [[0.75, 1.5]])
 
 
+# Sums of 540 products of 8 bits need float64.
+@pytest.mark.parametrize(
+    ("groups", "channels", "highest"), [(2, 4, 3), (4, 4, 3), (2, 120, 255)]
+)
+def test_gradients_of_groups_are_those_of_their_parts(groups, channels, highest):
+    """CPUs have no gradient of a convolution in groups but XLA's."""
+    rng = np.random.default_rng(groups)
+    codes = rng.integers(-2, 3, (3, 3, channels // groups, 8))
+    x = tf.constant(rng.integers(0, 4, (2, 5, 6, channels)), tf.float32)
+
+    def made(codes, source):
+        layer = _built(
+            source.shape,
+            twin.CONV,
+            codes,
+            scale=1 / 32,
+            low=-3,
+            high=3,
+            grid=grids.grid(1.0, 0, highest),
+        )
+        layer.latent._trainable = True
+        with tf.GradientTape() as tape:
+            tape.watch([source, layer.latent])
+            out = layer(source)
+        return out, *tape.gradient(out, [source, layer.latent])
+
+    wanted = [
+        made(part, source)
+        for part, source in zip(
+            np.split(codes, groups, -1), tf.split(x, groups, -1), strict=True
+        )
+    ]
+    for have, parts in zip(made(codes, x), zip(*wanted, strict=True), strict=True):
+        np.testing.assert_array_equal(have, tf.concat(parts, -1))
+    assert np.ptp(have) > 0
+
+
 def test_the_gradient_of_the_weights_is_the_quantizers():
     quantizer = tfl.quantizers.UniformWeightQuantizer(bits=3, per_axis=False)
     layer = twin.IntegerLinear(

@@ -1,6 +1,7 @@
 """Random small networks and rules for them, as hypothesis strategies."""
 
 import dataclasses
+import math
 
 from hypothesis import strategies as st
 
@@ -8,7 +9,10 @@ import tf_lowbit as tfl
 from tf_lowbit.compat import keras
 
 layers = keras.layers
-KINDS = ("conv", "pointwise", "depthwise", "residual", "branches", "gated", "scaled")
+KINDS = (
+    *("conv", "pointwise", "depthwise", "grouped"),
+    *("residual", "branches", "gated", "scaled"),
+)
 ACTIVATIONS = {
     "relu": layers.ReLU,
     "relu6": lambda name: layers.ReLU(6.0, name=name),
@@ -92,7 +96,10 @@ def _conv(x, block, name, kind="conv", strides=1, active=True):
         layer = layers.DepthwiseConv2D(3, strides=strides, **options)
     else:
         size = 1 if kind == "pointwise" else 3
-        layer = layers.Conv2D(block.filters, size, strides=strides, **options)
+        groups = math.gcd(x.shape[-1], block.filters) if kind == "grouped" else 1
+        layer = layers.Conv2D(
+            block.filters, size, strides=strides, groups=groups, **options
+        )
     x = layer(x)
     if block.batch_norm:
         x = layers.BatchNormalization(name=f"{name}_bn")(x)

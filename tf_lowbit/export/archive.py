@@ -32,7 +32,9 @@ Weights have the shape `weight_shape`: (height, width, inputs, channels) or (wid
 inputs, channels) for conv; (height, width, inputs, multiplier) for depthwise, where
 output channel `i * multiplier + m` reads input channel i; (inputs, channels) for dense,
 over the last axis; (channels,) for scale, one factor a channel. Convolutions correlate
-(no flip), with `strides`, `dilation` and `padding`; padding is with code 0. The arrays:
+(no flip), with `strides`, `dilation` and `padding`; padding is with code 0. Where a
+conv's `inputs` are fewer than its input's channels, these are in consecutive groups of
+that many, and each group makes the next, equal share of the output's. The arrays:
 
 | array | type, shape | what |
 |---|---|---|

@@ -164,14 +164,10 @@ def check_geometry(layer) -> None:
         problem = f"data_format={layer.data_format!r}"
     elif layer.padding not in ("same", "valid"):
         problem = f"padding={layer.padding!r}"
-    elif (
-        getattr(layer, "groups", 1) != 1 and type(layer) is not _layers.DepthwiseConv2D
-    ):
-        problem = f"groups={layer.groups}"
     if problem:
         raise ExportError(
-            "Convolutions must be channels_last, padded 'same' or 'valid', of one "
-            f"group. Received: {layer.name!r} with {problem}"
+            "Convolutions must be channels_last, padded 'same' or 'valid'. "
+            f"Received: {layer.name!r} with {problem}"
         )
 
 

@@ -132,7 +132,8 @@ class IntegerLinear(_Layer):
     Args:
         grid: of the output.
         kind: "conv", "depthwise", "dense" or "scale" (one weight a channel).
-        kernel_shape: of the latent weights, as Keras has it.
+        kernel_shape: of the latent weights, as Keras has it; of a convolution in groups
+            with the inputs of one group.
         quantizer: of the weights, or its serialized dict; None where the latent
             weights are fixed codes.
         quantizer_state: names and shapes of the quantizer's variables.
@@ -249,16 +250,34 @@ class IntegerLinear(_Layer):
             codes = codes[tf.newaxis]
         strides, dilation = window(self.strides), window(self.dilation)
         padding = self.padding.upper()
-        if self.kind == DEPTHWISE:
+        channels = inputs.shape[-1]
+        is_grouped = self.kind == CONV and channels != codes.shape[-2]
+        # Groups of one channel are the same, in the same order.
+        is_by_channel = codes.shape[-2] == 1 and strides[0] == strides[1]
+        if self.kind == DEPTHWISE or (is_grouped and is_by_channel):
+            codes = tf.reshape(codes, (*codes.shape[:2], channels, -1))
             # TensorFlow has no unequal strides here. Only pooling has, always "valid".
             skipped = (1, 1) if strides[0] == strides[1] else strides
             strides = strides if skipped == (1, 1) else (1, 1)
             result = tf.nn.depthwise_conv2d(
                 inputs, codes, [1, *strides, 1], padding, dilations=dilation
             )[:, :: skipped[0], :: skipped[1]]
+        elif is_grouped:
+            result = self._accumulate_groups(inputs, codes)
         else:
             result = tf.nn.conv2d(inputs, codes, strides, padding, dilations=dilation)
         return result[:, 0] if is_1d else result
+
+    # On CPUs only XLA has the gradient of these; Keras's own layer does so, too.
+    @tf.function(jit_compile=True)
+    def _accumulate_groups(self, inputs, codes):
+        return tf.nn.conv2d(
+            inputs,
+            codes,
+            window(self.strides),
+            self.padding.upper(),
+            dilations=window(self.dilation),
+        )
 
     def set_constants(self, affine, latent, signs, quantizer_variables) -> None:
         """Sets everything that is fixed, and the latent weights' start.
