@@ -70,9 +70,10 @@ def table(folder: Path) -> str:
             continue
         found = json.loads(path.read_text())
         marks = {True: "yes", False: "no", None: "—"}
+        split = ", split" if "split" in found["steps"] else ""
         lines.append(
             [
-                name,
+                f"{name}{split}",
                 str(found["layers"]),
                 str(found.get("quantized_weights", 0)),
                 str(found.get("quantized_activations", 0)),

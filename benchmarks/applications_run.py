@@ -96,7 +96,13 @@ def _step(found, name, function):
     return result
 
 
+def _is_separable(layer) -> bool:
+    return isinstance(layer, keras.layers.SeparableConv2D)
+
+
 def _go_through(model, images, found):
+    if any(map(_is_separable, model.layers)):
+        model = _step(found, "split", lambda: tfl.split_separable(model))
     rules = [tfl.PrecisionRule(".*", 4, 4)]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

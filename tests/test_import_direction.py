@@ -18,7 +18,7 @@ LAYERS = (
     {"core"},
     {"quantizers"},
     {"scheme"},
-    {"inspection", "keras3", "saving"},
+    {"inspection", "keras3", "saving", "separable"},
     {"observation", "predictions"},
     {"api", "batch_norm", "tensor_statistics"},
     {"calibration"},

@@ -21,6 +21,7 @@ from tf_lowbit.scheme.layout import QuantizationWarning
 from tf_lowbit.scheme.registry import register_layer
 from tf_lowbit.scheme.rules import PrecisionRule
 from tf_lowbit.scheme.scheme import LowBitScheme
+from tf_lowbit.separable import split_separable
 from tf_lowbit.tensor_statistics import TensorStatistics, statistics
 from tf_lowbit.training import (
     JointDistillation,
@@ -60,6 +61,7 @@ __all__ = [
     "requantize",
     "sensitivity",
     "split_epochs",
+    "split_separable",
     "statistics",
     "strip",
     "summary",

@@ -50,12 +50,16 @@ def test_what_was_refused_is_told(tmp_path):
         "layers": 229,
         "quantized_weights": 2,
         "quantized_activations": 1,
-        "steps": {"quantize": True, "train": True, "levels": True, "export": False},
+        "steps": {
+            **{"split": True, "quantize": True, "train": True, "levels": True},
+            "export": False,
+        },
         "refused": "export: no form. Received: 'a|b'",
     }
     (tmp_path / "MobileNetV3Small.json").write_text(json.dumps(found))
     line = plan.table(tmp_path).splitlines()[2]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[0] == "MobileNetV3Small, split"
     assert cells[4:] == [
         *("yes", "yes", "yes", "—", "no", "—"),
         "export: no form. Received: 'a/b'",

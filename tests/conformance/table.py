@@ -141,6 +141,7 @@ TABLE = {
             "requantize",
             "sensitivity",
             "split_epochs",
+            "split_separable",
             "statistics",
             "strip",
             "summary",

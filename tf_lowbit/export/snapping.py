@@ -212,8 +212,8 @@ class _Snapper(Builder):
         layer = inspection.wrapped_layer(outer)
         if type(layer) not in _KINDS:
             raise ExportError(
-                "Weight layers must be Dense, Conv1D, Conv2D or DepthwiseConv2D; a "
-                "separable convolution is a DepthwiseConv2D and a 1x1 Conv2D. "
+                "Weight layers must be Dense, Conv1D, Conv2D or DepthwiseConv2D; "
+                "tf_lowbit.split_separable makes the last two of a SeparableConv2D. "
                 f"Received: {layer.name!r} of type {type(layer).__name__}"
             )
         linears.check_geometry(layer)

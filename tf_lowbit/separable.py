@@ -1,0 +1,76 @@
+"""Separable convolutions as two layers, so that what is between them is quantized."""
+
+from tf_lowbit.compat import keras
+
+_layers = keras.layers
+_PARTS = ("constraint", "initializer", "regularizer")
+# Of a separable convolution's settings, those of either layer.
+_DEPTHWISE = (
+    *("kernel_size", "strides", "padding", "depth_multiplier", "dilation_rate"),
+    *(f"depthwise_{part}" for part in _PARTS),
+)
+_POINTWISE = (
+    *("filters", "activation", "activity_regularizer", "use_bias"),
+    *(f"bias_{part}" for part in _PARTS),
+)
+
+
+def split_separable(model: keras.Model) -> keras.Model:
+    """Makes each `SeparableConv2D` a `DepthwiseConv2D` and a 1x1 `Conv2D` (ours).
+
+    Within a separable convolution nothing is rounded between its two kernels, so that
+    it has no integer form. Of two layers `quantize` makes what is between them a
+    quantization point like any other, and the network can be exported. The
+    function is the same, up to float rounding, until it is quantized.
+
+    Args:
+        model: float Sequential or Functional model. It is not changed. Models among
+            its layers are split likewise.
+
+    Returns:
+        A model of its own, not compiled, with copies of the weights. A layer "conv"
+        that was split is a model "conv" of the layers "conv_depthwise" and
+        "conv_pointwise"; all others keep their names.
+
+    Raises:
+        ValueError: if the model is not a built Sequential or Functional one.
+    """
+    is_graph = isinstance(model, keras.Model) and getattr(
+        model, "_is_graph_network", False
+    )
+    if not is_graph or not model.built:
+        raise ValueError(
+            "model must be a built Sequential or Functional model of tf_keras. "
+            f"Received: {type(model).__name__}"
+        )
+    made = keras.models.clone_model(model, clone_function=_copy)
+    made.set_weights(model.get_weights())
+    return made
+
+
+def _copy(layer):
+    """A layer of its own, without the weights; or what stands for it."""
+    if isinstance(layer, keras.Model):
+        return split_separable(layer)
+    if type(layer) is _layers.SeparableConv2D:
+        return _split(layer)
+    return type(layer).from_config(layer.get_config())
+
+
+def _split(layer) -> keras.Sequential:
+    config = layer.get_config()
+    common = {name: config[name] for name in ("data_format", "dtype", "trainable")}
+    depthwise = _layers.DepthwiseConv2D(
+        **common,
+        **{name: config[name] for name in _DEPTHWISE},
+        use_bias=False,
+        name=f"{layer.name}_depthwise",
+    )
+    pointwise = _layers.Conv2D(
+        kernel_size=1,
+        **common,
+        **{name: config[name] for name in _POINTWISE},
+        **{f"kernel_{part}": config[f"pointwise_{part}"] for part in _PARTS},
+        name=f"{layer.name}_pointwise",
+    )
+    return keras.Sequential([depthwise, pointwise], name=layer.name)
