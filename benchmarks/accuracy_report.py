@@ -41,6 +41,7 @@ def tables(folder: Path) -> dict[str, str]:
         "ResNet-20": large_table(found, settings),
         "widths": widths_table(found, settings),
         "mixed": mixed_table(found, settings),
+        "all layers": all_layers_table(found, settings),
         "tuning": tuning_table(folder, settings),
     }
 
@@ -263,15 +264,30 @@ def large_table(found, settings) -> str:
 
 def mixed_table(found, settings) -> str:
     """Bits for each layer, beside uniform ones of the same cost."""
-    lines = []
     (method,) = {method for method, _ in sweep.MIXED.values()}
-    for bits in sweep.MIXED_AS:
-        uniform = found.get(("equal", SMALL, method, bits, settings.epochs))
-        mixed = {
+    return _beside_uniform(
+        found, settings, ("equal", method), sweep.MIXED, sweep.MIXED_AS
+    )
+
+
+def all_layers_table(found, settings) -> str:
+    """The same where nothing is left in float."""
+    uniform, *others = sweep.ALL_LAYERS
+    return _beside_uniform(
+        found, settings, ("mixed", uniform), others, sweep.ALL_LAYERS_AS
+    )
+
+
+def _beside_uniform(found, settings, uniform, others, widths) -> str:
+    """Rows of uniform bits, (purpose, method), and of others that stand beside them."""
+    lines = []
+    for bits in widths:
+        first = found.get((uniform[0], SMALL, uniform[1], bits, settings.epochs))
+        rows = {
             name: found.get(("mixed", SMALL, name, bits, settings.epochs))
-            for name in sweep.MIXED
+            for name in others
         }
-        if not any(mixed.values()):
+        if not any(rows.values()):
             continue
         lines += [
             [
@@ -280,9 +296,9 @@ def mixed_table(found, settings) -> str:
                 str(row.weight_bytes),
                 f"{row.bops / 1e6:.2f}",
                 _accuracy(row),
-                _difference(row, uniform),
+                _difference(row, first),
             ]
-            for title, row in {f"{method}, {label(bits)}": uniform, **mixed}.items()
+            for title, row in {f"{uniform[1]}, {label(bits)}": first, **rows}.items()
             if row is not None
         ]
     headers = ["bits", "seeds", "weights, bytes", "million BOPs", "accuracy, %"]

@@ -165,7 +165,7 @@ def prepared(model, run, settings, data):
         experiment.compile_model(model, rate)
         return model, [stage], [experiment.float_learning_rate(stage, data)]
     method = sweep.method_of(run)
-    rules, bits = [tfl.PrecisionRule(".*", *run.bits, *method.quantizers)], run.bits
+    rules, bits = uniform_rules(run.bits, method), run.bits
     if method.mixed:
         rules = mixed_rules(model, rules, data, method.mixed)
         bits = lowest_bits(rules)  # A stage has no quantizer at fewer than its own.
@@ -203,6 +203,16 @@ def prepared(model, run, settings, data):
         ),
     )
     return trainer, stages, [tfl.callbacks.StagedPrecision(stages)]
+
+
+def uniform_rules(bits, method) -> list[tfl.PrecisionRule]:
+    """The same bits for all layers but, perhaps, the first and the last one."""
+    few = tfl.PrecisionRule(
+        ".*", *bits, *method.quantizers, edges=method.edges == "few"
+    )
+    if method.edges != "8 bits":
+        return [few]
+    return [tfl.PrecisionRule("stem|head", 8, 8, *method.quantizers), few]
 
 
 def mixed_rules(model, uniform, data, costs) -> list[tfl.PrecisionRule]:

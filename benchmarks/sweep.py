@@ -30,6 +30,8 @@ class Method:
         teacher_rate: the teacher's learning rate relative to the student's.
         start: of stochastic precision, the probability at the start.
         mixed: bits for each layer, at no more of these costs than uniform ones have.
+        edges: bits of the first and the last layer: "float", "8 bits", or "few" as all
+            others.
         learning_rate: where it is not what the tuning chose for the method.
         from_float: whether it starts from the float weights of its seed.
         is_gentle: whether ranges are calibrated first, and every stage warms up.
@@ -41,6 +43,7 @@ class Method:
     teacher_rate: float = 1.0
     start: float = 0.5
     mixed: tuple[str, ...] = ()
+    edges: str = "float"
     learning_rate: float | None = None
     from_float: bool = True
     is_gentle: bool = True
@@ -98,10 +101,25 @@ MIXED = {
         Method(quantizers=("lsq", "lsq"), mixed=("weight_bytes",)),
     ),
 }
-VARIANTS = ABLATIONS | STARTS | MIXED
+# With nothing left in float: uniform bits are those of the first layer, of the image
+# that it reads and of the last layer, too.
+ALL_LAYERS = {
+    "LSQ, all layers": ("LSQ", Method(quantizers=("lsq", "lsq"), edges="few")),
+    "LSQ, all layers, mixed bits": (
+        "LSQ",
+        Method(quantizers=("lsq", "lsq"), edges="few", mixed=("weight_bytes", "bops")),
+    ),
+    # More bytes than the two above.
+    "LSQ, all layers, edges at 8 bits": (
+        "LSQ",
+        Method(quantizers=("lsq", "lsq"), edges="8 bits"),
+    ),
+}
+VARIANTS = ABLATIONS | STARTS | MIXED | ALL_LAYERS
 # What mixed bits are chosen from, and the uniform ones whose cost they may have.
 MIXED_FROM = (1, 2, 3, 4, 6, 8)
 MIXED_AS = ((2, 2), (3, 3))
+ALL_LAYERS_AS = ((2, 2), (3, 3), (4, 4))
 # Stages at two bits, ladder 8, 4, 2; weights and activations apart at the last rung.
 STAGES = {"TS": 2, "PQ": 3, "TS+PQ": 4}
 # What is of one stage, trained as long as the most stages take.
@@ -156,7 +174,7 @@ class Run:
     Attributes:
         purpose: one of `PURPOSES`.
         network: a name of `tf_lowbit.models`, or one with a width: `at_width`.
-        method: a key of `METHODS`, `ABLATIONS`, `STARTS` or `MIXED`, or `FLOAT`.
+        method: a key of `METHODS` or `VARIANTS`, or `FLOAT`.
         bits: of weights and activations; None for a float network. Of mixed bits, the
             uniform ones whose cost they may have.
         seed: of data order, augmentation, initial weights and draws.
@@ -315,6 +333,13 @@ def phases(settings: Settings, seeds: int = 5, dear: int = 3) -> dict[str, list[
             for bits in MIXED_AS
             # As many as the uniform bits have that they stand beside.
             for run in rows("mixed", small, MIXED, bits, seeds if bits == two else dear)
+        ],
+        "all layers": [
+            run
+            for bits in ALL_LAYERS_AS
+            for run in rows(
+                "mixed", small, ALL_LAYERS, bits, seeds if bits == two else dear
+            )
         ],
         "float 20": starts(large, range(dear)),
         "W2A2 20": rows("equal", large, LEADING, two, dear),

@@ -60,6 +60,7 @@ def test_the_tuning_goes_on_until_the_best_rate_stands_between_others(tmp_path):
             "TS+PQ, abrupt": 0.1,
             "LSQ, mixed bits": 0.003,
             "LSQ, mixed weights": 0.003,
+            **dict.fromkeys(sweep.ALL_LAYERS, 0.003),
         }
     assert rates["float", None] == 0.1
     # 0.03, 0.1 and 0.3 for six and float; one or two more for the others.
@@ -233,7 +234,8 @@ for method in ("plain", *sweep.STARTS):
     # Calibrating takes what lies beyond the clip into the normalisations.
     is_same = all(np.array_equal(before[n], layer.gamma) for n, layer in norms.items())
     print(f"{method}:", is_from_float, {s.warmup for s in stages}, is_same)
-for purpose, method in [("equal", "LSQ"), *(("mixed", name) for name in sweep.MIXED)]:
+low = [*sweep.MIXED, *sweep.ALL_LAYERS]
+for purpose, method in [("equal", "LSQ"), *(("mixed", name) for name in low)]:
     one = dataclasses.replace(run, purpose=purpose, method=method)
     accuracy_run.perform(one, settings, folder)
 for purpose, method, bits in (("equal", "plain", (2, 2)), ("float", "float", None)):
@@ -296,6 +298,18 @@ for purpose, method, bits in (("equal", "plain", (2, 2)), ("float", "float", Non
         quantized = [bits for bits in mixed["layer_bits"].values() if [32] not in bits]
         assert len({str(bits) for bits in quantized}) > 1
     assert {str(activations) for _, activations in quantized} == {"[2]"}
+    # Nothing is left in float; again some differ, within the cost of uniform ones.
+    bare, mixed, safe = (
+        sweep.read(folder, dataclasses.replace(run, purpose="mixed", method=method))
+        for method in sweep.ALL_LAYERS
+    )
+    assert {str(bits) for bits in bare["layer_bits"].values()} == {"[[2], [2]]"}
+    assert all(mixed[cost] <= bare[cost] for cost in ("weight_bytes", "bops"))
+    assert len({str(bits) for bits in mixed["layer_bits"].values()}) > 1
+    assert not any([32] in bits for bits in mixed["layer_bits"].values())
+    assert safe["layer_bits"].pop("stem") == [[8], [8]]
+    assert safe["layer_bits"].pop("head") == [[8], [8]]
+    assert {str(bits) for bits in safe["layer_bits"].values()} == {"[[2], [2]]"}
     with np.load(folder / sweep.start_file("preact_resnet8", 0)) as file:
         for name, value in start.items():
             np.testing.assert_array_equal(file[name], value)

@@ -138,6 +138,18 @@ def test_mixed_bits_stand_beside_uniform_ones_of_the_same_cost(made_up):
     ]
 
 
+def test_bits_of_all_layers_stand_beside_uniform_ones(made_up):
+    names = ["LSQ, all layers", "LSQ, all layers, mixed bits"]
+    for name, accuracy in zip(names, (0.80, 0.82), strict=True):
+        put(made_up, low_bit(name, 0, (4, 4), "mixed"), accuracy)
+    lines = accuracy_report.tables(made_up)["all layers"].splitlines()[2:]
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
+    assert cells == [
+        ["LSQ, all layers, W4A4", "1", "1000", "1.00", "80.00", "—"],
+        ["LSQ, all layers, mixed bits", "1", "1000", "1.00", "82.00", "+2.00"],
+    ]
+
+
 def test_wider_networks_stand_beside_their_own_float_network(made_up):
     wide = sweep.at_width("preact_resnet8", 16)
     assert sweep.name_and_width(wide, SETTINGS) == ("preact_resnet8", 16)
