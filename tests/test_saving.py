@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -206,6 +207,20 @@ def test_a_file_of_an_earlier_version_loads(name):
 def test_a_keras_file_needs_no_loader_of_ours(trained, tmp_path):
     trained["lsq"].save(tmp_path / "net.keras")
     assert_same(keras.models.load_model(tmp_path / "net.keras"), trained["lsq"])
+
+
+def test_an_archive_is_read_from_start_to_end(trained, tmp_path, monkeypatch):
+    """Going back within a ZIP is reading it anew: hours where it is large."""
+    trained["lsq"].save(tmp_path / "net.keras")
+
+    def seek(self, *arguments):
+        raise AssertionError("Received: a seek within the ZIP")
+
+    monkeypatch.setattr(zipfile.ZipExtFile, "seek", seek)
+    assert_same(load_model(tmp_path / "net.keras"), trained["lsq"])
+    # Keras itself is as it was.
+    with pytest.raises(AssertionError, match="a seek"):
+        keras.models.load_model(tmp_path / "net.keras")
 
 
 @pytest.mark.parametrize("name", ["absent.keras", "absent.h5", "absent"])

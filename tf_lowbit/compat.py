@@ -6,7 +6,11 @@ this module, so that there is one answer to "which Keras". What has no public
 name in TensorFlow or Keras is reached here and nowhere else.
 """
 
+import contextlib
 import os
+import shutil
+import tempfile
+import threading
 
 os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
 
@@ -16,6 +20,7 @@ import tf_keras as keras
 from tensorflow.python.ops import control_flow_util
 from tf_keras.src.engine.compile_utils import LossesContainer, MetricsContainer
 from tf_keras.src.mixed_precision import autocast_variable
+from tf_keras.src.saving import saving_lib
 
 __all__ = [
     "LossesContainer",
@@ -25,7 +30,9 @@ __all__ = [
     "keras",
     "tf",
     "tfmot",
+    "unpacked_archives",
 ]
+_UNPACKING = threading.RLock()
 
 
 def as_float32(value):
@@ -53,3 +60,40 @@ def in_xla_context() -> bool:
     return control_flow_util.GraphOrParentsInXlaContext(
         tf.compat.v1.get_default_graph()
     )
+
+
+@contextlib.contextmanager
+def unpacked_archives():
+    """Within it, Keras unpacks the weights of a `.keras` file before it reads them.
+
+    By itself it reads HDF5 within the ZIP, where Python goes back by reading from the
+    start again: what takes a second for a small network takes hours for a large one.
+    """
+    with _UNPACKING:
+        original = saving_lib.H5IOStore
+        saving_lib.H5IOStore = _UnpackedStore
+        try:
+            yield
+        finally:
+            saving_lib.H5IOStore = original
+
+
+class _UnpackedStore(saving_lib.H5IOStore):
+    def __init__(self, root_path, archive=None, mode="r"):
+        if archive is not None and mode == "r":
+            archive = _Unpacked(archive)
+        super().__init__(root_path, archive, mode)
+
+
+class _Unpacked:
+    """A ZIP whose files are copied to temporary ones when they are opened."""
+
+    def __init__(self, archive):
+        self._archive = archive
+
+    def open(self, name, mode="r"):
+        file = tempfile.TemporaryFile()  # noqa: SIM115 (Keras closes it)
+        with self._archive.open(name, mode) as packed:
+            shutil.copyfileobj(packed, file, 2**20)
+        file.seek(0)
+        return file

@@ -2,7 +2,7 @@
 
 import sys
 
-from tf_lowbit.compat import keras, tfmot
+from tf_lowbit.compat import keras, tfmot, unpacked_archives
 from tf_lowbit.scheme.output_names import NamedOutputs
 from tf_lowbit.scheme.wrapper import LowBitWrapper
 
@@ -37,5 +37,5 @@ def load_model(path, **arguments) -> keras.Model:
     """
     # A network within another one is read without its package's name in HDF5.
     own = {kind.__name__: kind for kind in (LowBitWrapper, NamedOutputs)}
-    with tfmot.quantization.keras.quantize_scope(own):
+    with tfmot.quantization.keras.quantize_scope(own), unpacked_archives():
         return keras.models.load_model(path, **arguments)
