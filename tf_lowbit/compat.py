@@ -92,7 +92,7 @@ class _Unpacked:
         self._archive = archive
 
     def open(self, name, mode="r"):
-        file = tempfile.TemporaryFile()  # noqa: SIM115 (Keras closes it)
+        file = tempfile.TemporaryFile()  # Keras closes it.
         with self._archive.open(name, mode) as packed:
             shutil.copyfileobj(packed, file, 2**20)
         file.seek(0)
