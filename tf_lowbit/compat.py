@@ -18,13 +18,16 @@ import tensorflow as tf
 import tensorflow_model_optimization as tfmot
 import tf_keras as keras
 from tensorflow.python.ops import control_flow_util
+from tf_keras.src.applications.convnext import LayerScale, StochasticDepth
 from tf_keras.src.engine.compile_utils import LossesContainer, MetricsContainer
 from tf_keras.src.mixed_precision import autocast_variable
 from tf_keras.src.saving import saving_lib
 
 __all__ = [
+    "LayerScale",
     "LossesContainer",
     "MetricsContainer",
+    "StochasticDepth",
     "as_float32",
     "in_xla_context",
     "keras",

@@ -1,15 +1,18 @@
 """Loading quantized models without scopes."""
 
-import sys
-
-from tf_lowbit.compat import keras, tfmot, unpacked_archives
+from tf_lowbit.compat import (
+    LayerScale,
+    StochasticDepth,
+    keras,
+    tfmot,
+    unpacked_archives,
+)
 from tf_lowbit.scheme.output_names import NamedOutputs
 from tf_lowbit.scheme.wrapper import LowBitWrapper
 
 # Keras saves these two layers of its ConvNeXt, and cannot load what it saved: they are
 # neither public nor registered.
-_convnext = sys.modules[keras.applications.ConvNeXtTiny.__module__]
-for _kind in (_convnext.LayerScale, _convnext.StochasticDepth):
+for _kind in (LayerScale, StochasticDepth):
     if keras.utils.get_registered_name(_kind) == _kind.__name__:
         keras.utils.register_keras_serializable(package="tf_keras")(_kind)
 

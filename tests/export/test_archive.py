@@ -222,6 +222,8 @@ def computed(layer, sources):
 
 def activations(name, x):
     """Float activations by name."""
+    if name == "gelu":
+        return x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2
     gate = 1 / (1 + np.exp(-x))
     if name in ("sigmoid", "swish"):
         return gate if name == "sigmoid" else gate * x
@@ -534,6 +536,7 @@ def test_float_layers_are_what_the_text_says(tmp_path):
     x = layers.ReLU(name="relu")(layers.Conv2D(4, 1, name="mid")(x))
     x = layers.AveragePooling2D(3, strides=2, padding="same", name="pool")(x)
     x = layers.Activation("swish", name="swish")(layers.Flatten(name="flat")(x))
+    x = layers.Dense(5, activation="gelu", name="hidden")(x)
     model = keras.Model(image, layers.Dense(3, name="head")(x))
     network = quantized(model, [rule(4, 4)], images())
     snapped, found = saved(network, tmp_path, images())

@@ -9,6 +9,7 @@ from tests.export.networks import (
     assert_as_trained,
     branched,
     conv_bn_relu,
+    differing_codes,
     finished,
     images,
     layers,
@@ -18,7 +19,7 @@ from tests.export.networks import (
     quantize,
 )
 from tf_lowbit import export
-from tf_lowbit.compat import keras, tf
+from tf_lowbit.compat import LayerScale, StochasticDepth, keras, tf
 from tf_lowbit.export import comparing, elementwise, twin
 from tf_lowbit.scheme import graph
 
@@ -127,6 +128,8 @@ def test_tensors_are_joined_by_layers_and_by_operators():
 
 
 ACTIVATIONS = {
+    "gelu_layer": layers.Activation("gelu"),
+    "gelu": lambda x: tf.nn.gelu(x, approximate=False),
     "swish": layers.Activation("swish"),
     "silu": tf.nn.silu,
     "sigmoid": tf.sigmoid,
@@ -146,6 +149,30 @@ def test_float_activations_are_computed_and_proved(case):
 
     model = quantize(network(body), [EDGE, Rule("inner", 2, 2)])
     proof = prove(model, images())
+    wanted, have = model(images()).numpy(), proof.snapped.twin(images()).numpy()
+    assert np.abs(have - wanted).max() <= 0.1 * np.abs(wanted).max()
+
+
+def test_a_block_of_convnext_leaves():
+    scale = LayerScale(0.5, 4, name="scale")
+
+    def body(x):
+        y = layers.Conv2D(4, 3, groups=4, padding="same", name="inner")(x)
+        y = layers.LayerNormalization(name="norm")(y)
+        y = layers.Activation("gelu", name="gelu")(layers.Dense(8, name="up")(y))
+        y = StochasticDepth(0.5, name="drop")(scale(layers.Dense(4, name="down")(y)))
+        return layers.ReLU(name="last_relu")(layers.Add(name="add")([x, y]))
+
+    made = network(body)
+    made.get_layer("scale").gamma.assign([0.5, -2.0, 0.0, 1.5])
+    model = quantize(
+        made, [EDGE, Rule(".*_relu", None, 3), Rule("inner|up|down", 3, 3)]
+    )
+    proof = prove(model, images())
+    assert isinstance(proof.layer("down"), twin.IntegerLinear)
+    assert not {"scale", "drop"} & {layer.name for layer in proof.snapped.twin.layers}
+    found = differing_codes(model, proof.snapped, images())
+    assert any(name.startswith("last_relu") for name in found)
     wanted, have = model(images()).numpy(), proof.snapped.twin(images()).numpy()
     assert np.abs(have - wanted).max() <= 0.1 * np.abs(wanted).max()
 
@@ -170,6 +197,8 @@ def test_settings_make_another_function():
     assert elementwise.activation(last_node(lambda x: tf.nn.silu(x, 2.0))[0]) is None
     named = last_node(lambda x: tf.nn.silu(x, beta=2.0))[0]
     assert elementwise.activation(named) is None
+    rough = last_node(lambda x: tf.nn.gelu(x, approximate=True))[0]
+    assert elementwise.activation(rough) is None
     last = last_node(lambda x: tf.nn.softmax(x, axis=-1, name="last"))[0]
     assert elementwise.activation(last) == "softmax"
 

@@ -81,7 +81,9 @@ network's tensor that comes out.
 | relu | max_value | `min(max(x, 0), max_value)`; null for no upper bound |
 | leaky_relu, prelu | alpha | `alpha x` below 0; a setting, or an array |
 | layer_norm | epsilon; gamma, beta | over the last axis, variance + epsilon; float |
-| activation | activation | linear, relu, relu6, sigmoid, softmax, swish or tanh |
+| activation | activation | gelu, linear, relu, relu6, sigmoid, softmax, swish or tanh |
+
+"gelu" is the exact one, `x (1 + erf(x / sqrt(2))) / 2`.
 
 **Padding** "valid" is none. "same" makes `ceil(size / stride)` outputs and pads
 `max((outputs - 1) * stride + (window - 1) * dilation + 1 - size, 0)` in all, half of it

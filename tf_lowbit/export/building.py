@@ -10,7 +10,7 @@ import dataclasses
 import numpy as np
 
 from tf_lowbit import inspection, quantizers
-from tf_lowbit.compat import keras
+from tf_lowbit.compat import StochasticDepth, keras
 from tf_lowbit.core import grid as core_grid
 from tf_lowbit.export import grids, thresholds, twin
 from tf_lowbit.export import linear as linears
@@ -21,7 +21,12 @@ from tf_lowbit.scheme import graph, registry
 from tf_lowbit.scheme.plan import edge_layers
 
 _layers = keras.layers
-DROPOUTS = (_layers.Dropout, _layers.SpatialDropout1D, _layers.SpatialDropout2D)
+DROPOUTS = (
+    _layers.Dropout,
+    _layers.SpatialDropout1D,
+    _layers.SpatialDropout2D,
+    StochasticDepth,
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ what they do is in their `symbol`, and their constants are in the call.
 import numpy as np
 
 from tf_lowbit import inspection
-from tf_lowbit.compat import keras
+from tf_lowbit.compat import LayerScale, keras
 from tf_lowbit.export.linear import ExportError
 from tf_lowbit.scheme import registry
 
@@ -24,6 +24,7 @@ _OPERATORS = {
 _ACTIVATIONS = {
     "math.sigmoid": "sigmoid",
     "math.tanh": "tanh",
+    "nn.gelu": "gelu",
     "nn.relu": "relu",
     "nn.relu6": "relu6",
     "nn.silu": "swish",
@@ -60,6 +61,8 @@ def scale(node) -> tuple[np.ndarray, np.ndarray] | None:
         return 1.0 / deviation, -mean / deviation
     if type(layer) is _layers.Rescaling:
         return np.ravel(_array(layer.scale)), np.ravel(_array(layer.offset))
+    if type(layer) is LayerScale:
+        return _array(layer.gamma), np.zeros(1)
     if _symbol(layer) in _OPERATORS and len(node.keras_inputs) == 1:
         return _scale_of_operator(node, _OPERATORS[_symbol(layer)])
     return None
@@ -88,11 +91,11 @@ def activation(node) -> str | None:
     if type(layer) is _layers.Activation:
         return keras.activations.serialize(layer.activation)
     named = [value for key, value in node.call_kwargs.items() if key != "name"]
-    settings = [s for s in (*node.call_args[1:], *named) if s is not None]
+    settings = [s for s in (*node.call_args[1:], *named) if s not in (None, False)]
     if type(layer) is _layers.Softmax:
         settings = [layer.axis]
     elif _symbol(layer) != "nn.softmax":
-        # Such as silu's `beta`: another function.
+        # Such as silu's `beta`, gelu's `approximate`: another function.
         return None if settings else _ACTIVATIONS.get(_symbol(layer))
     if not set(settings) <= {-1, len(node.output_shapes) - 1}:
         raise ExportError(

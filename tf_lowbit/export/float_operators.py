@@ -9,6 +9,7 @@ from tf_lowbit.export.operators import OperatorWriter, four, linear_options, ori
 
 _layers = keras.layers
 _ACTIVATIONS = {
+    "gelu": "GELU",
     "relu": "RELU",
     "relu6": "RELU6",
     "sigmoid": "LOGISTIC",
@@ -81,7 +82,10 @@ class FloatWriter(OperatorWriter):
         if kind == "swish":
             return self._swish(layer, index, node.output_shapes), None
         result = self.file.activation(layer.name, node.output_shapes, np.float32)
-        options = schema.SoftmaxOptionsT(1.0) if kind == "softmax" else None
+        options = {
+            "gelu": schema.GeluOptionsT(False),
+            "softmax": schema.SoftmaxOptionsT(1.0),
+        }.get(kind)
         self.operator(_ACTIVATIONS[kind], [index], [result], options)
         return result, None
 

@@ -29,6 +29,7 @@ FLOAT_VERSIONS = {
     "CONV_2D": 1,
     "DEPTHWISE_CONV_2D": 2,
     "FULLY_CONNECTED": 1,
+    "GELU": 1,
     "LEAKY_RELU": 1,
     "LOGISTIC": 1,
     "MAXIMUM": 1,

@@ -30,7 +30,10 @@ _CODE_KEEPING = (
 )
 # Layers that compute with floats, as they are.
 _FLOAT_LAYERS = (_layers.LayerNormalization, _layers.LeakyReLU, _layers.PReLU)
-_FLOAT_ACTIVATIONS = tuple("linear relu relu6 sigmoid softmax swish tanh".split())
+_FLOAT_ACTIVATIONS = (
+    *("gelu", "linear", "relu", "relu6"),
+    *("sigmoid", "softmax", "swish", "tanh"),
+)
 _KINDS = {
     _layers.Conv1D: twin.CONV,
     _layers.Conv2D: twin.CONV,
