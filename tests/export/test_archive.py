@@ -31,6 +31,9 @@ def chain():
     x = layers.DepthwiseConv2D(3, padding="same", depth_multiplier=2, name="spread")(x)
     x = layers.ReLU(name="relu2")(layers.BatchNormalization(name="bn2")(x))
     x = layers.MaxPooling2D(2, strides=1, name="pool")(x)
+    x = layers.Cropping2D(((1, 0), (0, 1)), name="crop")(
+        layers.ZeroPadding2D(((0, 1), (1, 0)), name="pad")(x)
+    )
     x = layers.Conv2D(5, 2, dilation_rate=2, name="mid")(x)
     x = layers.ReLU(name="relu3")(layers.BatchNormalization(name="bn3")(x))
     x = layers.Dense(7, name="dense")(layers.Flatten(name="flat")(x))
@@ -188,6 +191,9 @@ def computed(layer, sources):
             return view.max(axis=(-1, -2))
         case "zero_pad":
             return np.pad(x, [(0, 0), *s["padding"], (0, 0)])
+        case "crop":
+            (top, bottom), (left, right) = s["cropping"]
+            return x[:, top : x.shape[1] - bottom, left : x.shape[2] - right]
         case "flatten":
             return x.reshape(len(x), -1)
         case "global_average_pool":

@@ -153,6 +153,7 @@ GROUPS = {
             "conv1d_stride_2": conv1d(3, strides=2, padding="same"),
             "conv1d_dilated": conv1d(3, dilation_rate=2, padding="same"),
             "padded": behind(lambda: layers.ZeroPadding1D((1, 2)), conv1d(3)),
+            "cropped": behind(lambda: layers.Cropping1D((1, 2)), conv1d(3)),
             "max_pooled": behind(lambda: layers.MaxPooling1D(2), conv1d(3)),
             "max_pooled_same": behind(
                 lambda: layers.MaxPooling1D(3, 2, padding="same"), conv1d(2)
@@ -187,6 +188,7 @@ GROUPS = {
             "global_max_pool_keepdims": behind(
                 lambda: layers.GlobalMaxPooling2D(keepdims=True)
             ),
+            "cropping": behind(lambda: layers.Cropping2D(((1, 0), (2, 1)))),
             "padding": behind(lambda: layers.ZeroPadding2D(((1, 0), (2, 1)))),
             "permuted": behind(lambda: layers.Permute((2, 1, 3))),
             "reshaped": behind(lambda: layers.Reshape((-1, 7, 4))),
@@ -486,7 +488,6 @@ UNKNOWN = {
     "separable": lambda: layers.SeparableConv2D(4, 3, name="odd"),
     "transposed": lambda: layers.Conv2DTranspose(4, 3, name="odd"),
     "upsampling": lambda: layers.UpSampling2D(2, name="odd"),
-    "cropping": lambda: layers.Cropping2D(1, name="odd"),
     "elu": lambda: layers.Activation("elu", name="odd"),
     "relu_of_one": lambda: layers.ReLU(1.0, name="odd"),
     "group_norm": lambda: layers.GroupNormalization(2, name="odd"),

@@ -72,6 +72,7 @@ network's tensor that comes out.
 | average_pool | pool_size, strides, padding | float; borders do not count |
 | global_max_pool, global_average_pool | keepdims | over height and width |
 | zero_pad | padding | [before, after] of width, or of height and of width |
+| crop | cropping | [before, after] of width, or of height and of width |
 | flatten, reshape | | C order; to `shape` |
 | permute | dims | output axis i is input axis dims[i]; the batch is axis 0 |
 | concatenate | axis | |
@@ -119,6 +120,7 @@ FORMS = {
     "average_pool": (_POOL, ()),
     "concatenate": (("axis",), ()),
     "conv": (_WINDOW, ("kernel", "bias")),
+    "crop": (("cropping",), ()),
     "dense": ((), ("kernel", "bias")),
     "depthwise": (_WINDOW, ("kernel", "bias")),
     "flatten": ((), ()),

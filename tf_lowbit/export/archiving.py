@@ -29,6 +29,8 @@ _TYPES = {
     _layers.Concatenate: "concatenate",
     _layers.Conv1D: "conv",
     _layers.Conv2D: "conv",
+    _layers.Cropping1D: "crop",
+    _layers.Cropping2D: "crop",
     _layers.Dense: "dense",
     _layers.DepthwiseConv2D: "depthwise",
     _layers.Flatten: "flatten",

@@ -19,6 +19,7 @@ INTEGER_VERSIONS = {
     "PAD": 2,
     "QUANTIZE": 1,
     "RESHAPE": 1,
+    "STRIDED_SLICE": 2,
     "TRANSPOSE": 2,
 }
 INT4_VERSIONS = {"CONV_2D": 7, "DEPTHWISE_CONV_2D": 7, "FULLY_CONNECTED": 10}
@@ -44,6 +45,7 @@ FLOAT_VERSIONS = {
     "RESHAPE": 1,
     "RSQRT": 1,
     "SOFTMAX": 1,
+    "STRIDED_SLICE": 1,
     "SUB": 1,
     "TANH": 1,
     "TRANSPOSE": 1,

@@ -19,6 +19,8 @@ from tf_lowbit.scheme import graph, registry
 _layers = keras.layers
 # Layers that only move or select codes.
 _CODE_KEEPING = (
+    _layers.Cropping1D,
+    _layers.Cropping2D,
     _layers.Flatten,
     _layers.GlobalMaxPooling2D,
     _layers.MaxPooling1D,

@@ -244,6 +244,21 @@ class _Writer(FloatWriter):
         self.operator("PAD", [index, table], [result], schema.PadOptionsT(), grid)
         return result, grid
 
+    def _crop(self, layer, sources, node):
+        ((index, grid),) = sources
+        sides = layer.cropping
+        if isinstance(layer, _layers.Cropping1D):
+            sides = [sides]
+        begin = np.array([0, *(before for before, _ in sides), 0], np.int32)
+        # The batch is taken whole, by the masks.
+        end = begin + np.array([s or 0 for s in node.output_shapes], np.int32)
+        parts = {"begin": begin, "end": end, "strides": np.ones_like(end)}
+        tables = [self.file.constant(f"{layer.name}/{n}", t) for n, t in parts.items()]
+        result = self.like(layer.name, node.output_shapes, grid)
+        options = schema.StridedSliceOptionsT(beginMask=1, endMask=1)
+        self.operator("STRIDED_SLICE", [index, *tables], [result], options, grid)
+        return result, grid
+
     def _permute(self, layer, sources, node):
         ((index, grid),) = sources
         order = np.array((0, *layer.dims), np.int32)
@@ -303,6 +318,8 @@ _METHODS = {
     twin.IntegerAdd: _Writer._integer_add,
     _layers.AveragePooling2D: _Writer._pool,
     _layers.Concatenate: _Writer._concatenate,
+    _layers.Cropping1D: _Writer._crop,
+    _layers.Cropping2D: _Writer._crop,
     _layers.Flatten: _Writer._reshape,
     _layers.GlobalMaxPooling2D: _Writer._pool,
     _layers.MaxPooling1D: _Writer._pool,
