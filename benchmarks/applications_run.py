@@ -141,6 +141,8 @@ def _go_through(model, images, found):
             lambda: tfl.export.verify(file, result, [images], verbose=0),
         )
         found["steps"]["verify"] = report.ok
+        if not report.ok:
+            raise StepError(f"verify: {'; '.join(report.failures)}")
 
 
 if __name__ == "__main__":

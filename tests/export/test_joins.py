@@ -168,6 +168,24 @@ def test_a_sum_far_larger_than_its_identity_does_not_clip():
     np.testing.assert_allclose(have, trained, atol=2 * np.abs(trained).max() / 127)
 
 
+@pytest.mark.parametrize(("count", "own"), [(5, 0), (6, 1)])
+def test_a_concatenation_of_many(count, own):
+    """XNNPACK joins five tensors at most; TFLite's own kernel joins more."""
+
+    def body(x, name):
+        parts = [conv_bn_relu(x, 2, name=f"part{i}") for i in range(count)]
+        return conv(3)(layers.Concatenate(name="all")(parts), name)
+
+    model = quantize(branched({"after": body}, (6, 6, 3)), EVERYWHERE)
+    x = normals(8, (6, 6, 3))
+    proof = prove(model, x, not_delegated=["CONCATENATION"] * own)
+    assert "all" not in proof.notes
+    codes = differing_codes(model, proof.snapped, x)
+    assert sum(found for found, _ in codes.values()) <= NEAR_TIES * sum(
+        size for _, size in codes.values()
+    )
+
+
 def test_a_concatenation_of_different_grids_is_noted():
     def body(x, name):
         y = layers.ReLU(name="finer_relu")(layers.Conv2D(3, 1, name="finer")(x))

@@ -181,11 +181,17 @@ def _check_delegation(content, snapped, report) -> bool:
         for layer in twin.integer_layers(snapped.twin)
         if layer.storage == "int4"
     ]
-    # XNNPACK takes no pool of one element; it moves codes, in whichever kernel.
+    # XNNPACK takes no pool of one element and joins no more than five tensors; both
+    # move codes, in whichever kernel.
     expected += [
         "MAX_POOL_2D"
         for layer in snapped.twin.layers
         if isinstance(layer, _MAX_POOLS) and set(layer.pool_size) == {1}
+    ]
+    expected += [
+        "CONCATENATION"
+        for layer in snapped.twin.layers
+        if isinstance(layer, keras.layers.Concatenate) and len(layer.input) > 5
     ]
     if any(detail["dtype"] == np.uint8 for detail in runner.inputs):
         expected.append("QUANTIZE")
