@@ -194,7 +194,9 @@ def test_a_softmax_over_another_axis_is_refused(function):
 
 def test_settings_make_another_function():
     assert elementwise.activation(last_node(tf.nn.silu)[0]) == "swish"
-    assert elementwise.activation(last_node(lambda x: tf.nn.silu(x, 2.0))[0]) is None
+    for beta in (2.0, 0.0, np.array([1.0, 2.0, 3.0], np.float32)):
+        node, _ = last_node(lambda x, beta=beta: tf.nn.silu(x, beta))
+        assert elementwise.activation(node) is None
     named = last_node(lambda x: tf.nn.silu(x, beta=2.0))[0]
     assert elementwise.activation(named) is None
     rough = last_node(lambda x: tf.nn.gelu(x, approximate=True))[0]

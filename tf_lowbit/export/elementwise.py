@@ -91,7 +91,8 @@ def activation(node) -> str | None:
     if type(layer) is _layers.Activation:
         return keras.activations.serialize(layer.activation)
     named = [value for key, value in node.call_kwargs.items() if key != "name"]
-    settings = [s for s in (*node.call_args[1:], *named) if s not in (None, False)]
+    given = (*node.call_args[1:], *named)
+    settings = [s for s in given if s is not None and s is not False]
     if type(layer) is _layers.Softmax:
         settings = [layer.axis]
     elif _symbol(layer) != "nn.softmax":
