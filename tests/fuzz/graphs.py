@@ -157,13 +157,17 @@ def blocks() -> st.SearchStrategy[Block]:
 def graphs(draw) -> Graph:
     """Networks that can be quantized and exported."""
     weight_quantizer = draw(st.sampled_from(("dorefa", "lsq", "uniform")))
+    inside = draw(st.lists(blocks(), min_size=1, max_size=3))
+    # A linear layer gives the head floats of a signed grid.
+    hidden = draw(st.sampled_from(("relu", "linear", None)))
+    # Of a block and the head, most have nothing but a first and a last layer.
+    is_bare = len(inside) == 1 and inside[0].kind not in ("residual", "gated")
     return Graph(
         size=draw(st.integers(4, 8)),
         channels=draw(st.integers(1, 3)),
-        blocks=tuple(draw(st.lists(blocks(), min_size=1, max_size=3))),
+        blocks=tuple(inside),
         head=draw(st.sampled_from(("average", "max", "flatten"))),
-        # A linear layer gives the head floats of a signed grid.
-        hidden=draw(st.sampled_from(("relu", "linear", None))),
+        hidden=hidden,
         classes=draw(st.integers(1, 4)),
         # 8-bit DoReFa weights do not fit into int8; a signed activation needs 2 bits.
         weight_bits=draw(st.integers(1, 7 if weight_quantizer == "dorefa" else 8)),
@@ -172,7 +176,7 @@ def graphs(draw) -> Graph:
         activation_quantizer=draw(
             st.sampled_from(("dorefa", "lsq", "pact", "uniform"))
         ),
-        edges=draw(st.booleans()),
+        edges=draw(st.booleans()) or (is_bare and hidden is None),
         residual_bits=draw(st.sampled_from((8, None))),
         nested=draw(st.booleans()),
     )
