@@ -31,6 +31,7 @@ def chain():
     x = layers.DepthwiseConv2D(3, padding="same", depth_multiplier=2, name="spread")(x)
     x = layers.ReLU(name="relu2")(layers.BatchNormalization(name="bn2")(x))
     x = layers.MaxPooling2D(2, strides=1, name="pool")(x)
+    x = layers.UpSampling2D((1, 2), name="up")(x)
     x = layers.Cropping2D(((1, 0), (0, 1)), name="crop")(
         layers.ZeroPadding2D(((0, 1), (1, 0)), name="pad")(x)
     )
@@ -194,6 +195,9 @@ def computed(layer, sources):
         case "crop":
             (top, bottom), (left, right) = s["cropping"]
             return x[:, top : x.shape[1] - bottom, left : x.shape[2] - right]
+        case "upsample":
+            height, width = s["size"]
+            return x.repeat(height, axis=1).repeat(width, axis=2)
         case "flatten":
             return x.reshape(len(x), -1)
         case "global_average_pool":

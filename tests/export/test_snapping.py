@@ -487,7 +487,7 @@ UNKNOWN = {
     "layer_norm_of_rows": lambda: layers.LayerNormalization(2, name="odd"),
     "separable": lambda: layers.SeparableConv2D(4, 3, name="odd"),
     "transposed": lambda: layers.Conv2DTranspose(4, 3, name="odd"),
-    "upsampling": lambda: layers.UpSampling2D(2, name="odd"),
+    "upsampling": lambda: layers.UpSampling2D(2, interpolation="bilinear", name="odd"),
     "elu": lambda: layers.Activation("elu", name="odd"),
     "relu_of_one": lambda: layers.ReLU(1.0, name="odd"),
     "group_norm": lambda: layers.GroupNormalization(2, name="odd"),
@@ -503,6 +503,31 @@ def test_a_layer_without_a_form_is_named(case):
     model = _inner(UNKNOWN[case]())
     with pytest.raises(export.ExportError, match="odd"):
         export.snap(model, [normals()])
+
+
+@pytest.mark.parametrize("size", [(2, 2), (3, 7)])
+def test_nearest_upsampling_moves_codes(size):
+    """As in a U-Net: what is above and what was below are joined."""
+
+    def body(x, name):
+        y = conv(3, padding="same", strides=2)(x, "below")
+        y = layers.UpSampling2D(size, name="up")(y)
+        y = layers.Cropping2D(((0, y.shape[1] - 9), (0, y.shape[2] - 7)))(y)
+        return conv(3)(layers.Concatenate(name="both")([x, y]), name)
+
+    model = quantize(branched({"after": body}, (9, 7, 3)), EVERYWHERE)
+    x = normals(8, (9, 7, 3))
+    # XNNPACK has no such operator.
+    proof = prove(model, x, not_delegated=["RESIZE_NEAREST_NEIGHBOR"])
+    assert_as_trained(proof, x)
+
+
+def test_upsampled_floats_are_computed_as_they_are():
+    def body(x):
+        return layers.UpSampling2D(2, name="up")(layers.Activation("swish")(x))
+
+    model = quantize(network(body), [EDGE])
+    prove(model, images(), not_delegated=["RESIZE_NEAREST_NEIGHBOR"])
 
 
 def test_a_recurrent_layer_is_named():

@@ -73,6 +73,7 @@ network's tensor that comes out.
 | global_max_pool, global_average_pool | keepdims | over height and width |
 | zero_pad | padding | [before, after] of width, or of height and of width |
 | crop | cropping | [before, after] of width, or of height and of width |
+| upsample | size | each value `size[0]` times in height, `size[1]` times in width |
 | flatten, reshape | | C order; to `shape` |
 | permute | dims | output axis i is input axis dims[i]; the batch is axis 0 |
 | concatenate | axis | |
@@ -138,6 +139,7 @@ FORMS = {
     "reshape": ((), ()),
     "to_codes": ((), ()),
     "to_values": ((), ()),
+    "upsample": (("size",), ()),
     "zero_pad": (("padding",), ()),
 }
 _INTEGER = ("integer_conv", "integer_dense", "integer_depthwise", "integer_scale")

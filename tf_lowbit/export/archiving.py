@@ -45,6 +45,7 @@ _TYPES = {
     _layers.PReLU: "prelu",
     _layers.ReLU: "relu",
     _layers.Reshape: "reshape",
+    _layers.UpSampling2D: "upsample",
     _layers.ZeroPadding1D: "zero_pad",
     _layers.ZeroPadding2D: "zero_pad",
 }

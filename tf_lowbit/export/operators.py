@@ -19,6 +19,7 @@ INTEGER_VERSIONS = {
     "PAD": 2,
     "QUANTIZE": 1,
     "RESHAPE": 1,
+    "RESIZE_NEAREST_NEIGHBOR": 3,
     "STRIDED_SLICE": 2,
     "TRANSPOSE": 2,
 }
@@ -43,6 +44,7 @@ FLOAT_VERSIONS = {
     "RELU": 1,
     "RELU6": 1,
     "RESHAPE": 1,
+    "RESIZE_NEAREST_NEIGHBOR": 3,
     "RSQRT": 1,
     "SOFTMAX": 1,
     "STRIDED_SLICE": 1,

@@ -176,23 +176,7 @@ def _check_delegation(content, snapped, report) -> bool:
             f"the file cannot be run: {str(error).strip().splitlines()[0]}"
         )
         return False
-    expected = [
-        _OPERATOR[layer.kind]
-        for layer in twin.integer_layers(snapped.twin)
-        if layer.storage == "int4"
-    ]
-    # XNNPACK takes no pool of one element and joins no more than five tensors; both
-    # move codes, in whichever kernel.
-    expected += [
-        "MAX_POOL_2D"
-        for layer in snapped.twin.layers
-        if isinstance(layer, _MAX_POOLS) and set(layer.pool_size) == {1}
-    ]
-    expected += [
-        "CONCATENATION"
-        for layer in snapped.twin.layers
-        if isinstance(layer, keras.layers.Concatenate) and len(layer.input) > 5
-    ]
+    expected = [name for layer in snapped.twin.layers if (name := _left_out(layer))]
     if any(detail["dtype"] == np.uint8 for detail in runner.inputs):
         expected.append("QUANTIZE")
     for name in set(report.not_delegated):
@@ -208,6 +192,22 @@ _OPERATOR = {
     twin.DEPTHWISE: "DEPTHWISE_CONV_2D",
     twin.SCALE: "DEPTHWISE_CONV_2D",
 }
+
+
+def _left_out(layer) -> str | None:
+    """The operator of a layer that XNNPACK does not take, or None.
+
+    But for INT4 weights, all that these do is to move codes, in whichever kernel.
+    """
+    if isinstance(layer, twin.IntegerLinear) and layer.storage == "int4":
+        return _OPERATOR[layer.kind]
+    if isinstance(layer, _MAX_POOLS) and set(layer.pool_size) == {1}:
+        return "MAX_POOL_2D"
+    if isinstance(layer, keras.layers.Concatenate) and len(layer.input) > 5:
+        return "CONCATENATION"
+    if isinstance(layer, keras.layers.UpSampling2D):
+        return "RESIZE_NEAREST_NEIGHBOR"
+    return None
 
 
 def _check_decisions(snapped, tensors, expected, report) -> None:

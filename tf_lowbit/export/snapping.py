@@ -27,6 +27,7 @@ _CODE_KEEPING = (
     _layers.MaxPooling2D,
     _layers.Permute,
     _layers.Reshape,
+    _layers.UpSampling2D,
     _layers.ZeroPadding1D,
     _layers.ZeroPadding2D,
 )
@@ -340,6 +341,11 @@ class _Snapper(Builder):
         made.set_weights(weights)
 
     def _keep_codes(self, value, source, layer, name=None) -> None:
+        if getattr(layer, "interpolation", "nearest") != "nearest":
+            raise ExportError(
+                "Upsampling must be by interpolation='nearest', which moves codes. "
+                f"Received: {layer.name!r} with {layer.interpolation!r}"
+            )
         made = copy_of(layer, name or self.name(value.name))
         if self.can_be_codes(source):
             codes, value.grid = self.codes(source)

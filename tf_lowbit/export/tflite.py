@@ -259,6 +259,17 @@ class _Writer(FloatWriter):
         self.operator("STRIDED_SLICE", [index, *tables], [result], options, grid)
         return result, grid
 
+    def _upsample(self, layer, sources, node):
+        ((index, grid),) = sources
+        size = np.array(node.output_shapes[1:3], np.int32)
+        size = self.file.constant(f"{layer.name}/size", size)
+        result = self.like(layer.name, node.output_shapes, grid)
+        # By centres, no position comes to lie on the border of two.
+        options = schema.ResizeNearestNeighborOptionsT(False, True)
+        name = "RESIZE_NEAREST_NEIGHBOR"
+        self.operator(name, [index, size], [result], options, grid)
+        return result, grid
+
     def _permute(self, layer, sources, node):
         ((index, grid),) = sources
         order = np.array((0, *layer.dims), np.int32)
@@ -326,6 +337,7 @@ _METHODS = {
     _layers.MaxPooling2D: _Writer._pool,
     _layers.Permute: _Writer._permute,
     _layers.Reshape: _Writer._reshape,
+    _layers.UpSampling2D: _Writer._upsample,
     _layers.ZeroPadding1D: _Writer._pad,
     _layers.ZeroPadding2D: _Writer._pad,
 }
