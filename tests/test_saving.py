@@ -187,7 +187,7 @@ def test_a_fresh_process_loads_without_scopes(trained, tmp_path):
         np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["lsq.h5", "lsq.weights.h5"])
+@pytest.mark.parametrize("name", ["lsq.h5", "lsq.keras", "lsq.weights.h5"])
 def test_a_file_of_an_earlier_version_loads(name):
     """`tests/data/README.md` says how they were written."""
     path = DATA / f"version-0.1-{name}"
