@@ -210,7 +210,7 @@ def test_a_keras_file_needs_no_loader_of_ours(trained, tmp_path):
 
 
 def test_an_archive_is_read_from_start_to_end(trained, tmp_path, monkeypatch):
-    """Going back within a ZIP is reading it anew: hours where it is large."""
+    """Going back within a ZIP is reading it anew."""
     trained["lsq"].save(tmp_path / "net.keras")
 
     def seek(self, *arguments):

@@ -70,7 +70,7 @@ def unpacked_archives():
     """Within it, Keras unpacks the weights of a `.keras` file before it reads them.
 
     By itself it reads HDF5 within the ZIP, where Python goes back by reading from the
-    start again: what takes a second for a small network takes hours for a large one.
+    start again: the larger the file, the longer each of many steps back takes.
     """
     with _UNPACKING:
         original = saving_lib.H5IOStore

@@ -127,7 +127,6 @@ def test_gradients_of_groups_are_those_of_their_parts(groups, channels, highest)
             high=3,
             grid=grids.grid(1.0, 0, highest),
         )
-        layer.latent._trainable = True
         with tf.GradientTape() as tape:
             tape.watch([source, layer.latent])
             out = layer(source)
