@@ -19,11 +19,13 @@ import tensorflow_model_optimization as tfmot
 import tf_keras as keras
 from tensorflow.python.ops import control_flow_util
 from tf_keras.src.applications.convnext import LayerScale, StochasticDepth
+from tf_keras.src.applications.inception_resnet_v2 import CustomScaleLayer
 from tf_keras.src.engine.compile_utils import LossesContainer, MetricsContainer
 from tf_keras.src.mixed_precision import autocast_variable
 from tf_keras.src.saving import saving_lib
 
 __all__ = [
+    "CustomScaleLayer",
     "LayerScale",
     "LossesContainer",
     "MetricsContainer",

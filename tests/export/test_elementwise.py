@@ -19,7 +19,7 @@ from tests.export.networks import (
     quantize,
 )
 from tf_lowbit import export
-from tf_lowbit.compat import LayerScale, StochasticDepth, keras, tf
+from tf_lowbit.compat import CustomScaleLayer, LayerScale, StochasticDepth, keras, tf
 from tf_lowbit.export import comparing, elementwise, twin
 from tf_lowbit.scheme import graph
 
@@ -117,6 +117,7 @@ def test_tensors_are_joined_by_layers_and_by_operators():
         (layers.Add()([x, y]), np.add),
         (layers.Multiply()([x, y]), np.multiply),
         (x + y, np.add),
+        (CustomScaleLayer(0.2)([x, y]), np.add),
         (tf.multiply(x, y), np.multiply),
         (x - y, None),
         (x / y, None),
@@ -125,6 +126,16 @@ def test_tensors_are_joined_by_layers_and_by_operators():
         (x * pooled, None),
     ):
         assert elementwise.join(graph.producer(joined)) is wanted
+
+
+def test_of_joined_tensors_those_of_a_scaled_sum_have_factors():
+    x, y = keras.Input((4, 4, 3)), keras.Input((4, 4, 3))
+    for joined, wanted in (
+        (CustomScaleLayer(0.2)([x, y]), [1.0, 0.2]),
+        (layers.Add()([x, y, y]), [1.0, 1.0, 1.0]),
+        (x * y, [1.0, 1.0]),
+    ):
+        assert elementwise.factors(graph.producer(joined)) == wanted
 
 
 ACTIVATIONS = {

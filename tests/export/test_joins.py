@@ -21,7 +21,8 @@ from tests.export.networks import (
     quantize,
 )
 from tf_lowbit import export
-from tf_lowbit.compat import keras
+from tf_lowbit.compat import CustomScaleLayer, keras
+from tf_lowbit.export import twin
 
 
 def _branch(x, name, filters=None):
@@ -123,6 +124,68 @@ def test_a_float_residual_stream_is_rounded_and_noted(case):
     assert all("8 bits" in text for text in notes.values())
     # The rounding is 8 bits': few of the 2-bit codes behind it move.
     assert sum(count for count, _ in found.values()) <= 0.05 * sum(
+        size for _, size in found.values()
+    ), found
+
+
+def _of_a_convolution(x, name):
+    return x, _branch(x, f"{name}_up")
+
+
+def _of_codes_that_others_read(x, name):
+    y = conv_bn_relu(x, 3, name=f"{name}_up")
+    return layers.Conv2D(3, 1, name=f"{name}_other")(y), y
+
+
+def _of_the_same(x, name):
+    return x, x
+
+
+@pytest.mark.parametrize("factor", [0.2, 5.0, -0.7, 1.0, 0.0])
+@pytest.mark.parametrize(
+    "terms", [_of_a_convolution, _of_codes_that_others_read, _of_the_same]
+)
+def test_a_scaled_residual_stream_leaves(terms, factor):
+    # Inception-ResNet's sums.
+    def body(x, name):
+        x = CustomScaleLayer(factor, name=f"{name}_sum")(terms(x, name))
+        return conv(3)(layers.ReLU(name=f"{name}_sum_relu")(x), name)
+
+    model = quantize(branched({"block": body}, (6, 6, 3)), EVERYWHERE)
+    x = normals(8, (6, 6, 3))
+    proof = prove(model, x)
+    assert isinstance(proof.layer("block_sum"), twin.IntegerAdd)
+    assert sum(proof.report.additions.values()) == 0
+    assert len(proof.report.additions) == 1
+    # As of a float residual stream.
+    found = differing_codes(model, proof.snapped, x)
+    assert sum(count for count, _ in found.values()) <= 0.05 * sum(
+        size for _, size in found.values()
+    ), found
+    if terms is _of_a_convolution and factor:
+        grid = proof.layer("block_up").grid
+        values = keras.Model(model.inputs, model.get_layer("block_up_bn").output)(x)
+        # Odd ratios of the sum's step are never much more than what is needed.
+        largest = np.abs(factor * values.numpy()).max()
+        assert 0.99 * largest <= 128 * grid.step <= 2 * largest
+    scales_on_its_own = "block_sum_scaled" in {
+        layer.name for layer in proof.snapped.twin.layers
+    }
+    assert scales_on_its_own == (terms is not _of_a_convolution and factor != 1.0)
+
+
+def test_a_scaled_float_sum_stays_one():
+    def body(x, name):
+        y = layers.Conv2D(3, 1, name=f"{name}_up")(x)
+        x = CustomScaleLayer(-0.3, name=f"{name}_sum")([x, y])
+        return conv(3)(layers.ReLU(name=f"{name}_sum_relu")(x), name)
+
+    model = quantize(branched({"block": body}, (6, 6, 3)), [Rule("block", 2, 2)])
+    x = normals(8, (6, 6, 3))
+    proof = prove(model, x, first_layer="float")
+    assert isinstance(proof.layer("block_sum"), layers.Add)
+    found = differing_codes(model, proof.snapped, x)
+    assert sum(count for count, _ in found.values()) <= NEAR_TIES * sum(
         size for _, size in found.values()
     ), found
 

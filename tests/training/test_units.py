@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import tf_lowbit as tfl
 from tests.scheme import nets
 from tf_lowbit import inspection, models
-from tf_lowbit.compat import keras
+from tf_lowbit.compat import CustomScaleLayer, keras
 from tf_lowbit.training.units import find_units, residual_blocks
 
 layers = keras.layers
@@ -190,6 +190,12 @@ def test_a_sum_written_as_an_operator_ends_a_block():
     assert residual_blocks(model) == {name: {"a", "b"}}
     found = members(tfl.quantize(model, tfl.PrecisionRule(".*", 2, 2)), "block")
     assert found == {name: read("relu_a a", "relu_b b")}
+
+
+def test_a_scaled_sum_ends_a_block():
+    model = residual(add=lambda x, y: CustomScaleLayer(0.2)([x, y]))
+    (name,) = residual_blocks(model)
+    assert residual_blocks(model) == {name: {"a", "b"}}
 
 
 def test_a_constant_added_is_no_block():

@@ -52,6 +52,7 @@ class Value:
     Attributes:
         tensor: the trained network's Keras tensor.
         name: of the layer that puts it out.
+        factor: of the tensor, that the value is.
         linear: pending, or None.
         codes: the twin's tensor of codes, once made.
         grid: of the codes.
@@ -60,6 +61,7 @@ class Value:
 
     tensor: object
     name: str
+    factor: float = 1.0
     linear: linears.Linear | None = None
     codes: object = None
     grid: Grid | None = None
@@ -168,6 +170,15 @@ class Builder:
             None, is_integer,
         )  # fmt: skip
 
+    def scaled(self, source, gain, offset=0.0) -> linears.Linear:
+        """A tensor times a gain, a channel, and an offset: folded in where possible."""
+        linear = source.linear
+        if linear is None or linear.relu is not None or not self.may_consume(source):
+            return self.rescale(source, gain, offset)
+        return dataclasses.replace(
+            linear, gain=linear.gain * gain, offset=linear.offset * gain + offset
+        )
+
     def codes(self, value):
         """A tensor's codes and grid; at 8 bits where nothing else is said."""
         if value.codes is None:
@@ -198,15 +209,19 @@ class Builder:
 
     def eight_bit_step(self, value) -> float:
         """The step of signed 8 bits over a tensor's measured range."""
-        low, high = self.ranges(value.tensor)
+        low, high = self._range(value)
         return max(-low / 128, high / 127) or 1.0
 
     def eight_bit_grid(self, value) -> Grid:
         """The 8-bit grid over a tensor's measured range."""
         if value.linear is not None and value.linear.relu:
-            _, high = self.ranges(value.tensor)
+            _, high = self._range(value)
             return grids.grid(high / 255 or 1.0, 0, 255)
         return grids.grid(self.eight_bit_step(value), *grids.INT8)
+
+    def _range(self, value) -> tuple[float, float]:
+        ends = [value.factor * end for end in self.ranges(value.tensor)]
+        return min(ends), max(ends)
 
     def note_eight_bits(self, value) -> None:
         """Notes that a tensor is rounded as its training did not."""
@@ -314,7 +329,7 @@ class Builder:
             upscale,
             kernel=names[0],
             storage=storage,
-            represents=key(value.tensor),
+            represents=key(value.tensor) if value.factor == 1.0 else "",
             name=self.name(self._layer_name(value, linear)),
             **linears.window(linear),
         )

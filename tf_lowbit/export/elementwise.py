@@ -7,7 +7,7 @@ what they do is in their `symbol`, and their constants are in the call.
 import numpy as np
 
 from tf_lowbit import inspection
-from tf_lowbit.compat import LayerScale, keras
+from tf_lowbit.compat import CustomScaleLayer, LayerScale, keras
 from tf_lowbit.export.linear import ExportError
 from tf_lowbit.scheme import registry
 
@@ -69,8 +69,11 @@ def scale(node) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def join(node):
-    """`np.add` or `np.multiply`, where that is what a node does to tensors; or None."""
-    if type(node.layer) is _layers.Add:
+    """`np.add` or `np.multiply`, where that is what a node does to tensors; or None.
+
+    `factors` says what the tensors are multiplied by first.
+    """
+    if type(node.layer) in (_layers.Add, CustomScaleLayer):
         return np.add
     if type(node.layer) is _layers.Multiply:
         return np.multiply
@@ -79,6 +82,13 @@ def join(node):
     if operator in (np.add, np.multiply) and len(node.keras_inputs) == 2:
         return operator if len(ranks) == 1 else None
     return None
+
+
+def factors(node) -> list[float]:
+    """What a node that `join` knows multiplies each of its tensors by first."""
+    if type(node.layer) is CustomScaleLayer:
+        return [1.0, float(node.layer.scale)]
+    return [1.0] * len(node.keras_inputs)
 
 
 def activation(node) -> str | None:

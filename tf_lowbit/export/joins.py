@@ -13,18 +13,22 @@ _layers = keras.layers
 _SAME = 1e-5
 
 
-def add(builder, value, sources) -> None:
+def add(builder, value, sources, factors) -> None:
     """Codes of a sum, or floats where a term has no codes.
 
     Args:
         builder: of the twin.
         value: what the layer puts out; is set.
-        sources: the terms.
+        sources: the tensors that are added.
+        factors: what each is multiplied by first.
 
     Raises:
         ExportError: if more than two terms are codes.
     """
-
+    sources = [
+        source if factor == 1.0 else _scaled(builder, source, factor, value.name)
+        for source, factor in zip(sources, factors, strict=True)
+    ]
     if not all(builder.can_be_codes(s) for s in sources):
         made = _layers.Add(name=builder.name(value.name), dtype="float32")
         value.values = made([builder.values(s) for s in sources])
@@ -102,6 +106,12 @@ def concatenate(builder, value, sources, layer) -> None:
         terms.append(moved.codes)
     made = copy_of(layer, builder.name(value.name))
     value.codes, value.grid = made(terms), wanted
+
+
+def _scaled(builder, source, factor, name):
+    """A tensor times a number, as a term of a sum of the given name."""
+    linear = builder.scaled(source, factor)
+    return Value(source.tensor, f"{name}_scaled", source.factor * factor, linear)
 
 
 def _term(builder, source, wanted, name):

@@ -169,7 +169,7 @@ class _Snapper(Builder):
         elif type(layer) in DROPOUTS:
             self._alias(value, sources[0])
         elif elementwise.join(node) is np.add:
-            joins.add(self, value, sources)
+            joins.add(self, value, sources, elementwise.factors(node))
         elif elementwise.join(node) is np.multiply:
             joins.multiply(self, value, sources)
         elif type(layer) is _layers.Concatenate:
@@ -302,15 +302,7 @@ class _Snapper(Builder):
         self.note(source.name, f"is quantized to 8 bits over [{low:g}, {high:g}]")
 
     def _scale(self, value, source, gain, offset) -> None:
-        if source.linear is not None and source.linear.relu is None and (
-            self.may_consume(source)
-        ):  # fmt: skip
-            linear = source.linear
-            value.linear = dataclasses.replace(
-                linear, gain=linear.gain * gain, offset=linear.offset * gain + offset
-            )
-        else:
-            value.linear = self.rescale(source, gain, offset)
+        value.linear = self.scaled(source, gain, offset)
         self.settle(value)
 
     def _relu(self, value, source, layer) -> None:

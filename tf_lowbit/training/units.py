@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from tf_lowbit import inspection
-from tf_lowbit.compat import keras
+from tf_lowbit.compat import CustomScaleLayer, keras
 from tf_lowbit.scheme import graph, registry
 
 LAYER = "layer"
@@ -128,7 +128,7 @@ def residual_blocks(model: keras.Model) -> dict[str, frozenset[str]]:
 
 
 def _is_sum(layer) -> bool:
-    return isinstance(layer, keras.layers.Add) or (
+    return isinstance(layer, keras.layers.Add | CustomScaleLayer) or (
         getattr(layer, "symbol", None) in _SUMS
     )
 
