@@ -9,6 +9,8 @@ from pathlib import Path
 import tabulate
 
 BATCH = 4
+# Of weights and activations; the second where a step by the first overflows.
+QUANTIZERS = ("dorefa", "lsq")
 STEPS = {
     "quantize": "quantized",
     "train": "trained",
@@ -78,13 +80,25 @@ def table(folder: Path) -> str:
                 str(found.get("quantized_weights", 0)),
                 str(found.get("quantized_activations", 0)),
                 *(marks[found["steps"].get(step)] for step in STEPS),
-                found.get("refused", "").replace("|", "/"),
+                _note(found),
             ]
         )
     if not lines:
         return "Not run yet."
-    headers = ["network", "layers", "weights", "activations", *STEPS.values(), "why"]
+    headers = ["network", "layers", "weights", "activations", *STEPS.values(), "note"]
     align = ["left", *["right"] * 3, *["left"] * 7]
     return tabulate.tabulate(
         lines, headers, tablefmt="github", disable_numparse=True, colalign=align
     )
+
+
+def _note(found) -> str:
+    """What a line of the table says besides."""
+    said = []
+    for kind in found.get("overflows", ()):
+        said.append(f"{kind}: gradients overflow")
+    if said and found["quantizer"] not in found["overflows"]:
+        said.append(f"by {found['quantizer']} instead")
+    if "refused" in found:
+        said.append(found["refused"].replace("|", "/"))
+    return "; ".join(said)

@@ -4,6 +4,7 @@
 on its standard input.
 """
 
+import gc
 import os
 import pickle
 import resource
@@ -100,10 +101,27 @@ def _is_separable(layer) -> bool:
     return isinstance(layer, keras.layers.SeparableConv2D)
 
 
-def _go_through(model, images, found):
-    if any(map(_is_separable, model.layers)):
-        model = _step(found, "split", lambda: tfl.split_separable(model))
-    rules = [tfl.PrecisionRule(".*", 4, 4)]
+def trained(model, images, found) -> keras.Model:
+    """The network quantized, and trained for a step.
+
+    By the quantizers of `plan.QUANTIZERS` in turn, until the step leaves all weights
+    finite; notes those of which it does not.
+    """
+    for kind in plan.QUANTIZERS:
+        found["quantizer"] = kind
+        quantized = _trained(model, images, found)
+        if found["steps"]["train"]:
+            return quantized
+        found.setdefault("overflows", []).append(kind)
+        if kind != plan.QUANTIZERS[-1]:
+            del quantized  # Two of the largest are more than memory holds.
+            gc.collect()
+    return quantized
+
+
+def _trained(model, images, found):
+    kind = found["quantizer"]
+    rules = [tfl.PrecisionRule(".*", 4, 4, kind, kind)]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         quantized = _step(found, "quantize", lambda: tfl.quantize(model, rules))
@@ -116,12 +134,20 @@ def _go_through(model, images, found):
     quantized.compile(
         keras.optimizers.SGD(1e-3), keras.losses.SparseCategoricalCrossentropy()
     )
-    labels = np.arange(plan.BATCH) % 10
+    labels = np.arange(len(images)) % 10
     latent = next(t.latent for t in tensors if t.latent is not None)
     before = latent.numpy()
     loss = _step(found, "train", lambda: quantized.train_on_batch(images, labels))
     moved = not np.array_equal(latent.numpy(), before)
-    found["steps"]["train"] = bool(np.isfinite(loss) and moved)
+    is_finite = all(np.isfinite(w).all() for w in (loss, *quantized.get_weights()))
+    found["steps"]["train"] = bool(is_finite and moved)
+    return quantized
+
+
+def _go_through(model, images, found):
+    if any(map(_is_separable, model.layers)):
+        model = _step(found, "split", lambda: tfl.split_separable(model))
+    quantized = trained(model, images, found)
     found["steps"]["levels"] = most_levels(quantized, images) <= 1
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "net.keras"

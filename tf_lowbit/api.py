@@ -3,7 +3,7 @@
 import contextlib
 
 from tf_lowbit import inspection, keras3
-from tf_lowbit.compat import keras, tf, tfmot
+from tf_lowbit.compat import deep_graphs, keras, tf, tfmot
 from tf_lowbit.scheme import graph, output_names, registry
 from tf_lowbit.scheme.layout import report_problems
 from tf_lowbit.scheme.scheme import LowBitScheme
@@ -16,6 +16,7 @@ _STEPS = ("train_step", "test_step", "predict_step", "compute_loss", "compute_me
 _KERAS = ("keras", "tf_keras")
 
 
+@deep_graphs()
 def quantize(
     model: keras.Model,
     rules=None,

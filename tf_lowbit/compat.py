@@ -9,6 +9,7 @@ name in TensorFlow or Keras is reached here and nowhere else.
 import contextlib
 import os
 import shutil
+import sys
 import tempfile
 import threading
 
@@ -31,6 +32,7 @@ __all__ = [
     "MetricsContainer",
     "StochasticDepth",
     "as_float32",
+    "deep_graphs",
     "in_xla_context",
     "keras",
     "tf",
@@ -38,6 +40,9 @@ __all__ = [
     "unpacked_archives",
 ]
 _UNPACKING = threading.RLock()
+_DEEPENING = threading.RLock()
+# Layers, one behind the other, that a network may have.
+_DEEPEST = 20_000
 
 
 def as_float32(value):
@@ -65,6 +70,23 @@ def in_xla_context() -> bool:
     return control_flow_util.GraphOrParentsInXlaContext(
         tf.compat.v1.get_default_graph()
     )
+
+
+@contextlib.contextmanager
+def deep_graphs():
+    """Within it, Keras makes models as deep as one likes.
+
+    Keras walks from a model's outputs to its inputs by a call within a call for each
+    layer on the way. A network of a few hundred layers, with quantizers between them,
+    is deeper than the 1,000 calls that Python allows.
+    """
+    with _DEEPENING:
+        before = sys.getrecursionlimit()
+        sys.setrecursionlimit(max(before, _DEEPEST))
+        try:
+            yield
+        finally:
+            sys.setrecursionlimit(before)
 
 
 @contextlib.contextmanager

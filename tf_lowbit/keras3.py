@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 
-from tf_lowbit.compat import keras, tf
+from tf_lowbit.compat import deep_graphs, keras, tf
 from tf_lowbit.scheme.activations import hard_sigmoid, hard_silu
 
 # What layers call otherwise there: class -> {name in Keras 3: name in tf_keras}.
@@ -38,6 +38,7 @@ def is_keras3(model) -> bool:
     return is_other and isinstance(model, base)
 
 
+@deep_graphs()
 def from_keras3(model) -> keras.Model:
     """Converts a Keras 3 model to one of `tf_keras`, weights included.
 

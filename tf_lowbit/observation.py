@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from tf_lowbit.compat import keras, tf
+from tf_lowbit.compat import deep_graphs, keras, tf
 from tf_lowbit.inspection import QuantizedTensor
 from tf_lowbit.quantizers import ranges
 from tf_lowbit.scheme import graph
@@ -94,7 +94,8 @@ def quantizer_inputs(
     seen: dict[str, list] = {name: [] for name in read}
     if read:
         # Not `inputs`: a dict of them may have other names than its layers.
-        observer = keras.Model(model.input, read)
+        with deep_graphs():
+            observer = keras.Model(model.input, read)
         for inputs in input_batches(dataset, batches):
             for name, values in observer(inputs, training=training).items():
                 seen[name].extend(keep(name, v) for v in tf.nest.flatten(values))

@@ -3,6 +3,7 @@
 from tf_lowbit.compat import (
     LayerScale,
     StochasticDepth,
+    deep_graphs,
     keras,
     tfmot,
     unpacked_archives,
@@ -40,5 +41,9 @@ def load_model(path, **arguments) -> keras.Model:
     """
     # A network within another one is read without its package's name in HDF5.
     own = {kind.__name__: kind for kind in (LowBitWrapper, NamedOutputs)}
-    with tfmot.quantization.keras.quantize_scope(own), unpacked_archives():
+    with (
+        tfmot.quantization.keras.quantize_scope(own),
+        unpacked_archives(),
+        deep_graphs(),
+    ):
         return keras.models.load_model(path, **arguments)

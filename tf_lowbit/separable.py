@@ -1,6 +1,6 @@
 """Separable convolutions as two layers, so that what is between them is quantized."""
 
-from tf_lowbit.compat import keras
+from tf_lowbit.compat import deep_graphs, keras
 
 _layers = keras.layers
 _PARTS = ("constraint", "initializer", "regularizer")
@@ -15,6 +15,7 @@ _POINTWISE = (
 )
 
 
+@deep_graphs()
 def split_separable(model: keras.Model) -> keras.Model:
     """Makes each `SeparableConv2D` a `DepthwiseConv2D` and a 1x1 `Conv2D` (ours).
 

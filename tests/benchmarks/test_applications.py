@@ -2,12 +2,17 @@ import json
 import subprocess
 import sys
 
+import numpy as np
+import pytest
+
+import tf_lowbit as tfl
 from tests.examples import programs
-from tf_lowbit.compat import keras
+from tf_lowbit.compat import keras, tf
 
 sys.path.insert(0, str(programs.ROOT / "benchmarks"))
 
 import applications_plan as plan
+import applications_run
 
 
 def test_all_networks_are_in_the_plan():
@@ -65,3 +70,70 @@ def test_what_was_refused_is_told(tmp_path):
         "export: no form. Received: 'a/b'",
     ]
     assert plan.table(tmp_path / "absent") == "Not run yet."
+
+
+@keras.utils.register_keras_serializable("tests")
+class Exploding(keras.layers.Layer):
+    """The identity, whose gradients are multiplied by `factor`."""
+
+    factor = 1.0
+
+    def call(self, inputs):
+        @tf.custom_gradient
+        def identity(x):
+            return tf.identity(x), lambda dy: dy * Exploding.factor
+
+        return identity(inputs)
+
+
+@pytest.mark.parametrize(
+    ("factors", "used", "overflows", "note"),
+    [
+        ((1.0,), "dorefa", None, ""),
+        (
+            (np.inf, 1.0),
+            "lsq",
+            ["dorefa"],
+            "dorefa: gradients overflow; by lsq instead",
+        ),
+        (
+            (np.inf, np.inf),
+            "lsq",
+            ["dorefa", "lsq"],
+            "dorefa: gradients overflow; lsq: gradients overflow",
+        ),
+    ],
+)
+def test_where_gradients_overflow_other_quantizers_are_tried(
+    factors, used, overflows, note, tmp_path, monkeypatch
+):
+    image = keras.Input((8, 8, 3))
+    x = image
+    for _ in range(3):
+        x = keras.layers.Conv2D(4, 3, activation="relu")(Exploding()(x))
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    model = keras.Model(image, keras.layers.Dense(10, "softmax")(x))
+    rng = np.random.default_rng(0)
+    found = {"name": "VGG16", "layers": 9, "steps": {}, "step_seconds": {}}
+    quantize, left = tfl.quantize, iter(factors)
+
+    def with_the_next_factor(*arguments):
+        Exploding.factor = next(left)
+        return quantize(*arguments)
+
+    monkeypatch.setattr(tfl, "quantize", with_the_next_factor)
+    images = rng.uniform(-1, 1, (4, 8, 8, 3)).astype(np.float32)
+    quantized = applications_run.trained(model, images, found)
+    assert found["quantizer"] == used
+    assert found.get("overflows") == overflows
+    is_trained = overflows is None or len(overflows) < 2
+    assert found["steps"]["train"] is is_trained
+    finite = [np.isfinite(w).all() for w in quantized.get_weights()]
+    assert all(finite) is is_trained
+    tensors = tfl.inspection.quantized_tensors(quantized)
+    first = next(t for t in tensors if t.latent is not None)
+    weights = {"dorefa": "DoReFaWeightQuantizer", "lsq": "LSQWeightQuantizer"}
+    assert type(first.quantizer).__name__ == weights[used]
+    (tmp_path / "VGG16.json").write_text(json.dumps(found))
+    cells = plan.table(tmp_path).splitlines()[2].strip("|").split("|")
+    assert cells[-1].strip() == note

@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 
 from tf_lowbit import inspection, quantizers
-from tf_lowbit.compat import keras
+from tf_lowbit.compat import deep_graphs, keras
 from tf_lowbit.export import checks, elementwise, grids, joins, pools, twin
 from tf_lowbit.export import linear as linears
 from tf_lowbit.export.building import DROPOUTS, Builder, Note, Value, copy_of
@@ -123,7 +123,8 @@ class _Snapper(Builder):
             if progress is not None:
                 progress(done, len(nodes))
         outputs = [self.values(self._values[id(t)]) for t in self.model.outputs]
-        made = keras.Model(inputs, outputs, name=f"{self.model.name}_twin")
+        with deep_graphs():
+            made = keras.Model(inputs, outputs, name=f"{self.model.name}_twin")
         return Snapped(made, self.options, self.ranges.used, tuple(self.notes))
 
     def _note_other_bits(self) -> None:

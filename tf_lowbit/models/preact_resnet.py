@@ -1,9 +1,10 @@
 """Pre-activation residual networks for images of CIFAR's size."""
 
-from tf_lowbit.compat import keras
+from tf_lowbit.compat import deep_graphs, keras
 from tf_lowbit.models import blocks, layers
 
 
+@deep_graphs()
 def preact_resnet(
     depth: int,
     *,

@@ -7,7 +7,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator
 
-from tf_lowbit.compat import keras, tf
+from tf_lowbit.compat import deep_graphs, keras, tf
 
 
 def nodes(model: keras.Model) -> Iterator:
@@ -81,6 +81,7 @@ def copy_layer(layer: keras.layers.Layer, **changes) -> keras.layers.Layer:
         ) from error
 
 
+@deep_graphs()
 def rebuild(
     model: keras.Model,
     call: Callable,

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 
 from tf_lowbit import inspection
-from tf_lowbit.compat import keras, tf
+from tf_lowbit.compat import deep_graphs, keras, tf
 from tf_lowbit.observation import RANDOM
 from tf_lowbit.scheme import graph
 from tf_lowbit.training.distillation import (
@@ -98,6 +98,7 @@ class Plan:
         return self.sampler.applied(is_quantized)
 
 
+@deep_graphs()
 def _observer(network, layers):
     """A function (inputs, training) -> `Seen`, with the features of named layers."""
     if not layers:
