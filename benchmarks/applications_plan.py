@@ -9,7 +9,7 @@ from pathlib import Path
 import tabulate
 
 BATCH = 4
-# Of weights and activations; the second where a step by the first overflows.
+# Of weights and activations; the second where the first leaves weights not finite.
 QUANTIZERS = ("dorefa", "lsq")
 STEPS = {
     "quantize": "quantized",
@@ -96,7 +96,7 @@ def _note(found) -> str:
     """What a line of the table says besides."""
     said = []
     for kind in found.get("overflows", ()):
-        said.append(f"{kind}: gradients overflow")
+        said.append(f"{kind}: weights not finite")
     if said and found["quantizer"] not in found["overflows"]:
         said.append(f"by {found['quantizer']} instead")
     if "refused" in found:

@@ -105,16 +105,18 @@ def trained(model, images, found) -> keras.Model:
     """The network quantized, and trained for a step.
 
     By the quantizers of `plan.QUANTIZERS` in turn, until the step leaves all weights
-    finite; notes those of which it does not.
+    finite; notes those of which it does not. A step that fails otherwise, as by moving
+    nothing, is not tried again.
     """
     for kind in plan.QUANTIZERS:
         found["quantizer"] = kind
         quantized = _trained(model, images, found)
-        if found["steps"]["train"]:
+        if all(np.isfinite(weight).all() for weight in quantized.get_weights()):
             return quantized
         found.setdefault("overflows", []).append(kind)
+        found["steps"]["train"] = False
         if kind != plan.QUANTIZERS[-1]:
-            del quantized  # Two of the largest are more than memory holds.
+            del quantized  # So that two are not held at a time.
             gc.collect()
     return quantized
 
@@ -139,8 +141,7 @@ def _trained(model, images, found):
     before = latent.numpy()
     loss = _step(found, "train", lambda: quantized.train_on_batch(images, labels))
     moved = not np.array_equal(latent.numpy(), before)
-    is_finite = all(np.isfinite(w).all() for w in (loss, *quantized.get_weights()))
-    found["steps"]["train"] = bool(is_finite and moved)
+    found["steps"]["train"] = bool(np.isfinite(loss) and moved)
     return quantized
 
 

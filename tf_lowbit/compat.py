@@ -74,7 +74,7 @@ def in_xla_context() -> bool:
 
 @contextlib.contextmanager
 def deep_graphs():
-    """Within it, Keras makes models as deep as one likes.
+    """Within it, Keras makes models that are deeper than Python's recursion limit.
 
     Keras walks from a model's outputs to its inputs by a call within a call for each
     layer on the way. A network of a few hundred layers, with quantizers between them,
