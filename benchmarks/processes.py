@@ -15,7 +15,7 @@ def run(
     program: str,
     arguments: list,
     variables: dict[str, str] | None = None,
-) -> None:
+) -> str:
     """Runs one of the programs beside this one to its end.
 
     A process that dies (killed for memory, say) is tried once more.
@@ -25,6 +25,9 @@ def run(
         program: its file's name.
         arguments: pickled to its standard input.
         variables: of its process environment; this process's without them.
+
+    Returns:
+        What it printed on its standard output.
 
     Raises:
         RuntimeError: with what it said, if it fails.
@@ -38,7 +41,7 @@ def run(
             check=False,
         )
         if done.returncode == 0:
-            return
+            return done.stdout.decode()
         if done.returncode > 0 or attempt == 2:
             raise RuntimeError(
                 f"A run must end without an error. Received: {arguments}, exit status "
