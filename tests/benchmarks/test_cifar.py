@@ -1,0 +1,135 @@
+import dataclasses
+import json
+import sys
+
+import pytest
+
+from tests.datasets import tfds_files
+from tests.examples import programs
+from tf_lowbit.compat import keras
+
+sys.path.insert(0, str(programs.ROOT / "benchmarks"))
+
+import cifar_plan
+import cifar_run
+
+TINY = cifar_plan.EXPERIMENTS["tiny"]
+
+
+def result(run, accuracy):
+    return {**dataclasses.asdict(run), "accuracy": accuracy}
+
+
+def test_rates_are_tuned_first_and_then_each_row_takes_its_own():
+    best = {("plain", (2, 2)): 0.3, ("LSQ", (4, 4)): 0.01}
+    results, rows = {}, []
+    while runs := cifar_plan.next_runs("tiny", results):
+        for run in runs:
+            if not run.is_held_out:
+                rows.append(run)
+            wanted = best.get((run.method, run.bits), 0.1)
+            far = abs(run.learning_rate - wanted)
+            # At rate 1 everything diverges.
+            results[run] = result(run, None if run.learning_rate == 1 else 0.9 - far)
+    assert len({run.name for run in results}) == len(results)
+    assert {run.seed for run in rows} == set(range(TINY.seeds))
+    per_seed = 1 + (len(TINY.methods) - 1) * len(TINY.bits)
+    assert len(rows) == TINY.seeds * per_seed
+    rates = {(run.method, run.bits): run.learning_rate for run in rows}
+    assert rates["float", None] == 0.1
+    # Two bits or fewer take the rate of two, others that of four.
+    assert rates["plain", (1, 2)] == rates["plain", (2, 2)] == 0.3
+    assert rates["plain", (3, 3)] == 0.3
+    assert rates["plain", (4, 4)] == rates["plain", (8, 8)] == 0.1
+    assert rates["LSQ", (8, 8)] == rates["LSQ", (4, 4)] == 0.01
+    assert rates["LSQ", (2, 2)] == 0.1
+
+
+def test_results_come_back_as_they_were_written(tmp_path):
+    runs = [
+        cifar_plan.Run("tiny", "plain", (2, 2), 0, 20, 0.1),
+        cifar_plan.Run("tiny", "float", None, 100, 20, 0.03),
+    ]
+    path = tmp_path / "results.jsonl"
+    assert cifar_plan.read(path) == {}
+    lines = [json.dumps(result(run, 0.5)) for run in runs]
+    path.write_text("\n".join(lines) + "\n")
+    assert list(cifar_plan.read(path)) == runs
+    path.write_text(lines[0] + "\n" + lines[1][:30])
+    with pytest.raises(ValueError, match=r"remove it \(.*line 2 of"):
+        cifar_plan.read(path)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Records of CIFAR-10, and a network of MLPerf's layer names."""
+    folder = tmp_path_factory.mktemp("cifar")
+    images = {
+        split: [
+            {**example, "id": f"{split}_{index:05d}"}
+            for index, example in enumerate(
+                tfds_files.images_with_labels(count, 10, (32, 32, 3), seed)
+            )
+        ]
+        for split, count, seed in (("train", 200, 0), ("test", 50, 1))
+    }
+    tfds_files.write("cifar10", folder / "data", images)
+    layers = keras.layers
+    model = keras.Sequential(
+        [
+            keras.Input((32, 32, 3)),
+            layers.Conv2D(4, 3, strides=4, name="conv2d"),
+            layers.BatchNormalization(),
+            layers.ReLU(),
+            layers.Conv2D(4, 3, name="conv2d_1"),
+            layers.BatchNormalization(),
+            layers.ReLU(),
+            layers.Flatten(),
+            layers.Dense(10, activation="softmax", name="dense"),
+        ]
+    )
+    (folder / "models").mkdir()
+    model.save(folder / "models" / "mlperf_tiny_ic_resnet8.h5")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("method", "bits", "seed"),
+    [("float", None, 0), ("plain", (2, 2), 100), ("LSQ with JKD", (4, 4), 0)],
+)
+@pytest.mark.filterwarnings("ignore::tf_lowbit.QuantizationWarning")
+def test_a_run_trains_and_tells_what_it_cost(files, tmp_path, method, bits, seed):
+    run = cifar_plan.Run("tiny", method, bits, seed, 1, 0.01)
+    arguments = (str(files / "data"), files / "models", tmp_path / "checkpoints")
+    found = cifar_run.perform(run, *arguments)
+    assert json.loads(json.dumps(found)) is not None
+    assert 0.0 <= found["accuracy"] <= 1.0
+    assert found["measured_on"] == ("held-out" if seed == 100 else "test")
+    weights = 4 * 3 * 9 + 4 * 4 * 9 + 10 * 144
+    edges = 4 * 3 * 9 + 10 * 144
+    low = (weights - edges) * (32 if bits is None else bits[0])
+    assert found["weight_bytes"] >= (edges * (32 if bits is None else 8) + low) / 8
+    assert found["weight_bytes"] < 4.5 * weights
+    assert found["cpu_seconds_per_epoch"] > 0
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_run_that_was_interrupted_goes_on(files, tmp_path, monkeypatch):
+    run = cifar_plan.Run("tiny", "plain", (2, 2), 0, 2, 0.01)
+    arguments = (str(files / "data"), files / "models")
+    whole = cifar_run.perform(run, *arguments, tmp_path / "whole")
+
+    class Interrupted(cifar_run.EpochClock):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 1:
+                raise KeyboardInterrupt
+            super().on_epoch_begin(epoch, logs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cifar_run, "EpochClock", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cifar_run.perform(run, *arguments, tmp_path / "cut")
+    assert (tmp_path / "cut").exists()
+    resumed = cifar_run.perform(run, *arguments, tmp_path / "cut")
+    assert resumed["loss"] == whole["loss"]
+    assert resumed["accuracy"] == whole["accuracy"]
