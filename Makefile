@@ -62,11 +62,12 @@ format: $(STAMP)
 
 ifdef NAME
 bench: $(STAMP)
-	$(BIN)/python benchmarks/$(NAME).py $(ARGS)
+	$(BIN)/python -m benchmarks.$(NAME) $(ARGS)
 else
 bench:
-	@for f in $$(grep -l 'app\.run(main)' benchmarks/*.py); do \
-	  printf 'make bench NAME=%-20s %s\n' "$$(basename "$$f" .py)" \
+	@for f in $$(grep -lr 'app\.run(main)' benchmarks --include='*.py' | sort); do \
+	  name=$$(echo "$${f%.py}" | sed 's|^benchmarks/||; s|/__main__$$||; s|/|.|g'); \
+	  printf 'make bench NAME=%-20s %s\n' "$$name" \
 	    "$$(sed -n '1s/^[rR]*"""//;1s/"""$$//;1p' "$$f")"; \
 	done
 endif

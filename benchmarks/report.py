@@ -1,6 +1,6 @@
 """Draws tables of both READMEs and of docs/, and plots, from committed results.
 
-  python benchmarks/report.py
+  python -m benchmarks.report
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. Nothing is trained or
 measured, and TensorFlow is not needed.
@@ -8,14 +8,15 @@ measured, and TensorFlow is not needed.
 
 from pathlib import Path
 
-import accuracy_claims
-import accuracy_plots
-import accuracy_report
-import applications_plan
-import costs_report
-import deployment_report
-import peers_report
 from absl import app
+
+from benchmarks.accuracy import claims as accuracy_claims
+from benchmarks.accuracy import plots as accuracy_plots
+from benchmarks.accuracy import report as accuracy_report
+from benchmarks.applications import plan as applications_plan
+from benchmarks.cost import report as costs_report
+from benchmarks.deployment import report as deployment_report
+from benchmarks.peers import report as peers_report
 
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results"
@@ -31,7 +32,7 @@ def texts(results: Path = RESULTS) -> dict[Path, dict[str, str]]:
     Args:
         results: the folder of all results.
     """
-    applications = applications_plan.table(results / "applications")
+    applications = applications_plan.table(results / "applications.jsonl")
     short = {"accuracy, in short": accuracy_report.short_table(results / "accuracy")}
     return {
         README: tables(results),

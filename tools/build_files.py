@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE_DIRS = ("benchmarks", "docs", "examples", "tests", "tf_lowbit", "tools")
 # Programs run as `python examples/demo.py` find their neighbours by bare name.
-SCRIPT_DIRS = ("benchmarks", "examples", "tools")
+SCRIPT_DIRS = ("examples", "tools")
 PYTEST_MAIN = "tools/pytest_main.py"
 
 HEADER = """\

@@ -1,22 +1,18 @@
-"""Made-up files of the accuracy sweep."""
+"""Made-up results of the accuracy sweep."""
 
 import dataclasses
-import sys
 
-from tests.examples import programs
-
-sys.path.insert(0, str(programs.ROOT / "benchmarks"))
-
-import sweep
+from benchmarks.accuracy import plan as sweep
 
 SETTINGS = sweep.Settings()
 MACHINE = {"processor": "x86_64", "cpus": 2, "instructions": ["avx2"]}
 
 
 def put(folder, run, accuracy, cpu_seconds=100.0, settings=SETTINGS, **more):
-    """Writes a run's file as the sweep does, with made-up figures."""
+    """Adds a run's result as the sweep does, with made-up figures."""
     sweep.write(
-        folder / run.path,
+        folder,
+        run,
         {
             **{f.name: getattr(run, f.name) for f in dataclasses.fields(run)},
             "measured_on": "held-out" if run.is_held_out else "test",

@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -7,22 +6,21 @@ import sys
 import numpy as np
 import pytest
 
+from benchmarks.accuracy import plan as sweep
+from benchmarks.accuracy import report as accuracy_report
+from benchmarks.accuracy import rows as accuracy_rows
+from benchmarks.accuracy import tuning
+from benchmarks.common import store
 from tests.benchmarks.results import SETTINGS, low_bit, put
 from tests.examples import programs
 
-sys.path.insert(0, str(programs.ROOT / "benchmarks"))
 
-import accuracy_report
-import accuracy_rows
-import sweep
-import tuning
-
-
-def test_a_torn_file_is_named(tmp_path):
+def test_a_torn_line_is_named(tmp_path):
     run = low_bit("plain", 0)
-    (tmp_path / run.path).parent.mkdir(parents=True)
-    (tmp_path / run.path).write_text('{"accuracy": 0.')
-    with pytest.raises(ValueError, match=r"must be JSON: .*plain-w2a2-4epochs-seed0"):
+    put(tmp_path, run, 0.8)
+    with open(tmp_path / "runs.jsonl", "a") as file:
+        file.write('{"accuracy": 0.')
+    with pytest.raises(ValueError, match=r"must be JSON: .*line 2 of .*runs\.jsonl"):
         sweep.is_done(tmp_path, run, SETTINGS)
 
 
@@ -115,13 +113,13 @@ def test_a_run_at_another_rate_is_not_done(tmp_path):
 
 
 def test_rates_are_not_guessed(tmp_path):
-    with pytest.raises(ValueError, match=r"must have been tuned\. Received: no file"):
+    with pytest.raises(ValueError, match=r"must have been tuned\. Received: no result"):
         tuning.rates(tmp_path, SETTINGS)
 
 
 def test_all_runs_of_a_seed_start_and_are_measured_alike():
     every = [run for runs in sweep.phases(SETTINGS).values() for run in runs]
-    names = [run.path for run in every]
+    names = [run.name for run in every]
     # Plain training at the same length is asked for by one phase only.
     assert len(set(names)) == len(names)
     starts = {(r.network, r.seed) for r in every if r.is_start}
@@ -140,7 +138,7 @@ def swept(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
     command = [
         sys.executable,
-        str(programs.ROOT / "benchmarks" / "accuracy.py"),
+        *("-m", "benchmarks.accuracy"),
         *("--dataset=digits", "--limit=40", "--width=8", "--float_epochs=1"),
         *("--seeds=1", "--dear_seeds=1", "--phases=float", "--results_dir=results"),
     ]
@@ -164,20 +162,21 @@ def test_the_same_command_goes_on(swept):
     folder, shown = swept
     assert "float: 3 runs, 3 of them to do" in shown[0]
     assert "float: 3 runs, 0 of them to do" in shown[1]
-    assert {path.name for path in folder.rglob("*.*")} == {
-        "float-1epochs-seed0.json",
-        "float-1epochs-seed100.json",
-        "float-1epochs-seed101.json",
-        "seed0.npz",
-        "seed100.npz",
-        "seed101.npz",
+    assert {path.name for path in folder.rglob("*")} == {
+        "runs.jsonl",
+        "starts-preact_resnet8.npz",
     }
+    assert set(store.read(folder / "runs.jsonl")) == {
+        f"preact_resnet8/float/float-1epochs-seed{seed}" for seed in (0, 100, 101)
+    }
+    for seed in (0, 100, 101):
+        assert sweep.read_start(folder, "preact_resnet8", seed)
 
 
 def test_a_file_says_how_it_was_made(swept):
     folder, _ = swept
-    path = folder / "preact_resnet8" / "float" / "float-1epochs-seed0.json"
-    found = json.loads(path.read_text())
+    results = store.read(folder / "runs.jsonl")
+    found = results["preact_resnet8/float/float-1epochs-seed0"]
     assert found["measured_on"] == "test"
     assert 0 <= found["accuracy"] <= 1
     assert len(found["training_loss"]) == found["epochs"] == 1
@@ -188,25 +187,24 @@ def test_a_file_says_how_it_was_made(swept):
 
 def test_runs_start_from_the_float_weights_of_their_seed(swept, tmp_path):
     folder, _ = swept
-    with np.load(folder / "preact_resnet8" / "float" / "seed0.npz") as file:
-        start = {name: file[name] for name in file.files}
+    start = sweep.read_start(folder, "preact_resnet8", 0)
     # At a vanishing learning rate the float network stays as it started.
     script = """
 import dataclasses, sys, pathlib
-sys.path.insert(0, sys.argv[1])
-import accuracy_run, sweep, numpy as np
+import numpy as np
+from benchmarks.accuracy import plan as sweep, run as accuracy_run
 settings = sweep.Settings(dataset="digits", limit=40, float_epochs=1)
-folder = pathlib.Path(sys.argv[2])
+folder = pathlib.Path(sys.argv[1])
 run = sweep.Run("equal", "preact_resnet8", "SP+JKD", (2, 2), 0, 2, 0.03)
 from tf_lowbit import models
 from examples import experiment
 data = accuracy_run.load_data(run, settings, None)
 model = models.get(run.network, classes=10, input_shape=data.input_shape, width=8)
-accuracy_run.load_start(model, folder / sweep.start_file(run.network, 0))
-np.savez(sys.argv[3], **{w.name: w.numpy() for w in model.weights})
+accuracy_run.load_start(model, folder, run)
+np.savez(sys.argv[2], **{w.name: w.numpy() for w in model.weights})
 accuracy_run.perform(run, settings, folder)
 changed = sweep.Run("ablation", "preact_resnet8", "", (2, 2), 0, 4, 0.03)
-for method in sys.argv[4:]:
+for method in sys.argv[3:]:
     experiment.quiet()
     network = models.get(run.network, classes=10, input_shape=data.input_shape, width=8)
     one = dataclasses.replace(changed, method=method)
@@ -222,7 +220,7 @@ for method in ("plain", *sweep.STARTS):
     one = dataclasses.replace(changed, purpose="start", method=method)
     is_from_float = accuracy_run.starts_from_float(one)
     if is_from_float:
-        accuracy_run.load_start(network, folder / sweep.start_file(run.network, 0))
+        accuracy_run.load_start(network, folder, run)
     names = {layer.name: layer for layer in network.layers if "_bn" in layer.name}
     before = {name: layer.gamma.numpy() for name, layer in names.items()}
     trained, stages, _ = accuracy_run.prepared(network, one, settings, data)
@@ -249,8 +247,7 @@ for purpose, method, bits in (("equal", "plain", (2, 2)), ("float", "float", Non
     # One for each thing that a method can change.
     changed = ("JKD, slow teacher", "JKD, frozen teacher", "SP from 0.8")
     done = subprocess.run(
-        [sys.executable, "-c", script, str(programs.ROOT / "benchmarks"), str(folder),
-         str(loaded), *changed],
+        [sys.executable, "-c", script, str(folder), str(loaded), *changed],
         env=programs.environment(),
         capture_output=True,
         text=True,
@@ -310,6 +307,5 @@ for purpose, method, bits in (("equal", "plain", (2, 2)), ("float", "float", Non
     assert safe["layer_bits"].pop("stem") == [[8], [8]]
     assert safe["layer_bits"].pop("head") == [[8], [8]]
     assert {str(bits) for bits in safe["layer_bits"].values()} == {"[[2], [2]]"}
-    with np.load(folder / sweep.start_file("preact_resnet8", 0)) as file:
-        for name, value in start.items():
-            np.testing.assert_array_equal(file[name], value)
+    for name, value in sweep.read_start(folder, "preact_resnet8", 0).items():
+        np.testing.assert_array_equal(start[name], value)

@@ -1,19 +1,14 @@
 import dataclasses
 import math
-import sys
 
 import pytest
 
+from benchmarks.accuracy import claims as accuracy_claims
+from benchmarks.accuracy import plan as sweep
+from benchmarks.accuracy import plots as accuracy_plots
+from benchmarks.accuracy import report as accuracy_report
+from benchmarks.accuracy import rows as accuracy_rows
 from tests.benchmarks.results import MACHINE, SETTINGS, low_bit, put
-from tests.examples import programs
-
-sys.path.insert(0, str(programs.ROOT / "benchmarks"))
-
-import accuracy_claims
-import accuracy_plots
-import accuracy_report
-import accuracy_rows
-import sweep
 
 
 @pytest.fixture
@@ -128,7 +123,7 @@ def test_mixed_bits_stand_beside_uniform_ones_of_the_same_cost(made_up):
     for seed, (uniform, mixed) in enumerate([(0.80, 0.81), (0.82, 0.83)]):
         put(made_up, low_bit("LSQ", seed, (3, 3)), uniform)
         run = low_bit("LSQ, mixed bits", seed, (3, 3), "mixed")
-        assert run.path.name == f"lsq-mixed-bits-w3a3-4epochs-seed{seed}.json"
+        assert run.name.endswith(f"/lsq-mixed-bits-w3a3-4epochs-seed{seed}")
         put(made_up, run, mixed, weight_bytes=980 + 10 * seed)
     lines = accuracy_report.tables(made_up)["mixed"].splitlines()[2:]
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
@@ -193,7 +188,7 @@ def test_the_larger_network_stands_beside_its_own_rows(made_up):
 
 def test_an_ablation_stands_beside_its_method(made_up):
     run = low_bit("SP from 0.8", 0, purpose="ablation")
-    assert run.path.name == "sp-from-0.8-w2a2-4epochs-seed0.json"
+    assert run.name.endswith("/sp-from-0.8-w2a2-4epochs-seed0")
     for seed, accuracy in enumerate([0.82, 0.84, 0.83]):
         run = dataclasses.replace(run, seed=seed)
         put(made_up, run, accuracy, 120.0)

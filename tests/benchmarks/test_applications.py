@@ -1,4 +1,3 @@
-import json
 import subprocess
 import sys
 
@@ -6,13 +5,11 @@ import numpy as np
 import pytest
 
 import tf_lowbit as tfl
+from benchmarks.applications import plan
+from benchmarks.applications import run as applications_run
+from benchmarks.common import store
 from tests.examples import programs
 from tf_lowbit.compat import keras, tf
-
-sys.path.insert(0, str(programs.ROOT / "benchmarks"))
-
-import applications_plan as plan
-import applications_run
 
 
 def test_all_networks_are_in_the_plan():
@@ -25,10 +22,9 @@ def test_all_networks_are_in_the_plan():
 def test_a_network_goes_through_everything(tmp_path):
     done = subprocess.run(
         [
-            sys.executable,
-            str(programs.ROOT / "benchmarks" / "applications.py"),
+            *(sys.executable, "-m", "benchmarks.applications"),
             "--network=MobileNet",
-            f"--results_dir={tmp_path}",
+            f"--results={tmp_path / 'networks.jsonl'}",
         ],
         env=programs.environment(),
         capture_output=True,
@@ -37,13 +33,14 @@ def test_a_network_goes_through_everything(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "MobileNet.json").read_text())
+    results = tmp_path / "networks.jsonl"
+    found = store.read(results)["MobileNet"]
     assert found["steps"] == dict.fromkeys(["calibrate", *plan.STEPS], True)
     assert "refused" not in found
     # 28 convolutions of either kind; the outermost two stay float.
     assert found["quantized_weights"] == 26
     assert found["quantized_activations"] == 26
-    lines = plan.table(tmp_path).splitlines()
+    lines = plan.table(results).splitlines()
     assert len(lines) == 3
     cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
     assert cells == ["MobileNet", "91", "26", "26", *["yes"] * 6, ""]
@@ -51,7 +48,6 @@ def test_a_network_goes_through_everything(tmp_path):
 
 def test_what_was_refused_is_told(tmp_path):
     found = {
-        "name": "MobileNetV3Small",
         "layers": 229,
         "quantized_weights": 2,
         "quantized_activations": 1,
@@ -61,8 +57,9 @@ def test_what_was_refused_is_told(tmp_path):
         },
         "refused": "export: no form. Received: 'a|b'",
     }
-    (tmp_path / "MobileNetV3Small.json").write_text(json.dumps(found))
-    line = plan.table(tmp_path).splitlines()[2]
+    results = tmp_path / "networks.jsonl"
+    store.write(results, "MobileNetV3Small", found)
+    line = plan.table(results).splitlines()[2]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[0] == "MobileNetV3Small, split"
     assert cells[4:] == [
@@ -116,7 +113,7 @@ def test_where_weights_do_not_stay_finite_other_quantizers_are_tried(
     x = keras.layers.GlobalAveragePooling2D()(x)
     model = keras.Model(image, keras.layers.Dense(10, "softmax")(x))
     rng = np.random.default_rng(0)
-    found = {"name": "VGG16", "layers": 9, "steps": {}, "step_seconds": {}}
+    found = {"layers": 9, "steps": {}, "step_seconds": {}}
     quantize, left = tfl.quantize, iter(factors)
 
     def with_the_next_factor(*arguments):
@@ -135,6 +132,7 @@ def test_where_weights_do_not_stay_finite_other_quantizers_are_tried(
     first = next(t for t in tensors if t.latent is not None)
     weights = {"dorefa": "DoReFaWeightQuantizer", "lsq": "LSQWeightQuantizer"}
     assert type(first.quantizer).__name__ == weights[used]
-    (tmp_path / "VGG16.json").write_text(json.dumps(found))
-    cells = plan.table(tmp_path).splitlines()[2].strip("|").split("|")
+    results = tmp_path / "networks.jsonl"
+    store.write(results, "VGG16", found)
+    cells = plan.table(results).splitlines()[2].strip("|").split("|")
     assert cells[-1].strip() == note

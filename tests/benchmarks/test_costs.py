@@ -31,10 +31,10 @@ def measured(tmp_path_factory):
         command = [*arguments.split(), "--output=new/figures.json"]
         runs = {"run": (folder, command)}
         ran, _ = programs.run_each(
-            name,
+            f"benchmarks.cost.{name}",
             runs,
             programs.WITHOUT_TRACING + BEFORE.get(name, ""),
-            folder="benchmarks",
+            folder=".",
         )
         code, error, shown = ran["run"]
         assert code == 0, error

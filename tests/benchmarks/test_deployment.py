@@ -6,12 +6,9 @@ import sys
 import pytest
 
 import tf_lowbit as tfl
+from benchmarks.deployment import report as deployment_report
 from tests.examples import programs
 from tf_lowbit.reporting import environment
-
-sys.path.insert(0, str(programs.ROOT / "benchmarks"))
-
-import deployment_report
 
 RESULTS = programs.ROOT / "benchmarks" / "results"
 SETTINGS = {
@@ -32,11 +29,16 @@ PEERS = ["float32", "post-training int8", "TF-MOT 8-bit"]
 def measured(tmp_path_factory):
     """Output, JSON and folder of a tiny run."""
     folder = tmp_path_factory.mktemp("deployment")
-    program = programs.ROOT / "benchmarks" / "deployment.py"
     flags = [f"--{name}={value}" for name, value in SETTINGS.items()]
     flags += ["--network=plain_cnn", "--bits=W4A4", "--folder=networks"]
     done = subprocess.run(
-        [sys.executable, str(program), *flags, "--output=deployment.json"],
+        [
+            sys.executable,
+            "-m",
+            "benchmarks.deployment",
+            *flags,
+            "--output=deployment.json",
+        ],
         cwd=folder,
         env=programs.environment(),
         capture_output=True,

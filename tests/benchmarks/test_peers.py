@@ -2,26 +2,22 @@ import dataclasses
 import math
 import re
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from packaging.utils import canonicalize_name
 
+from benchmarks.accuracy import plan as sweep
+from benchmarks.accuracy import rows as accuracy_rows
+from benchmarks.accuracy import tuning
+from benchmarks.common import store
+from benchmarks.peers import files as peers_files
+from benchmarks.peers import networks as peers_networks
+from benchmarks.peers import plan as peers_plan
+from benchmarks.peers import report as peers_report
+from benchmarks.peers import setup as peers_setup
 from tests.examples import programs
-
-sys.path.insert(0, str(programs.ROOT / "benchmarks"))
-
-import accuracy_rows
-import peers_files
-import peers_networks
-import peers_plan
-import peers_report
-import peers_setup
-import sweep
-import tuning
-
 from tf_lowbit.compat import keras, tf, tfmot
 
 NETWORK = "plain_cnn"
@@ -40,11 +36,11 @@ FILE = {
 
 
 def put(folder, method, seed, accuracy, bits=(2, 2), purpose="equal", **more):
-    """Writes a run's file with made-up figures."""
+    """Adds a run's result with made-up figures."""
     run = sweep.Run(purpose, NETWORK, method, bits, seed, SETTINGS.epochs, 0.03)
     content = {f.name: getattr(run, f.name) for f in dataclasses.fields(run)}
     content |= {"accuracy": accuracy, "settings": SETTINGS.as_json(), **more}
-    sweep.write(folder / run.path, content)
+    sweep.write(folder, run, content)
 
 
 @pytest.fixture
@@ -125,15 +121,15 @@ def test_costs_are_shown_relative_to_float_and_to_ours(tmp_path):
          "largest": value + 0.1}
         for step, base, value in [("larq", "float", 1.5), ("larq", "plain", 1.25)]
     ]  # fmt: skip
-    path = peers_plan.step_cost_file("1")
-    sweep.write(tmp_path / path, {"ratios": ratios})
+    costs = peers_plan.costs_file(tmp_path)
+    store.write(costs, peers_plan.step_cost_name("1"), {"ratios": ratios})
     for repeat, growths in enumerate([(1024, 3072), (2048, 2048), (4096, 8192)]):
         for variant, growth in zip(("float", "larq"), growths, strict=True):
             for allocator, factor in (("in-use", 1), ("glibc", 2)):
-                path = peers_plan.memory_file(variant, allocator, repeat)
-                sweep.write(tmp_path / path,
-                            {"variant": variant, "allocator": allocator,
-                             "growth_kilobytes": growth * factor})  # fmt: skip
+                name = peers_plan.memory_name(variant, allocator, repeat)
+                figures = {"growth_kilobytes": growth * factor}
+                figures |= {"variant": variant, "allocator": allocator}
+                store.write(costs, name, figures)
     made = peers_report.tables(tmp_path)
     assert list(made) == ["step cost", "memory"]
     steps = {row[0]: row[1:] for row in cells(made["step cost"])}
@@ -164,7 +160,7 @@ def test_every_run_has_its_start():
     assert len(starts) == 2 * (2 + 3)
     for runs in made.values():
         assert {(run.network, run.seed) for run in runs} <= starts
-        assert len({run.path for run in runs}) == len(runs)
+        assert len({run.name for run in runs}) == len(runs)
     assert all(run.learning_rate is None for run in made["equal"])
     # 2 networks, 2 bit-widths, 3 seeds; ours twice and four peers.
     assert len(made["equal"]) == 2 * 2 * 3 * 6
@@ -175,7 +171,7 @@ def tune(folder, method, accuracies, network=NETWORK, bits=(2, 2), **more):
     runs = tuning.runs_of(network, method, bits, SETTINGS)
     for rate, accuracy in accuracies.items():
         for run in runs[rate]:
-            sweep.write(folder / run.path, {"accuracy": accuracy, **more})
+            sweep.write(folder, run, {"accuracy": accuracy, **more})
 
 
 def test_the_tuning_goes_on_until_the_best_stands_between_others(tmp_path):
@@ -190,7 +186,7 @@ def test_the_tuning_goes_on_until_the_best_stands_between_others(tmp_path):
     assert wanted("larq") == wanted("plain") == [0.03, 0.03, 0.1, 0.1]
     runs = peers_plan.next_of_tuning(tmp_path, SETTINGS)
     # Two rates, two seeds, two bit-widths; ours twice and four peers; two networks.
-    assert len(runs) == len({run.path for run in runs}) == 2 * 2 * 2 * (2 + 4) * 2
+    assert len(runs) == len({run.name for run in runs}) == 2 * 2 * 2 * (2 + 4) * 2
     assert {(run.seed, run.bits) for run in runs} == {
         (seed, bits) for seed in (100, 101) for bits in ((2, 2), (4, 4))
     }
@@ -226,18 +222,17 @@ def test_the_learning_rate_is_that_of_the_tuning_at_the_same_bits(tmp_path):
 def test_what_the_sweep_has_is_copied_and_never_overwritten(tmp_path):
     source, folder = tmp_path / "sweep", tmp_path / "peers"
     run = sweep.Run("float", NETWORK, "float", None, 1, 8, 0.1)
-    start = sweep.start_file(NETWORK, 1)
     peers_plan.adopt(run, SETTINGS, source, folder)
     assert not folder.exists()
     content = {"settings": SETTINGS.as_json(), "learning_rate": 0.1, "accuracy": 0.5}
-    sweep.write(source / run.path, content)
-    (source / start).write_bytes(b"weights")
+    sweep.write(source, run, content)
+    sweep.write_start(source, NETWORK, 1, {"kernel": np.ones(2)})
     peers_plan.adopt(run, SETTINGS, source, folder)
-    assert (folder / start).read_bytes() == b"weights"
+    assert sweep.read_start(folder, NETWORK, 1)["kernel"].tolist() == [1, 1]
     assert sweep.is_done(folder, run, SETTINGS)
-    (source / start).write_bytes(b"others")
+    sweep.write_start(source, NETWORK, 1, {"kernel": np.zeros(2)})
     peers_plan.adopt(run, SETTINGS, source, folder)
-    assert (folder / start).read_bytes() == b"weights"
+    assert sweep.read_start(folder, NETWORK, 1)["kernel"].tolist() == [1, 1]
 
 
 # Networks
@@ -367,7 +362,7 @@ def test_the_environment_is_complete_only_when_all_is_installed(tmp_path, monkey
     fails = True
     with pytest.raises(subprocess.CalledProcessError):
         peers_setup.set_up(folder)
-    with pytest.raises(ValueError, match=r"run peers\.py with --setup"):
+    with pytest.raises(ValueError, match=r"run `python -m benchmarks\.peers --setup`"):
         peers_setup.python_of(folder)
     commands.clear()
     fails = False

@@ -1,13 +1,10 @@
 import functools
+import os
 import sys
 
 import pytest
 
-from tests.examples import programs
-
-sys.path.insert(0, str(programs.ROOT / "benchmarks"))
-
-import processes
+from benchmarks.common import processes
 
 
 @pytest.fixture
@@ -27,7 +24,8 @@ def program(tmp_path):
 
 
 def run(program, notes):
-    processes.run(sys.executable, str(program), [str(notes)])
+    variables = {**os.environ, "PYTHONPATH": str(program.parent)}
+    processes.run(sys.executable, program.stem, [str(notes)], variables)
 
 
 def test_a_process_gets_its_arguments(program, tmp_path):

@@ -1,14 +1,9 @@
 import json
-import sys
 
 import pytest
 
-from tests.examples import programs
-
-sys.path.insert(0, str(programs.ROOT / "benchmarks"))
-
-import costs_report
-import report
+from benchmarks import report
+from benchmarks.cost import report as costs_report
 
 
 def test_tables_stand_between_their_marks():

@@ -31,7 +31,7 @@ def measured(tmp_path_factory):
     flags = [f"--{name}={value}" for name, value in SETTINGS.items()]
     cases = {"run": (folder, [*flags, "--output=new/step_cost.json"])}
     ran, _ = programs.run_each(
-        "step_cost", cases, programs.WITHOUT_TRACING, folder="benchmarks"
+        "benchmarks.cost.step_cost", cases, programs.WITHOUT_TRACING, folder="."
     )
     code, error, shown = ran["run"]
     assert code == 0, error

@@ -1,0 +1,58 @@
+"""Accuracy on CIFAR-10 and CIFAR-100, from trained float networks.
+
+  python -m benchmarks.cifar --data_dir=FOLDER --models_dir=FOLDER
+
+Each finished run is a line of --results. The same command goes on where it stopped: a
+run that was interrupted goes on from its last epoch, in --work_dir.
+"""
+
+import functools
+import sys
+from pathlib import Path
+
+from absl import app, flags
+
+from benchmarks.cifar import plan as cifar_plan
+from benchmarks.common import processes, store
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_string("data_dir", None, "Data as TensorFlow Datasets prepares them.")
+flags.DEFINE_string("models_dir", None, "Folder of the trained float networks.")
+flags.DEFINE_list("experiments", list(cifar_plan.EXPERIMENTS), "Which, in their order.")
+flags.DEFINE_string("results", "benchmarks/results/cifar.jsonl", "One line a run.")
+flags.DEFINE_string("work_dir", "runs/cifar", "Checkpoints of unfinished runs.")
+flags.DEFINE_integer("workers", 2, "Processes, of one thread each.")
+flags.mark_flags_as_required(["data_dir", "models_dir"])
+
+
+def perform(run: cifar_plan.Run, results: Path) -> None:
+    """Trains in a process of its own, and adds a line to the results."""
+    folder = Path(FLAGS.work_dir).resolve() / run.name
+    processes.run(
+        sys.executable,
+        "benchmarks.cifar.run",
+        [run, FLAGS.data_dir, Path(FLAGS.models_dir).resolve(), folder, results],
+    )
+
+
+def main(argv):
+    """Trains what is missing."""
+    if len(argv) > 1:
+        raise app.UsageError(f"Received: arguments that are no flags: {argv[1:]}")
+    unknown = set(FLAGS.experiments) - set(cifar_plan.EXPERIMENTS)
+    if unknown:
+        raise app.UsageError(
+            f"--experiments must be of {list(cifar_plan.EXPERIMENTS)}. "
+            f"Received: {sorted(unknown)}"
+        )
+    results = Path(FLAGS.results).resolve()
+    for name in FLAGS.experiments:
+        while left := cifar_plan.next_runs(name, store.read(results)):
+            print(f"{name}: {len(left)} runs, and perhaps more", flush=True)
+            tasks = {r.name: functools.partial(perform, r, results) for r in left}
+            processes.perform(tasks, FLAGS.workers)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,186 @@
+"""One training of the CIFAR experiments, in a process of one thread.
+
+`python -m benchmarks.cifar` starts it with the run, pickled, on its standard input. A
+run that was interrupted goes on from its last epoch.
+"""
+
+import dataclasses
+import os
+import pickle
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# TensorFlow leaves oneDNN off on CPUs without VNNI; these networks train much faster
+# with it there, too.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+import tf_lowbit as tfl
+from benchmarks.cifar import plan as cifar_plan
+from benchmarks.common import store
+from examples import experiment
+from tf_lowbit.compat import keras, tf
+from tf_lowbit.datasets import cifar, pipeline
+from tf_lowbit.datasets.dataset import Normalization, PipelineOptions
+from tf_lowbit.reporting import environment
+
+# Pixels go in as they are, from 0 to 255.
+_PIXELS = Normalization(1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+def perform(
+    run: cifar_plan.Run, data_dir: str, models_dir: Path, folder: Path, results: Path
+) -> None:
+    """Trains, measures after the last epoch, and adds the result.
+
+    A training that diverges is a result: its accuracy is None.
+
+    Args:
+        run: what to train.
+        data_dir: of the data sets as TensorFlow Datasets prepares them.
+        models_dir: of the trained float networks.
+        folder: of the run's checkpoints. It is removed at the end.
+        results: file of all results.
+    """
+    experiment.quiet()
+    keras.utils.set_random_seed(run.seed)
+    plan = cifar_plan.EXPERIMENTS[run.experiment]
+    recovery = tfl.callbacks.Recovery(folder)
+    epoch, step = recovery.position
+    data = load_data(plan.dataset, run, data_dir, epoch, step)
+    load, edges = NETWORKS[plan.network]
+    trained, callbacks = prepared(load(models_dir), edges, run, data)
+    clock = EpochClock()
+    callbacks += [clock, experiment.StayFinite(), recovery]
+    measured = data.validation if run.is_held_out else data.test
+    accuracy = loss = recalibrated = diverged = None
+    try:
+        trained.fit(
+            data.train,
+            steps_per_epoch=data.steps_per_epoch,
+            epochs=run.epochs,
+            callbacks=callbacks,
+            verbose=0,
+        )
+        loss, accuracy = trained.evaluate(measured, verbose=0)
+        tfl.recalibrate_batch_norm(trained, data.train)
+        recalibrated = trained.evaluate(measured, verbose=0)[1]
+    except ValueError as error:
+        if "must stay finite" not in str(error):
+            raise
+        diverged = str(error)
+    found = {
+        **dataclasses.asdict(run),
+        "measured_on": "held-out" if run.is_held_out else "test",
+        "accuracy": accuracy,
+        "loss": loss,
+        "recalibrated_accuracy": recalibrated,
+        "diverged": diverged,
+        "cpu_seconds_per_epoch": clock.median(),
+        **costs(trained),
+        **environment(),
+    }
+    store.write(results, run.name, found)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def load_data(name, run, data_dir, epoch, step):
+    """The data set in pixels, from an epoch and a step on."""
+    source = getattr(cifar, f"read_{name}")(data_dir=data_dir)
+    options = PipelineOptions(
+        batch_size=cifar_plan.BATCH_SIZE,
+        seed=run.seed,
+        validation_fraction=cifar_plan.HELD_OUT if run.is_held_out else 0.0,
+        start_epoch=epoch,
+        start_step=step,
+    )
+    source = dataclasses.replace(source, normalization=_PIXELS)
+    return pipeline.build(source, options)
+
+
+def mlperf_resnet8(models_dir: Path) -> keras.Model:
+    """MLPerf Tiny's reference network for CIFAR-10, without the softmax at its end."""
+    path = models_dir / "mlperf_tiny_ic_resnet8.h5"
+    trained = keras.models.load_model(path, compile=False)
+    trained.layers[-1].activation = keras.activations.linear
+    model = keras.models.clone_model(trained)
+    model.set_weights(trained.get_weights())
+    return model
+
+
+# From a name to what loads the float network, and its first and last layer.
+NETWORKS = {"mlperf_resnet8": (mlperf_resnet8, "conv2d|dense")}
+
+
+def prepared(model, edges, run, data):
+    """What is to be trained, compiled, and the callbacks that it needs."""
+    rate, method = run.learning_rate, cifar_plan.METHODS[run.method]
+    bits = run.bits or (None, None)
+    (stage,) = stages = experiment.stages_for(
+        method.staging, bits, run.epochs, rate, "cosine", (), warmup=cifar_plan.WARMUP
+    )
+    if run.bits is None:
+        experiment.compile_model(model, rate)
+        return model, [experiment.float_learning_rate(stage, data)]
+    quantized = tfl.quantize(
+        model,
+        [
+            tfl.PrecisionRule(edges, 8, 8, "uniform", "uniform"),
+            tfl.PrecisionRule(".*", *run.bits, *method.quantizers),
+        ],
+        residual_bits=8,
+    )
+    tfl.calibrate(quantized, data.train)
+    trainer = experiment.trainer_for(
+        quantized, model, method.staging, method.distill, seed=run.seed
+    )
+    experiment.compile_model(
+        trainer,
+        rate,
+        teacher_optimizer=experiment.teacher_optimizer(
+            method.distill,
+            rate,
+            "cosine",
+            run.epochs * data.steps_per_epoch,
+            warmup=cifar_plan.WARMUP,
+        ),
+    )
+    return trainer, [tfl.callbacks.StagedPrecision(stages)]
+
+
+def costs(trained) -> dict:
+    """Bytes of packed weights and bit operations of the network to be deployed."""
+    network = trained.student if isinstance(trained, tfl.LowBitTrainer) else trained
+    cost = tfl.summary(network).cost
+    return {"weight_bytes": cost.weight_bytes, "bops": cost.bops}
+
+
+class EpochClock(keras.callbacks.Callback):
+    """CPU time of this process in each epoch that it trained."""
+
+    def __init__(self):
+        super().__init__()
+        self._seconds = []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Starts the clock."""
+        del epoch, logs
+        self._start = time.process_time()
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Stops it."""
+        del epoch, logs
+        self._seconds.append(time.process_time() - self._start)
+
+    def median(self) -> float | None:
+        """The median in seconds, or None where no epoch was trained."""
+        return round(statistics.median(self._seconds), 1) if self._seconds else None
+
+
+if __name__ == "__main__":
+    # Two processes of one thread each do more than one of two.
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    perform(*pickle.load(sys.stdin.buffer))
