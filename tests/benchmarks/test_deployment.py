@@ -49,7 +49,7 @@ def measured(tmp_path_factory):
     return done.stdout, result, folder
 
 
-def test_every_file_is_measured_and_ours_are_proved(measured):
+def test_every_file_is_measured_and_ours_are_verified(measured):
     _, result, folder = measured
     assert list(result["results"]) == ["plain_cnn"]
     found = result["results"]["plain_cnn"]
@@ -65,7 +65,7 @@ def test_every_file_is_measured_and_ours_are_proved(measured):
             assert row[f"latency to {peer}"] > 0
     assert base["latency to float32"] == 1
     row = found["files"][OURS]
-    assert row["proved"]
+    assert row["verified"]
     assert row["failures"] == []
     assert row["mismatches"] == row["end_to_end_mismatches"] == 0
     assert row["twin_agrees"] == row["test_images"] == 32
@@ -166,7 +166,7 @@ def test_what_the_readme_says_of_the_proofs_is_in_the_committed_json(committed):
         for row in result["files"].values()
         if "codes" in row
     ]
-    assert all(row["proved"] and not row["mismatches"] for row in ours)
+    assert all(row["verified"] and not row["mismatches"] for row in ours)
     assert not any(row["end_to_end_mismatches"] for row in ours)
     codes = [round(row["codes"] / 1e6) for row in ours]
     assert (min(codes), max(codes)) == (int(found[1]), int(found[2]))
