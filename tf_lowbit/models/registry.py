@@ -45,9 +45,10 @@ def get(name: str, /, **kwargs) -> keras.Model:
     """Builds a network by name.
 
     "preact_resnet<depth>" is the CIFAR network `preact_resnet(depth)` for every
-    depth of 6n+2, and "postact_resnet<depth>" is `postact_resnet(depth)`; so "preact_resnet50" is a narrow CIFAR network, no relative of
-    "resnet50". The one exception is "preact_resnet18", the ImageNet network of that
-    name: 18 is not 6n+2, so nothing else could be meant.
+    depth of 6n+2, and "postact_resnet<depth>" is `postact_resnet(depth)`. So
+    "preact_resnet50" is a narrow CIFAR network, no relative of "resnet50". The one
+    exception is "preact_resnet18", the ImageNet network of that name: 18 is not 6n+2,
+    so nothing else could be meant.
 
     Args:
         name: One of `names()`, "preact_resnet<depth>" or "postact_resnet<depth>".
