@@ -4,7 +4,7 @@ Trains a float pre-activation ResNet on the digits that scikit-learn holds, make
 2-bit networks of it by plain fine-tuning, two-stage and progressive training,
 stochastic precision and joint distillation with the same total of epochs, and a 4-bit
 one, and prints a table. At the end a 2-bit network that was trained for deployment
-becomes an integer TFLite file, which is proved to compute what was trained, and is
+becomes an integer TFLite file, which is proved equal to its integer model, and is
 compared with the float network's file.
 
   python examples/demo.py
@@ -162,7 +162,7 @@ def results_table(rows) -> rich.table.Table:
 
 
 def deploy(float_model: keras.Model, folder: Path, console) -> dict:
-    """Exports the network in `folder`, proves the file and compares it.
+    """Exports the network in `folder`, verifies the file and compares it.
 
     Returns:
         What the table of files shows, JSON-ready.
@@ -186,7 +186,7 @@ def deploy(float_model: keras.Model, folder: Path, console) -> dict:
     found = report.predictions
     accuracy = found.right["file"] / found.labels
     deployed = {
-        "proved": report.ok,
+        "verified": report.ok,
         "float_bytes": len(floats),
         "float_gzip_bytes": tfl.export.gzip_bytes(floats),
         "bytes": result.size,

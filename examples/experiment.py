@@ -15,7 +15,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import rich.progress
@@ -140,6 +140,7 @@ def trainer_for(
     *,
     target: str = "posteriors",
     hints: bool = False,
+    weights: Mapping[str, float | None] | None = None,
     unit: str = "layer",
     start: float = 0.5,
     seed: int = 0,
@@ -153,6 +154,9 @@ def trainer_for(
         distill: one of `DISTILLATIONS`: "none", or how the teacher is trained.
         target: of the distillation, "posteriors" or "logits".
         hints: whether the last two stages give hints.
+        weights: of the parts of the losses, by their names in
+            `tfl.JointDistillation`; None in place of one, or of all, for its
+            defaults.
         unit: of stochastic precision, "layer" or "block".
         start: its probability at the start.
         seed: of its draws.
@@ -162,6 +166,7 @@ def trainer_for(
         target=target,
         teacher="joint" if distill == "none" else distill,
         hints="stages" if hints else None,
+        **(weights or {}),
     )
     return tfl.LowBitTrainer(
         student,

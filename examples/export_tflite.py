@@ -1,4 +1,4 @@
-"""Writes a trained low-bitwidth network as an integer TFLite file, and proves it.
+"""Writes a trained low-bitwidth network as an integer TFLite file, and verifies it.
 
   python examples/train.py --first_last_bits=8 --residual_bits=8 \
       --weight_quantizer=lsq --activation_quantizer=lsq --output_dir=runs/w2a2

@@ -119,6 +119,22 @@ flags.DEFINE_enum(
 flags.DEFINE_enum(
     "distill_target", "posteriors", ("posteriors", "logits"), "What is matched."
 )
+flags.DEFINE_float(
+    "task_weight", None, "Of the labels in the student's loss; 0.7, or 0.3 for logits."
+)
+flags.DEFINE_float(
+    "distillation_weight",
+    None,
+    "Of the teacher's outputs in the student's loss; 0.7, or 0.1 for logits.",
+)
+flags.DEFINE_float(
+    "teacher_task_weight", None, "Of the labels in the teacher's loss; 1."
+)
+flags.DEFINE_float(
+    "teacher_distillation_weight",
+    None,
+    "Of the student's outputs in the teacher's loss; 0.5, or 0.1 for logits.",
+)
 flags.DEFINE_bool(
     "hints", False, "Whether features of the last two stages are matched too."
 )
@@ -204,6 +220,11 @@ _QUANTIZED_TRAINING = (
     *("method", "distill", "learning_rate", "warmup"),
     *("first_last_bits", "residual_bits"),
     *("weight_bits", "activation_bits", "weight_quantizer", "activation_quantizer"),
+)
+# Of the losses of teacher and student, with their defaults in `JointDistillation`.
+_LOSS_WEIGHTS = (
+    *("task_weight", "distillation_weight"),
+    *("teacher_task_weight", "teacher_distillation_weight"),
 )
 
 
@@ -374,6 +395,7 @@ def make_trainer(
         FLAGS.distill,
         target=FLAGS.distill_target,
         hints=FLAGS.hints,
+        weights={name: FLAGS[name].value for name in _LOSS_WEIGHTS},
         unit=FLAGS.sp_unit,
         start=FLAGS.sp_start,
         seed=FLAGS.seed,
@@ -410,6 +432,10 @@ def check_flags() -> None:
     tfl.Stage(1, learning_rate=FLAGS.teacher_learning_rate)
     tfl.LowBitScheme(residual_bits=FLAGS.residual_bits)
     float_stage(1)
+    tfl.JointDistillation(
+        target=FLAGS.distill_target,
+        **{name: FLAGS[name].value for name in _LOSS_WEIGHTS},
+    )
     if FLAGS.float_checkpoint == "":
         raise ValueError(
             "--float_checkpoint must name the file of a float network; a recipe that "
@@ -428,6 +454,10 @@ def check_flags() -> None:
         "sp_start": FLAGS.method != "sp",
         "distill_target": without_teacher,
         "hints": without_teacher,
+        "task_weight": without_teacher,
+        "distillation_weight": without_teacher,
+        "teacher_task_weight": FLAGS.distill in ("none", "frozen"),
+        "teacher_distillation_weight": FLAGS.distill != "joint",
         "teacher_learning_rate": FLAGS.distill in ("none", "frozen"),
         "ladder": FLAGS.method not in ("pq", "ts+pq"),
         "last_only": FLAGS.method != "ts+pq",

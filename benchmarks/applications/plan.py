@@ -18,7 +18,7 @@ STEPS = {
     "levels": "levels",
     "reload": "reloaded",
     "export": "exported",
-    "verify": "proved",
+    "verify": "file = twin",
 }
 NAMES = (
     *(f"ConvNeXt{size}" for size in ("Tiny", "Small", "Base", "Large", "XLarge")),

@@ -3,7 +3,7 @@
   python -m benchmarks.deployment --output=benchmarks/results/deployment.json
 
 Networks are trained on Fashion-MNIST (shortly: this compares files, not methods),
-exported, and every file is proved on the whole test set. Latencies are ratios to the
+exported, and every file is verified on the whole test set. Latencies are ratios to the
 float32 file, one thread, the files taking turns in one run. The networks are kept in
 --folder: a second call goes on where one was stopped.
 """
@@ -174,7 +174,7 @@ def accuracy(content: bytes, data) -> float:
 
 
 def exported(model, name, data, storage="int8"):
-    """One of our files, its sizes and its proof."""
+    """One of our files, its sizes and what `verify` finds."""
     path = Path(FLAGS.folder) / f"{name}-{storage}.tflite"
     result = tfl.export.to_tflite(model, path, data.test, storage=storage, verbose=0)
     report = tfl.export.verify(
@@ -188,7 +188,7 @@ def exported(model, name, data, storage="int8"):
     found = report.predictions
     wrong = sum(sum(entry.wrong) for entry in report.decisions)
     row = {
-        "proved": report.ok,
+        "verified": report.ok,
         "failures": report.failures,
         "codes": report.codes,
         "mismatches": report.mismatches,
@@ -287,7 +287,7 @@ def table(results) -> rich.table.Table:
 
 
 def main(argv):
-    """Trains, exports, proves and measures."""
+    """Trains, exports, verifies and measures."""
     if len(argv) > 1:
         raise app.UsageError(f"Received: arguments that are no flags: {argv[1:]}")
     Path(FLAGS.folder).mkdir(parents=True, exist_ok=True)

@@ -143,7 +143,7 @@ def fit(network: keras.Model, run: sweep.Run, data: datasets.Dataset) -> dict:
 
 
 def our_file(model, run: sweep.Run, settings: sweep.Settings, data) -> dict:
-    """Trains a network of ours, exports it and proves the file."""
+    """Trains a network of ours, exports it and verifies the file."""
     if run.method == peers_plan.FOR_FILE:
         network = network_for_file(model, run.bits)
         tfl.calibrate(network, data.train)
@@ -173,7 +173,7 @@ def our_file(model, run: sweep.Run, settings: sweep.Settings, data) -> dict:
     )
     return {
         **peers_files.deployed(network, content, model, data),
-        "proved": report.ok,
+        "verified": report.ok,
         "failures": report.failures,
         "twin_agrees": report.predictions.twin_agrees,
         "notes": report.notes,

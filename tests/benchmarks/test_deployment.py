@@ -51,7 +51,7 @@ def measured(tmp_path_factory):
     return done.stdout, result, folder
 
 
-def test_every_file_is_measured_and_ours_are_proved(measured):
+def test_every_file_is_measured_and_ours_are_verified(measured):
     _, result, folder = measured
     assert list(result["results"]) == ["plain_cnn"]
     found = result["results"]["plain_cnn"]
@@ -67,7 +67,7 @@ def test_every_file_is_measured_and_ours_are_proved(measured):
             assert row[f"latency to {peer}"] > 0
     assert base["latency to float32"] == 1
     row = found["files"][OURS]
-    assert row["proved"]
+    assert row["verified"]
     assert row["failures"] == []
     assert row["mismatches"] == row["end_to_end_mismatches"] == 0
     assert row["twin_agrees"] == row["test_images"] == 32
@@ -149,7 +149,7 @@ def test_the_committed_table_has_the_latencies_of_each_machine(measured, tmp_pat
 def committed(request):
     """The committed figures, and the section that quotes them."""
     text = (programs.ROOT / "benchmarks" / "README.md").read_text()
-    section = text[text.index("## `deployment.py`") :]
+    section = text[text.index("## `deployment`") :]
     data = json.loads((RESULTS / request.param).read_text())
     return data, section[: section.index("\n## ")]
 
@@ -168,7 +168,7 @@ def test_what_the_readme_says_of_the_proofs_is_in_the_committed_json(committed):
         for row in result["files"].values()
         if "codes" in row
     ]
-    assert all(row["proved"] and not row["mismatches"] for row in ours)
+    assert all(row["verified"] and not row["mismatches"] for row in ours)
     assert not any(row["end_to_end_mismatches"] for row in ours)
     codes = [round(row["codes"] / 1e6) for row in ours]
     assert (min(codes), max(codes)) == (int(found[1]), int(found[2]))

@@ -165,6 +165,7 @@ TABLE = {
             "models.mobilenet_v2",
             "models.names",
             "models.plain_cnn",
+            "models.postact_resnet",
             "models.preact_resnet",
             "models.preact_resnet18",
             "models.resnet18",

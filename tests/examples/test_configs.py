@@ -18,7 +18,7 @@ NAMES = sorted(path.stem for path in CONFIGS.glob("*.flags"))
 # The recipes, written down from their table and not from the files.
 CIFAR = {
     "dataset": "cifar100",
-    "model": "preact_resnet20",
+    "model": "postact_resnet20",
     "augment": True,
     "batch_size": 128,
     "weight_decay": 1e-4,
@@ -59,9 +59,20 @@ PRETRAINED = {
 }
 ALONE = {"method": "plain", "distill": "none"}
 JOINT = {"method": "plain", "distill": "joint", "distill_target": "posteriors"}
-AT_80 = {"milestones": ["80/200", "120/200"]}
+MATCHED = {**JOINT, "distill_target": "logits"}
+AT_80 = {"model": "preact_resnet20", "milestones": ["80/200", "120/200"]}
 CIFAR_JOINT = {**FROM_SCRATCH, **JOINT, **AT_80, "teacher_learning_rate": 0.1}
-IMAGENET_JOINT = {**PRETRAINED, **JOINT, "teacher_learning_rate": 0.001}
+IMAGENET_TAUGHT = {**PRETRAINED, "model": "resnet18", "teacher_learning_rate": 0.001}
+IMAGENET_JOINT = {
+    **IMAGENET_TAUGHT,
+    **JOINT,
+    "weight_bits": 4,
+    "activation_bits": 4,
+    "task_weight": 0.5,
+    "distillation_weight": 0.5,
+    "teacher_task_weight": 1.0,
+    "teacher_distillation_weight": 0.5,
+}
 SAMPLED = {"method": "sp", "sp_unit": "layer", "sp_start": 0.5}
 RECIPES = {
     "cifar100_resnet20_float": {
@@ -73,8 +84,7 @@ RECIPES = {
     "cifar100_resnet20_baseline": {**FROM_SCRATCH, **ALONE},
     "cifar100_resnet20_mse": {
         **FROM_SCRATCH,
-        **JOINT,
-        "distill_target": "logits",
+        **MATCHED,
         "teacher_learning_rate": 0.1,
     },
     "cifar100_resnet20_jkd": CIFAR_JOINT,
@@ -95,6 +105,15 @@ RECIPES = {
         "epochs": 0,
     },
     "imagenet_resnet18_baseline": {**PRETRAINED, **ALONE},
+    "imagenet_resnet18_mse": {
+        **IMAGENET_TAUGHT,
+        **MATCHED,
+        "learning_rate": 0.001,
+        "task_weight": 1.0,
+        "distillation_weight": 0.5,
+        "teacher_task_weight": 1.0,
+        "teacher_distillation_weight": 0.5,
+    },
     "imagenet_resnet18_jkd": IMAGENET_JOINT,
     "imagenet_resnet50_jkd": {**IMAGENET_JOINT, "model": "resnet50"},
     "imagenet_alexnet_jkd": {**IMAGENET_JOINT, "model": "alexnet"},
@@ -106,8 +125,9 @@ STAGES = {
     "cifar100_resnet20_ts": [[2, 32, 100], [2, 2, 100]],
     "cifar100_resnet20_pq": [[bits, bits, 40] for bits in (32, 16, 8, 4, 2)],
     "imagenet_float": [[None, None, 90]],
-    **{name: [[2, 2, 30]] for name in RECIPES if name.startswith("imagenet_r")},
-    "imagenet_alexnet_jkd": [[2, 2, 30]],
+    "imagenet_resnet18_baseline": [[2, 2, 30]],
+    "imagenet_resnet18_mse": [[2, 2, 30]],
+    **{f"imagenet_{n}_jkd": [[4, 4, 30]] for n in ("resnet18", "resnet50", "alexnet")},
 }
 # Epochs and the learning rate in all of them, stage after stage.
 AT_60_120 = [(60, 0.1), (60, 0.01), (80, 0.001)]
@@ -125,6 +145,7 @@ RATES = {
     "cifar100_resnet20_sp_jkd": AT_80_120,
     "imagenet_float": [(30, 0.1), (30, 0.01), (30, 0.001)],
     "imagenet_resnet18_baseline": AT_15_25,
+    "imagenet_resnet18_mse": TEACHER_AT_15_25,
     "imagenet_resnet18_jkd": AT_15_25,
     "imagenet_resnet50_jkd": AT_15_25,
     "imagenet_alexnet_jkd": AT_15_25,
@@ -133,6 +154,7 @@ TEACHER_RATES = {
     "cifar100_resnet20_mse": AT_60_120,
     "cifar100_resnet20_jkd": AT_80_120,
     "cifar100_resnet20_sp_jkd": AT_80_120,
+    "imagenet_resnet18_mse": TEACHER_AT_15_25,
     "imagenet_resnet18_jkd": TEACHER_AT_15_25,
     "imagenet_resnet50_jkd": TEACHER_AT_15_25,
     "imagenet_alexnet_jkd": TEACHER_AT_15_25,
@@ -365,6 +387,7 @@ SMALL = {
 EPOCHS = {"cifar100_resnet20_ts": 2, "cifar100_resnet20_pq": 5}
 FLOAT_FILES = {
     "preact_resnet18": "imagenet_float/float/model.h5",
+    "resnet18": "resnet18.h5",
     "resnet50": "resnet50.h5",
     "alexnet": "alexnet.h5",
 }
@@ -383,7 +406,8 @@ from tf_lowbit.models import blocks
 importlib.import_module("tf_lowbit.models.alexnet")._FC_UNITS = 16
 layout = blocks.layout
 blocks.layout = lambda counts, width: layout([1] * len(counts), width)
-for name, sizes in (("resnet50", {"width": 4}), ("alexnet", {})):
+small = {"width": 4}
+for name, sizes in (("resnet18", small), ("resnet50", small), ("alexnet", {})):
     models.get(name, **sizes).save(f"{FOLDER}/{name}.h5")
 
 train = program.experiment.train
@@ -497,7 +521,8 @@ def test_a_recipe_trains_every_kernel(observed, name):
 def test_the_last_step_has_the_learning_rate_of_its_milestone(observed, name):
     data = RECIPES[name]["dataset"]
     student, *teacher = observed(name)["rates"]
-    expected = 0.01 if name == "imagenet_float" else LAST_RATE[data]
+    others = {"imagenet_float": 0.01, "imagenet_resnet18_mse": 0.0001}
+    expected = others.get(name, LAST_RATE[data])
     assert student == pytest.approx(expected)
     assert teacher == (
         [pytest.approx(LAST_TEACHER_RATE[data])] if name in TEACHER_RATES else []
@@ -519,11 +544,12 @@ def test_the_result_says_what_was_run(runs, observed, name):
     assert {flag: result["settings"][flag] for flag in expected} == expected
     assert result["settings"]["first_last_bits"] is None
     assert result["epochs"] == (sizes(name)["epochs"] if recipe["epochs"] else 1)
+    bits = recipe.get("weight_bits")
     layers = {layer["name"]: layer for layer in result["cost"]["layers"]}
     for layer in layers.values():
         is_edge = layer["name"] in ("stem", "head") or part == "float"
-        assert set(layer["weight_bits"]) <= {32 if is_edge else 2}
-        assert set(layer["activation_bits"]) <= {32 if is_edge else 2}
+        assert set(layer["weight_bits"]) <= {32 if is_edge else bits}
+        assert set(layer["activation_bits"]) <= {32 if is_edge else bits}
     assert {"stem", "head"} < set(layers)
 
 

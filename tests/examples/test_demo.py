@@ -132,13 +132,13 @@ def test_quantized_networks_are_smaller_and_at_their_bits(demo):
         assert found == expected
 
 
-def test_ends_with_a_proved_file(demo):
+def test_ends_with_a_verified_file(demo):
     shown, folder = demo
     assert "Every promise is kept." in shown
     deployed = folder / "out" / "w2a2-deployed"
     found = json.loads((deployed / "deployment.json").read_text())
     path = deployed / "network.tflite"
-    assert found["proved"]
+    assert found["verified"]
     model = tfl.load_model(deployed / "model.h5", compile=False)
     assert tfl.export.verify(path, model, verbose=0).ok
     assert found["latency_ratio"] > 0

@@ -392,15 +392,16 @@ def test_a_trainer_has_the_options_that_are_given(pair):
         *(student, teacher, "sp", "task"),
         target="logits",
         hints=True,
+        weights={"task_weight": 0.9, "distillation_weight": None},
         unit="block",
         start=0.25,
         seed=7,
     )
     assert trainer._plan.distillation == tfl.JointDistillation(
-        target="logits", teacher="task", hints="stages"
+        target="logits", teacher="task", hints="stages", task_weight=0.9
     )
     assert trainer._plan.distillation.student_weights() == {
-        "task_loss": 0.3,
+        "task_loss": 0.9,
         "distillation_loss": 0.1,
         "hint_loss": 1.0,
     }

@@ -487,6 +487,19 @@ BAD = {
         ["--teacher_learning_rate=0.1", "--distill=frozen"],
         IDLE + "--teacher_learning_rate with --method=plain, --distill=frozen",
     ),
+    "a weight of no teacher": (["--task_weight=0.5"], IDLE + "--task_weight with"),
+    "a weight of a frozen teacher": (
+        ["--teacher_task_weight=0.5", "--distill=frozen"],
+        IDLE + "--teacher_task_weight with",
+    ),
+    "a weight of a teacher that hears no student": (
+        ["--teacher_distillation_weight=0.5", "--distill=task"],
+        IDLE + "--teacher_distillation_weight with",
+    ),
+    "a negative weight": (
+        ["--distillation_weight=-1", "--distill=joint"],
+        r"distillation_weight.*Received: .*-1",
+    ),
     "ladder without rungs": (["--ladder=4,2"], IDLE + "--ladder with --method=plain"),
     "milestones": (
         ["--schedule=step", "--milestones=0.3,late"],

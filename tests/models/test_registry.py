@@ -4,10 +4,11 @@ from tf_lowbit import models
 
 
 def test_cifar_networks_of_any_depth():
-    assert "preact_resnet26" not in models.names()
-    model = models.get("preact_resnet26", width=1, classes=3)
-    assert model.name == "preact_resnet26"
-    assert model.output_shape == (None, 3)
+    for name in ("preact_resnet26", "postact_resnet26"):
+        assert name not in models.names()
+        model = models.get(name, width=1, classes=3)
+        assert model.name == name
+        assert model.output_shape == (None, 3)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from tf_lowbit.models.alexnet import alexnet
 from tf_lowbit.models.imagenet_resnet import preact_resnet18, resnet18, resnet50
 from tf_lowbit.models.mobilenet_v2 import mobilenet_v2
 from tf_lowbit.models.plain_cnn import plain_cnn
+from tf_lowbit.models.postact_resnet import postact_resnet
 from tf_lowbit.models.preact_resnet import preact_resnet
 from tf_lowbit.models.registry import get, names
 
@@ -22,6 +23,7 @@ __all__ = [
     "mobilenet_v2",
     "names",
     "plain_cnn",
+    "postact_resnet",
     "preact_resnet",
     "preact_resnet18",
     "resnet18",

@@ -38,6 +38,20 @@ class Block(NamedTuple):
     last: bool
 
 
+def cifar_counts(depth: int) -> list[int]:
+    """Blocks of each stage of a CIFAR ResNet of `6 n + 2` layers: n, three times.
+
+    Raises:
+        ValueError: If `depth` is not 6n+2 with n >= 1.
+    """
+    if not layers.is_int(depth) or depth < 8 or depth % 6 != 2:
+        raise ValueError(
+            "depth must be 6n+2 with n >= 1 (8, 14, 20, ...). "
+            f"Received: depth={depth!r}"
+        )
+    return [(depth - 2) // 6] * 3
+
+
 def layout(counts: Sequence[int], width: int) -> Iterator[Block]:
     """Yields the blocks of a network whose every stage halves and doubles.
 

