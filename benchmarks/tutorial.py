@@ -25,7 +25,8 @@ flags.DEFINE_integer("seeds", 5, "Runs in each kind of process.", lower_bound=1)
 flags.DEFINE_list("only", None, "Seeds to run in this process alone.")
 flags.DEFINE_string("output", None, "JSON file to write the figures to.")
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "tutorial.md"
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "tutorial.md"
 # Names of the page's code: what is measured.
 FOUND = ("float_accuracy", "accuracy")
 PROCESSES = [(onednn, threads) for onednn in (0, 1) for threads in (1, 2)]
@@ -54,11 +55,17 @@ def in_process(seeds: range, onednn: int, threads: int) -> list[dict]:
         "TF_CPP_MIN_LOG_LEVEL": 3,
     }
     done = subprocess.run(
-        [sys.executable, __file__, f"--only={','.join(map(str, seeds))}"],
+        [
+            sys.executable,
+            "-m",
+            "benchmarks.tutorial",
+            f"--only={','.join(map(str, seeds))}",
+        ],
         env={**os.environ, **{name: str(value) for name, value in settings.items()}},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
+        cwd=ROOT,
     )
     found = json.loads(done.stdout.splitlines()[-1])
     return [
@@ -92,7 +99,7 @@ def main(argv):
     for name, row in found.items():
         print(name, ", ".join(f"{key} {value:.2f} %" for key, value in row.items()))
     if FLAGS.output:
-        import stepping
+        from benchmarks.cost import stepping
 
         stepping.write(FLAGS.output, {**found, "runs": rows}, __name__)
 
