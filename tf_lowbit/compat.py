@@ -35,6 +35,7 @@ __all__ = [
     "deep_graphs",
     "in_xla_context",
     "keras",
+    "logits_in_front",
     "tf",
     "tfmot",
     "unpacked_archives",
@@ -61,6 +62,18 @@ def as_float32(value):
     with autocast_variable.enable_auto_cast_variables(None):
         tensor = tf.convert_to_tensor(value)
     return tf.cast(tensor, tf.float32)
+
+
+def logits_in_front(probabilities):
+    """What a sigmoid or softmax has read, where Keras has kept it for its losses.
+
+    Args:
+        probabilities: tensor that a network put out.
+
+    Returns:
+        Tensor of the same shape and dtype, or None.
+    """
+    return getattr(probabilities, "_keras_logits", None)
 
 
 def in_xla_context() -> bool:
