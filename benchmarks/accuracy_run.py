@@ -24,6 +24,7 @@ import tf_lowbit as tfl
 from examples import experiment
 from tf_lowbit import datasets, models
 from tf_lowbit.compat import keras, tf
+from tf_lowbit.core.files import replaced
 from tf_lowbit.reporting import environment
 
 
@@ -240,9 +241,8 @@ def lowest_bits(rules) -> tuple[int, int]:
 def save_start(model: keras.Model, path: Path) -> None:
     """Writes a float network's weights, by name, for all runs that start from it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".partial-{path.name}")
-    np.savez_compressed(temporary, **{w.name: w.numpy() for w in model.weights})
-    temporary.replace(path)
+    with replaced(path) as temporary:
+        np.savez_compressed(temporary, **{w.name: w.numpy() for w in model.weights})
 
 
 def load_start(model: keras.Model, path: Path) -> None:

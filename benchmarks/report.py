@@ -15,6 +15,7 @@ import applications_plan
 import costs_report
 import deployment_report
 import peers_report
+import sweep
 from absl import app
 
 FOLDER = Path(__file__).resolve().parent
@@ -89,10 +90,7 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Received: arguments that are no flags: {argv[1:]}")
     for path, made in texts().items():
-        text = drawn(path.read_text(), made)
-        temporary = path.with_name(f".{path.name}.partial")
-        temporary.write_text(text)
-        temporary.replace(path)
+        sweep.write_text(path, drawn(path.read_text(), made))
     for name, figure in accuracy_plots.plots(RESULTS / "accuracy").items():
         figure.savefig(RESULTS / "accuracy" / name, metadata={"Date": None})
 

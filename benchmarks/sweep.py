@@ -5,7 +5,7 @@ Nothing here imports TensorFlow: tables are drawn from the committed files alone
 
 import dataclasses
 import json
-import os
+import tempfile
 from pathlib import Path
 
 # Of the tuning: none of those whose accuracy is reported. With one of them alone rates
@@ -370,9 +370,18 @@ def read(folder: Path, run: Run) -> dict | None:
 def write(path: Path, content: dict) -> None:
     """Writes JSON under a temporary name, then renames."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-    temporary.replace(path)
+    write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text under a temporary name, then renames.
+
+    As `tf_lowbit.core.files`, which would import TensorFlow.
+    """
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
+        temporary = Path(folder, path.name)
+        temporary.write_text(text)
+        temporary.replace(path)
 
 
 def is_done(folder: Path, run: Run, settings: Settings) -> bool:
