@@ -23,7 +23,7 @@ from tf_keras.src.applications.convnext import LayerScale, StochasticDepth
 from tf_keras.src.applications.inception_resnet_v2 import CustomScaleLayer
 from tf_keras.src.engine.compile_utils import LossesContainer, MetricsContainer
 from tf_keras.src.mixed_precision import autocast_variable
-from tf_keras.src.saving import saving_lib
+from tf_keras.src.saving import saving_lib, serialization_lib
 
 __all__ = [
     "CustomScaleLayer",
@@ -35,6 +35,7 @@ __all__ = [
     "deep_graphs",
     "in_xla_context",
     "keras",
+    "keras_safe_mode",
     "logits_in_front",
     "tf",
     "tfmot",
@@ -83,6 +84,15 @@ def in_xla_context() -> bool:
     return control_flow_util.GraphOrParentsInXlaContext(
         tf.compat.v1.get_default_graph()
     )
+
+
+def keras_safe_mode(is_safe: bool) -> contextlib.AbstractContextManager:
+    """Within it, whether Keras refuses to load a Python lambda from a file.
+
+    `keras.models.load_model` sets it for `.keras` files alone: it runs the code in a
+    `.h5` file whatever its argument `safe_mode` says.
+    """
+    return serialization_lib.SafeModeScope(is_safe)
 
 
 @contextlib.contextmanager

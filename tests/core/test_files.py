@@ -4,6 +4,7 @@ import os
 import stat
 import subprocess
 import sys
+import zipfile
 
 import pytest
 
@@ -263,3 +264,26 @@ def test_a_name_as_long_as_names_may_be(tmp_path):
     assert len(path.name) == 255
     files.replace_file(path, AFTER)
     assert path.read_bytes() == AFTER
+
+
+@pytest.mark.parametrize("parts", [1, 8])
+def test_a_zip_that_would_fill_the_disk_is_refused(tmp_path, parts):
+    bomb = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        for part in range(parts):
+            archive.writestr(f"{part}", bytes(2**27 // parts))
+    with pytest.raises(ValueError, match=r"200 times.*Received: \d+ bytes.*134217728"):
+        files.require_plausible_zip(bomb)
+    with open(bomb, "rb") as file, pytest.raises(ValueError, match="200 times"):
+        files.require_plausible_zip(file)
+
+
+def test_other_zips_are_plausible(tmp_path):
+    for name, data in {"zeros": bytes(2**20), "noise": os.urandom(2**20)}.items():
+        path = tmp_path / f"{name}.zip"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("part", data)
+        files.require_plausible_zip(path)
+    path.write_bytes(b"no such format")
+    with pytest.raises(ValueError, match=r"whole ZIP file\. Received"):
+        files.require_plausible_zip(path)

@@ -4,8 +4,13 @@ import contextlib
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+
+# A ZIP may unpack to this many times its size, or to this many bytes in any case.
+_MOST_TIMES = 200
+_ALWAYS_FINE = 2**26
 
 
 @contextlib.contextmanager
@@ -65,6 +70,37 @@ def replace_file(path, content: bytes | str) -> Path:
     with replaced(path) as temporary, open(temporary, "xb") as file:
         file.write(data)
     return Path(path)
+
+
+def require_plausible_zip(file) -> None:
+    """Refuses a ZIP that would fill memory or disk, before any of it is unpacked.
+
+    Python unpacks no more of a part than its declared size.
+
+    Args:
+        file: path, or a binary file.
+
+    Raises:
+        ValueError: if its parts declare more than 64 MiB and more than 200 times the
+            file's, or it is no ZIP.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            parts = archive.infolist()
+            # Parts may share their bytes, so that the file's own size counts.
+            archive.fp.seek(0, os.SEEK_END)
+            packed = archive.fp.tell()
+    except zipfile.BadZipFile as error:
+        raise ValueError(
+            f"The file must be a whole ZIP file. Received: {error}"
+        ) from error
+    unpacked = sum(part.file_size for part in parts)
+    if unpacked > max(_ALWAYS_FINE, _MOST_TIMES * packed):
+        raise ValueError(
+            f"A file must not unpack to more than {_MOST_TIMES} times its size: do not "
+            f"load it unless you know who made it. Received: {packed} bytes, which "
+            f"declare {unpacked}"
+        )
 
 
 def _flush(path: Path) -> None:
