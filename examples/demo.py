@@ -28,6 +28,7 @@ from absl import app, flags
 import tf_lowbit as tfl
 from tf_lowbit import datasets, models
 from tf_lowbit.compat import keras
+from tf_lowbit.core.files import replace_file
 
 FLAGS = flags.FLAGS
 
@@ -195,9 +196,7 @@ def deploy(float_model: keras.Model, folder: Path, console) -> dict:
         "float_accuracy": classify(floats, data),
         "accuracy": accuracy,
     }
-    experiment.replace_text(
-        folder / "deployment.json", json.dumps(deployed, indent=2) + "\n"
-    )
+    replace_file(folder / "deployment.json", json.dumps(deployed, indent=2) + "\n")
     console.print(files_table(deployed))
     return deployed
 

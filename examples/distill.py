@@ -20,6 +20,7 @@ from absl import app, flags
 import tf_lowbit as tfl
 from tf_lowbit import datasets, models
 from tf_lowbit.compat import keras
+from tf_lowbit.core.files import replaced
 
 FLAGS = flags.FLAGS
 
@@ -85,7 +86,8 @@ def main(argv):
 
     # Of the student alone, fully quantized.
     _, accuracy = trainer.evaluate(data.test, verbose=0)
-    experiment.replace_file(output, student.save)
+    with replaced(output) as path:
+        student.save(path)
     print(f"{FLAGS.bits}-bit student: test accuracy {accuracy:.4f}, in {output}")
 
 

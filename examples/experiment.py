@@ -11,7 +11,6 @@ import dataclasses
 import io
 import json
 import math
-import os
 import tempfile
 import time
 import warnings
@@ -24,6 +23,7 @@ from absl import flags, logging
 import tf_lowbit as tfl
 from tf_lowbit import datasets
 from tf_lowbit.compat import keras, tf
+from tf_lowbit.core.files import replace_file, replaced
 from tf_lowbit.core.stages import STEP_MILESTONES
 from tf_lowbit.reporting import environment
 
@@ -397,7 +397,7 @@ def train(
         # What an earlier version began has none: nobody knows now how it began.
         if settings is not None and not _has_run(folder):
             require_writable(records)
-            replace_text(records / SETTINGS, json.dumps(settings, indent=2) + "\n")
+            replace_file(records / SETTINGS, json.dumps(settings, indent=2) + "\n")
         _drop_rows_from(records / "log.csv", first_epoch)
         callbacks = [
             tfl.callbacks.StagedPrecision(stages, verbose=0 if label else 1)
@@ -420,10 +420,8 @@ def train(
             )
         seconds = time.perf_counter() - start
         loss, accuracy = model.evaluate(data.test, verbose=0)
-        replace_file(
-            records / "model.h5",
-            lambda path: network.save(path, include_optimizer=False),
-        )
+        with replaced(records / "model.h5") as path:
+            network.save(path, include_optimizer=False)
     cost = tfl.summary(network).cost
     new_epochs = max(epochs - first_epoch, 0)
     return Outcome(accuracy, loss, epochs, new_epochs, seconds, cost)
@@ -463,23 +461,8 @@ def write_result(folder: Path, outcome: Outcome, settings: dict) -> Path:
         **environment(),
     }
     path = folder / "result.json"
-    replace_text(path, json.dumps(result, indent=2, sort_keys=True) + "\n")
+    replace_file(path, json.dumps(result, indent=2, sort_keys=True) + "\n")
     return path
-
-
-def replace_text(path: Path, text: str) -> None:
-    """`replace_file` with a text."""
-    replace_file(path, lambda temporary: Path(temporary).write_text(text))
-
-
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Writes under a temporary name, then renames: the file is whole or not there."""
-    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def deployment_info(data: datasets.Dataset) -> dict:
@@ -589,12 +572,8 @@ def _drop_rows_from(path: Path, epoch: int) -> None:
     if not kept:
         path.unlink()
         return
-
-    def write(temporary):
-        with open(temporary, "w", newline="") as file:
-            csv.writer(file).writerows([rows[0], *kept])
-
-    replace_file(path, write)
+    with replaced(path) as temporary, open(temporary, "w", newline="") as file:
+        csv.writer(file).writerows([rows[0], *kept])
 
 
 @contextlib.contextmanager

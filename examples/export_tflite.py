@@ -24,6 +24,7 @@ from absl import app, flags
 import tf_lowbit as tfl
 from tf_lowbit import datasets
 from tf_lowbit.compat import tf
+from tf_lowbit.core.files import replace_file
 from tf_lowbit.export.options import PRECISIONS, STORAGES, TARGETS
 from tf_lowbit.export.tflite import INPUT_TYPES
 from tf_lowbit.reporting import environment
@@ -136,7 +137,7 @@ def main(argv):
     }
     texts = (str(report), json.dumps(table, indent=2, sort_keys=True))
     for name, text in zip(REPORTS, texts, strict=True):
-        experiment.replace_text(folder / name, f"{text}\n")
+        replace_file(folder / name, f"{text}\n")
     for name in ("network.tflite", "archive.npz", *REPORTS):
         print(f"Written: {folder / name}")
     if FLAGS.strict and not report.ok:

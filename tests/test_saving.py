@@ -241,6 +241,42 @@ def test_a_corrupt_file_is_an_error(how, tmp_path, trained):
         load_model(path)
 
 
+@pytest.mark.parametrize("name", ["net.keras", "net.h5", "net"])
+def test_a_lambda_runs_only_in_files_that_are_trusted(name, tmp_path):
+    """What a stranger's lambda does is seen by a file that it writes."""
+    mark = str(tmp_path / "ran")
+    image = keras.Input((3,))
+    function = lambda x: [x * 1.0, open(mark, "a").close()][0]  # noqa: E731
+    model = keras.Model(image, keras.layers.Lambda(function)(image))
+    model.save(tmp_path / name)
+    (tmp_path / "ran").unlink()
+    if name == "net":  # Of a SavedModel, Keras takes the traced graph instead.
+        load_model(tmp_path / name)
+    else:
+        with pytest.raises(ValueError, match="safe_mode=False"):
+            load_model(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_archive_that_is_damaged_within_is_a_value_error(trained, tmp_path):
+    path = tmp_path / "net.keras"
+    trained["dorefa"].save(path)
+    content = bytearray(path.read_bytes())
+    place = content.index(b"config.json") + 200
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"whole \.keras file.*Received.*net\.keras"):
+        load_model(path)
+
+
+def test_a_keras_file_that_would_fill_the_disk_is_refused(tmp_path):
+    path = tmp_path / "net.keras"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model.weights.h5", bytes(2**27))
+    with pytest.raises(ValueError, match=r"200 times its size.*Received"):
+        load_model(path)
+
+
 @pytest.fixture(scope="module")
 def whole_file(trained, tmp_path_factory):
     """A `.keras` file, its content, and the weights that are in it."""

@@ -23,7 +23,7 @@ from tf_keras.src.applications.convnext import LayerScale, StochasticDepth
 from tf_keras.src.applications.inception_resnet_v2 import CustomScaleLayer
 from tf_keras.src.engine.compile_utils import LossesContainer, MetricsContainer
 from tf_keras.src.mixed_precision import autocast_variable
-from tf_keras.src.saving import saving_lib
+from tf_keras.src.saving import saving_lib, serialization_lib
 
 __all__ = [
     "CustomScaleLayer",
@@ -35,6 +35,8 @@ __all__ = [
     "deep_graphs",
     "in_xla_context",
     "keras",
+    "keras_safe_mode",
+    "logits_in_front",
     "tf",
     "tfmot",
     "unpacked_archives",
@@ -63,6 +65,18 @@ def as_float32(value):
     return tf.cast(tensor, tf.float32)
 
 
+def logits_in_front(probabilities):
+    """What a sigmoid or softmax has read, where Keras has kept it for its losses.
+
+    Args:
+        probabilities: tensor that a network put out.
+
+    Returns:
+        Tensor of the same shape and dtype, or None.
+    """
+    return getattr(probabilities, "_keras_logits", None)
+
+
 def in_xla_context() -> bool:
     """Whether the ops built now will be compiled by XLA (`jit_compile=True`)."""
     if tf.executing_eagerly():
@@ -70,6 +84,15 @@ def in_xla_context() -> bool:
     return control_flow_util.GraphOrParentsInXlaContext(
         tf.compat.v1.get_default_graph()
     )
+
+
+def keras_safe_mode(is_safe: bool) -> contextlib.AbstractContextManager:
+    """Within it, whether Keras refuses to load a Python lambda from a file.
+
+    `keras.models.load_model` sets it for `.keras` files alone: it runs the code in a
+    `.h5` file whatever its argument `safe_mode` says.
+    """
+    return serialization_lib.SafeModeScope(is_safe)
 
 
 @contextlib.contextmanager

@@ -1,13 +1,19 @@
 """Loading quantized models without scopes."""
 
+import os
+import zipfile
+import zlib
+
 from tf_lowbit.compat import (
     LayerScale,
     StochasticDepth,
     deep_graphs,
     keras,
+    keras_safe_mode,
     tfmot,
     unpacked_archives,
 )
+from tf_lowbit.core.files import require_plausible_zip
 from tf_lowbit.scheme.output_names import NamedOutputs
 from tf_lowbit.scheme.wrapper import LowBitWrapper
 
@@ -28,22 +34,38 @@ def load_model(path, **arguments) -> keras.Model:
     `load_weights` work as ever on a model that `quantize` made from the same float
     model and the same rules.
 
+    A file from a stranger: a Python lambda is code that loading would run; `.keras` and
+    `.h5` files with one are refused. Keras still imports the modules of the classes
+    that a file names. A SavedModel holds a TensorFlow graph, which can read and write
+    files when it runs.
+
     Args:
         path: `.keras` file, `.h5` file or SavedModel folder.
         **arguments: of `keras.models.load_model`, such as `compile=False`.
+            `safe_mode=False` lets lambdas in, for files that you trust.
 
     Returns:
         The network or the `LowBitTrainer`, compiled if it was.
 
     Raises:
         OSError: if there is no such file.
-        ValueError: if it is none of these formats, or damaged.
+        ValueError: if it is none of these formats, damaged, holds a lambda, or would
+            unpack to far more than a file of its size should hold.
     """
     # A network within another one is read without its package's name in HDF5.
     own = {kind.__name__: kind for kind in (LowBitWrapper, NamedOutputs)}
+    if zipfile.is_zipfile(path):
+        require_plausible_zip(path)
     with (
+        keras_safe_mode(arguments.get("safe_mode", True)),
         tfmot.quantization.keras.quantize_scope(own),
         unpacked_archives(),
         deep_graphs(),
     ):
-        return keras.models.load_model(path, **arguments)
+        try:
+            return keras.models.load_model(path, **arguments)
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise ValueError(
+                "path must be a whole .keras file: save or copy it again. "
+                f"Received: {os.fspath(path)!r} ({error})"
+            ) from error

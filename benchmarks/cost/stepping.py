@@ -10,6 +10,7 @@ from absl import flags
 
 import tf_lowbit as tfl
 from tf_lowbit.compat import keras, tf
+from tf_lowbit.core.files import replace_file
 from tf_lowbit.reporting import environment
 
 
@@ -87,6 +88,4 @@ def write(path: str, figures: dict, module: str) -> None:
     settings = {flag.name: flag.value for flag in own if flag.name != "output"}
     result = {**figures, "settings": settings, **environment()}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(f"{path}.partial")
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
-    temporary.replace(path)
+    replace_file(path, json.dumps(result, indent=2) + "\n")

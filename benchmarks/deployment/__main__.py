@@ -22,6 +22,7 @@ from absl import app, flags
 import tf_lowbit as tfl
 from tf_lowbit import datasets, models
 from tf_lowbit.compat import keras, tf, tfmot
+from tf_lowbit.core.files import replace_file, replaced
 from tf_lowbit.reporting import environment
 
 FLAGS = flags.FLAGS
@@ -69,13 +70,6 @@ def load_data() -> datasets.Dataset:
     )
 
 
-def save_whole(path: Path, save) -> None:
-    """Saves under another name, then renames: a kill leaves no torn file."""
-    temporary = path.with_name(f"partial-{path.name}")
-    save(temporary)
-    temporary.replace(path)
-
-
 def fit(model, data, epochs, learning_rate) -> None:
     """Trains a network, its learning rate falling along a cosine."""
     steps = epochs * data.steps_per_epoch
@@ -99,7 +93,8 @@ def float_network(name, data) -> keras.Model:
         model.load_weights(path)
     else:
         fit(model, data, FLAGS.float_epochs, 0.1)
-        save_whole(path, model.save_weights)
+        with replaced(path) as whole:
+            model.save_weights(whole)
     return model
 
 
@@ -132,7 +127,8 @@ def low_bit_network(name, bits, model, data) -> keras.Model:
     quantized = tfl.quantize(model, wanted, residual_bits=8)
     tfl.calibrate(quantized, data.train)
     fit(quantized, data, FLAGS.epochs, 0.02)
-    save_whole(path, lambda file: quantized.save(file, include_optimizer=False))
+    with replaced(path) as whole:
+        quantized.save(whole, include_optimizer=False)
     return quantized
 
 
@@ -302,9 +298,7 @@ def main(argv):
             **environment(),
         }
         text = json.dumps(result, indent=2, sort_keys=True)
-        temporary = Path(f"{FLAGS.output}.partial")
-        temporary.write_text(f"{text}\n")
-        temporary.replace(FLAGS.output)
+        replace_file(FLAGS.output, f"{text}\n")
 
 
 if __name__ == "__main__":

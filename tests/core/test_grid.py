@@ -25,6 +25,19 @@ def test_other_bits_are_refused_with_the_value(bits):
     assert str(error.value).endswith(f"Received: weight_bits={bits!r}")
 
 
+def test_effective_bits_of_all_bits_are_made_without_a_selection():
+    """An int32 selection is in a GPU's memory; the fused quantizers read the host's."""
+    function = tf.function(grid.effective_bits)
+    for bits in range(1, 33):
+        expected = bits if bits <= 8 else 24
+        assert int(function(tf.constant(bits))) == expected
+        assert int(grid.effective_bits(bits)) == expected
+    assert function.experimental_get_tracing_count() == 1
+    (traced,) = function._list_all_concrete_functions()
+    kinds = {operator.type for operator in traced.graph.get_operations()}
+    assert not kinds & {"Select", "SelectV2"}
+
+
 def test_effective_bits_are_24_where_nothing_is_rounded():
     results = [int(grid.effective_bits(k)) for k in (1, 2, 7, 8, 16, 32)]
     assert results == [1, 2, 7, 8, 24, 24]

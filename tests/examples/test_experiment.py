@@ -227,44 +227,6 @@ def test_require_writable_refuses_what_can_be_no_folder(tmp_path):
     assert blocked.read_text() == "kept"
 
 
-@pytest.mark.parametrize("fails_after_writing", [False, True])
-def test_replace_file_keeps_the_old_file_if_writing_fails(
-    tmp_path, fails_after_writing
-):
-    path = tmp_path / "result.json"
-    path.write_text("old")
-
-    def write(temporary):
-        if fails_after_writing:
-            temporary.write_text("half of the n")
-        raise RuntimeError("disk full")
-
-    with pytest.raises(RuntimeError, match="disk full"):
-        experiment.replace_file(path, write)
-    assert path.read_text() == "old"
-    assert files(tmp_path) == ["result.json"]
-
-
-def test_replace_file_writes_and_replaces(tmp_path):
-    path = tmp_path / "model.h5"
-    for text in ("first", "second"):
-        experiment.replace_file(path, lambda temporary, t=text: temporary.write_text(t))
-        assert path.read_text() == text
-        assert files(tmp_path) == ["model.h5"]
-
-
-def test_replace_text_keeps_the_old_text_if_writing_fails(tmp_path):
-    path = tmp_path / "result.json"
-    experiment.replace_text(path, "old\n")
-    assert path.read_text() == "old\n"
-    with pytest.raises(UnicodeEncodeError):
-        experiment.replace_text(path, "half a text, then \ud800")
-    assert path.read_text() == "old\n"
-    experiment.replace_text(path, "new\n")
-    assert path.read_text() == "new\n"
-    assert files(tmp_path) == ["result.json"]
-
-
 LOG = 'epoch,accuracy,note\r\n0,0.5,a\r\n1,0.625,"b,c"\r\n2,0.75,d\r\n'
 
 

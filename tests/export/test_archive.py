@@ -841,3 +841,10 @@ def test_another_version(version, example, tmp_path):
 def test_an_unaltered_copy_is_read(example, tmp_path):
     path = altered(example[3], tmp_path, lambda h, a: None)
     assert same(archive.load_archive(path), example[2])
+
+
+def test_an_archive_that_would_fill_the_memory_is_refused(tmp_path):
+    path = tmp_path / "bomb.npz"
+    np.savez_compressed(path, header=np.zeros(2**27, np.uint8))
+    with pytest.raises(ValueError, match=r"must be an archive.*200 times its size"):
+        archive.load_archive(path)

@@ -62,7 +62,10 @@ def effective_bits(bits):
         Scalar int32 tensor.
     """
     bits = tf.convert_to_tensor(bits, tf.int32)
-    return tf.where(bits > MAX_BITS, _FLOAT32_BITS, bits)
+    # No `tf.where`: on a GPU its int32 result is in device memory, and the fused
+    # quantizers read bits on the host. Integer arithmetic stays there.
+    is_float = tf.minimum(tf.maximum(bits - MAX_BITS, 0), 1)
+    return tf.minimum(bits, MAX_BITS) + (_FLOAT32_BITS - MAX_BITS) * is_float
 
 
 def unsigned_limit(bits):

@@ -102,6 +102,7 @@ from pathlib import Path
 import numpy as np
 
 from tf_lowbit.core import packing
+from tf_lowbit.core.files import require_plausible_zip
 from tf_lowbit.export.grids import Grid
 
 FORMAT = "tf_lowbit archive"
@@ -292,6 +293,7 @@ def _parts(content: bytes):
     """The header and all other arrays of a file."""
     if not zipfile.is_zipfile(io.BytesIO(content)):
         raise ValueError("no ZIP file, or torn")
+    require_plausible_zip(io.BytesIO(content))
     with np.load(io.BytesIO(content), allow_pickle=False) as parts:
         arrays = {name: parts[name] for name in parts.files}
     header = json.loads(arrays.pop(HEADER).tobytes())

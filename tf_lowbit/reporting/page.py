@@ -1,13 +1,13 @@
 """A report on a low-bitwidth network: one page that needs nothing else."""
 
 import io
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tf_lowbit import inspection, predictions
 from tf_lowbit.compat import keras, tf
+from tf_lowbit.core.files import replace_file, replaced
 from tf_lowbit.core.stages import Stage
 from tf_lowbit.observation import batches_of, require_rereadable
 from tf_lowbit.reporting import plots
@@ -99,9 +99,8 @@ def report(
             folder = Path(figures)
             folder.mkdir(parents=True, exist_ok=True)
             for name, figure in drawn.items():
-                figure.savefig(
-                    folder / f"{name}.png", dpi=_DOTS_PER_INCH, facecolor="white"
-                )
+                with replaced(folder / f"{name}.png") as picture:
+                    figure.savefig(picture, dpi=_DOTS_PER_INCH, facecolor="white")
     template = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -120,13 +119,7 @@ def report(
         verified=verified,
         environment=environment(),
     )
-    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return replace_file(path, page)
 
 
 def _accuracy(model, dataset) -> tuple[float | None, int]:

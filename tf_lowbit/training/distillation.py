@@ -15,6 +15,7 @@ from tf_lowbit import inspection
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.quantizers import ACTIVATION
 from tf_lowbit.scheme import registry
+from tf_lowbit.training.outputs import Outputs
 from tf_lowbit.training.scores import DISTILLATION, HINT, TASK, Batch
 from tf_lowbit.training.settings import Settings
 
@@ -62,8 +63,12 @@ class JointDistillation(Settings):
     teacher's `D` and `H` are means over them.
 
     `target="posteriors"`: `D(p, q) = T^2 KL(p || q)`, the sum over the classes of
-    `p (log p - log q)`, with `p` and `q` the softmax of the logits over `T`.
-    `target="logits"`: the mean over the classes of the logits' squared difference.
+    `p (log p - log q)`, with `p` and `q` the softmax of the logits over `T`. Where each
+    unit is a label of its own, as for a binary cross-entropy, and for a single unit:
+    the mean over the units of the KL of yes and no, with `p` and `q` the sigmoid of the
+    logits over `T`.
+    `target="logits"`: the mean over the units of the logits' squared difference.
+    Of networks that end in a sigmoid, the logits are what the sigmoid reads.
 
     `H = 1/2 mean((Q(teacher's feature) - student's feature)^2)`, summed over
     the hint layers, with Q the student's activation quantizer there; a layer without
@@ -167,12 +172,13 @@ class JointDistillation(Settings):
             weights[HINT] = self.hint_weight
         return weights
 
-    def distance(self, target, logits):
+    def distance(self, target, logits, *, are_labels: bool = False):
         """The distance D of logits to target logits.
 
         Args:
-            target: logits [batch, classes], any floating dtype.
+            target: logits [batch, units], any floating dtype.
             logits: likewise.
+            are_labels: whether each unit is a label of its own instead of a class.
 
         Returns:
             Float32 tensor [batch], not negative but for rounding. The gradient reaches
@@ -181,10 +187,32 @@ class JointDistillation(Settings):
         target, logits = tf.cast(target, tf.float32), tf.cast(logits, tf.float32)
         if self.target == LOGITS:
             return tf.reduce_mean(tf.math.squared_difference(target, logits), axis=-1)
-        log_p = tf.nn.log_softmax(target / self.temperature)
-        log_q = tf.nn.log_softmax(logits / self.temperature)
-        divergence = tf.reduce_sum(tf.exp(log_p) * (log_p - log_q), axis=-1)
+        target, logits = target / self.temperature, logits / self.temperature
+        if are_labels:
+            # Yes and no: 1 - sigmoid(z) = sigmoid(-z).
+            divergence = tf.reduce_mean(
+                tf.add_n(
+                    [
+                        _divergence(
+                            tf.math.log_sigmoid(sign * target),
+                            tf.math.log_sigmoid(sign * logits),
+                        )
+                        for sign in (1.0, -1.0)
+                    ]
+                ),
+                axis=-1,
+            )
+        else:
+            divergence = tf.reduce_sum(
+                _divergence(tf.nn.log_softmax(target), tf.nn.log_softmax(logits)),
+                axis=-1,
+            )
         return self.temperature**2 * divergence
+
+
+def _divergence(log_p, log_q):
+    """The terms of KL(p || q)."""
+    return tf.exp(log_p) * (log_p - log_q)
 
 
 class Seen(NamedTuple):
@@ -236,6 +264,7 @@ def hint_distance(target, feature):
 
 def student_parts(
     distillation: JointDistillation,
+    outputs: Outputs,
     hints: Sequence[Hint],
     student: Seen,
     teacher: Seen,
@@ -243,11 +272,21 @@ def student_parts(
 ) -> dict:
     """What a student learns from the teacher, which counts as a constant.
 
+    Args:
+        distillation: the losses.
+        outputs: what the networks put out.
+        hints: of the student.
+        student: what the student made of the batch.
+        teacher: what the teacher made of it.
+        batch: this replica's part.
+
     Returns:
         Name of the part -> mean over this replica's examples, float32 scalar.
     """
-    target = tf.stop_gradient(teacher.outputs)
-    distance = distillation.distance(target, student.outputs)
+    target = tf.stop_gradient(outputs.logits(teacher.outputs))
+    distance = distillation.distance(
+        target, outputs.logits(student.outputs), are_labels=outputs.are_labels
+    )
     parts = {DISTILLATION: batch.mean(distance)}
     if hints:
         distances = [
@@ -263,6 +302,7 @@ def student_parts(
 
 def teacher_parts(
     distillation: JointDistillation,
+    outputs: Outputs,
     hints: Sequence[Sequence[Hint]],
     students: Sequence[Seen],
     teacher: Seen,
@@ -272,6 +312,7 @@ def teacher_parts(
 
     Args:
         distillation: the losses.
+        outputs: what the networks put out.
         hints: of each student.
         students: what the students made of the batch.
         teacher: what the teacher made of it.
@@ -286,7 +327,9 @@ def teacher_parts(
         parts[DISTILLATION] = _mean(
             batch.mean(
                 distillation.distance(
-                    tf.stop_gradient(student.outputs), teacher.outputs
+                    tf.stop_gradient(outputs.logits(student.outputs)),
+                    outputs.logits(teacher.outputs),
+                    are_labels=outputs.are_labels,
                 )
             )
             for student in students

@@ -6,15 +6,16 @@ import warnings
 from collections.abc import Sequence
 
 from tf_lowbit import inspection
-from tf_lowbit.compat import deep_graphs, keras, tf
+from tf_lowbit.compat import deep_graphs, keras
 from tf_lowbit.observation import RANDOM
-from tf_lowbit.scheme import graph
 from tf_lowbit.training.distillation import (
+    LOGITS,
     Hint,
     JointDistillation,
     Seen,
     find_hints,
 )
+from tf_lowbit.training.outputs import Outputs, check_ends, outputs_of
 from tf_lowbit.training.stochastic_precision import Sampler, StochasticPrecision
 
 _DROPS = (
@@ -23,7 +24,6 @@ _DROPS = (
     keras.layers.GaussianDropout,
     keras.layers.GaussianNoise,
 )
-_SOFTMAX = (keras.activations.softmax, tf.nn.softmax)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Plan:
         teacher: likewise, or None.
         distillation: the losses, or None.
         hints: of each student.
+        have_sigmoid: whether the networks put out a sigmoid's values; False without a
+            teacher.
         sampler: of stochastic precision, or None.
     """
 
@@ -42,6 +44,7 @@ class Plan:
     teacher: object
     distillation: JointDistillation | None
     hints: list[list[Hint]]
+    have_sigmoid: bool
     sampler: Sampler | None
 
     @classmethod
@@ -65,11 +68,12 @@ class Plan:
                 "distillation needs a teacher. "
                 f"Received: distillation={distillation!r}, teacher=None"
             )
-        hints = [[] for _ in students]
+        hints, have_sigmoid = [[] for _ in students], False
         if teacher is not None:
             distillation = distillation or JointDistillation()
             for network in students:
                 _check_teacher(network, teacher)
+            have_sigmoid = check_ends(students, teacher)
             _warn_of_augmentation([*students, teacher])
             hints = [
                 find_hints(distillation.hints, network, teacher) for network in students
@@ -83,6 +87,7 @@ class Plan:
             teacher and _observer(teacher, [h.teacher for own in hints for h in own]),
             distillation,
             hints,
+            have_sigmoid,
             precision and Sampler.of(precision, students),
         )
 
@@ -90,6 +95,25 @@ class Plan:
     def trains_teacher(self) -> bool:
         """Whether there is a teacher whose weights move."""
         return self.distillation is not None and self.distillation.trains_teacher
+
+    def outputs(self, loss, units: int | None) -> Outputs | None:
+        """What the outputs mean to distillation; None without a teacher.
+
+        Args:
+            loss: of `compile`.
+            units: how many a network puts out.
+
+        Raises:
+            ValueError: as `outputs_of`.
+        """
+        if self.distillation is None:
+            return None
+        return outputs_of(
+            loss,
+            units,
+            have_sigmoid=self.have_sigmoid,
+            match_logits=self.distillation.target == LOGITS,
+        )
 
     def sampled(self, is_quantized):
         """A context in which the students round as drawn."""
@@ -129,14 +153,6 @@ def _check_teacher(student, teacher):
             "Teacher and student must put out logits of the same shape, "
             f"[batch, classes]. Received: {shapes}"
         )
-    for role, network in (("teacher", teacher), ("student", student)):
-        layer = _last_function(network)
-        if _is_softmax(layer):
-            raise ValueError(
-                f"The {role} must put out logits, not probabilities: distillation "
-                "applies the softmax itself (and the loss can, with from_logits=True). "
-                f"Received: a softmax in layer {layer.name!r}"
-            )
 
 
 def _warn_of_augmentation(networks):
@@ -163,26 +179,6 @@ def _check_graph(role, network):
             f"The {role} must be a built Sequential or Functional model of tf_keras. "
             f"Received: {type(network).__name__}"
         )
-
-
-def _last_function(network):
-    """The layer that makes the output, but for casts and other identities."""
-    node = graph.producer(network.outputs[0])
-    identity = keras.activations.linear
-    while (
-        isinstance(node.layer, keras.layers.Activation)
-        and node.layer.activation is identity
-    ):
-        node = graph.producer(node.keras_inputs[0])
-    return inspection.wrapped_layer(node.layer)
-
-
-def _is_softmax(layer) -> bool:
-    return (
-        isinstance(layer, keras.layers.Softmax)
-        or getattr(layer, "activation", None) in _SOFTMAX
-        or getattr(layer, "symbol", None) == "nn.softmax"
-    )
 
 
 def _check_separate(networks):

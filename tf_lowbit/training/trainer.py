@@ -56,8 +56,8 @@ class LowBitTrainer(keras.Model):
     Raises:
         ValueError: if a student is not quantized or its name is taken in the logs,
             networks share variables, teacher and student differ in inputs or outputs
-            or do not put out logits [batch, classes], or hints or units cannot be
-            found.
+            or do not put out logits [batch, units] or a sigmoid's values of them, or
+            hints or units cannot be found.
     """
 
     def __init__(
@@ -139,7 +139,8 @@ class LowBitTrainer(keras.Model):
         Raises:
             ValueError: if there is a teacher to train and no optimizer for it, or an
                 optimizer and no such teacher; or a teacher and an optimizer that
-                averages weights.
+                averages weights; or a teacher and a loss that reads logits where the
+            networks put out probabilities, or the reverse.
         """
         is_same = teacher_optimizer is optimizer and not isinstance(optimizer, str)
         if self.trains_teacher and (teacher_optimizer is None or is_same):
@@ -164,6 +165,8 @@ class LowBitTrainer(keras.Model):
                 "teacher: Keras would look for both networks' in one of them. "
                 f"Received: {averaging}"
             )
+        units = None if self.teacher is None else self.teacher.output_shape[-1]
+        self._outputs = self._plan.outputs(loss, units)
         super().compile(
             optimizer, loss, metrics, loss_weights, weighted_metrics, **arguments
         )
@@ -383,11 +386,13 @@ class LowBitTrainer(keras.Model):
             for own, student, student_hints in zip(parts, seen, hints, strict=False):
                 own.update(
                     distilling.student_parts(
-                        losses, student_hints, student, teacher, batch
+                        losses, self._outputs, student_hints, student, teacher, batch
                     )
                 )
             parts[-1].update(
-                distilling.teacher_parts(losses, hints, seen, teacher, batch)
+                distilling.teacher_parts(
+                    losses, self._outputs, hints, seen, teacher, batch
+                )
             )
         return parts
 
