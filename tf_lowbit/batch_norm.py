@@ -24,6 +24,8 @@ from tf_lowbit.scheme.layout import QuantizationWarning
 # points; behind a momentum of 0.9, or a slow end of the training, it is 0.02 to 0.14.
 NOTABLE_LAG = 0.15
 _MOST_NAMED = 5
+# Fewer values in a batch give statistics that are mostly chance.
+_FEW_VALUES = 8
 
 # Each layer is measured behind layers that do not fit yet; normalisation in between
 # takes most of that away, and a second look the rest.
@@ -267,13 +269,48 @@ def _average_batch_norm(network, dataset, batches) -> list:
                     "Batch statistics must be finite: look for NaN in the data. "
                     f"Received: {average.name} that is not"
                 )
-        if largest * _values_of_an_example(layer) < 2:
-            raise ValueError(
-                "Batch normalisation must see several values of a channel: take "
-                "batches of more than one example. "
-                f"Received: {layer.name!r}, with one value in each batch"
-            )
+    require_values(norms, largest)
     return norms
+
+
+def require_values(norms, examples: int) -> None:
+    """Refuses batches too small for statistics, and warns of small ones.
+
+    Args:
+        norms: layers that normalise by the batch's own statistics.
+        examples: in the largest batch.
+
+    Raises:
+        ValueError: if a layer sees one value of a channel in each batch.
+    """
+    counts = {layer.name: examples * _values_of_an_example(layer) for layer in norms}
+    if not counts:
+        return
+    name, count = min(counts.items(), key=lambda item: item[1])
+    if count < 2:
+        raise ValueError(
+            "Batch normalisation must see several values of a channel: take "
+            "batches of more than one example. "
+            f"Received: {name!r}, with one value in each batch"
+        )
+    if count < _FEW_VALUES:
+        warnings.warn(
+            f"Batch normalisation should see {_FEW_VALUES} values of a channel or "
+            "more, or what is measured behind it is far off: take larger batches. "
+            f"Received: {name!r}, with {count} values in each batch",
+            QuantizationWarning,
+            stacklevel=2,
+        )
+
+
+def batch_normalized(network) -> list:
+    """The layers that use the batch's own statistics in training."""
+    fixed = {
+        node.layer.name
+        for node in graph.calls(network)
+        if getattr(node, "call_kwargs", {}).get("training") is False
+    }
+    return [n for n in norms_of(network) if n.trainable and n.name not in fixed]
 
 
 def _is_at_start(layer) -> bool:

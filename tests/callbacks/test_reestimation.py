@@ -101,14 +101,10 @@ def test_a_resumed_run_goes_on_exactly(tmp_path):
     )
 
 
-@pytest.mark.parametrize("synchronized", [False, True])
-def test_on_two_replicas(mirrored, synchronized):
+def test_on_two_replicas(mirrored):
     strategy = mirrored(2)
     with strategy.scope():
-        model = network()
-        for name in ("bn_one", "bn_two"):
-            model.get_layer(name).synchronized = synchronized
-        compiled(model)
+        model = compiled(network())
     fit(model, BatchNormReestimation(dataset()))
     assert max(lag(model, dataset()).values()) < 1e-3
 
