@@ -1,4 +1,4 @@
-"""`BatchNormReestimation`: statistics of the network as it stands at each evaluation."""
+"""`BatchNormReestimation`: statistics of the network at each evaluation."""
 
 import warnings
 

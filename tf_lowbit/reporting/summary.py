@@ -54,9 +54,10 @@ class Summary:
         """The table for a rich console."""
         table = _table(self.cost)
         if self.uncalibrated:
-            table.caption += (
-                f"\n{len(self.uncalibrated)} ranges are mere defaults: call "
-                f"tf_lowbit.calibrate ({', '.join(self.uncalibrated)})"
+            # Text, not str: a name such as net[v1] is no markup.
+            table.caption = rich.text.Text(
+                f"{table.caption}\n{len(self.uncalibrated)} ranges are mere defaults: "
+                f"call tf_lowbit.calibrate ({', '.join(self.uncalibrated)})"
             )
         return table
 
