@@ -178,9 +178,9 @@ def warn_of_lag(model, dataset, batches: int = 8) -> None:
         dataset: likewise.
         batches: likewise.
     """
-    if iter(dataset) is dataset:
-        return
     try:
+        if batches_of(dataset) is dataset:
+            return
         lags = lag(model, dataset, batches)
     except ValueError:
         return  # Not measurable: batches of one example, or a layer that is shared.
