@@ -16,6 +16,7 @@ from tf_lowbit import (
     statistics,
     strip,
 )
+from tf_lowbit.batch_norm import lag
 from tf_lowbit.compat import keras, tf
 
 layers = keras.layers
@@ -540,3 +541,30 @@ def test_normalisation_within_another_layer_is_measured():
     assert len(recalibrate_batch_norm(model, [x])) == 1
     (norm,) = (m for m in model.submodules if isinstance(m, layers.BatchNormalization))
     np.testing.assert_allclose(norm.moving_mean, x.mean((0, 1, 2)), rtol=1e-4)
+
+
+# --- lag
+
+
+def test_lag_is_in_standard_deviations_and_changes_nothing():
+    model = keras.Sequential([layers.BatchNormalization(input_shape=(5,), name="bn")])
+    recalibrate_batch_norm(model, BATCHES)
+    norm = model.get_layer("bn")
+    assert lag(model, BATCHES) == {"bn": pytest.approx(0.0, abs=1e-5)}
+    deviation = np.sqrt(norm.moving_variance.numpy() + norm.epsilon)
+    norm.moving_mean.assign_add(0.3 * deviation)
+    norm.moving_variance.assign(deviation**2 / 1.4**2 - norm.epsilon)
+    before = nets.snapshot(model.variables)
+    # The shift is 0.3 of the old deviation and so 0.42 of the new one.
+    assert lag(model, BATCHES)["bn"] == pytest.approx(np.hypot(0.42, 0.4), rel=1e-4)
+    nets.assert_all_equal(nets.snapshot(model.variables), before)
+    assert norm.momentum == 0.99
+
+
+def test_lag_of_several_students_has_their_names():
+    trainer = trainer_of_two()
+    recalibrate_batch_norm(trainer, BATCHES)
+    trainer.students[1].get_layer("bn_mid").moving_mean.assign([9.0] * 4)
+    lags = lag(trainer, iter(BATCHES))
+    assert list(lags) == [f"{s}/{n}" for s in ("one", "two") for n in STUDENT_NORMS]
+    assert [name for name, value in lags.items() if value > 0.1] == ["two/bn_mid"]

@@ -3,6 +3,7 @@
 import fractions
 import functools
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -546,3 +547,45 @@ def test_inputs_by_other_names_than_their_layers():
     )
     batch = {"img": np.ones((4, 8, 8, 3), "float32"), "vec": np.ones((4, 5), "float32")}
     assert len(calibrate(model, [batch])) == 1
+
+
+def dense_with_norm(**call):
+    x = inputs = keras.Input((5,), name="in")
+    x = layers.BatchNormalization(name="bn")(layers.Dense(6, name="one")(x), **call)
+    x = layers.Dense(4, name="two")(layers.ReLU(name="relu")(x))
+    model = nets.randomize(keras.Model(inputs, layers.Dense(3, name="head")(x)))
+    rule = PrecisionRule(".*", 4, 4, activation_quantizer="uniform")
+    return quantize(model, rule)
+
+
+def test_batches_of_one_value_a_channel_are_refused_and_nothing_changes():
+    model = dense_with_norm()
+    before = nets.snapshot(model.variables)
+    with pytest.raises(ValueError, match=r"several values.*Received: 'bn'"):
+        calibrate(model, [x[:1] for x in BATCHES])
+    nets.assert_all_equal(nets.snapshot(model.variables), before)
+
+
+@pytest.mark.parametrize(("size", "warns"), [(2, True), (7, True), (8, False)])
+def test_small_batches_are_warned_of(size, warns):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        calibrate(dense_with_norm(), [x[:size] for x in BATCHES])
+    found = [w for w in caught if f"'bn', with {size} values" in str(w.message)]
+    assert bool(found) == warns
+
+
+def test_a_normalisation_by_moving_statistics_needs_no_large_batches():
+    assert calibrate(dense_with_norm(training=False), [BATCHES[0][:1]])
+
+
+@pytest.mark.parametrize("name", ["lsq", "pact"])
+def test_a_range_that_was_trained_counts_as_set(name):
+    _, model = quantized_perceptron(name, 3)
+    tensor = nets.by_name(model)["relu1/output"]
+    assert not tensor.is_calibrated
+    for bits in (32, 8, 2, 3):  # What stages do is no training.
+        tensor.assign_bits(bits)
+        assert not tensor.is_calibrated
+    nets.train_step(model, 50.0 * BATCHES[0], nets.labels(16))  # PACT: beyond 6.
+    assert tensor.is_calibrated

@@ -50,3 +50,15 @@ def test_arrays_are_refused_with_the_way_to_go(network, use, arrays):
     message = r"iterable of batches.*from_tensor_slices.*Received: \w+$"
     with pytest.raises(ValueError, match=message):
         use(*network, arrays)
+
+
+@pytest.mark.parametrize("data", [[IMAGES, LABELS], [IMAGES, LABELS, LABELS], 3, None])
+def test_what_is_no_list_of_batches_is_refused(data):
+    with pytest.raises(ValueError, match=r"Data must be.*Received: "):
+        batches_of(data)
+
+
+@pytest.mark.parametrize("batches", [0, -1, 1.5, True, "2", None])
+def test_a_number_of_batches_is_an_integer_of_at_least_1(network, batches):
+    with pytest.raises(ValueError, match=r"integer >= 1. Received: batches="):
+        tfl.calibrate(network[0], [IMAGES], batches=batches)

@@ -5,8 +5,12 @@ import itertools
 import numpy as np
 
 from tf_lowbit import inspection
-from tf_lowbit.batch_norm import fit_to_fixed_clips
-from tf_lowbit.compat import keras
+from tf_lowbit.batch_norm import (
+    batch_normalized,
+    fit_to_fixed_clips,
+    require_values,
+)
+from tf_lowbit.compat import keras, tf
 from tf_lowbit.core import grid, ratios
 from tf_lowbit.core.state import restored, unchanged_on_error
 from tf_lowbit.observation import (
@@ -55,7 +59,9 @@ def calibrate(
 
     Raises:
         ValueError: if the model is not quantized, the dataset is empty, `batches` is
-            below 1, or an activation is NaN or infinite; then nothing is changed.
+            below 1, a batch normalisation sees one value of a channel in each batch,
+            or an activation is NaN or infinite; then nothing is changed. Below 8
+            values a `QuantizationWarning` names the layer.
     """
     validate_batches(batches)
     inspection.require_quantized(model)
@@ -70,6 +76,10 @@ def calibrate(
 
 
 def _calibrate(model, batches, fit_batch_norm) -> list[str]:
+    inputs = [batch[0] if isinstance(batch, tuple) else batch for batch in batches]
+    examples = max((len(tf.nest.flatten(x)[0]) for x in inputs), default=0)
+    if examples:  # None are refused below, where data are needed.
+        require_values(batch_normalized(model), examples)
     names = fit_to_fixed_clips(model, batches) if fit_batch_norm else []
     tensors = [
         tensor

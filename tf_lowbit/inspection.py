@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 from tf_lowbit.compat import keras, tf, tfmot
 from tf_lowbit.quantizers import (
     ACTIVATION,
@@ -53,9 +55,25 @@ class QuantizedTensor:
 
     @property
     def is_calibrated(self) -> bool:
-        """False only for a range that `calibrate` should set and has not."""
+        """False for a range that is the default still.
+
+        `calibrate` should set it and has not, and training has not moved it.
+        """
         flag = self.variables.get("calibrated")
-        return flag is None or bool(flag.numpy())
+        return flag is None or bool(flag.numpy()) or self._is_trained()
+
+    def _is_trained(self) -> bool:
+        """Whether a learned step or clip is another than a new one of these bits."""
+        names = [name for name, value in self.variables.items() if value.trainable]
+        if not names:
+            return False
+        fresh = self.quantizer.build(None, "fresh", keras.layers.Layer())
+        self.quantizer.assign_bits(fresh, self.bits)
+        # Changing the bits rescales a step by way of other bits: that rounds.
+        return not all(
+            np.allclose(self.variables[name], fresh[name], rtol=1e-5, atol=0.0)
+            for name in names
+        )
 
     @property
     def is_residual(self) -> bool:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import numbers
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -17,16 +18,20 @@ RANDOM = keras.__internal__.layers.BaseRandomLayer
 
 
 def validate_batches(batches: int) -> None:
-    """Raises ValueError where a number of batches is below 1."""
-    if batches < 1:
-        raise ValueError(f"batches must be >= 1. Received: batches={batches}")
+    """Raises ValueError where a number of batches is no integer of at least 1."""
+    is_count = isinstance(batches, numbers.Integral) and not isinstance(batches, bool)
+    if not is_count or batches < 1:
+        raise ValueError(
+            f"batches must be an integer >= 1. Received: batches={batches!r}"
+        )
 
 
 def batches_of(dataset) -> Iterator:
     """Iterates over batches.
 
     Raises:
-        ValueError: if they are arrays, over whose examples it would go.
+        ValueError: if they are arrays, over whose examples it would go, also in a list
+            `[x, y]`; or nothing that can be iterated over.
     """
     if isinstance(dataset, np.ndarray | tf.Tensor | tuple | dict):
         raise ValueError(
@@ -34,7 +39,27 @@ def batches_of(dataset) -> Iterator:
             "tf.data.Dataset.from_tensor_slices((x, y)).batch(32). "
             f"Received: {type(dataset).__name__}"
         )
+    if _is_pair(dataset):
+        raise ValueError(
+            "Data must be a list of batches of one kind, x or (x, y); arrays [x, y] "
+            "become one by tf.data.Dataset.from_tensor_slices((x, y)).batch(32). "
+            f"Received: a list of arrays of shapes {[np.shape(a) for a in dataset]}"
+        )
+    if not hasattr(dataset, "__iter__") and not hasattr(dataset, "__getitem__"):
+        raise ValueError(
+            "Data must be an iterable of batches, such as a tf.data.Dataset. "
+            f"Received: {type(dataset).__name__}"
+        )
     return iter(dataset)
+
+
+def _is_pair(dataset) -> bool:
+    """Whether a list holds inputs and labels: arrays that differ within an example."""
+    if not isinstance(dataset, list) or len(dataset) not in (2, 3):
+        return False
+    if not all(isinstance(part, np.ndarray | tf.Tensor) for part in dataset):
+        return False
+    return len({np.ndim(part) for part in dataset}) > 1
 
 
 def require_rereadable(dataset) -> None:

@@ -371,6 +371,41 @@ def test_weights_that_are_not_finite_replace_no_checkpoint(tmp_path, value):
     assert_same_state(state(resumed), uninterrupted())
 
 
+@pytest.mark.parametrize("what", ["moving statistics", "optimizer state"])
+def test_state_that_is_not_finite_replaces_no_checkpoint(tmp_path, what):
+    """As a batch that overflows in mixed_float16 leaves it: the weights are finite."""
+
+    def variable(model):
+        if what == "optimizer state":
+            return model.optimizer.variables[-1]
+        (norm,) = (x for x in model.layers if "batch_norm" in x.name)
+        return norm.moving_variance
+
+    class Break(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch == 1:
+                broken = variable(self.model)
+                broken.assign(np.nan * np.ones(broken.shape))
+
+    def net():
+        model = keras.Sequential(
+            [
+                keras.layers.Dense(6, input_shape=(4,)),
+                keras.layers.BatchNormalization(),
+                keras.layers.Dense(2),
+            ]
+        )
+        model.compile(keras.optimizers.SGD(0.05, momentum=0.9), "mse")
+        return model
+
+    x, y = np.ones((4, 4), np.float32), np.ones((4, 2), np.float32)
+    model = net()
+    with pytest.warns(UserWarning, match=r"must be finite.*Received: NaN"):
+        model.fit(x, y, epochs=2, verbose=0, callbacks=[Break(), Recovery(tmp_path)])
+    assert saved(tmp_path) == [name(1, 0)]
+    assert all(np.isfinite(v).all() for v in model.trainable_variables)
+
+
 def test_an_epoch_that_is_cut_short_is_not_taken_for_whole(tmp_path):
     fit(dense_net(), StopTraining(), Recovery(tmp_path / "epochs"))
     assert saved(tmp_path / "epochs") == []

@@ -270,6 +270,43 @@ def test_a_constant_rate_is_set_once_a_stage_and_may_be_lowered():
     np.testing.assert_allclose(seen.rates, [0.2, 0.1, 0.1, 0.05] * 2, rtol=1e-6)
 
 
+def test_no_step_reads_the_bits_back(monkeypatch):
+    """Only epochs do: on an accelerator each reading waits for the device."""
+    read = tfl.inspection.QuantizedTensor.bits.fget
+    within = {"step": False, "seen": 0}
+
+    class Steps(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            within["step"] = True
+
+        def on_train_batch_end(self, batch, logs=None):
+            assert logs["activation_bits"] in (32, 2)
+
+        def on_epoch_end(self, epoch, logs=None):
+            within["step"] = False
+
+    class Ends(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            within["step"] = False
+
+    def counted(tensor):
+        within["seen"] += within["step"]
+        return read(tensor)
+
+    monkeypatch.setattr(tfl.inspection.QuantizedTensor, "bits", property(counted))
+    staged = StagedPrecision(tfl.two_stage(2, 1))
+    model, steps = quantized_net(), Steps()
+    steps._supports_tf_logs = True
+    model.fit(
+        data(),
+        steps_per_epoch=STEPS,
+        epochs=2,
+        callbacks=[staged, steps, Ends()],
+        verbose=0,
+    )
+    assert within["seen"] == 0
+
+
 @pytest.mark.parametrize("stop", [1, 2, 3], ids="epoch{}".format)
 def test_a_resumed_run_keeps_a_lowered_rate(tmp_path, stop):
     stages = tfl.two_stage(2, (2, 2), learning_rate=(0.2, 0.1))

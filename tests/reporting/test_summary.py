@@ -140,3 +140,18 @@ def test_a_model_without_parameters():
     image = keras.Input((4,))
     text = str(tfl.summary(keras.Model(image, layers.ReLU()(image))))
     assert row_of(text, "total")[1] == "0"
+
+
+def test_ranges_that_are_mere_defaults_are_named():
+    rule = tfl.PrecisionRule(".*", 2, 4, activation_quantizer="pact")
+    model = tfl.quantize(net(), [rule])
+    waiting = tfl.summary(model).uncalibrated
+    assert waiting == ("relu1/output",)
+    assert "1 ranges are mere defaults: call tf_lowbit.calibrate" in str(
+        tfl.summary(model)
+    )
+    for tensor in inspection.quantized_tensors(model):
+        if "calibrated" in tensor.variables:
+            tensor.variables["calibrated"].assign(1)
+    assert tfl.summary(model).uncalibrated == ()
+    assert "mere defaults" not in str(tfl.summary(model))

@@ -2,6 +2,13 @@
 
 from tf_lowbit.callbacks.monitoring import QuantizationMonitor
 from tf_lowbit.callbacks.recovery import Position, Recovery
+from tf_lowbit.callbacks.reestimation import BatchNormReestimation
 from tf_lowbit.callbacks.staging import StagedPrecision
 
-__all__ = ["Position", "QuantizationMonitor", "Recovery", "StagedPrecision"]
+__all__ = [
+    "BatchNormReestimation",
+    "Position",
+    "QuantizationMonitor",
+    "Recovery",
+    "StagedPrecision",
+]

@@ -61,8 +61,10 @@ class Recovery(keras.callbacks.Callback):
     If the checkpoint is at or past the `epochs` of `fit`, the model is restored and
     not trained: `fit` returns an empty history.
 
-    While a trainable variable holds NaN or infinity, nothing is saved, so that the
-    checkpoints from before stay; a warning, one in a `fit`, names the variable.
+    While a variable holds NaN or infinity, nothing is saved, so that the checkpoints
+    from before stay; a warning, one in a `fit`, names the variable. Weights, moving
+    statistics and the optimizer's state are looked at: in `mixed_float16` a batch that
+    overflows leaves the weights alone, but spoils the statistics.
 
     A checkpoint is a folder, named by its position, whose manifest holds the size and
     the SHA-256 of each file. It is written under a hidden name, flushed to the disk
@@ -268,8 +270,11 @@ class Recovery(keras.callbacks.Callback):
         if not self._has_warned:
             self._has_warned = True
             warnings.warn(
-                "Weights must be finite to be saved: no checkpoint is made, and those "
-                f"from before stay. Received: NaN or infinity in {name}",
+                "Weights, statistics and optimizer state must be finite to be saved: "
+                "no checkpoint is made, and those from before stay. Look for NaN in "
+                "the data, and go on from the last checkpoint; moving statistics alone "
+                "are mended by tf_lowbit.recalibrate_batch_norm. "
+                f"Received: NaN or infinity in {name}",
                 stacklevel=3,
             )
 
@@ -372,9 +377,21 @@ def _position_of(path: Path) -> Position | None:
 
 
 def _non_finite(model) -> str | None:
-    """The name of a trainable variable in which not all is finite."""
-    for variable in model.trainable_variables:
+    """The name of a variable in which not all is finite."""
+    # Those of metrics start anew at each epoch, and may hold a loss that overflowed.
+    measured = {id(v) for metric in model.metrics for v in metric.variables}
+    own = [v for v in model.variables if id(v) not in measured]
+    for variable in (*own, *_optimizer_state(model)):
         is_float = variable.dtype.is_floating
         if is_float and not tf.reduce_all(tf.math.is_finite(variable)):
             return variable.name
     return None
+
+
+def _optimizer_state(model) -> list:
+    """The optimizers' variables, as far as they are made."""
+    names = ("optimizer", "teacher_optimizer")
+    optimizers = [getattr(model, name, None) for name in names]
+    states = [getattr(optimizer, "variables", ()) for optimizer in optimizers]
+    # Of a legacy optimizer it is a method.
+    return [v for state in states for v in (state() if callable(state) else state)]

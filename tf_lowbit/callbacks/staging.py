@@ -77,6 +77,7 @@ class StagedPrecision(keras.callbacks.Callback):
         self._tensors: list[inspection.QuantizedTensor] = []
         self._epoch = 0
         self._is_first_epoch = True
+        self._lowest: dict[str, int] = {}
 
     def on_train_begin(self, logs=None):
         """Checks that the stages fit the model and the training."""
@@ -128,6 +129,7 @@ class StagedPrecision(keras.callbacks.Callback):
             self._warn_of_open_ranges()
             self._is_first_epoch = False
         position.epochs_done.assign(epoch)
+        self._log(self._lowest)
         if _moves_rate(stage):
             self._set_learning_rate(0)
         if self.verbose and epoch == start:
@@ -142,7 +144,9 @@ class StagedPrecision(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         """Adds the bits to the progress bar."""
         del batch
-        self._log(logs)
+        if logs is not None:
+            # Not read from the variables: on a device that takes time in each step.
+            logs.update(self._lowest)
 
     def on_epoch_end(self, epoch, logs=None):
         """Adds the bits to the logs, and counts the epoch as done."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import rich.console
 import rich.progress
 
+from tf_lowbit import batch_norm
 from tf_lowbit.compat import keras
 from tf_lowbit.export import checks, files, tflite, twin
 from tf_lowbit.export.flatbuffer import read_metadata
@@ -78,7 +79,9 @@ def to_tflite(
         path: where the file goes; written under a temporary name, then renamed.
         data: iterable of batches, `x` or `(x, y)`, to measure ranges on that the
             training did not fix: the input of a first layer that was trained in float,
-            sums of residual branches without `residual_bits`. Not needed else.
+            sums of residual branches without `residual_bits`. Not needed else. Where
+            moving statistics of batch normalisation lag on them, a
+            `QuantizationWarning` says so (`tf_lowbit.batch_norm.lag`).
         target: "xnnpack": right under XNNPACK, to which TFLite delegates; "portable":
             right under XNNPACK and TFLite's builtin kernels, wherever both can be.
         storage: "int8", or "int4": half the bytes, four times as slow on a CPU.
@@ -117,6 +120,8 @@ def to_tflite(
                 f"{snapped.options}. Received: {options}"
             )
     else:
+        if data is not None:
+            batch_norm.warn_of_lag(model, data, batches)
         with _progress(verbose) as progress:
             snapped = snap(
                 model, data, options=options, batches=batches, progress=progress

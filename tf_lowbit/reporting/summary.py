@@ -9,6 +9,7 @@ import rich.console
 import rich.table
 import rich.text
 
+from tf_lowbit import inspection
 from tf_lowbit.compat import keras
 from tf_lowbit.reporting.cost import Cost, LayerCost, cost
 
@@ -35,21 +36,30 @@ class Summary:
     Attributes:
         cost: the numbers: `summary.cost.layers`, `summary.cost.bops`,
             `summary.cost.as_dict()`.
+        uncalibrated: activation quantizers whose range is a mere default.
     """
 
     cost: Cost
+    uncalibrated: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """The table, without colours, as wide as it must be."""
         stream = io.StringIO()
         console = rich.console.Console(file=stream, width=_WIDTH, color_system=None)
-        console.print(_table(self.cost), crop=False)
+        console.print(self.__rich__(), crop=False)
         lines = (line.rstrip() for line in stream.getvalue().splitlines())
         return textwrap.dedent("\n".join(lines)).strip("\n")
 
     def __rich__(self):
         """The table for a rich console."""
-        return _table(self.cost)
+        table = _table(self.cost)
+        if self.uncalibrated:
+            # Text, not str: a name such as net[v1] is no markup.
+            table.caption = rich.text.Text(
+                f"{table.caption}\n{len(self.uncalibrated)} ranges are mere defaults: "
+                f"call tf_lowbit.calibrate ({', '.join(self.uncalibrated)})"
+            )
+        return table
 
 
 def summary(model: keras.Model) -> Summary:
@@ -64,7 +74,9 @@ def summary(model: keras.Model) -> Summary:
     Raises:
         ValueError: if the model is subclassed or not built.
     """
-    return Summary(cost(model))
+    tensors = inspection.quantized_tensors(model)
+    waiting = tuple(tensor.name for tensor in tensors if not tensor.is_calibrated)
+    return Summary(cost(model), waiting)
 
 
 def _table(total: Cost) -> rich.table.Table:
