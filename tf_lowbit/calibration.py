@@ -28,10 +28,11 @@ def calibrate(
     """Fits activation quantizers and their inputs to each other, before training.
 
     PACT, uniform and LSQ: the range whose squared error is the least at the bits that
-    hold (ours; LSQ's own start is an option of it). DoReFa's clip is fixed at 1: there the batch normalisation in front of it is made to fit, its gamma
-    and beta divided by the clip of least squared error (ours). That is left out where
-    something else reads the normalisation, too, or it is frozen, has no gamma or is not
-    there.
+    hold (ours; LSQ's paper has another start, an option of its quantizer). DoReFa's
+    clip is fixed at 1: there the batch normalisation in front of it is made to fit, its
+    gamma and beta divided by the clip of least squared error (ours). That is left out
+    where something else reads the normalisation, too, or it is frozen, has no gamma or
+    is not there.
 
     While it is measured, the ranges to be set neither clip nor round, weights are
     quantized as they stand, normalisation uses each batch's own statistics (quantized

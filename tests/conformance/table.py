@@ -157,6 +157,7 @@ TABLE = {
             "tie_residuals",
             "two_stage",
             "two_stage_progressive",
+            "weight_decay_at_bits",
             "export.gzip_bytes",
             "export.latencies",
             "export.load_archive",

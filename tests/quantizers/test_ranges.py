@@ -12,7 +12,6 @@ from tests.quantizers.cases import (
     build,
     with_bits,
 )
-from tf_lowbit.compat import tf
 from tf_lowbit.quantizers import ranges
 
 CALIBRATED = [

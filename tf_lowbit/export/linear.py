@@ -98,8 +98,9 @@ def largest_code(linear, codes) -> int:
     if most > 127:
         raise ExportError(
             "Weight codes must lie in [-127, 127], what int8 weights hold. The odd "
-            "grid of DoReFa and StatsQ does up to 7 bits; at 8 use 'uniform', or 'lsq' with "
-            f"narrow_range=True. Received: {linear.layer.name!r}, codes up to {most}"
+            "grid of DoReFa and StatsQ does up to 7 bits; at 8 use 'uniform', or 'lsq' "
+            "with narrow_range=True. "
+            f"Received: {linear.layer.name!r}, codes up to {most}"
         )
     return most
 

@@ -19,7 +19,6 @@ from tf_lowbit.quantizers.base import (
     validate_gradient_factor,
 )
 
-
 LEAST_ERROR, PAPER = "least_error", "paper"
 INITIALIZATIONS = (LEAST_ERROR, PAPER)
 
