@@ -74,11 +74,12 @@ class StagedPrecision(keras.callbacks.Callback):
     Raises:
         ValueError: in the constructor, if `stages` is no list of stages, `data` are
             arrays or can be read only once, or are given with `keep_ranges`; when
-            training begins, if the epochs do not sum up, the model is not quantized, the
-            last stage asks for fewer bits than any quantizer was made for, a learning rate
-            is to be set and the optimizer follows a schedule of its own, the optimizer
-            is to be reset and `from_config` does not make it again, or the steps in an
-            epoch are not known to a warmup or to a decay within a single epoch.
+            training begins, if the epochs do not sum up, the model is not quantized,
+            the last stage asks for fewer bits than any quantizer was made for, a
+            learning rate is to be set and the optimizer follows a schedule of its own,
+            the optimizer is to be reset and `from_config` does not make it again, or
+            the steps in an epoch are not known to a warmup or to a decay within a
+            single epoch.
     """
 
     def __init__(
