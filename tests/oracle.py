@@ -117,6 +117,33 @@ def uniform_scale(w, k: int, axes=None) -> np.ndarray:
     return magnitude.max(axis=axes, keepdims=axes is not None) / highest
 
 
+def statsq_scale(w, axes) -> np.ndarray:
+    """`2 mean|w|` over `axes`."""
+    return 2 * np.abs(np.asarray(w, np.float64)).mean(axis=axes, keepdims=True)
+
+
+def statsq_codes(w, k: int, axes) -> np.ndarray:
+    """`2 round(n u) - n` with `u = clip(w / s, -1, 1) / 2 + 1/2`: odd integers."""
+    n, scaled = 2**k - 1, np.asarray(w, np.float64) / statsq_scale(w, axes)
+    return 2 * np.round(n * (np.clip(scaled, -1, 1) / 2 + 0.5)) - n
+
+
+def standardized(w) -> np.ndarray:
+    """`(w - mean) / std`, the biased deviation of the whole tensor."""
+    w = np.asarray(w, np.float64)
+    return (w - w.mean()) / w.std()
+
+
+def standardized_gradient(w, upstream) -> np.ndarray:
+    """Of `(w - mean) / std`, written out as a Jacobian.
+
+    d z_i / d w_j = (delta_ij - 1/N - z_i z_j / N) / std.
+    """
+    z, g = standardized(w).ravel(), np.asarray(upstream, np.float64).ravel()
+    jacobian = (np.eye(z.size) - 1 / z.size - np.outer(z, z) / z.size) / np.std(w)
+    return (g @ jacobian).reshape(np.shape(w))
+
+
 def half_codes(lowest: int, highest: int) -> np.ndarray:
     """The decision thresholds in units of the step: -1.5, -0.5, 0.5, ..."""
     return np.arange(lowest, highest) + 0.5

@@ -3,7 +3,7 @@ import pytest
 
 from tests.scheme import nets
 from tf_lowbit import LowBitTrainer, PrecisionRule, inspection, quantize, quantizers
-from tf_lowbit.compat import keras
+from tf_lowbit.compat import keras, tf
 
 layers = keras.layers
 W2A2 = PrecisionRule(".*", weight_bits=2, activation_bits=2)
@@ -259,3 +259,21 @@ def test_quantizers_in_a_model_among_the_layers_are_not_passed_over():
     half = keras.Model(first.input, [first.output, second(first.input)])
     with pytest.raises(ValueError, match="must be the model's own"):
         inspection.require_quantized(half)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_learned_ranges_can_be_kept_out_of_weight_decay(decay):
+    rule = PrecisionRule(".*", 2, 2, "lsq", "pact")
+    model = quantize(nets.randomize(nets.chain()), rule)
+    found = inspection.learned_ranges(model)
+    kinds = sorted(inspection.short_name(v).split("_")[-1] for v in found)
+    assert set(kinds) == {"alpha", "step"}
+    optimizer = keras.optimizers.SGD(1.0, weight_decay=decay)
+    optimizer.exclude_from_weight_decay(var_list=found)
+    before = [v.numpy() for v in model.trainable_variables]
+    zeros = [tf.zeros_like(v) for v in model.trainable_variables]
+    optimizer.apply_gradients(zip(zeros, model.trainable_variables, strict=True))
+    names = {v.name for v in found}
+    for variable, value in zip(model.trainable_variables, before, strict=True):
+        share = 1.0 if variable.name in names else 1.0 - decay
+        np.testing.assert_allclose(variable, share * value, rtol=1e-6)

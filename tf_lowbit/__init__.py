@@ -4,8 +4,8 @@ from tf_lowbit import callbacks, export, inspection, quantizers
 from tf_lowbit.api import quantize
 from tf_lowbit.batch_norm import recalibrate_batch_norm
 from tf_lowbit.bit_allocation import Sensitivity, allocate_bits, sensitivity
-from tf_lowbit.calibration import calibrate
-from tf_lowbit.core.schedules import LinearRamp
+from tf_lowbit.calibration import calibrate, tie_residuals
+from tf_lowbit.core.schedules import LinearRamp, weight_decay_at_bits
 from tf_lowbit.core.stages import (
     Stage,
     progressive,
@@ -65,6 +65,8 @@ __all__ = [
     "statistics",
     "strip",
     "summary",
+    "tie_residuals",
     "two_stage",
     "two_stage_progressive",
+    "weight_decay_at_bits",
 ]

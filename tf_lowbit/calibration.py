@@ -31,12 +31,12 @@ def calibrate(
 ) -> list[str]:
     """Fits activation quantizers and their inputs to each other, before training.
 
-    PACT and uniform: the clip whose squared error is the least at the quantizer's own
-    bits (ours). LSQ: `2 mean|x| / sqrt(Q_P)` (arXiv:1902.08153). DoReFa's clip is
-    fixed at 1: there the batch normalisation in front of it is made to fit, its gamma
-    and beta divided by the clip of least squared error (ours). That is left out where
-    something else reads the normalisation, too, or it is frozen, has no gamma or is not
-    there.
+    PACT, uniform and LSQ: the range whose squared error is the least at the bits that
+    hold (ours; LSQ's paper has another start, an option of its quantizer). DoReFa's
+    clip is fixed at 1: there the batch normalisation in front of it is made to fit, its
+    gamma and beta divided by the clip of least squared error (ours). That is left out
+    where something else reads the normalisation, too, or it is frozen, has no gamma or
+    is not there.
 
     While it is measured, the ranges to be set neither clip nor round, weights are
     quantized as they stand, normalisation uses each batch's own statistics (quantized
@@ -86,8 +86,26 @@ def _calibrate(model, batches, fit_batch_norm) -> list[str]:
         for tensor in inspection.quantized_tensors(model)
         if tensor.role == "activation" and tensor.quantizer.needs_calibration
     ]
+    measure(model, tensors, batches)
+    return [*names, *(tensor.name for tensor in tensors)]
+
+
+def measure(
+    model: keras.Model, tensors: list[inspection.QuantizedTensor], batches: list
+) -> None:
+    """Sets the ranges of some activation quantizers from data, at their present bits.
+
+    Args:
+        model: a network, no trainer.
+        tensors: its activation quantizers whose ranges are to be set; the others stay,
+            but that residual steps are tied anew.
+        batches: list of batches, `x` or `(x, y)` or `(x, y, weight)`.
+
+    Raises:
+        ValueError: as `calibrate`.
+    """
     if not tensors:
-        return names
+        return
     # The moving averages are not to move.
     with (
         restored(model.non_trainable_variables),
@@ -97,8 +115,8 @@ def _calibrate(model, batches, fit_batch_norm) -> list[str]:
         samples = calibration_samples(model, tensors, batches)
     for tensor in tensors:
         tensor.quantizer.calibrate(samples[tensor.name], tensor.variables)
-    tie_residuals(model)
-    return [*names, *(tensor.name for tensor in tensors)]
+    # What was just measured is to clip no more than it was measured to.
+    _tie(model, lambda ratio: ratios.at_least_ratio(ratio * _SLACK))
 
 
 def tie_residuals(model: keras.Model) -> None:
@@ -111,19 +129,31 @@ def tie_residuals(model: keras.Model) -> None:
     - the output's step is that of the quantized ReLU that alone reads it; or else what
       its residual quantizer has, moved to the nearest ratio with an input whose step
       is settled, if there is one: k-bit activations and what earlier Adds have tied;
-    - the other residual quantizers on its inputs get the smallest ratio to it at
-      which they clip no more than before (up to 15).
+    - the other residual quantizers on its inputs get the nearest ratio to it. In
+      `calibrate` they get the smallest one at which they clip no more than what was
+      measured (up to 15).
 
     The steps of k-bit activations are read, at the bits that they are made for, and
     never moved. So two settled steps around one Add stay as they are, though they may
     not fit: those of an input and of the ReLU behind, as in post-activation networks
     (of DoReFa quantizers they do fit), or of inputs that do not come from one another.
     Steps that are learned (LSQ, PACT) go on moving in training, away from what was
-    tied to them: call it again afterwards. Calling it twice changes nothing.
+    tied to them. `StagedPrecision` ties them after each epoch; without it, call this
+    after training and before export. Calling it twice changes nothing.
 
     Args:
-        model: what `tf_lowbit.quantize` made.
+        model: what `tf_lowbit.quantize` made; or a `LowBitTrainer`, for its students.
+
+    Raises:
+        ValueError: if the model is not quantized.
     """
+    inspection.require_quantized(model)
+    for network in inspection.networks(model):
+        _tie(network, ratios.nearest_ratio)
+
+
+def _tie(model, choose) -> None:
+    """Ties each Add; `choose` gives the ratio for an input's present one."""
     settled: dict[str, float] = {}  # Steps of residual quantizers, the latest last.
 
     def settle(tensor, step) -> float:
@@ -145,8 +175,7 @@ def tie_residuals(model: keras.Model) -> None:
             step = _step_as_made(add.output)
         for tensor in inputs:
             if step and tensor.is_residual and tensor.name not in settled:
-                ratio = ratios.at_least_ratio(_present_step(tensor) / step * _SLACK)
-                settle(tensor, step * ratio)
+                settle(tensor, step * choose(_present_step(tensor) / step))
 
 
 def _settled_step(tensors, settled) -> float | None:

@@ -198,6 +198,23 @@ def parameters(layer: keras.layers.Layer) -> list[tf.Variable]:
     return [weight for weight in layer.weights if weight.ref() not in state]
 
 
+def learned_ranges(model: keras.Model) -> list[tf.Variable]:
+    """The steps and clips that are trained, such as those of LSQ and PACT.
+
+    To keep an optimizer's weight decay off them, before its first step:
+    `optimizer.exclude_from_weight_decay(var_list=learned_ranges(model))`.
+
+    Args:
+        model: what `quantize` made; or a `LowBitTrainer`, for its students.
+    """
+    return [
+        variable
+        for tensor in quantized_tensors(model)
+        for variable in tensor.variables.values()
+        if variable.trainable
+    ]
+
+
 def input_activations(model: keras.Model) -> dict[str, list[QuantizedTensor | None]]:
     """Which activation quantizers stand in front of each weight layer.
 

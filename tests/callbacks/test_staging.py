@@ -1,3 +1,4 @@
+import fractions
 import re
 import warnings
 
@@ -636,3 +637,208 @@ def test_refuses_a_legacy_optimizer():
     model = quantized_net(optimizer=keras.optimizers.legacy.SGD(0.1))
     with pytest.raises(ValueError, match="legacy one"):
         fit(model, [tfl.Stage(1)])
+
+
+class Ranges(keras.callbacks.Callback):
+    """The learned steps and clips when each epoch begins, and what would be measured.
+
+    Stands behind `StagedPrecision` in the list, so that a stage is entered before.
+    """
+
+    def __init__(self, measured_on=None):
+        super().__init__()
+        self.measured_on, self.found, self.fresh = measured_on, [], []
+
+    def _values(self):
+        return {
+            tensor.name: variable.numpy()
+            for tensor in tfl.inspection.quantized_tensors(self.model)
+            for name, variable in tensor.variables.items()
+            if name not in ("bits", "calibrated")
+        }
+
+    def on_epoch_begin(self, epoch, logs=None):
+        before = [(v, v.numpy()) for v in self.model.variables]
+        self.found.append(self._values())
+        if self.measured_on is not None:
+            tfl.calibrate(self.model, self.measured_on, fit_batch_norm=False)
+        tfl.inspection.initialize_weight_ranges(self.model)
+        self.fresh.append(self._values())
+        for variable, value in before:
+            variable.assign(value)
+
+
+WEIGHT, ACTIVATION = "middle/kernel", "relu/output"
+FALLING = [tfl.Stage(1, 8, 8), tfl.Stage(1, 2, 2)]
+LADDER = [tfl.Stage(1, 8, 8), tfl.Stage(1, 3, 8), tfl.Stage(1, 3, 2)]
+
+
+def batches(count=3):
+    return [batch for batch in data().take(count)]
+
+
+@pytest.mark.parametrize("activations", ["lsq", "pact", "uniform"])
+def test_a_stage_measures_the_ranges_whose_bits_it_changes(activations):
+    model = quantized_net(weight_quantizer="lsq", activation_quantizer=activations)
+    seen = Ranges(batches())
+    fit(model, LADDER, [seen], data=batches())
+    for epoch in range(3):
+        found, fresh = seen.found[epoch], seen.fresh[epoch]
+        is_new_weight, is_new_activation = epoch != 2, epoch != 1
+        assert (found[WEIGHT] == fresh[WEIGHT]) == is_new_weight
+        if is_new_activation:
+            assert found[ACTIVATION] == pytest.approx(fresh[ACTIVATION], rel=1e-5)
+    if activations == "lsq":  # It moves in training; what is kept is not measured.
+        assert seen.found[1][ACTIVATION] != pytest.approx(
+            seen.fresh[1][ACTIVATION], rel=1e-5
+        )
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_without_data_ranges_of_activations_are_rescaled(keep):
+    model = quantized_net(weight_quantizer="lsq", activation_quantizer="lsq")
+    tfl.calibrate(model, batches())
+    before = Ranges()
+    before.set_model(model)
+    before.on_epoch_begin(0)
+    names = {t.name: t for t in tfl.inspection.quantized_tensors(model)}
+    expected = {}
+    for name, tensor in names.items():
+        step = tensor.variables["step"].numpy()
+        tensor.assign_bits(8)
+        expected[name] = tensor.variables["step"].numpy()
+        tensor.assign_bits(2)
+        np.testing.assert_allclose(tensor.variables["step"], step, rtol=1e-6)
+        tensor.variables["step"].assign(step)
+    seen = Ranges()
+    fit(model, FALLING, [seen], keep_ranges=keep)
+    kept = list(expected) if keep else [ACTIVATION, "first_relu/output"]
+    for name in kept:
+        np.testing.assert_allclose(seen.found[0][name], expected[name], rtol=1e-6)
+    measured = seen.fresh[0][WEIGHT]
+    assert (seen.found[0][WEIGHT] == measured) == (not keep)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": iter([1])}, "read again from its start"),
+        ({"data": (np.ones(3), np.ones(3))}, "iterable of batches"),
+        ({"data": [np.ones((2, 6, 6, 1))], "keep_ranges": True}, "must be None"),
+    ],
+    ids=["iterator", "arrays", "kept"],
+)
+def test_refuses_data_that_it_cannot_measure_on(options, message):
+    with pytest.raises(ValueError, match=message + r"[\s\S]*Received"):
+        StagedPrecision([tfl.Stage(1)], **options)
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_a_resumed_run_measures_as_the_uninterrupted_one(tmp_path, stop):
+    options = {"weight_quantizer": "lsq", "activation_quantizer": "lsq"}
+    whole, resumed = quantized_net(**options), quantized_net(**options)
+    fit(whole, LADDER, data=batches())
+
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == stop:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(
+            quantized_net(**options),
+            LADDER,
+            [Recovery(tmp_path), Stop()],
+            data=batches(),
+        )
+    resumed.fit(
+        data(stop),
+        steps_per_epoch=STEPS,
+        epochs=3,
+        callbacks=[StagedPrecision(LADDER, data=batches()), Recovery(tmp_path)],
+        verbose=0,
+    )
+    assert_same_weights(whole, resumed)
+    assert_same_optimizers(whole, resumed)
+
+
+def test_ranges_are_measured_on_two_replicas(mirrored):
+    options = {"weight_quantizer": "lsq", "activation_quantizer": "lsq"}
+    with mirrored(2).scope():
+        model = quantized_net(**options)
+    one, two = Ranges(), Ranges()
+    fit(
+        quantized_net(**options),
+        FALLING,
+        [one],
+        data=batches(),
+    )
+    fit(model, FALLING, [two], data=batches())
+    for name, value in one.found[0].items():
+        np.testing.assert_allclose(two.found[0][name], value, rtol=1e-4)
+    assert all(t.is_calibrated for t in tfl.inspection.quantized_tensors(model))
+
+
+def add_ratios(model):
+    """Step of each input of an Add / step of its output."""
+    found = []
+    for add in tfl.inspection.residual_adds(model):
+        steps = [float(t.quantizer.step(None, t.variables)) for t in add.inputs if t]
+        output = float(add.output.quantizer.step(None, add.output.variables))
+        found += [step / output for step in steps]
+    return found
+
+
+def are_tied(ratios):
+    found = [fractions.Fraction(ratio).limit_denominator(15) for ratio in ratios]
+    return all(
+        fraction.denominator % 2 and abs(float(fraction) / ratio - 1) < 2**-20
+        for fraction, ratio in zip(found, ratios, strict=True)
+    )
+
+
+def residual_lsq():
+    """A sum with a residual input, which the learned step behind it sets."""
+    layers = keras.layers
+    keras.utils.set_random_seed(3)
+    image = keras.Input((6, 6, 1), name="image")
+    x = layers.Conv2D(4, 3, activation="relu", name="first")(image)
+    y = layers.Conv2D(4, 1, name="middle")(x)
+    z = layers.Conv2D(4, 1, name="other")(x)
+    x = layers.ReLU(name="relu")(layers.Add(name="sum")([y, z]))
+    x = layers.Flatten()(layers.Conv2D(4, 1, name="late")(x))
+    rule = tfl.PrecisionRule(".*", 4, 4, "lsq", "lsq")
+    net = keras.Model(image, layers.Dense(3, name="head")(x))
+    model = tfl.quantize(net, rule, residual_bits=8)
+    tfl.calibrate(model, batches())
+    model.compile(keras.optimizers.SGD(0.05, momentum=0.9), "mse")
+    return model
+
+
+def test_learned_steps_drift_from_residual_ones_and_are_tied_after_each_epoch():
+    model = residual_lsq()
+    assert are_tied(add_ratios(model))
+    model.fit(data(), steps_per_epoch=STEPS, epochs=1, verbose=0)
+    drifted = add_ratios(model)
+    assert not are_tied(drifted)
+    tfl.tie_residuals(model)
+    tied = add_ratios(model)
+    assert are_tied(tied)
+    np.testing.assert_allclose(tied, drifted, rtol=0.1)
+    tfl.tie_residuals(model)
+    np.testing.assert_array_equal(add_ratios(model), tied)
+
+    staged, at_ends = residual_lsq(), []
+
+    class Tied(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            at_ends.append(are_tied(add_ratios(self.model)))
+
+    fit(staged, [tfl.Stage(2, 4, 4)], [Tied()])
+    assert at_ends == [True, True]
+    assert are_tied(add_ratios(staged))
+
+
+def test_tying_refuses_a_float_model():
+    with pytest.raises(ValueError, match=r"tf_lowbit.quantize made. Received"):
+        tfl.tie_residuals(float_net())

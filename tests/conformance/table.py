@@ -54,6 +54,9 @@ TABLE = {
         WEIGHT,
         {
             "lsq": quantizers.LSQWeightQuantizer,
+            "lsq_standardized": lambda: quantizers.LSQWeightQuantizer(
+                standardize=True, initialization="paper", gradient_factor=0.5
+            ),
             "lsq_channels": lambda: quantizers.LSQWeightQuantizer(
                 per_axis=True, narrow_range=True
             ),
@@ -63,6 +66,9 @@ TABLE = {
         WEIGHT,
         {
             "uniform": quantizers.UniformWeightQuantizer,
+            "uniform_standardized": lambda: quantizers.UniformWeightQuantizer(
+                standardize=True
+            ),
             "uniform_tensor": lambda: quantizers.UniformWeightQuantizer(per_axis=False),
         },
     ),
@@ -77,6 +83,9 @@ TABLE = {
     ),
     "quantizers.UniformActivationQuantizer": Row(
         ACTIVATION, {"uniform": quantizers.UniformActivationQuantizer}
+    ),
+    "quantizers.StatsQWeightQuantizer": Row(
+        WEIGHT, {"statsq": quantizers.StatsQWeightQuantizer}
     ),
     "quantizers.ResidualQuantizer": Row(
         RESIDUAL, {"residual": quantizers.ResidualQuantizer}
@@ -145,8 +154,10 @@ TABLE = {
             "statistics",
             "strip",
             "summary",
+            "tie_residuals",
             "two_stage",
             "two_stage_progressive",
+            "weight_decay_at_bits",
             "export.gzip_bytes",
             "export.latencies",
             "export.load_archive",

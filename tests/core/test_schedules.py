@@ -121,3 +121,18 @@ def test_a_ramp_is_a_value():
     assert len({LinearRamp(0.3), LinearRamp(0.3), LinearRamp(0.4)}) == 2
     with pytest.raises(AttributeError):
         LinearRamp().start = 0.1
+
+
+@pytest.mark.parametrize(
+    ("bits", "share"), [(1, 0.25), (2, 0.25), (3, 0.5), (4, 1), (8, 1), (32, 1)]
+)
+def test_the_weight_decay_is_less_at_few_bits(bits, share):
+    assert schedules.weight_decay_at_bits(3e-4, bits) == 3e-4 * share
+
+
+@pytest.mark.parametrize(
+    ("decay", "bits"), [(-1.0, 2), (float("nan"), 2), ("1", 2), (True, 2), (1e-4, 9)]
+)
+def test_a_weight_decay_of_bad_arguments_is_refused(decay, bits):
+    with pytest.raises(ValueError, match="Received"):
+        schedules.weight_decay_at_bits(decay, bits)

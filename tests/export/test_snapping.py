@@ -270,6 +270,7 @@ def _weights(kind, bits, **arguments):
     table = {
         "dorefa": tfl.quantizers.DoReFaWeightQuantizer,
         "lsq": tfl.quantizers.LSQWeightQuantizer,
+        "statsq": tfl.quantizers.StatsQWeightQuantizer,
         "uniform": tfl.quantizers.UniformWeightQuantizer,
     }
     return table[kind](bits=bits, **arguments)
@@ -283,6 +284,11 @@ QUANTIZERS = {
     "uniform": (_weights("uniform", 4, per_axis=False), "uniform"),
     "uniform_per_axis": (_weights("uniform", 4), "uniform"),
     "pact": (_weights("dorefa", 3), "pact"),
+    "statsq": (_weights("statsq", 2), "dorefa"),
+    "statsq_standardized": (_weights("statsq", 3, standardize=True), "dorefa"),
+    "dorefa_standardized": (_weights("dorefa", 2, standardize=True), "dorefa"),
+    "lsq_standardized": (_weights("lsq", 2, standardize=True), "lsq"),
+    "uniform_standardized": (_weights("uniform", 4, standardize=True), "uniform"),
 }
 
 

@@ -14,6 +14,7 @@ DoReFaActivation = quantizers.DoReFaActivationQuantizer
 LSQWeight = quantizers.LSQWeightQuantizer
 LSQActivation = quantizers.LSQActivationQuantizer
 PACT = quantizers.PACTActivationQuantizer
+StatsQWeight = quantizers.StatsQWeightQuantizer
 UniformWeight = quantizers.UniformWeightQuantizer
 UniformActivation = quantizers.UniformActivationQuantizer
 
@@ -27,6 +28,12 @@ WEIGHTS = {
     "uniform": (UniformWeight, {"per_axis": False}),
     "uniform per channel": (UniformWeight, {}),
     "uniform depthwise": (UniformWeight, {"channel_axes": (2, 3)}),
+    "statsq": (StatsQWeight, {}),
+    "statsq depthwise": (StatsQWeight, {"channel_axes": (2, 3)}),
+    "dorefa standardized": (DoReFaWeight, {"standardize": True}),
+    "lsq standardized": (LSQWeight, {"standardize": True}),
+    "uniform standardized": (UniformWeight, {"standardize": True}),
+    "statsq standardized": (StatsQWeight, {"standardize": True}),
 }
 ACTIVATIONS = {
     "dorefa": (DoReFaActivation, {}),
@@ -46,6 +53,11 @@ def make(name, bits):
     """The quantizer of a row of CASES."""
     cls, arguments = CASES[name]
     return cls(bits=bits, **arguments)
+
+
+def with_bits(quantizer, bits):
+    """The same quantizer, made for other bits."""
+    return type(quantizer).from_config({**quantizer.get_config(), "bits": bits})
 
 
 def build(quantizer, shape=(3, 3, 4, 8)):

@@ -11,6 +11,7 @@ from tf_lowbit.quantizers import ACTIVATION, WEIGHT, lookup
 WEIGHT_CLASSES = {
     "dorefa": quantizers.DoReFaWeightQuantizer,
     "lsq": quantizers.LSQWeightQuantizer,
+    "statsq": quantizers.StatsQWeightQuantizer,
     "uniform": quantizers.UniformWeightQuantizer,
 }
 ACTIVATION_CLASSES = {
@@ -27,7 +28,7 @@ BY_ROLE = [
 
 
 def test_names_are_sorted_by_role():
-    assert lookup.names("weight") == ("dorefa", "lsq", "uniform")
+    assert lookup.names("weight") == ("dorefa", "lsq", "statsq", "uniform")
     assert lookup.names("activation") == ("dorefa", "lsq", "pact", "uniform")
 
 

@@ -1,5 +1,6 @@
 """LSQ: learned steps, signed, narrow and unsigned, per tensor and per channel."""
 
+import functools
 import math
 
 import numpy as np
@@ -120,44 +121,52 @@ def test_unrounded_keeps_the_clip_of_8_bits(bits):
         np.testing.assert_allclose(values, expected, rtol=0, atol=1e-6)
 
 
+def gradient_scale(sharing, highest, start):
+    """`1 / sqrt(N Q_P)` in the paper; `1 / (Q_P sqrt(N))` with the start of ours."""
+    return 1 / math.sqrt(sharing * highest * (1 if start == "paper" else highest))
+
+
+@pytest.mark.parametrize("start", ["paper", "least_error"])
 @pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("bits", cases.ALL_BITS)
-def test_weight_step_gradient_has_the_papers_scale(bits, narrow):
+def test_weight_step_gradient_is_scaled(bits, narrow, start):
     x = cases.random_inputs(spread=5.0)
     upstream, step = cases.random_upstream(x.shape), np.float32(0.31)
-    quantizer = LSQWeight(bits, narrow_range=narrow)
+    quantizer = LSQWeight(bits, narrow_range=narrow, initialization=start)
     variables = with_step(quantizer, step)
     d_x, d_step = cases.gradients(quantizer, variables, x, upstream, "step")
     expected = oracle.lsq_gradients(x, step, upstream, bits, signed=True, narrow=narrow)
     highest = 2 ** (min(bits, 8) - 1) - 1 if bits > 1 else 1
-    scale = 1 / math.sqrt(3 * 3 * 4 * 8 * highest)
+    scale = gradient_scale(3 * 3 * 4 * 8, highest, start)
     np.testing.assert_array_equal(d_x, expected[0])
     np.testing.assert_allclose(d_step, expected[1] * scale, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("start", ["paper", "least_error"])
 @pytest.mark.parametrize("bits", [1, 2, 8, 32])
-def test_channel_step_gradient_has_the_scale_of_the_weights_that_share_it(bits):
+def test_channel_step_gradient_has_the_scale_of_the_weights_that_share_it(bits, start):
     x = cases.random_inputs(spread=5.0)
     upstream = cases.random_upstream(x.shape)
-    quantizer = LSQWeight(bits, per_axis=True)
+    quantizer = LSQWeight(bits, per_axis=True, initialization=start)
     variables = build(quantizer)
     step = np.linspace(0.2, 0.9, 8).astype(np.float32).reshape(1, 1, 1, 8)
     variables["step"].assign(step)
     d_x, d_step = cases.gradients(quantizer, variables, x, upstream, "step")
     expected = oracle.lsq_gradients(x, step, upstream, bits, signed=True)
     highest = 2 ** (min(bits, 8) - 1) - 1 if bits > 1 else 1
-    scale = 1 / math.sqrt(3 * 3 * 4 * highest)
+    scale = gradient_scale(3 * 3 * 4, highest, start)
     np.testing.assert_array_equal(d_x, expected[0])
     assert d_step.shape == (1, 1, 1, 8)
     np.testing.assert_allclose(d_step, expected[1] * scale, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("start", ["paper", "least_error"])
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("bits", cases.ALL_BITS)
-def test_activation_step_gradient_has_the_scale_of_one_example(bits, signed):
+def test_activation_step_gradient_has_the_scale_of_one_example(bits, signed, start):
     x = cases.random_inputs((6, 5, 5, 4), spread=5.0)
     upstream, step = cases.random_upstream(x.shape), np.float32(0.31)
-    quantizer = LSQActivation(bits, signed=signed)
+    quantizer = LSQActivation(bits, signed=signed, initialization=start)
     variables = with_step(quantizer, step)
     d_x, d_step = cases.gradients(quantizer, variables, x, upstream, "step")
     expected = oracle.lsq_gradients(x, step, upstream, bits, signed=signed)
@@ -165,7 +174,7 @@ def test_activation_step_gradient_has_the_scale_of_one_example(bits, signed):
         highest = 2 ** (min(bits, 8) - 1) - 1 if bits > 1 else 1
     else:
         highest = 2 ** min(bits, 8) - 1
-    scale = 1 / math.sqrt(5 * 5 * 4 * highest)
+    scale = gradient_scale(5 * 5 * 4, highest, start)
     np.testing.assert_array_equal(d_x, expected[0])
     np.testing.assert_allclose(d_step, expected[1] * scale, rtol=1e-4, atol=1e-4)
 
@@ -251,9 +260,9 @@ def highest_code(bits, signed):
 
 
 @pytest.mark.parametrize("bits", cases.ALL_BITS)
-def test_initialize_per_tensor(bits):
+def test_the_papers_start_per_tensor(bits):
     w = cases.random_inputs()
-    quantizer = LSQWeight(bits)
+    quantizer = LSQWeight(bits, initialization="paper")
     variables = build(quantizer)
     quantizer.initialize(tf.Variable(w), variables)
     expected = 2 * np.abs(w.astype(np.float64)).mean()
@@ -264,9 +273,11 @@ def test_initialize_per_tensor(bits):
 @pytest.mark.parametrize(
     ("channel_axes", "axes"), [((-1,), (0, 1, 2)), ((3,), (0, 1, 2)), ((2, 3), (0, 1))]
 )
-def test_initialize_per_channel(channel_axes, axes):
+def test_the_papers_start_per_channel(channel_axes, axes):
     w = cases.random_inputs() * np.linspace(0.1, 5, 8, dtype=np.float32)
-    quantizer = LSQWeight(3, per_axis=True, channel_axes=channel_axes)
+    quantizer = LSQWeight(
+        3, per_axis=True, channel_axes=channel_axes, initialization="paper"
+    )
     variables = build(quantizer)
     quantizer.initialize(tf.Variable(w), variables)
     expected = 2 * np.abs(w).mean(axis=axes, keepdims=True) / math.sqrt(3)
@@ -282,9 +293,9 @@ def test_initialize_of_zero_weights_is_positive():
 
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("bits", cases.ALL_BITS)
-def test_calibrate(bits, signed):
+def test_the_papers_start_of_activations(bits, signed):
     batches = [cases.random_inputs((7, 5), seed=s) + 0.3 for s in range(3)]
-    quantizer = LSQActivation(bits, signed=signed)
+    quantizer = LSQActivation(bits, signed=signed, initialization="paper")
     variables = build(quantizer)
     assert int(variables["calibrated"]) == 0
     quantizer.calibrate(batches, variables)
@@ -295,8 +306,70 @@ def test_calibrate(bits, signed):
     assert int(variables["calibrated"]) == 1
 
 
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("bits", cases.ALL_BITS)
+def test_activations_start_at_the_least_error(bits, signed):
+    batches = [cases.random_inputs((70, 5), seed=s) + 0.3 for s in range(3)]
+    quantizer = LSQActivation(bits, signed=signed)
+    variables = build(quantizer)
+    quantizer.calibrate(batches, variables)
+    x = np.concatenate(batches).astype(np.float64)
+    target, k = x if signed else np.maximum(x, 0.0), min(bits, 8)
+
+    def error(step):
+        if signed:
+            values = oracle.signed_codes(x, step, k, False) * step
+        else:
+            values = oracle.unsigned_values(x, step * highest_code(k, False), k)
+        return np.square(values - target).mean()
+
+    top = target.max() / highest_code(k, signed)
+    best = min(error(share * top) for share in np.linspace(0.02, 1, 200))
+    assert error(np.float64(variables["step"])) <= 1.25 * best
+    assert int(variables["calibrated"]) == 1
+
+
+@pytest.mark.parametrize("per_axis", [False, True])
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_weights_start_at_the_least_error(bits, narrow, per_axis):
+    w = cases.random_inputs((3, 3, 40, 3)) * [1.0, 4.0, 0.2]
+    quantizer = LSQWeight(bits, per_axis=per_axis, narrow_range=narrow)
+    variables = build(quantizer, w.shape)
+    quantizer.initialize(tf.Variable(w, dtype=tf.float32), variables)
+    axes = (0, 1, 2) if per_axis else (0, 1, 2, 3)
+
+    def error(step):
+        values = oracle.signed_codes(w, step, bits, narrow) * step
+        return np.square(values - w).mean(axis=axes, keepdims=True)
+
+    top = np.abs(w).max(axis=axes, keepdims=True) / highest_code(bits, True)
+    best = np.min([error(share * top) for share in np.linspace(0.02, 1, 200)], axis=0)
+    assert (error(np.asarray(variables["step"], np.float64)) <= 1.25 * best).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_8_bits_are_used(seed):
+    """The paper's start leaves most of the levels of 8 bits empty."""
+    levels = {}
+    for start in ("paper", "least_error"):
+        quantizer = LSQWeight(8, initialization=start)
+        variables = build(quantizer)
+        w = tf.Variable(cases.random_inputs((3, 3, 64, 64), seed=seed))
+        quantizer.initialize(w, variables)
+        levels[start] = len(np.unique(quantizer.codes(w, variables)))
+    assert levels["paper"] < 100
+    assert levels["least_error"] > 200
+
+
+@pytest.mark.parametrize("make", [LSQWeight, LSQActivation])
+def test_an_unknown_initialization_is_refused(make):
+    with pytest.raises(ValueError, match="Received: initialization='best'"):
+        make(2, initialization="best")
+
+
 def test_calibrate_starts_at_the_present_bits():
-    quantizer = LSQActivation(2)
+    quantizer = LSQActivation(2, initialization="paper")
     variables = build(quantizer)
     quantizer.assign_bits(variables, 4)
     quantizer.calibrate([np.full((2, 3), 1.5, np.float32)], variables)
@@ -321,12 +394,14 @@ def test_calibrate_refuses_empty_data(data):
     [
         (LSQWeight, True),
         (LSQActivation, False),
-        (lambda bits: LSQActivation(bits, signed=True), True),
+        (functools.partial(LSQActivation, signed=True), True),
     ],
     ids=["weight", "activation", "signed activation"],
 )
-def test_assign_bits_rescales_the_step(quantizer, signed, old, new):
-    quantizer = quantizer(old)
+def test_assign_bits_with_the_papers_start_rescales_the_step(
+    quantizer, signed, old, new
+):
+    quantizer = quantizer(old, initialization="paper")
     variables = with_step(quantizer, np.float32(0.3))
     quantizer.assign_bits(variables, new)
     ratio = highest_code(old, signed) / highest_code(new, signed)
@@ -335,7 +410,7 @@ def test_assign_bits_rescales_the_step(quantizer, signed, old, new):
 
 
 def test_assign_bits_by_hand():
-    quantizer = LSQWeight(8, per_axis=True)
+    quantizer = LSQWeight(8, per_axis=True, initialization="paper")
     variables = build(quantizer, (2, 2))
     variables["step"].assign([[0.1, 0.2]])
     quantizer.assign_bits(variables, 2)  # Q_P: 127 -> 1
@@ -357,3 +432,28 @@ def test_assign_bits_refuses_before_it_changes_anything():
 def test_an_unknown_implementation_is_refused():
     with pytest.raises(ValueError, match="Received: implementation='fast'"):
         LSQActivation(2, implementation="fast")
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.25, 3.0])
+@pytest.mark.parametrize("make", [LSQWeight, LSQActivation])
+def test_the_gradient_factor_is_on_the_step_alone(make, factor):
+    x = cases.random_inputs(spread=3.0)
+    upstream, found = cases.random_upstream(x.shape), []
+    for quantizer in (make(3), make(3, gradient_factor=factor)):
+        variables = with_step(quantizer, np.float32(0.31))
+        values = quantize(quantizer, variables, x)
+        found.append(
+            [values, *cases.gradients(quantizer, variables, x, upstream, "step")]
+        )
+    (values, d_x, d_step), other = found
+    assert d_step != 0
+    np.testing.assert_array_equal(other[0], values)
+    np.testing.assert_array_equal(other[1], d_x)
+    np.testing.assert_allclose(other[2], factor * d_step, rtol=1e-6)
+
+
+@pytest.mark.parametrize("factor", [-1.0, float("nan"), float("inf"), True, "1"])
+@pytest.mark.parametrize("make", [LSQWeight, LSQActivation, cases.PACT])
+def test_a_gradient_factor_must_be_a_number_from_0(make, factor):
+    with pytest.raises(ValueError, match="Received: gradient_factor="):
+        make(2, gradient_factor=factor)

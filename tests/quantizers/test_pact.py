@@ -121,8 +121,26 @@ def test_alpha_decay_is_an_l2_penalty_of_the_layer():
     PACT(2, alpha=3.0, alpha_decay=0.25).build((4,), "act", layer)
     np.testing.assert_allclose(tf.add_n(layer.losses), 0.25 * 9.0)
     plain = keras.layers.Layer()
-    PACT(2, alpha=3.0).build((4,), "act", plain)
+    PACT(2, alpha=3.0, alpha_decay=0.0).build((4,), "act", plain)
     assert plain.losses == []
+
+
+def test_alpha_decays_by_default():
+    """By 2e-4 alpha: the paper's decay of CIFAR-10, in torch's way of counting."""
+    layer = keras.layers.Layer()
+    variables = PACT(2, alpha=3.0).build((4,), "act", layer)
+    with tf.GradientTape() as tape:
+        penalty = tf.add_n(layer.losses)
+    d_alpha = tape.gradient(penalty, variables["alpha"])
+    np.testing.assert_allclose(d_alpha, 2e-4 * 3.0, rtol=1e-6)
+
+
+def test_the_gradient_factor_is_on_alpha_alone():
+    quantizer = PACT(2, alpha=6.0, gradient_factor=0.5)
+    x, upstream = [-1.0, 0.9, 6.0, 7.0, 100.0], [1, 2, 16, 32, 64]
+    d_x, d_alpha = cases.gradients(quantizer, build(quantizer), x, upstream, "alpha")
+    np.testing.assert_array_equal(d_x, [0, 2, 16, 0, 0])
+    assert d_alpha == 48
 
 
 def test_calibrate_replaces_alpha_and_sets_the_flag():

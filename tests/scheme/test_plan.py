@@ -334,3 +334,15 @@ def test_an_insertion_that_layers_of_different_rules_read_has_the_more_bits(orde
     notes = [note for note in plan.notes if "reads of linear" in note]
     assert len(notes) == 1
     assert "layers of different precision" in notes[0]
+
+
+def test_an_inserted_lsq_quantizer_has_the_options_of_the_rules():
+    image = keras.Input((4, 4, 2))
+    model = keras.Model(image, conv(conv(image, "stem"), "linear"))
+    given = quantizers.LSQActivationQuantizer(
+        initialization="paper", gradient_factor=0.5
+    )
+    plan = plan_of(model, [PrecisionRule("linear", 2, 3, "dorefa", given)])
+    (insertion,) = plan.insertions.values()
+    expected = {**given.get_config(), "bits": 3, "signed": True}
+    assert insertion.quantizer.get_config() == expected

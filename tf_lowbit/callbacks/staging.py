@@ -1,13 +1,20 @@
 """Carries a list of stages out inside one `model.fit`."""
 
+import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from tf_lowbit import inspection
+from tf_lowbit import calibration, inspection
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.core.counters import counter
 from tf_lowbit.core.stages import FLOAT_BITS, Stage, stage_at
+from tf_lowbit.core.state import unchanged_on_error
+from tf_lowbit.observation import require_rereadable
+from tf_lowbit.quantizers import WEIGHT
 from tf_lowbit.scheme.layout import QuantizationWarning
+
+# Batches that the ranges of a stage are measured on, as many as in `calibrate`.
+_BATCHES = 8
 
 
 class StagedPrecision(keras.callbacks.Callback):
@@ -18,6 +25,17 @@ class StagedPrecision(keras.callbacks.Callback):
     latent float weights simply carry on. Each quantizer gets
     `max(the stage's bits, its own)`, so that a first layer kept at 8 bits stays there,
     and so do residual quantizers, unless a stage says 16 or 32 ("not rounded").
+
+    Where a stage changes the bits of a quantizer, its range is set anew: a weight's
+    learned step from the latent weights, an activation's step or clip from the first 8
+    batches of `data`, as `calibrate` does. Without `data` an activation's range, and
+    with `keep_ranges` every range, is rescaled: multiplied by the ratio of the ranges
+    that normally distributed values have at the new and at the old bits. Ranges of
+    quantizers whose bits stay are kept. For a run that resumes exactly, the first
+    batches of `data` must be the same each time.
+
+    After each epoch the steps of residual quantizers are tied to the learned steps
+    around them (`tie_residuals`), which move in training.
 
     A `QuantizationWarning` names activation ranges that still wait for `calibrate`, and
     tells where a training ends at other bits than the last stage's, as early stopping
@@ -49,18 +67,28 @@ class StagedPrecision(keras.callbacks.Callback):
             the `epochs` of `fit`.
         reset_optimizer: whether each new stage starts with a fresh optimizer state.
         verbose: 1 prints a line at each stage's start.
+        data: iterable of batches, `x` or `(x, y)` or `(x, y, weight)`, that can be read
+            again from its start; None to rescale the ranges of activations.
+        keep_ranges: True rescales the ranges of weights, too, and measures nothing.
 
     Raises:
-        ValueError: in the constructor, if `stages` is no list of stages; when training
-            begins, if the epochs do not sum up, the model is not quantized, the last
-            stage asks for fewer bits than any quantizer was made for, a learning rate
-            is to be set and the optimizer follows a schedule of its own, the optimizer
-            is to be reset and `from_config` does not make it again, or the steps in an
-            epoch are not known to a warmup or to a decay within a single epoch.
+        ValueError: in the constructor, if `stages` is no list of stages, `data` are
+            arrays or can be read only once, or are given with `keep_ranges`; when
+            training begins, if the epochs do not sum up, the model is not quantized,
+            the last stage asks for fewer bits than any quantizer was made for, a
+            learning rate is to be set and the optimizer follows a schedule of its own,
+            the optimizer is to be reset and `from_config` does not make it again, or
+            the steps in an epoch are not known to a warmup or to a decay within a
+            single epoch.
     """
 
     def __init__(
-        self, stages: Sequence[Stage], reset_optimizer: bool = True, verbose: int = 0
+        self,
+        stages: Sequence[Stage],
+        reset_optimizer: bool = True,
+        verbose: int = 0,
+        data: Iterable | None = None,
+        keep_ranges: bool = False,
     ):
         super().__init__()
         # Keras hands callbacks with this flag its own logs instead of a copy: that is
@@ -71,7 +99,16 @@ class StagedPrecision(keras.callbacks.Callback):
             raise ValueError(
                 f"stages must be a list of at least one Stage. Received: {stages!r}"
             )
+        if data is not None:
+            require_rereadable(data)
+            if keep_ranges:
+                raise ValueError(
+                    "data must be None where keep_ranges=True: nothing is measured "
+                    f"then. Received: data of type {type(data).__name__}"
+                )
         self.stages = stages
+        self.data = data
+        self.keep_ranges = keep_ranges
         self.reset_optimizer = reset_optimizer
         self.verbose = verbose
         self._tensors: list[inspection.QuantizedTensor] = []
@@ -110,6 +147,9 @@ class StagedPrecision(keras.callbacks.Callback):
         # Having done more epochs than this one's number means a new training.
         is_new_training = position.epochs_done.numpy() > epoch
         is_entered = position.stage.numpy() != index or is_new_training
+        if position.epochs_done.numpy() < epoch:
+            # The checkpoint was made before this callback ended its epoch.
+            self._tie_residuals()
         if is_entered or self._is_first_epoch:
             has_other_bits = self._assign_bits(stage)
             # Where the model was in a stage of this number, but of another list.
@@ -149,7 +189,8 @@ class StagedPrecision(keras.callbacks.Callback):
             logs.update(self._lowest)
 
     def on_epoch_end(self, epoch, logs=None):
-        """Adds the bits to the logs, and counts the epoch as done."""
+        """Adds the bits to the logs, ties steps, and counts the epoch as done."""
+        self._tie_residuals()
         self.model.staging.epochs_done.assign(epoch + 1)
         self._log(logs)
 
@@ -254,9 +295,30 @@ class StagedPrecision(keras.callbacks.Callback):
     def _assign_bits(self, stage) -> bool:
         """Gives every quantizer its bits; whether some were others before."""
         others = self._with_other_bits(stage)
-        for tensor in others:
-            tensor.assign_bits(self._bits(tensor, stage))
+        batches = []
+        if others and self.data is not None:
+            batches = list(itertools.islice(iter(self.data), _BATCHES))
+        with unchanged_on_error(v for t in others for v in t.variables.values()):
+            for tensor in others:
+                tensor.assign_bits(self._bits(tensor, stage))
+                if tensor.role == WEIGHT and not self.keep_ranges:
+                    tensor.quantizer.initialize(tensor.latent, tensor.variables)
+            # Behind all changes of bits: what a quantizer reads depends on them.
+            if self.data is not None:
+                self._measure(others, batches)
         return bool(others)
+
+    def _measure(self, tensors, batches):
+        """Sets the ranges of activation quantizers from data."""
+        wanted = {id(t.variables) for t in tensors if t.quantizer.needs_calibration}
+        for network in inspection.networks(self.model):
+            found = inspection.quantized_tensors(network)
+            own = [t for t in found if id(t.variables) in wanted]
+            calibration.measure(network, own, batches)
+
+    def _tie_residuals(self):
+        if any(tensor.is_residual for tensor in self._tensors):
+            calibration.tie_residuals(self.model)
 
     def _with_other_bits(self, stage) -> list[inspection.QuantizedTensor]:
         return [t for t in self._tensors if t.bits != self._bits(t, stage)]

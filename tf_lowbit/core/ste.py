@@ -220,6 +220,34 @@ def normalized_round(weights, bits, max_gradient: bool = True):
     return quantize(weights)
 
 
+def odd_unit(weights, scale):
+    """`u = clip(w / s, -1, 1) / 2 + 1/2`, which `grid.odd_codes` takes."""
+    return tf.clip_by_value(weights / scale, -1.0, 1.0) * 0.5 + 0.5
+
+
+def odd_round(weights, scale, bits):
+    """The odd grid of a given scale: `s (2 round(n u) - n) / n` (`odd_unit`).
+
+    Gradient: `dy/dw = 1` everywhere; none for `scale`.
+
+    Args:
+        weights: float32 tensor of any shape. NaN stays NaN.
+        scale: float32 tensor, positive, broadcastable to `weights`.
+        bits: scalar int32 tensor.
+
+    Returns:
+        Float32 tensor of the same shape, on the odd grid of [-scale, scale].
+    """
+    scale = tf.stop_gradient(scale)
+
+    @tf.custom_gradient
+    def quantize(w):
+        codes = grid.odd_codes(odd_unit(w, scale), bits)
+        return codes * (scale * grid.odd_step(bits)), lambda upstream: upstream
+
+    return quantize(weights)
+
+
 def stepped_round(
     inputs,
     step,

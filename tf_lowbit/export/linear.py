@@ -6,7 +6,6 @@ import numpy as np
 
 from tf_lowbit import quantizers
 from tf_lowbit.compat import keras
-from tf_lowbit.core import grid as core_grid
 from tf_lowbit.export import twin
 from tf_lowbit.scheme import registry
 
@@ -92,18 +91,16 @@ def largest_code(linear, codes) -> int:
     """The largest magnitude of a code that the weights' grid has."""
     most = int(np.abs(codes).max(initial=1))
     if linear.weights is not None:
-        quantizer, bits = linear.weights.quantizer, linear.weights.bits
-        if isinstance(quantizer, quantizers.DoReFaWeightQuantizer):
-            most = 2**bits - 1
-        else:
-            negative, positive = core_grid.signed_limits(bits, quantizer.narrow_range)
-            # -128 only if it is used: 8 bits without it are int8's -127..127.
-            most = max(most, int(positive), int(negative) if bits < 8 else 1)
+        bits = linear.weights.bits
+        levels = linear.weights.quantizer.level_codes(bits)
+        # -128 only if it is used: 8 bits without it are int8's -127..127.
+        most = max(most, levels[-1], -levels[0] if bits < 8 else 1)
     if most > 127:
         raise ExportError(
             "Weight codes must lie in [-127, 127], what int8 weights hold. The odd "
-            "grid of DoReFa does up to 7 bits; at 8 use 'uniform', or 'lsq' with "
-            f"narrow_range=True. Received: {linear.layer.name!r}, codes up to {most}"
+            "grid of DoReFa and StatsQ does up to 7 bits; at 8 use 'uniform', or 'lsq' "
+            "with narrow_range=True. "
+            f"Received: {linear.layer.name!r}, codes up to {most}"
         )
     return most
 

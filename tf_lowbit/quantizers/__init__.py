@@ -24,6 +24,7 @@ from tf_lowbit.quantizers.lookup import (
 from tf_lowbit.quantizers.lsq import LSQActivationQuantizer, LSQWeightQuantizer
 from tf_lowbit.quantizers.pact import PACTActivationQuantizer
 from tf_lowbit.quantizers.residual import ResidualQuantizer
+from tf_lowbit.quantizers.statsq import StatsQWeightQuantizer
 from tf_lowbit.quantizers.uniform import (
     UniformActivationQuantizer,
     UniformWeightQuantizer,
@@ -40,6 +41,7 @@ __all__ = [
     "LowBitQuantizer",
     "PACTActivationQuantizer",
     "ResidualQuantizer",
+    "StatsQWeightQuantizer",
     "UniformActivationQuantizer",
     "UniformWeightQuantizer",
     "WeightQuantizer",

@@ -1,6 +1,7 @@
 """What every quantizer of this library has in common."""
 
 import abc
+import numbers
 
 from tf_lowbit.compat import as_float32, keras, tf, tfmot
 from tf_lowbit.core import grid
@@ -9,6 +10,8 @@ from tf_lowbit.quantizers import sampling
 # The smallest learned step or clip. A step that reaches zero would divide by zero,
 # and one that turns negative would flip the grid (a known LSQ failure).
 SMALLEST_RANGE = 1e-6
+# Below it weights count as all equal: a deviation of 1e-8.
+_LEAST_VARIANCE = 1e-16
 WEIGHT = "weight"
 ACTIVATION = "activation"
 
@@ -256,9 +259,35 @@ class ActivationQuantizer(LowBitQuantizer):
 
 
 class WeightQuantizer(LowBitQuantizer):
-    """A quantizer of weights."""
+    """A quantizer of weights.
+
+    Attributes:
+        standardize: whether weights are standardized in front of the grid
+            (`prepared`). The next normalisation must take the scale up.
+    """
 
     role = WEIGHT
+    standardize = False
+
+    def prepared(self, weights):
+        """What is quantized: float32, standardized where `standardize` says so.
+
+        `(w - mean) / std` over the whole tensor, the deviation the biased one. It is
+        part of the gradient. Weights that are all equal become 0.
+
+        Args:
+            weights: tensor of any floating dtype: the latent weights.
+        """
+        weights = as_float32(weights)
+        if not self.standardize:
+            return weights
+        axes = list(range(weights.shape.rank))
+        mean, variance = tf.nn.moments(weights, axes)
+        return (weights - mean) * tf.math.rsqrt(tf.maximum(variance, _LEAST_VARIANCE))
+
+    def exact(self, inputs, variables):
+        """See `LowBitQuantizer.exact`: the weights, standardized if they are so."""
+        return super().exact(self.prepared(inputs), variables)
 
     def initialize(self, weights, variables: dict) -> None:
         """Sets the range from the weights. Does nothing where there is none.
@@ -274,6 +303,35 @@ def channel_shape(tensor_shape, channel_axes) -> tuple[int, ...]:
     rank = len(tensor_shape)
     kept = {axis % rank for axis in channel_axes}
     return tuple(int(d) if i in kept else 1 for i, d in enumerate(tensor_shape))
+
+
+def shared_axes(tensor_shape, channel_axes) -> list[int]:
+    """The axes along which a step for each channel is the same."""
+    shape = channel_shape(tensor_shape, channel_axes)
+    return [axis for axis, size in enumerate(shape) if size == 1]
+
+
+def scaled_gradient(value, factor: float):
+    """`value`, whose gradient is multiplied by a factor."""
+    if factor == 1.0:
+        return value
+    fixed = tf.stop_gradient(value)
+    return fixed + factor * (value - fixed)
+
+
+def validate_gradient_factor(factor) -> float:
+    """Returns `factor`, or raises an error that says what is allowed.
+
+    Raises:
+        ValueError: if it is not a number of at least 0.
+    """
+    is_number = isinstance(factor, numbers.Real) and not isinstance(factor, bool)
+    if not is_number or not 0 <= factor < float("inf"):
+        raise ValueError(
+            "gradient_factor must be a finite number >= 0. "
+            f"Received: gradient_factor={factor!r}"
+        )
+    return float(factor)
 
 
 def _list_layer_weights_first(wrapper) -> None:

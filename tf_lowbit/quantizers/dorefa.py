@@ -25,18 +25,21 @@ class DoReFaWeightQuantizer(WeightQuantizer):
 
     narrow_range = True
 
-    def __init__(self, bits: int = 2, max_gradient: bool = True):
+    def __init__(
+        self, bits: int = 2, max_gradient: bool = True, standardize: bool = False
+    ):
         super().__init__(bits)
         self.max_gradient = max_gradient
+        self.standardize = standardize
 
     def quantize(self, inputs, variables):
         """See `LowBitQuantizer.quantize`."""
         bits = self.rounding_bits(variables)
-        return ste.normalized_round(inputs, bits, self.max_gradient)
+        return ste.normalized_round(self.prepared(inputs), bits, self.max_gradient)
 
     def codes(self, inputs, variables):
         """Odd int32 codes in [-n, n], the shape of `inputs`."""
-        values = self.quantize(as_float32(inputs), variables)
+        values = self.quantize(inputs, variables)
         return tf.cast(tf.round(values / self.step(inputs, variables)), tf.int32)
 
     def step(self, inputs, variables):
@@ -54,7 +57,11 @@ class DoReFaWeightQuantizer(WeightQuantizer):
 
     def get_config(self):
         """The constructor's arguments."""
-        return {**super().get_config(), "max_gradient": self.max_gradient}
+        return {
+            **super().get_config(),
+            "max_gradient": self.max_gradient,
+            "standardize": self.standardize,
+        }
 
 
 @keras.utils.register_keras_serializable(package="tf_lowbit")
@@ -95,7 +102,8 @@ class DoReFaActivationQuantizer(ActivationQuantizer):
         Args:
             samples: list of float32 NumPy arrays: the quantizer's inputs.
         """
-        return ranges.least_error_relu_clip(samples, self.bits) / self.clip
+        clip = ranges.least_error_clip(samples, self.bits, signed=False)
+        return clip / self.clip
 
     def get_config(self):
         """The constructor's arguments."""

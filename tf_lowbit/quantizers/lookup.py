@@ -8,6 +8,7 @@ from tf_lowbit.quantizers.dorefa import (
 )
 from tf_lowbit.quantizers.lsq import LSQActivationQuantizer, LSQWeightQuantizer
 from tf_lowbit.quantizers.pact import PACTActivationQuantizer
+from tf_lowbit.quantizers.statsq import StatsQWeightQuantizer
 from tf_lowbit.quantizers.uniform import (
     UniformActivationQuantizer,
     UniformWeightQuantizer,
@@ -17,6 +18,7 @@ _BY_ROLE = {
     WEIGHT: {
         "dorefa": DoReFaWeightQuantizer,
         "lsq": LSQWeightQuantizer,
+        "statsq": StatsQWeightQuantizer,
         "uniform": UniformWeightQuantizer,
     },
     ACTIVATION: {

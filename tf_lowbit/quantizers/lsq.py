@@ -15,7 +15,21 @@ from tf_lowbit.quantizers.base import (
     ActivationQuantizer,
     WeightQuantizer,
     channel_shape,
+    scaled_gradient,
+    validate_gradient_factor,
 )
+
+LEAST_ERROR, PAPER = "least_error", "paper"
+INITIALIZATIONS = (LEAST_ERROR, PAPER)
+
+
+def _validate_initialization(initialization: str) -> str:
+    if initialization not in INITIALIZATIONS:
+        raise ValueError(
+            f"initialization must be one of {INITIALIZATIONS}. "
+            f"Received: initialization={initialization!r}"
+        )
+    return initialization
 
 
 def _highest_code(bits, signed: bool):
@@ -29,23 +43,52 @@ class _LearnedStep:
     """What the weight and the activation quantizer of LSQ share."""
 
     def assign_bits(self, variables, bits):
-        """Sets the bits and rescales the step as LSQ's initialisation would.
+        """Sets the bits and rescales the step to them.
 
-        `s = 2 mean|v| / sqrt(Q_P)`: from the same data, the step at the new bits is
-        the old one times `sqrt(Q_P old / Q_P new)`. The rescale is ours.
+        The step is multiplied by the ratio of the first steps that normally distributed
+        values, or their ReLU, have at the new and at the old bits (ours). `initialize`
+        and `calibrate` measure it anew.
         """
         old, new = int(variables["bits"].numpy()), grid.validate_bits(bits)
-        if old == new:
-            return
-        ratio = _highest_code(old, self.signed) / _highest_code(new, self.signed)
-        variables["step"].assign(variables["step"] * tf.sqrt(ratio))
+        ratio = self._relative_step(new) / self._relative_step(old)
+        variables["step"].assign(variables["step"] * ratio)
         variables["bits"].assign(new)
 
-    def _assign_first_step(self, variables, mean_magnitude):
-        """`s = 2 mean|v| / sqrt(Q_P)` at the present bits, the paper's start."""
+    def _relative_step(self, bits: int) -> float:
+        """The first step of normally distributed values, up to one factor."""
+        highest = float(_highest_code(bits, self.signed))
+        if self.initialization == PAPER:
+            return 1.0 / math.sqrt(highest)
+        return ranges.normal_clip(bits, self.signed, self.narrow_range) / highest
+
+    def _gradient_scale(self, sharing, bits):
+        """ "g" in the paper, `1 / sqrt(N Q_P)`, or `1 / (Q_P sqrt(N))`.
+
+        The paper's balances a step that starts as the paper's does. The steps of least
+        error at many bits are several times smaller: theirs would move by a large share
+        of themselves at each update, and lose most of the levels again.
+        """
+        highest = _highest_code(bits, self.signed)
+        if self.initialization == PAPER:
+            return tf.math.rsqrt(sharing * highest)
+        return tf.math.rsqrt(tf.cast(sharing, tf.float32)) / highest
+
+    def _assign_first_step(self, variables, mean_magnitude, clip):
+        """Starts the step at the present bits, as `initialization` says.
+
+        Args:
+            variables: what `build` returned.
+            mean_magnitude: function () -> `mean|v|`, the paper's statistic.
+            clip: function (bits) -> the clip of least squared error.
+        """
         bits = int(variables["bits"].numpy())
-        start = 2.0 * mean_magnitude / math.sqrt(_highest_code(bits, self.signed))
-        variables["step"].assign(tf.maximum(tf.cast(start, tf.float32), SMALLEST_RANGE))
+        highest = float(_highest_code(bits, self.signed))
+        if self.initialization == PAPER:
+            step = 2.0 * mean_magnitude() / math.sqrt(highest)
+        else:
+            step = clip(bits) / highest
+        step = np.maximum(step, SMALLEST_RANGE)
+        variables["step"].assign(np.asarray(step, np.float32))
 
     @staticmethod
     def _step(variables):
@@ -57,15 +100,25 @@ class _LearnedStep:
 class LSQWeightQuantizer(_LearnedStep, WeightQuantizer):
     """`s * round(clip(w / s, -Q_N, Q_P))` with a learned step `s`.
 
-    The grid has a zero; at one bit it is {-s, +s}. Gradients: `ste.stepped_round`,
-    with the paper's gradient scale `1 / sqrt(N Q_P)`, N the weights that share a
-    step. The step is kept positive and starts at `2 mean|w| / sqrt(Q_P)`.
+    The grid has a zero; at one bit it is {-s, +s}. Gradients: `ste.stepped_round`, the
+    step's times `1 / (Q_P sqrt(N))`, N the weights that share a step. The step is kept
+    positive and starts where the squared error of the weights is the least (ours).
+    With `initialization="paper"` it starts at `2 mean|w| / sqrt(Q_P)`, and its gradient
+    is scaled by `1 / sqrt(N Q_P)`.
 
     Args:
         bits: 1 to 8, or 16 or 32 for the clip of 8 bits without rounding.
         per_axis: one step for each output channel.
         narrow_range: leave the lowest code out, so that the grid is symmetric.
         channel_axes: the kernel's output-channel axes; the layer's config sets it.
+        initialization: "least_error" or "paper", the first step and its gradient scale.
+        gradient_factor: on the step's gradient. With SGD it is the step's learning rate
+            relative to that of the weights; Adam and its kind divide it out. 0 keeps
+            the step where it is.
+        standardize: `(w - mean) / std` in front of the grid (`prepared`).
+
+    Raises:
+        ValueError: for an unknown `initialization`, or a factor below 0.
     """
 
     def __init__(
@@ -74,8 +127,14 @@ class LSQWeightQuantizer(_LearnedStep, WeightQuantizer):
         per_axis: bool = False,
         narrow_range: bool = False,
         channel_axes=(-1,),
+        initialization: str = LEAST_ERROR,
+        gradient_factor: float = 1.0,
+        standardize: bool = False,
     ):
         super().__init__(bits)
+        self.initialization = _validate_initialization(initialization)
+        self.gradient_factor = validate_gradient_factor(gradient_factor)
+        self.standardize = standardize
         self.per_axis = per_axis
         self.narrow_range = narrow_range
         self.channel_axes = tuple(channel_axes)
@@ -91,18 +150,18 @@ class LSQWeightQuantizer(_LearnedStep, WeightQuantizer):
         step = self._step(variables)
         sharing = inputs.shape.num_elements() / step.shape.num_elements()
         return ste.stepped_round(
-            inputs,
-            step,
+            self.prepared(inputs),
+            scaled_gradient(step, self.gradient_factor),
             bits,
             signed=True,
             narrow_range=self.narrow_range,
             rounding_bits=self.rounding_bits(variables),
-            gradient_scale=tf.math.rsqrt(sharing * _highest_code(bits, signed=True)),
+            gradient_scale=self._gradient_scale(sharing, bits),
         )
 
     def codes(self, inputs, variables):
         """Int32 codes in [-Q_N, Q_P], the shape of `inputs`."""
-        scaled = as_float32(inputs) / self._step(variables)
+        scaled = self.prepared(inputs) / self._step(variables)
         codes = grid.signed_codes(scaled, variables["bits"], self.narrow_range)
         return tf.cast(codes, tf.int32)
 
@@ -111,16 +170,21 @@ class LSQWeightQuantizer(_LearnedStep, WeightQuantizer):
         return self._step(variables)
 
     def initialize(self, weights, variables):
-        """Starts the step at `2 mean|w| / sqrt(Q_P)`, as the paper does."""
-        magnitude = np.abs(weights.numpy())
-        kept = {axis % magnitude.ndim for axis in self.channel_axes}
-        shared = tuple(a for a in range(magnitude.ndim) if a not in kept)
-        mean = (
-            magnitude.mean(axis=shared, keepdims=True)
-            if self.per_axis
-            else magnitude.mean()
-        )
-        self._assign_first_step(variables, mean)
+        """Starts the step from the weights, as `initialization` says."""
+        values = self.prepared(weights).numpy()
+        axes = self.channel_axes if self.per_axis else None
+
+        def mean_magnitude():
+            kept = {axis % values.ndim for axis in axes or ()}
+            shared = tuple(axis for axis in range(values.ndim) if axis not in kept)
+            return np.abs(values).mean(axis=shared, keepdims=bool(kept))
+
+        def clip(bits):
+            return ranges.least_error_weight_clips(
+                values, bits, self.narrow_range, axes
+            )
+
+        self._assign_first_step(variables, mean_magnitude, clip)
 
     def get_config(self):
         """The constructor's arguments."""
@@ -129,6 +193,9 @@ class LSQWeightQuantizer(_LearnedStep, WeightQuantizer):
             "per_axis": self.per_axis,
             "narrow_range": self.narrow_range,
             "channel_axes": list(self.channel_axes),
+            "initialization": self.initialization,
+            "gradient_factor": self.gradient_factor,
+            "standardize": self.standardize,
         }
 
 
@@ -136,22 +203,35 @@ class LSQWeightQuantizer(_LearnedStep, WeightQuantizer):
 class LSQActivationQuantizer(_LearnedStep, ActivationQuantizer):
     """`s * round(clip(x / s, 0, Q_P))` with a learned step `s`; or signed.
 
-    Gradients: `ste.stepped_round`, with the gradient scale `1 / sqrt(N Q_P)`, N the
-    features of one example. The step starts from data: `tf_lowbit.calibrate`. The
-    unsigned one replaces the ReLU.
+    Gradients and first step: as in `LSQWeightQuantizer`, N the features of one example.
+    The step starts from data: `tf_lowbit.calibrate`. The unsigned one replaces the
+    ReLU.
 
     Args:
         bits: 1 to 8, or 16 or 32 for the clip of 8 bits without rounding.
         signed: for activations that are not behind a ReLU.
         implementation: "auto", "fused" or "composed"; signed is always composed.
+        initialization: "least_error" or "paper", the first step and its gradient scale.
+        gradient_factor: as in `LSQWeightQuantizer`.
+
+    Raises:
+        ValueError: for an unknown `initialization` or `implementation`, or a factor
+            below 0.
     """
 
     needs_calibration = True
 
     def __init__(
-        self, bits: int = 2, signed: bool = False, implementation: str = "auto"
+        self,
+        bits: int = 2,
+        signed: bool = False,
+        implementation: str = "auto",
+        initialization: str = LEAST_ERROR,
+        gradient_factor: float = 1.0,
     ):
         super().__init__(bits)
+        self.initialization = _validate_initialization(initialization)
+        self.gradient_factor = validate_gradient_factor(gradient_factor)
         self.signed = signed
         self.implementation = ste.validate_implementation(implementation)
 
@@ -168,11 +248,11 @@ class LSQActivationQuantizer(_LearnedStep, ActivationQuantizer):
         features = tf.cast(tf.reduce_prod(tf.shape(inputs)[1:]), tf.float32)
         return ste.stepped_round(
             inputs,
-            self._step(variables),
+            scaled_gradient(self._step(variables), self.gradient_factor),
             bits,
             signed=self.signed,
             rounding_bits=self.rounding_bits(variables),
-            gradient_scale=tf.math.rsqrt(features * _highest_code(bits, self.signed)),
+            gradient_scale=self._gradient_scale(features, bits),
             implementation=self.implementation,
         )
 
@@ -196,9 +276,12 @@ class LSQActivationQuantizer(_LearnedStep, ActivationQuantizer):
         return grid.unsigned_step(ste.unsigned_range(step, bits), bits)
 
     def calibrate(self, samples, variables):
-        """Starts the step at `2 mean|x| / sqrt(Q_P)`, as the paper does."""
-        mean = ranges.mean_magnitude(samples, signed=self.signed)
-        self._assign_first_step(variables, mean)
+        """Starts the step from data, as `initialization` says."""
+        self._assign_first_step(
+            variables,
+            lambda: ranges.mean_magnitude(samples, signed=self.signed),
+            lambda bits: ranges.least_error_clip(samples, bits, signed=self.signed),
+        )
         variables["calibrated"].assign(1)
 
     def get_config(self):
@@ -207,4 +290,6 @@ class LSQActivationQuantizer(_LearnedStep, ActivationQuantizer):
             **super().get_config(),
             "signed": self.signed,
             "implementation": self.implementation,
+            "initialization": self.initialization,
+            "gradient_factor": self.gradient_factor,
         }

@@ -10,11 +10,13 @@ from tf_lowbit.quantizers import ranges
 from tf_lowbit.quantizers.base import (
     SMALLEST_RANGE,
     ActivationQuantizer,
+    scaled_gradient,
+    validate_gradient_factor,
 )
 
 
 @keras.utils.register_keras_serializable(package="tf_lowbit")
-class PACTActivationQuantizer(ActivationQuantizer):
+class PACTActivationQuantizer(ranges.FittedClip, ActivationQuantizer):
     """`alpha / n * round(clip(x, 0, alpha) * n / alpha)`, alpha learned.
 
     Gradients: `dy/dx = 1` where `0 <= x <= alpha`, else 0; `dy/dalpha = 1` where
@@ -23,21 +25,29 @@ class PACTActivationQuantizer(ActivationQuantizer):
     Args:
         bits: 1 to 8, or 16 or 32 for the clip alone.
         alpha: initial clip, in the unit of the activations; `calibrate` replaces it.
-        alpha_decay: the paper's L2 penalty on alpha, a Keras `l2` factor.
+        alpha_decay: the paper's L2 penalty on alpha, a Keras `l2` factor; 0 for none.
+            1e-4 has the gradient `2e-4 alpha`: the weight decay of the paper's
+            CIFAR-10 network, which alpha shares there (recalled, not verified).
         implementation: "auto", "fused" or "composed".
+        gradient_factor: on alpha's gradient, the penalty's apart. With SGD it is
+            alpha's learning rate relative to that of the weights; Adam and its kind
+            divide it out.
 
     Raises:
-        ValueError: if `alpha` is not positive or `alpha_decay` is negative.
+        ValueError: if `alpha` is not positive, or `alpha_decay` or `gradient_factor`
+            is negative.
     """
 
     needs_calibration = True
+    clip_name = "alpha"
 
     def __init__(
         self,
         bits: int = 2,
         alpha: float = 6.0,
-        alpha_decay: float = 0.0,
+        alpha_decay: float = 1e-4,
         implementation: str = "auto",
+        gradient_factor: float = 1.0,
     ):
         super().__init__(bits)
         if not 0 < alpha < float("inf"):
@@ -50,6 +60,7 @@ class PACTActivationQuantizer(ActivationQuantizer):
             )
         self.alpha = alpha
         self.alpha_decay = alpha_decay
+        self.gradient_factor = validate_gradient_factor(gradient_factor)
         self.implementation = ste.validate_implementation(implementation)
 
     def build_range(self, tensor_shape, name, layer, variables):
@@ -65,7 +76,7 @@ class PACTActivationQuantizer(ActivationQuantizer):
     def quantize(self, inputs, variables):
         """See `LowBitQuantizer.quantize`."""
         bits = self.rounding_bits(variables)
-        alpha = self._alpha(variables)
+        alpha = scaled_gradient(self._alpha(variables), self.gradient_factor)
         return ste.learned_clip_round(inputs, alpha, bits, self.implementation)
 
     def codes(self, inputs, variables):
@@ -79,11 +90,6 @@ class PACTActivationQuantizer(ActivationQuantizer):
         """`alpha / n`."""
         return grid.unsigned_step(self._alpha(variables), variables["bits"])
 
-    def calibrate(self, samples, variables):
-        """Sets alpha to the clip of least squared error at `self.bits` (ours)."""
-        variables["alpha"].assign(ranges.least_error_relu_clip(samples, self.bits))
-        variables["calibrated"].assign(1)
-
     @staticmethod
     def _alpha(variables):
         # An optimizer that ignores constraints must not divide by zero.
@@ -96,4 +102,5 @@ class PACTActivationQuantizer(ActivationQuantizer):
             "alpha": self.alpha,
             "alpha_decay": self.alpha_decay,
             "implementation": self.implementation,
+            "gradient_factor": self.gradient_factor,
         }

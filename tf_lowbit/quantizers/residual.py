@@ -64,16 +64,12 @@ class ResidualQuantizer(ActivationQuantizer):
 
     def quantize(self, inputs, variables):
         """See `LowBitQuantizer.quantize`."""
-        step = tf.stop_gradient(self.step(inputs, variables))
-        return self._rounded(inputs, step, self.rounding_bits(variables))
-
-    def _rounded(self, inputs, step, rounding_bits):
         return ste.scaled_round(
             inputs,
-            step,
+            tf.stop_gradient(self.step(inputs, variables)),
             tf.constant(self.bits),
             narrow_range=False,
-            rounding_bits=rounding_bits,
+            rounding_bits=self.rounding_bits(variables),
         )
 
     def codes(self, inputs, variables):
@@ -91,18 +87,10 @@ class ResidualQuantizer(ActivationQuantizer):
 
         `tf_lowbit.calibrate` then ties the steps of each Add to one another.
         """
-        bits = tf.constant(self.bits)
-        clip = ranges.least_error_clip(
-            samples,
-            lambda x, c: self._rounded(x, self._step_of_clip(c), bits),
-            signed=True,
-        )
-        variables["step"].assign(self._step_of_clip(clip))
-        variables["calibrated"].assign(1)
-
-    def _step_of_clip(self, clip):
+        clip = ranges.least_error_clip(samples, self.bits, signed=True)
         highest = grid.signed_limits(self.bits, narrow_range=False)[1]
-        return tf.convert_to_tensor(clip, tf.float32) / highest
+        variables["step"].assign(clip / highest)
+        variables["calibrated"].assign(1)
 
 
 def is_residual_bits(bits) -> bool:

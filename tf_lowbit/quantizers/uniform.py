@@ -7,7 +7,7 @@ from tf_lowbit.quantizers.base import (
     SMALLEST_RANGE,
     ActivationQuantizer,
     WeightQuantizer,
-    channel_shape,
+    shared_axes,
 )
 
 
@@ -25,22 +25,30 @@ class UniformWeightQuantizer(WeightQuantizer):
         bits: 1 to 8, or 16 or 32 for "not rounded".
         per_axis: one scale for each output channel.
         channel_axes: the kernel's output-channel axes; the layer's config sets it.
+        standardize: `(w - mean) / std` in front of the grid (`prepared`).
     """
 
     narrow_range = True
 
-    def __init__(self, bits: int = 8, per_axis: bool = True, channel_axes=(-1,)):
+    def __init__(
+        self,
+        bits: int = 8,
+        per_axis: bool = True,
+        channel_axes=(-1,),
+        standardize: bool = False,
+    ):
         super().__init__(bits)
         self.per_axis = per_axis
+        self.standardize = standardize
         self.channel_axes = tuple(channel_axes)
 
     def quantize(self, inputs, variables):
         """See `LowBitQuantizer.quantize`."""
         bits = tf.convert_to_tensor(variables["bits"])
-        scale = self.step(inputs, variables)
+        weights = self.prepared(inputs)
         return ste.scaled_round(
-            inputs,
-            scale,
+            weights,
+            self._scale(weights, variables),
             bits,
             narrow_range=True,
             rounding_bits=self.rounding_bits(variables),
@@ -49,18 +57,21 @@ class UniformWeightQuantizer(WeightQuantizer):
 
     def codes(self, inputs, variables):
         """Int32 codes in [-Q, Q], the shape of `inputs`."""
-        scaled = as_float32(inputs) / self.step(inputs, variables)
+        weights = self.prepared(inputs)
+        scaled = weights / self._scale(weights, variables)
         codes = grid.signed_codes(scaled, variables["bits"], narrow_range=True)
         return tf.cast(codes, tf.int32)
 
     def step(self, inputs, variables):
         """The scale: `max|w| / Q`, or `mean|w|` at one bit."""
+        return self._scale(self.prepared(inputs), variables)
+
+    def _scale(self, weights, variables):
         bits = tf.convert_to_tensor(variables["bits"])
-        magnitude = tf.abs(as_float32(inputs))
+        magnitude = tf.abs(weights)
         axes = None
         if self.per_axis:
-            shape = channel_shape(inputs.shape, self.channel_axes)
-            axes = [i for i, size in enumerate(shape) if size == 1]
+            axes = shared_axes(weights.shape, self.channel_axes)
         largest = tf.reduce_max(magnitude, axis=axes, keepdims=self.per_axis)
         mean = tf.reduce_mean(magnitude, axis=axes, keepdims=self.per_axis)
         highest = grid.signed_limits(bits, narrow_range=True)[1]
@@ -73,11 +84,12 @@ class UniformWeightQuantizer(WeightQuantizer):
             **super().get_config(),
             "per_axis": self.per_axis,
             "channel_axes": list(self.channel_axes),
+            "standardize": self.standardize,
         }
 
 
 @keras.utils.register_keras_serializable(package="tf_lowbit")
-class UniformActivationQuantizer(ActivationQuantizer):
+class UniformActivationQuantizer(ranges.FittedClip, ActivationQuantizer):
     """A fixed, calibrated range: [0, clip], or [-clip, clip] where signed.
 
     Unsigned: `clip / n * round(clip(x, 0, clip) * n / clip)`, a quantized ReLU.
@@ -96,6 +108,7 @@ class UniformActivationQuantizer(ActivationQuantizer):
     """
 
     needs_calibration = True
+    clip_name = "clip"
     narrow_range = True
 
     def __init__(
@@ -125,9 +138,7 @@ class UniformActivationQuantizer(ActivationQuantizer):
         """See `LowBitQuantizer.quantize`."""
         bits = tf.convert_to_tensor(variables["bits"])
         clip = tf.stop_gradient(as_float32(variables["clip"]))
-        return self._rounded(inputs, clip, bits, self.rounding_bits(variables))
-
-    def _rounded(self, inputs, clip, bits, rounding_bits):
+        rounding_bits = self.rounding_bits(variables)
         if not self.signed:
             return ste.learned_clip_round(
                 inputs, clip, rounding_bits, self.implementation
@@ -160,17 +171,6 @@ class UniformActivationQuantizer(ActivationQuantizer):
         if self.signed:
             return self._signed_step(clip, bits)
         return grid.unsigned_step(clip, bits)
-
-    def calibrate(self, samples, variables):
-        """Sets the clip to that of least squared error at `self.bits` (ours)."""
-        bits = tf.constant(self.bits)
-        clip = ranges.least_error_clip(
-            samples,
-            lambda x, c: self._rounded(x, tf.constant(c), bits, bits),
-            signed=self.signed,
-        )
-        variables["clip"].assign(clip)
-        variables["calibrated"].assign(1)
 
     def get_config(self):
         """The constructor's arguments."""

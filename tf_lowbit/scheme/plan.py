@@ -291,12 +291,10 @@ def _unsigned(rule):
 
 def _inserted(rule, signed: bool):
     """The quantizer that goes with a rule's one where there is no ReLU (ours)."""
-    learned = isinstance(
-        quantizers.get(rule.activation_quantizer, quantizers.ACTIVATION),
-        quantizers.LSQActivationQuantizer,
-    )
+    given = quantizers.get(rule.activation_quantizer, quantizers.ACTIVATION)
+    learned = isinstance(given, quantizers.LSQActivationQuantizer)
     return quantizers.get(
-        "lsq" if learned else "uniform",
+        given if learned else "uniform",
         quantizers.ACTIVATION,
         bits=rule.activation_bits,
         signed=signed,

@@ -30,7 +30,7 @@ class PrecisionRule:
         weight_bits: 1 to 8; 16 or 32 for "quantizer in place, not rounded"; None
             for full precision.
         activation_bits: likewise. None leaves the layer's input as it is.
-        weight_quantizer: a name ("dorefa", "lsq", "uniform") or a quantizer, also
+        weight_quantizer: a name (`quantizers.names("weight")`) or a quantizer, also
             as `quantizers.serialize` writes it, whose bits are replaced by the rule's.
         activation_quantizer: likewise ("dorefa", "lsq", "pact", "uniform").
         layer_type: class name, such as "Conv2D", that the layer must have; None for
