@@ -14,7 +14,7 @@ from tf_lowbit.observation import (
     validate_batches,
     without_draws,
 )
-from tf_lowbit.scheme import graph, registry
+from tf_lowbit.scheme import graph, passing, registry
 
 # Each layer is measured behind layers that do not fit yet; normalisation in between
 # takes most of that away, and a second look the rest.
@@ -71,7 +71,7 @@ def _norm_in_front(model, layer):
         if isinstance(layer, registry.BATCH_NORMS):
             is_once = len(graph.inputs_of(model, layer)) == 1
             return layer if is_once and layer.scale and layer.trainable else None
-        if node.is_input or not registry.is_transparent(layer):
+        if node.is_input or not passing.is_transparent(node):
             return None
 
 

@@ -93,7 +93,7 @@ def requantize(
     fresh = quantize(strip(model), rules, strict=strict, residual_bits=residual_bits)
     for tensor in inspection.quantized_tensors(fresh):
         old = before.get(tensor.name)
-        if old is not None and _are_alike(old.quantizer, tensor.quantizer):
+        if old is not None and _are_alike(old.declared, tensor.declared):
             for name, variable in tensor.variables.items():
                 variable.assign(old.variables[name])
             tensor.assign_bits(tensor.quantizer.bits)

@@ -12,7 +12,8 @@ import warnings
 from tf_lowbit.compat import keras, tfmot
 from tf_lowbit.scheme import graph, registry
 from tf_lowbit.scheme.configs import ActivationQuantizeConfig, WeightQuantizeConfig
-from tf_lowbit.scheme.plan import Plan, make_plan
+from tf_lowbit.scheme.plan import Plan, edge_layers, make_plan
+from tf_lowbit.scheme.rules import CATCH_ALL
 
 
 class QuantizationWarning(UserWarning):
@@ -89,10 +90,31 @@ class LowBitLayout(tfmot.quantization.keras.QuantizeLayoutTransform):
         configs = {**_configs(plan, split), **given}
         if not configs:
             raise ValueError(
-                "The rules leave every layer in full precision. Received: "
+                "The rules must quantize a layer. "
+                f"{self._why_nothing_is_quantized(split)} Received: "
                 f"rules={self.rules} for layers {[x.name for x in model.layers]}"
             )
         return placed, {n: {"quantize_config": c} for n, c in configs.items()}
+
+    def _why_nothing_is_quantized(self, model) -> str:
+        """What to change in rules that leave all layers in full precision."""
+        edges = set().union(*edge_layers(model))
+        spared = [
+            layer.name
+            for layer in model.layers
+            if layer.name in edges
+            and any(r.matches(layer) and not r.matches(layer, True) for r in self.rules)
+        ]
+        if not spared:
+            return (
+                "Give a rule whose pattern matches the whole name of a weight layer, "
+                "and whose weight_bits or activation_bits is not None."
+            )
+        return (
+            f"The pattern {CATCH_ALL!r} leaves the first and the last weight layer "
+            f"float, here {spared}: set edges=True in the rule, or name a layer, as in "
+            f"PrecisionRule({spared[0]!r}, 8, 8)."
+        )
 
     @staticmethod
     def _check_annotated(plan: Plan, model, layer_quantize_map) -> None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from tf_lowbit import quantizers
 from tf_lowbit.compat import keras
-from tf_lowbit.scheme import graph, nonnegative, registry, residual
+from tf_lowbit.scheme import graph, nonnegative, passing, registry, residual
 from tf_lowbit.scheme.rules import CATCH_ALL, PrecisionRule
 
 
@@ -171,7 +171,8 @@ class _Planner:
             if registry.relu_kind(source.layer):
                 self._quantize_relu(source.layer, rule)
             elif id(source) in self._behind_relus:
-                waiting += [(source, behind) for behind in source.keras_inputs[::-1]]
+                read = passing.sources(source)
+                waiting += [(source, behind) for behind in reversed(read)]
             else:
                 self._insert(node, tensor, rule)
 
@@ -179,8 +180,8 @@ class _Planner:
         """Ids of the nodes that pass the grid of a ReLU on."""
         found: set[int] = set()
         for node in graph.calls(self.model):
-            sources = [graph.producer(tensor) for tensor in node.keras_inputs]
-            if registry.is_transparent(node.layer) and any(
+            sources = [graph.producer(tensor) for tensor in passing.sources(node)]
+            if passing.is_transparent(node) and any(
                 registry.relu_kind(s.layer) or id(s) in found for s in sources
             ):
                 found.add(id(node))

@@ -8,7 +8,7 @@ from collections.abc import Container
 
 from tf_lowbit.compat import keras
 from tf_lowbit.quantizers import residual
-from tf_lowbit.scheme import graph, registry
+from tf_lowbit.scheme import graph, passing, registry
 
 
 def validate_bits(residual_bits) -> int | None:
@@ -58,9 +58,9 @@ def find_tensors(
         on_grid.add(id(tensor))
 
     for node in graph.calls(model):
-        layer, inputs = node.layer, node.keras_inputs
+        layer, inputs = node.layer, passing.sources(node)
         made = {id(tensor) for tensor in graph.outputs_of(node)}
-        is_add, keeps_grid = registry.is_add(layer), registry.keeps_grid(layer)
+        is_add, keeps_grid = registry.is_add(layer), passing.keeps_grid(node)
         passes_on = is_add or keeps_grid or isinstance(layer, registry.BATCH_NORMS)
         is_reached = any(id(tensor) in reached for tensor in inputs)
         if layer.name in weights or (passes_on and is_reached):
