@@ -73,6 +73,11 @@ class QuantizedTensor:
         """Whether it stands on a residual stream, at 8 bits whatever the rules say."""
         return isinstance(self.declared, ResidualQuantizer)
 
+    @property
+    def is_shortcut(self) -> bool:
+        """Whether `shortcut_bits` set its bits, whatever the rules say."""
+        return getattr(self.layer.quantize_config, "shortcut", False)
+
     def assign_bits(self, bits: int) -> None:
         """Sets the bits of the next step, and what depends on them."""
         self.quantizer.assign_bits(self.variables, bits)

@@ -46,12 +46,20 @@ class LowBitLayout(tfmot.quantization.keras.QuantizeLayoutTransform):
         rules: tuple of `PrecisionRule`.
         strict: raise where the rules ask for something that cannot be done.
         residual_bits: 8 for quantizers on residual Adds, or None for none.
+        shortcut_bits: 1 to 8 for residual shortcuts, or None for those of the rules.
     """
 
-    def __init__(self, rules, strict: bool = False, residual_bits: int | None = None):
+    def __init__(
+        self,
+        rules,
+        strict: bool = False,
+        residual_bits: int | None = None,
+        shortcut_bits: int | None = None,
+    ):
         self.rules = rules
         self.strict = strict
         self.residual_bits = residual_bits
+        self.shortcut_bits = shortcut_bits
 
     def apply(self, model, layer_quantize_map):
         """TF-MOT's hook.
@@ -83,6 +91,7 @@ class LowBitLayout(tfmot.quantization.keras.QuantizeLayoutTransform):
             eligible,
             self.residual_bits,
             split_off={layer.name for layer in split.layers} - present,
+            shortcut_bits=self.shortcut_bits,
         )
         report_problems(plan.problems(), self.strict)
         self._check_annotated(plan, model, layer_quantize_map)
@@ -111,9 +120,9 @@ class LowBitLayout(tfmot.quantization.keras.QuantizeLayoutTransform):
                 "and whose weight_bits or activation_bits is not None."
             )
         return (
-            f"The pattern {CATCH_ALL!r} leaves the first and the last weight layer "
-            f"float, here {spared}: set edges=True in the rule, or name a layer, as in "
-            f"PrecisionRule({spared[0]!r}, 8, 8)."
+            f"Without edges=True, the pattern {CATCH_ALL!r} leaves the first and the "
+            f"last weight layer float, here {spared}: set edges=True in the rule, or "
+            f"name a layer, as in PrecisionRule({spared[0]!r}, 8, 8)."
         )
 
     @staticmethod
@@ -206,10 +215,17 @@ def _place_quantizers(model: keras.Model, plan: Plan) -> keras.Model:
 
 
 def _configs(plan: Plan, model: keras.Model) -> dict:
-    configs = {name: WeightQuantizeConfig(q) for name, q in plan.weights.items()}
+    configs = {
+        name: WeightQuantizeConfig(q, name in plan.shortcuts)
+        for name, q in plan.weights.items()
+    }
     for name, quantizer in plan.activations.items():
         kind = registry.relu_kind(model.get_layer(name))
-        configs[name] = ActivationQuantizeConfig(quantizer, kind)
+        configs[name] = ActivationQuantizeConfig(
+            quantizer, kind, name in plan.shortcuts
+        )
     for name, quantizer in (*plan.insertions.values(), *plan.residuals.values()):
-        configs[name] = ActivationQuantizeConfig(quantizer)
+        configs[name] = ActivationQuantizeConfig(
+            quantizer, shortcut=name in plan.shortcuts
+        )
     return configs

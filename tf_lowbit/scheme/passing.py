@@ -16,12 +16,12 @@ _layers = keras.layers
 
 
 class Kept(enum.IntEnum):
-    """What an output has in common with the inputs, at inference; each implies those before.
+    """What an output has in common with the inputs at inference.
 
     `SIGN`: no output is negative where no input is. `PLACE`: the output is a weighted
     mean of inputs, or several inputs joined; a quantizer in front serves what reads the
     output. `GRID`: each output is one of the inputs, or zero, so that the output is on
-    the grid of the only input.
+    the grid of the only input. Each implies those before.
     """
 
     NOTHING = 0
@@ -162,7 +162,7 @@ def _interpolated(method) -> Kept:
 
 
 def _is_at_rest(node) -> bool:
-    """Whether a layer that draws in training is not called to draw at inference, too."""
+    """Whether a layer that draws in training does not draw at inference."""
     training = node.call_kwargs.get("training")
     return training is None or training is False
 

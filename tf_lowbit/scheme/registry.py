@@ -123,6 +123,11 @@ def is_add(layer) -> bool:
     return type(layer) is _layers.Add
 
 
+def is_sum(layer) -> bool:
+    """Whether the layer adds tensors: an Add, `x + y`, `tf.add_n`."""
+    return is_add(layer) or passing.operation(layer) in ("add", "add_n")
+
+
 def own_relu(layer) -> str | None:
     """ "relu" or "relu6" if the layer ends in one by its `activation=`."""
     return _RELU_FUNCTIONS.get(getattr(layer, "activation", None))
