@@ -70,7 +70,7 @@ BAD = {
     "quantize, infinity": (lambda: tfl.quantize(broken(np.inf), RULE), "Weights"),
     "requantize, none": (lambda: tfl.requantize(None, RULE), "model"),
     "requantize, a float one": (lambda: tfl.requantize(network(), RULE), "model"),
-    "strip, a word": (lambda: tfl.strip("net.keras"), "model"),
+    "strip, a word": (lambda: tfl.strip(model="net.keras"), "model"),
     "strip, weights": (lambda: tfl.strip(network(), weights=3), "weights"),
     "strip, a list": (lambda: tfl.strip(network(), weights=["latent"]), "weights"),
     "split, none": (lambda: tfl.split_separable(None), "model"),
@@ -100,10 +100,10 @@ def test_channels_first_is_told(strict):
         ]
     )
     if strict:
-        with pytest.raises(ValueError, match="channels_last.*flat"):
+        with pytest.raises(ValueError, match=r"channels_last.*flat"):
             tfl.quantize(model, RULE, strict=True)
     else:
-        with pytest.warns(tfl.QuantizationWarning, match="channels_last.*flat"):
+        with pytest.warns(tfl.QuantizationWarning, match=r"channels_last.*flat"):
             tfl.quantize(model, RULE)
 
 
@@ -118,7 +118,9 @@ def test_two_layers_are_both_edges_and_the_message_says_so(rules):
             layers.Dense(4, name="head"),
         ]
     )
-    message = r"edges=True.*\['conv', 'head'\].*PrecisionRule\('conv', 8, 8\).*Received"
+    message = (
+        r"(?s)edges=True.*\['conv', 'head'\].*PrecisionRule\('conv', 8, 8\).*Received"
+    )
     with (
         pytest.raises(ValueError, match=message),
         pytest.warns(tfl.QuantizationWarning, match="edges=True"),

@@ -104,9 +104,7 @@ def test_only_shortcuts_have_other_bits(kind, bits):
     }
     read = read_bits(model)
     assert read.pop("two_shortcut") == [bits]
-    assert {n: b for n, b in read.items() if "conv" in n} == {
-        **dict.fromkeys(["one_conv1", "one_conv2", "two_conv1", "two_conv2"], [2])
-    }
+    assert [b for n, b in read.items() if "conv" in n] == [[2]] * 4
     kinds = {t.quantizer.has_fixed_clip for t in shortcut_activations(model)}
     assert kinds == {False}
 
@@ -224,5 +222,5 @@ def test_no_shortcut_is_told(strict):
 
 @pytest.mark.parametrize("bits", [0, 9, 16, 8.0, True, "8", "same"])
 def test_bits_that_there_are_not(bits):
-    with pytest.raises(ValueError, match="shortcut_bits must be .* Received"):
+    with pytest.raises(ValueError, match=r"shortcut_bits must be .* Received"):
         tfl.quantize(network(), rules(), shortcut_bits=bits)
