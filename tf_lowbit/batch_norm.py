@@ -52,7 +52,9 @@ def fit_to_fixed_clips(model: keras.Model, batches: list) -> list[str]:
     in_front = [
         tensor.variables
         for tensor in inspection.quantized_tensors(model)
-        if tensor.role == "activation" and tensor.is_shortcut
+        if tensor.is_shortcut
+        and tensor.quantizer.needs_calibration
+        and tensor.role == "activation"
     ]
     for _ in range(_PASSES if found else 0):
         with (
