@@ -188,7 +188,7 @@ def _report_own_parts(model, strict) -> None:
         )
     added = [
         module.name
-        for module in getattr(model, "submodules", ())
+        for module in (model.submodules if isinstance(model, tf.Module) else ())
         if type(module).__name__ in _ADDED_TO_MODEL
     ]
     if added:
