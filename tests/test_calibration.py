@@ -247,11 +247,10 @@ def test_values_that_are_not_finite_are_named(name, value):
 
 def test_a_failure_in_a_later_layer_changes_nothing():
     rule = PrecisionRule(".*", activation_bits=2, activation_quantizer="pact")
-    model = nets.chain(batch_norm=False)
-    kernel, bias = model.get_layer("mid").get_weights()
+    quantized = quantize(nets.chain(batch_norm=False), rule)
+    kernel, bias = quantized.get_layer("mid").get_weights()
     kernel[0, 0, 0, 0] = np.nan
-    model.get_layer("mid").set_weights([kernel, bias])
-    quantized = quantize(model, rule)
+    quantized.get_layer("mid").set_weights([kernel, bias])
     before = nets.snapshot(quantized.weights)
     with pytest.raises(ValueError, match=r"^relu2/output: "):
         calibrate(quantized, [nets.images()])

@@ -2,6 +2,8 @@
 
 import contextlib
 
+import numpy as np
+
 from tf_lowbit import inspection, keras3
 from tf_lowbit.compat import deep_graphs, keras, tf, tfmot
 from tf_lowbit.scheme import graph, output_names, registry
@@ -23,6 +25,7 @@ def quantize(
     *,
     strict: bool = False,
     residual_bits: int | None = None,
+    shortcut_bits: int | None = None,
 ) -> keras.Model:
     """Makes a low-bitwidth network of a float one.
 
@@ -48,12 +51,21 @@ def quantize(
             activations everywhere but at the first and the last layer.
         strict: raise where a rule matches nothing, a layer cannot be quantized, or a
             loss, metric or `train_step` of the model's own or an activity regularizer
-            is left out, instead of a `QuantizationWarning`.
+            is left out, or a layer has its channels first, instead of a
+            `QuantizationWarning`.
         residual_bits: 8 puts signed 8-bit quantizers on what residual Adds read and
             put out (`<layer>_residual`, ours), so that training sees the rounding of
             an int8 residual stream. `tf_lowbit.calibrate` sets their steps. None
             leaves the stream in float. A warning tells where no Add reads a
             quantized layer.
+        shortcut_bits: 1 to 8 lets the shortcuts of residual blocks read activations at
+            these bits, and gives their convolutions weights at these bits, wherever a
+            rule quantizes them (ours). The finer quantizer takes the ReLU's place, and
+            the coarser one stands behind it, in front of the layers that it is for
+            (`<layer>_quantizer`). Identity shortcuts that start at a quantized ReLU
+            read it at these bits, too. DoReFa's fixed clip becomes a calibrated one
+            (uniform) on shortcuts. A warning tells where no shortcut is found. None
+            gives shortcuts the bits of the rules.
 
     Returns:
         A new Functional model, not compiled.
@@ -61,12 +73,14 @@ def quantize(
     Raises:
         ValueError: if the model, or one among its layers, is subclassed; if it is not
             built, is quantized already, has Keras masks, a layer that cannot be copied
-            or none that the rules quantize; if `residual_bits` is neither 8 nor None;
+            or none that the rules quantize; if `residual_bits` is neither 8 nor None,
+            or `shortcut_bits` neither 1 to 8 nor None; if a weight is NaN or infinite;
             and as `strict` says.
     """
-    scheme = LowBitScheme(rules, strict, residual_bits)
+    scheme = LowBitScheme(rules, strict, residual_bits, shortcut_bits)
     _report_own_parts(model, strict)
     model = _functional(model)
+    _report_channels_first(model, strict)
     with _unmixed():
         applied = tfmot.quantization.keras.quantize_apply(
             # No prefix: the user's layer names are what rules and hints go by.
@@ -174,7 +188,7 @@ def _report_own_parts(model, strict) -> None:
         )
     added = [
         module.name
-        for module in getattr(model, "submodules", ())
+        for module in (model.submodules if isinstance(model, tf.Module) else ())
         if type(module).__name__ in _ADDED_TO_MODEL
     ]
     if added:
@@ -232,6 +246,7 @@ def _functional(model) -> keras.Model:
     if isinstance(model, keras.Sequential):
         model = keras.Model(model.inputs, model.outputs, name=model.name)
     model = graph.flatten(model)
+    _require_finite_weights(model)
     masked = [
         node.layer.name
         for node in graph.calls(model)
@@ -243,6 +258,35 @@ def _functional(model) -> keras.Model:
             f"computation. Received: masked tensors that {masked[:5]} read"
         )
     return model
+
+
+def _report_channels_first(model, strict) -> None:
+    found = [
+        layer.name
+        for layer in model.layers
+        if getattr(layer, "data_format", None) == "channels_first"
+    ]
+    if found:
+        report_problems(
+            [
+                "data_format='channels_first' has no form in a TFLite file; build the "
+                f"model with 'channels_last': {', '.join(found)}"
+            ],
+            strict,
+        )
+
+
+def _require_finite_weights(model) -> None:
+    broken = [
+        weight.name
+        for weight in model.weights
+        if weight.dtype.is_floating and not np.isfinite(weight.numpy()).all()
+    ]
+    if broken:
+        raise ValueError(
+            "Weights must be finite, for steps start from them: load weights from "
+            f"before the training diverged. Received: NaN or infinity in {broken[:5]}"
+        )
 
 
 def _annotate(model: keras.Model) -> keras.Model:

@@ -17,7 +17,8 @@ from tf_lowbit.observation import (
     validate_batches,
     without_draws,
 )
-from tf_lowbit.scheme import graph, registry
+from tf_lowbit.quantizers import sampling
+from tf_lowbit.scheme import graph, passing, registry
 from tf_lowbit.scheme.layout import QuantizationWarning
 
 # In standard deviations, of the worst layer. A compromise: of 2-bit networks on the
@@ -55,9 +56,23 @@ def fit_to_fixed_clips(model: keras.Model, batches: list) -> list[str]:
         for norm in [_norm_in_front(model, tensor.layer)]
         if norm is not None
     ]
+    # Two quantizers behind one normalisation must not both scale it.
+    found = list({id(norm): (tensor, norm) for tensor, norm in found[::-1]}.values())
+    found.reverse()
     tensors = [tensor for tensor, _ in found]
+    in_front = [
+        tensor.variables
+        for tensor in inspection.quantized_tensors(model)
+        if tensor.is_shortcut
+        and tensor.quantizer.needs_calibration
+        and tensor.role == "activation"
+    ]
     for _ in range(_PASSES if found else 0):
-        with restored(model.non_trainable_variables), without_draws(model):
+        with (
+            restored(model.non_trainable_variables),
+            without_draws(model),
+            sampling.opened(in_front),
+        ):
             for tensor in tensors:
                 tensor.assign_bits(tensor.quantizer.bits)
             samples = calibration_samples(model, tensors, batches)
@@ -75,6 +90,10 @@ def _norm_in_front(model, layer):
     outputs = {id(tensor) for tensor in model.outputs}
     while True:
         read = graph.inputs_of(model, layer)
+        finer = _finer_in_front(read[0]) if len(read) == 1 else None
+        if finer is not None:
+            layer = finer
+            continue
         if len(read) != 1 or len(readers[id(read[0])]) != 1 or id(read[0]) in outputs:
             return None
         node = graph.producer(read[0])
@@ -82,8 +101,18 @@ def _norm_in_front(model, layer):
         if isinstance(layer, registry.BATCH_NORMS):
             is_once = len(graph.inputs_of(model, layer)) == 1
             return layer if is_once and layer.scale and layer.trainable else None
-        if node.is_input or not registry.is_transparent(layer):
+        if node.is_input or not passing.is_transparent(node):
             return None
+
+
+def _finer_in_front(tensor):
+    """The quantized ReLU of a shortcut that a tensor comes from; or None."""
+    node = graph.producer(tensor)
+    while passing.is_transparent(node):
+        node = graph.producer(passing.sources(node)[0])
+    config = getattr(node.layer, "quantize_config", None)
+    is_relu = getattr(config, "replaces", "linear") != "linear"
+    return node.layer if is_relu and config.shortcut else None
 
 
 def recalibrate_batch_norm(model, dataset, batches: int = 32) -> list[str]:

@@ -1,6 +1,7 @@
 """Ranges of activation quantizers, which are measured on data and not trained."""
 
 import itertools
+import warnings
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from tf_lowbit.observation import (
     without_draws,
 )
 from tf_lowbit.quantizers import sampling
+from tf_lowbit.scheme.layout import QuantizationWarning
 
 # A step that float32 has put just above a ratio is of that ratio: tying twice is as
 # tying once. A range that is a millionth shorter clips nothing worth mention.
@@ -43,6 +45,11 @@ def calibrate(
     weights have another scale than the float ones, so the moving averages would
     mislead) and dropout, noise and augmentation are off. No other weight and no moving
     average is changed.
+
+    Where an inserted quantizer has levels for negative numbers and nothing negative is
+    seen, its levels are put to use from zero on, and a `QuantizationWarning` names it;
+    another call on other data takes that back. The sign is a variable, which every kind
+    of checkpoint holds.
 
     Residual quantizers are measured as uniform ones, and then tied (`tie_residuals`).
     Ranges of frozen layers are set, too: they have none before.
@@ -113,8 +120,21 @@ def measure(
         sampling.opened(tensor.variables for tensor in tensors),
     ):
         samples = calibration_samples(model, tensors, batches)
+    unsigned = []
     for tensor in tensors:
+        was_signed = tensor.quantizer.signed
+        tensor.declared.assign_sign(samples[tensor.name], tensor.variables)
+        if was_signed and not tensor.quantizer.signed:
+            unsigned.append(tensor.name)
         tensor.quantizer.calibrate(samples[tensor.name], tensor.variables)
+    if unsigned:
+        warnings.warn(
+            "Nothing negative was seen there, so all levels are for numbers from zero "
+            "on, and a negative one would become zero. If there can be some, calibrate "
+            f"on data that hold them. Received: {unsigned}",
+            QuantizationWarning,
+            stacklevel=4,
+        )
     # What was just measured is to clip no more than it was measured to.
     _tie(model, lambda ratio: ratios.at_least_ratio(ratio * _SLACK))
 

@@ -16,11 +16,11 @@ from tf_lowbit.quantizers import (
     LowBitQuantizer,
     ResidualQuantizer,
 )
-from tf_lowbit.scheme import graph, registry
+from tf_lowbit.scheme import graph, passing, registry
 
 _Wrapper = tfmot.quantization.keras.QuantizeWrapper
 # Quantizer variables that say how to train and are no part of the network.
-_STATE = ("bits", "calibrated")
+_STATE = ("bits", "calibrated", "signed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class QuantizedTensor:
         layer: the model's layer: TF-MOT's wrapper.
         role: "weight" or "activation".
         attribute: name of the weight ("kernel", ...), or "output".
-        quantizer: the quantizer; `quantizer.bits` is what the rule asked for.
+        declared: the quantizer as the rules made it.
         variables: its variables, by name; `variables["bits"]` is what holds now.
         latent: the float weight variable that is trained; None for an activation.
     """
@@ -39,7 +39,7 @@ class QuantizedTensor:
     layer: keras.layers.Layer
     role: str
     attribute: str
-    quantizer: LowBitQuantizer
+    declared: LowBitQuantizer
     variables: dict
     latent: tf.Variable | None = None
 
@@ -47,6 +47,17 @@ class QuantizedTensor:
     def name(self) -> str:
         """A name that is unique in the network, such as `conv1/kernel`."""
         return f"{self.layer.name}/{self.attribute}"
+
+    @property
+    def quantizer(self) -> LowBitQuantizer:
+        """The quantizer as it is now; `quantizer.bits` is what the rule asked for.
+
+        It has no codes below zero where `declared` has some and `calibrate` saw that
+        nothing is negative.
+        """
+        if self.role == WEIGHT:
+            return self.declared
+        return self.declared.present(self.variables)
 
     @property
     def bits(self) -> int:
@@ -78,7 +89,12 @@ class QuantizedTensor:
     @property
     def is_residual(self) -> bool:
         """Whether it stands on a residual stream, at 8 bits whatever the rules say."""
-        return isinstance(self.quantizer, ResidualQuantizer)
+        return isinstance(self.declared, ResidualQuantizer)
+
+    @property
+    def is_shortcut(self) -> bool:
+        """Whether `shortcut_bits` set its bits, whatever the rules say."""
+        return getattr(self.layer.quantize_config, "shortcut", False)
 
     def assign_bits(self, bits: int) -> None:
         """Sets the bits of the next step, and what depends on them."""
@@ -251,10 +267,10 @@ def _sources(tensor, by_layer) -> Iterator[QuantizedTensor | None]:
         node = graph.producer(tensor)
         if node.layer.name in by_layer:
             yield by_layer[node.layer.name]
-        elif node.is_input or not registry.is_transparent(node.layer):
+        elif node.is_input or not passing.is_transparent(node):
             yield None
         else:
-            waiting += reversed(node.keras_inputs)
+            waiting += reversed(passing.sources(node))
 
 
 class ResidualAdd(NamedTuple):
@@ -302,9 +318,9 @@ def _grid_of(tensor, by_layer) -> QuantizedTensor | None:
     node = graph.producer(tensor)
     if node.layer.name in by_layer:
         return by_layer[node.layer.name]
-    if node.is_input or not registry.keeps_grid(node.layer):
+    if node.is_input or not passing.keeps_grid(node):
         return None
-    return _grid_of(node.keras_inputs[0], by_layer)
+    return _grid_of(passing.sources(node)[0], by_layer)
 
 
 def initialize_weight_ranges(model: keras.Model) -> None:

@@ -64,6 +64,7 @@ def requantize(
     *,
     strict: bool = False,
     residual_bits: int | str | None = SAME,
+    shortcut_bits: int | str | None = SAME,
 ) -> keras.Model:
     """Quantizes a low-bitwidth network anew, after other rules.
 
@@ -78,6 +79,8 @@ def requantize(
         strict: likewise.
         residual_bits: likewise; or "same", the bits that the model's residual sums are
             made for, if they are quantized.
+        shortcut_bits: likewise; or "same", the bits that `shortcut_bits` gave the
+            model's shortcuts, if it did.
 
     Returns:
         A new Functional model, not compiled.
@@ -88,12 +91,21 @@ def requantize(
     model = _network(model)
     before = {t.name: t for t in inspection.quantized_tensors(model)}
     if residual_bits == SAME:
-        made_for = [t.quantizer.bits for t in before.values() if t.is_residual]
+        made_for = [t.declared.bits for t in before.values() if t.is_residual]
         residual_bits = max(made_for, default=None)
-    fresh = quantize(strip(model), rules, strict=strict, residual_bits=residual_bits)
+    if shortcut_bits == SAME:
+        made_for = [t.declared.bits for t in before.values() if t.is_shortcut]
+        shortcut_bits = max(made_for, default=None)
+    fresh = quantize(
+        strip(model),
+        rules,
+        strict=strict,
+        residual_bits=residual_bits,
+        shortcut_bits=shortcut_bits,
+    )
     for tensor in inspection.quantized_tensors(fresh):
         old = before.get(tensor.name)
-        if old is not None and _are_alike(old.quantizer, tensor.quantizer):
+        if old is not None and _are_alike(old.declared, tensor.declared):
             for name, variable in tensor.variables.items():
                 variable.assign(old.variables[name])
             tensor.assign_bits(tensor.quantizer.bits)

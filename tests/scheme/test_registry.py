@@ -4,7 +4,7 @@ import pytest
 import tf_lowbit as tfl
 from tests.scheme import nets
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.scheme import registry
+from tf_lowbit.scheme import passing, registry
 
 layers = keras.layers
 
@@ -81,27 +81,6 @@ def test_own_activations(activation, kind):
     assert registry.own_relu(layers.Dense(1, activation=activation)) == kind
 
 
-@pytest.mark.parametrize(
-    ("layer", "keeps"),
-    [
-        (layers.Dropout(0.5), True),
-        (layers.MaxPooling2D(2), True),
-        (layers.GlobalMaxPooling1D(), True),
-        (layers.Flatten(), True),
-        (layers.Cropping2D(1), True),
-        (layers.UpSampling2D(2), True),
-        (layers.UpSampling2D(2, interpolation="bilinear"), False),
-        (layers.AveragePooling2D(2), False),
-        (layers.Concatenate(), False),
-        (layers.ReLU(), False),
-        (layers.BatchNormalization(), False),
-    ],
-)
-def test_what_keeps_a_grid(layer, keeps):
-    assert registry.keeps_grid(layer) is keeps
-    assert registry.is_transparent(layer) or not keeps
-
-
 def test_what_interpolates_passes_no_grid_on():
     image = keras.Input((4, 4, 3))
     x = layers.Conv2D(4, 1, activation="relu", name="stem")(image)
@@ -158,7 +137,7 @@ class Shuffle(layers.Layer):
 @pytest.fixture
 def registered(monkeypatch):
     monkeypatch.setattr(registry, "_KERNELS", dict(registry._KERNELS))
-    monkeypatch.setattr(registry, "_TRANSPARENT", set(registry._TRANSPARENT))
+    monkeypatch.setattr(passing, "_LAYERS", dict(passing._LAYERS))
     for _ in range(2):
         tfl.register_layer(Standardized, {"kernel": (-1,)})
         tfl.register_layer(Shuffle)
@@ -214,7 +193,7 @@ def test_without_it_they_are_left_alone():
     ],
 )
 def test_what_cannot_be_registered(arguments, message):
-    before = dict(registry._KERNELS), set(registry._TRANSPARENT)
+    before = dict(registry._KERNELS), dict(passing._LAYERS)
     with pytest.raises(ValueError, match=message):
         tfl.register_layer(*arguments)
-    assert (registry._KERNELS, registry._TRANSPARENT) == before
+    assert (registry._KERNELS, passing._LAYERS) == before

@@ -47,10 +47,11 @@ def _signature(model) -> list[str]:
 def _quantizers(model) -> list[list[str]]:
     """Each quantizer, as its rule has made it, and the tensor that it stands at.
 
-    A stage's bits, like a calibrated or a learned range, are variables: not in here.
+    A stage's bits, like a calibrated or a learned range and a sign that data told, are
+    variables: not in here.
     """
     tensors = inspection.quantized_tensors(model)
-    return [[repr(tensor.quantizer), tensor.name] for tensor in tensors]
+    return [[repr(tensor.declared), tensor.name] for tensor in tensors]
 
 
 def has_plain_optimizer(model) -> bool:

@@ -10,23 +10,17 @@ import dataclasses
 import numpy as np
 
 from tf_lowbit import inspection, quantizers
-from tf_lowbit.compat import StochasticDepth, keras
+from tf_lowbit.compat import keras
 from tf_lowbit.core import grid as core_grid
 from tf_lowbit.export import grids, thresholds, twin
 from tf_lowbit.export import linear as linears
 from tf_lowbit.export.grids import Grid
 from tf_lowbit.export.linear import ExportError
 from tf_lowbit.export.ranges import Ranges, key
-from tf_lowbit.scheme import graph, registry
+from tf_lowbit.scheme import graph, passing, registry
 from tf_lowbit.scheme.plan import edge_layers
 
 _layers = keras.layers
-DROPOUTS = (
-    _layers.Dropout,
-    _layers.SpatialDropout1D,
-    _layers.SpatialDropout2D,
-    StochasticDepth,
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +92,7 @@ class Builder:
         for node in reversed(list(graph.calls(model))):
             made = graph.outputs_of(node)[0]
             # What reads behind a dropout reads what stands in front of it.
-            is_alias = type(node.layer) in DROPOUTS
+            is_alias = passing.is_identity(node)
             readers = self._readers.get(id(made), []) if is_alias else [node]
             for tensor in node.keras_inputs:
                 self._readers.setdefault(id(tensor), []).extend(readers)

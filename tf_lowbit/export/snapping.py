@@ -11,10 +11,10 @@ from tf_lowbit import inspection, quantizers
 from tf_lowbit.compat import deep_graphs, keras
 from tf_lowbit.export import checks, elementwise, grids, joins, pools, twin
 from tf_lowbit.export import linear as linears
-from tf_lowbit.export.building import DROPOUTS, Builder, Note, Value, copy_of
+from tf_lowbit.export.building import Builder, Note, Value, copy_of
 from tf_lowbit.export.linear import ExportError
 from tf_lowbit.export.options import Options
-from tf_lowbit.scheme import graph, registry
+from tf_lowbit.scheme import graph, passing, registry
 
 _layers = keras.layers
 # Layers that only move or select codes.
@@ -167,7 +167,7 @@ class _Snapper(Builder):
             self._scale(value, sources[0], *numbers)
         elif registry.relu_kind(layer):
             self._relu(value, sources[0], layer)
-        elif type(layer) in DROPOUTS:
+        elif passing.is_identity(node):
             self._alias(value, sources[0])
         elif elementwise.join(node) is np.add:
             joins.add(self, value, sources, elementwise.factors(node))
@@ -275,7 +275,7 @@ class _Snapper(Builder):
         node = graph.producer(tensor)
         if node.is_input:
             return True
-        kept = type(node.layer) in (*_CODE_KEEPING, *DROPOUTS)
+        kept = type(node.layer) in _CODE_KEEPING or passing.is_identity(node)
         kept = kept or elementwise.scale(node) is not None
         return kept and self._is_input(node.keras_inputs[0])
 
@@ -287,7 +287,7 @@ class _Snapper(Builder):
         if not node.is_input and elementwise.scale(node) is None:
             behind = self._values[id(node.keras_inputs[0])]
             self._input_codes(behind)
-            if type(node.layer) in DROPOUTS:
+            if passing.is_identity(node):
                 self._alias(source, behind)
             else:
                 name = self.name(node.layer.name)

@@ -3,6 +3,8 @@
 import abc
 import numbers
 
+import numpy as np
+
 from tf_lowbit.compat import as_float32, keras, tf, tfmot
 from tf_lowbit.core import grid
 from tf_lowbit.quantizers import sampling
@@ -75,7 +77,7 @@ class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
         is_quantized = sampling.drawn(weights)
         if is_quantized is not None:
             weights = sampling.with_rounding_bits(weights, is_quantized)
-        outputs = self.quantize(values, weights)
+        outputs = self._quantize_at_present(values, weights)
         if (
             is_quantized is not None
             and self.role == WEIGHT
@@ -83,6 +85,9 @@ class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
         ):
             outputs = tf.where(is_quantized, outputs, values)
         return tf.cast(outputs, inputs.dtype)
+
+    def _quantize_at_present(self, values, weights):
+        return self.quantize(values, weights)
 
     @abc.abstractmethod
     def quantize(self, inputs, variables: dict):
@@ -242,6 +247,58 @@ class ActivationQuantizer(LowBitQuantizer):
     role = ACTIVATION
     signed = False
     has_fixed_clip = False
+
+    def build(self, tensor_shape, name, layer):
+        """See `LowBitQuantizer.build`; adds `signed` where data can tell the sign."""
+        variables = super().build(tensor_shape, name, layer)
+        if self.unsigned() is not None:
+            variables["signed"] = self.add_state(layer, f"{name}_signed", 1, tf.int32)
+        return variables
+
+    def unsigned(self) -> "ActivationQuantizer | None":
+        """The same quantizer without codes below zero, on the same variables.
+
+        None where this one is it, or its method has none: then its constructor has no
+        argument `signed`.
+        """
+        config = self.get_config()
+        if not config.get("signed"):
+            return None
+        return type(self).from_config({**config, "signed": False})
+
+    def present(self, variables: dict) -> "ActivationQuantizer":
+        """What quantizes now: this, or `unsigned()` where data held nothing below zero.
+
+        Args:
+            variables: what `build` returned. Outside of `tf.function` alone: the answer
+                is read from `signed` and may change.
+        """
+        is_signed = "signed" not in variables or bool(variables["signed"].numpy())
+        return self if is_signed else self.unsigned()
+
+    def assign_sign(self, samples, variables: dict) -> None:
+        """Leaves codes below zero out where no sample is negative; else has them.
+
+        Samples without any value but zero tell nothing and change nothing.
+
+        Args:
+            samples: as in `calibrate`.
+            variables: what `build` returned.
+        """
+        if "signed" in variables and any(np.any(sample) for sample in samples):
+            is_signed = any(np.min(sample, initial=0.0) < 0 for sample in samples)
+            variables["signed"].assign(int(is_signed))
+
+    def _quantize_at_present(self, values, weights):
+        if "signed" not in weights:
+            return self.quantize(values, weights)
+        # A variable, so that checkpoints hold it and nothing is traced anew.
+        unsigned = self.unsigned()
+        return tf.cond(
+            tf.cast(weights["signed"], tf.bool),
+            lambda: self.quantize(values, weights),
+            lambda: unsigned.quantize(values, weights),
+        )
 
     @property
     def replaces_relu(self) -> bool:

@@ -41,6 +41,7 @@ def thinned(samples) -> np.ndarray:
     if values.size > _MOST_SAMPLES:
         # Drawn, not strided: a stride could meet only some of the channels.
         chosen = np.random.default_rng(0).integers(values.size, size=_MOST_SAMPLES)
+        chosen[0] = np.argmin(values)  # Whether there is a negative one is asked.
         values = values[chosen]
     return values.astype(np.float32)
 

@@ -13,9 +13,11 @@ class WeightQuantizeConfig(_QuantizeConfig):
     Args:
         weight_quantizers: dict from attribute name ("kernel", "depthwise_kernel",
             "pointwise_kernel") to weight quantizer, or to its serialized dict.
+        shortcut: whether `shortcut_bits` set the bits.
     """
 
-    def __init__(self, weight_quantizers: dict):
+    def __init__(self, weight_quantizers: dict, shortcut: bool = False):
+        self.shortcut = shortcut
         self.weight_quantizers = {
             attribute: quantizers.get(quantizer, quantizers.WEIGHT)
             for attribute, quantizer in weight_quantizers.items()
@@ -49,7 +51,8 @@ class WeightQuantizeConfig(_QuantizeConfig):
         return {
             "weight_quantizers": {
                 a: quantizers.serialize(q) for a, q in self.weight_quantizers.items()
-            }
+            },
+            "shortcut": self.shortcut,
         }
 
 
@@ -61,9 +64,11 @@ class ActivationQuantizeConfig(_QuantizeConfig):
         quantizer: activation quantizer, or its serialized dict.
         replaces: the activation that stood here ("relu", "relu6"), or "linear" where
             the quantizer was inserted. Stripping and export read it.
+        shortcut: whether `shortcut_bits` set the bits.
     """
 
-    def __init__(self, quantizer, replaces: str = "linear"):
+    def __init__(self, quantizer, replaces: str = "linear", shortcut: bool = False):
+        self.shortcut = shortcut
         self.quantizer = quantizers.get(quantizer, quantizers.ACTIVATION)
         self.replaces = replaces
 
@@ -92,4 +97,5 @@ class ActivationQuantizeConfig(_QuantizeConfig):
         return {
             "quantizer": quantizers.serialize(self.quantizer),
             "replaces": self.replaces,
+            "shortcut": self.shortcut,
         }

@@ -12,7 +12,8 @@ import warnings
 from tf_lowbit.compat import keras, tfmot
 from tf_lowbit.scheme import graph, registry
 from tf_lowbit.scheme.configs import ActivationQuantizeConfig, WeightQuantizeConfig
-from tf_lowbit.scheme.plan import Plan, make_plan
+from tf_lowbit.scheme.plan import Plan, edge_layers, make_plan
+from tf_lowbit.scheme.rules import CATCH_ALL
 
 
 class QuantizationWarning(UserWarning):
@@ -45,12 +46,20 @@ class LowBitLayout(tfmot.quantization.keras.QuantizeLayoutTransform):
         rules: tuple of `PrecisionRule`.
         strict: raise where the rules ask for something that cannot be done.
         residual_bits: 8 for quantizers on residual Adds, or None for none.
+        shortcut_bits: 1 to 8 for residual shortcuts, or None for those of the rules.
     """
 
-    def __init__(self, rules, strict: bool = False, residual_bits: int | None = None):
+    def __init__(
+        self,
+        rules,
+        strict: bool = False,
+        residual_bits: int | None = None,
+        shortcut_bits: int | None = None,
+    ):
         self.rules = rules
         self.strict = strict
         self.residual_bits = residual_bits
+        self.shortcut_bits = shortcut_bits
 
     def apply(self, model, layer_quantize_map):
         """TF-MOT's hook.
@@ -82,6 +91,7 @@ class LowBitLayout(tfmot.quantization.keras.QuantizeLayoutTransform):
             eligible,
             self.residual_bits,
             split_off={layer.name for layer in split.layers} - present,
+            shortcut_bits=self.shortcut_bits,
         )
         report_problems(plan.problems(), self.strict)
         self._check_annotated(plan, model, layer_quantize_map)
@@ -89,10 +99,31 @@ class LowBitLayout(tfmot.quantization.keras.QuantizeLayoutTransform):
         configs = {**_configs(plan, split), **given}
         if not configs:
             raise ValueError(
-                "The rules leave every layer in full precision. Received: "
+                "The rules must quantize a layer. "
+                f"{self._why_nothing_is_quantized(split)} Received: "
                 f"rules={self.rules} for layers {[x.name for x in model.layers]}"
             )
         return placed, {n: {"quantize_config": c} for n, c in configs.items()}
+
+    def _why_nothing_is_quantized(self, model) -> str:
+        """What to change in rules that leave all layers in full precision."""
+        edges = set().union(*edge_layers(model))
+        spared = [
+            layer.name
+            for layer in model.layers
+            if layer.name in edges
+            and any(r.matches(layer) and not r.matches(layer, True) for r in self.rules)
+        ]
+        if not spared:
+            return (
+                "Give a rule whose pattern matches the whole name of a weight layer, "
+                "and whose weight_bits or activation_bits is not None."
+            )
+        return (
+            f"Without edges=True, the pattern {CATCH_ALL!r} leaves the first and the "
+            f"last weight layer float, here {spared}: set edges=True in the rule, or "
+            f"name a layer, as in PrecisionRule({spared[0]!r}, 8, 8)."
+        )
 
     @staticmethod
     def _check_annotated(plan: Plan, model, layer_quantize_map) -> None:
@@ -184,10 +215,17 @@ def _place_quantizers(model: keras.Model, plan: Plan) -> keras.Model:
 
 
 def _configs(plan: Plan, model: keras.Model) -> dict:
-    configs = {name: WeightQuantizeConfig(q) for name, q in plan.weights.items()}
+    configs = {
+        name: WeightQuantizeConfig(q, name in plan.shortcuts)
+        for name, q in plan.weights.items()
+    }
     for name, quantizer in plan.activations.items():
         kind = registry.relu_kind(model.get_layer(name))
-        configs[name] = ActivationQuantizeConfig(quantizer, kind)
+        configs[name] = ActivationQuantizeConfig(
+            quantizer, kind, name in plan.shortcuts
+        )
     for name, quantizer in (*plan.insertions.values(), *plan.residuals.values()):
-        configs[name] = ActivationQuantizeConfig(quantizer)
+        configs[name] = ActivationQuantizeConfig(
+            quantizer, shortcut=name in plan.shortcuts
+        )
     return configs

@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 from tf_lowbit import quantizers
 from tf_lowbit.compat import keras
-from tf_lowbit.scheme import graph, nonnegative, registry, residual
+from tf_lowbit.scheme import graph, nonnegative, passing, registry, residual
 from tf_lowbit.scheme.rules import CATCH_ALL, PrecisionRule
+
+_LARGEST_INT8 = 127
 
 
 class Insertion(NamedTuple):
@@ -33,6 +35,7 @@ class Plan:
         insertions: (id of the reading node, id of the tensor) -> quantizer between.
         residuals: id of a tensor -> the residual quantizer that stands on it, in
             front of all its readers and so of `insertions`.
+        shortcuts: names of the layers whose bits `shortcut_bits` set.
         unused_rules: rules that decided nothing.
         unsupported: names of layers that a rule reaches and that have weights which
             cannot be quantized.
@@ -47,14 +50,23 @@ class Plan:
         default_factory=dict
     )
     residuals: dict[int, Insertion] = dataclasses.field(default_factory=dict)
+    shortcuts: set[str] = dataclasses.field(default_factory=set)
     unused_rules: list[PrecisionRule] = dataclasses.field(default_factory=list)
     unsupported: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def problems(self) -> list[str]:
         """What was asked for and not done, a line each."""
-        lines = [f"a rule matches no layer: {rule}" for rule in self.unused_rules]
-        lines += [f"layer {name} cannot be quantized" for name in self.unsupported]
+        lines = [
+            f"a rule matches no layer: {rule}; its pattern must match a whole name"
+            + ("" if rule.reaches_edges else ", and edges=True lets it reach the edges")
+            for rule in self.unused_rules
+        ]
+        lines += [
+            f"layer {name} cannot be quantized; tell of its kernels by "
+            "tf_lowbit.register_layer, or give it a first rule without bits"
+            for name in self.unsupported
+        ]
         return lines + self.notes
 
 
@@ -64,6 +76,7 @@ def make_plan(
     eligible: set[str],
     residual_bits: int | None = None,
     split_off: Set[str] = frozenset(),
+    shortcut_bits: int | None = None,
 ) -> Plan:
     """Decides what is quantized in a functional model.
 
@@ -75,17 +88,20 @@ def make_plan(
         split_off: names of ReLUs that the user has within other layers. A rule that
             fits the layer in front, too, means that one: those that read the ReLU
             go before it.
+        shortcut_bits: of what residual shortcuts read and of their weights, where a
+            rule quantizes these; None for the bits of the rules.
 
     Returns:
         The plan.
     """
-    return _Planner(model, rules, eligible, residual_bits, split_off).plan
+    planner = _Planner(model, rules, eligible, residual_bits, split_off, shortcut_bits)
+    return planner.plan
 
 
 class _Planner:
     """Builds one plan; its methods share the graph and the rules."""
 
-    def __init__(self, model, rules, eligible, residual_bits, split_off):
+    def __init__(self, model, rules, eligible, residual_bits, split_off, shortcut_bits):
         self.model = model
         self.rules = rules
         self.plan = Plan()
@@ -97,8 +113,15 @@ class _Planner:
         self._behind_relus = self._find_behind_relus()
         self._meant_for_owners: dict[str, PrecisionRule] = {}
         self._named_activations = self._plan_named_activations()
+        # Name of a ReLU -> (node, tensor) that reads it -> the quantizer wished for.
+        self._wishes: dict[str, dict] = {}
+        shortcuts = [] if shortcut_bits is None else residual.find_shortcuts(model)
+        projections = {s.layer for s in shortcuts if s.layer is not None}
         for layer in model.layers:
-            self._plan_layer(layer, eligible)
+            if layer.name not in projections:
+                self._plan_layer(layer, eligible)
+        if shortcut_bits is not None:
+            self._plan_shortcuts(shortcuts, shortcut_bits, eligible)
         for name, rule in self._meant_for_owners.items():
             if rule.activation_bits is not None:  # Where no reader has a wish.
                 self.plan.activations.setdefault(name, _unsigned(rule))
@@ -149,19 +172,40 @@ class _Planner:
         rule = self._rule(layer)
         if rule is None:
             return
-        if rule.weight_bits is not None:
-            self.plan.weights[layer.name] = {
-                kernel.attribute: _weight_quantizer(rule, kernel)
-                for kernel in registry.kernels(layer)
-            }
+        self._plan_weights(layer, rule)
         if rule.activation_bits is not None:
             for node in graph.calls(self.model):
                 if node.layer is layer:
                     self._quantize_input(node, node.keras_inputs[0], rule)
 
+    def _plan_weights(self, layer, rule) -> None:
+        if rule.weight_bits is not None:
+            self.plan.weights[layer.name] = {
+                kernel.attribute: _weight_quantizer(rule, kernel)
+                for kernel in registry.kernels(layer)
+            }
+
     def _quantize_input(self, node, tensor, rule) -> None:
+        for reader, read, relu in self._sources(node, tensor, rule):
+            if relu is None:
+                self._insert(reader, read, rule)
+            else:
+                self._quantize_relu(relu, rule)
+
+    def _sources(self, node, tensor, rule):
+        """Where the quantizers in front of a node's input stand.
+
+        Args:
+            node: that reads.
+            tensor: what it reads.
+            rule: whose quantizer it wishes for; None for none.
+
+        Yields:
+            (node that reads, tensor, None), or (node, tensor, ReLU layer).
+        """
+        place = node, tensor
         # Each place once: paths part and join again.
-        waiting, seen = [(node, tensor)], set()
+        waiting, seen = [place], set()
         while waiting:
             node, tensor = waiting.pop()
             if (id(node), id(tensor)) in seen:
@@ -169,18 +213,105 @@ class _Planner:
             seen.add((id(node), id(tensor)))
             source = graph.producer(tensor)
             if registry.relu_kind(source.layer):
-                self._quantize_relu(source.layer, rule)
+                if rule is not None:
+                    wishes = self._wishes.setdefault(source.layer.name, {})
+                    wishes.setdefault((id(place[0]), id(place[1])), (*place, rule))
+                yield node, tensor, source.layer
             elif id(source) in self._behind_relus:
-                waiting += [(source, behind) for behind in source.keras_inputs[::-1]]
+                read = passing.sources(source)
+                waiting += [(source, behind) for behind in reversed(read)]
             else:
-                self._insert(node, tensor, rule)
+                yield node, tensor, None
+
+    def _plan_shortcuts(self, shortcuts, bits, eligible) -> None:
+        """Gives shortcuts bits of their own.
+
+        The finer of the quantizers that are wished for of one ReLU takes its place; the
+        coarser ones stand behind it, each in front of what reads it. So what is coarse
+        is a function of what is fine, as in an integer network, where one layer puts
+        out one tensor.
+        """
+        for shortcut in shortcuts:
+            if shortcut.layer is None:
+                self._plan_identity(shortcut, bits)
+                continue
+            layer = shortcut.node.layer
+            rule = self._rule(layer) if layer.name in eligible else None
+            if rule is None:
+                continue
+            rule = _at_bits(rule, bits)
+            self._plan_weights(layer, rule)
+            if rule.weight_bits is not None:
+                self.plan.shortcuts.add(layer.name)
+            if rule.activation_bits is None:
+                continue
+            for node, tensor, relu in list(
+                self._sources(shortcut.node, shortcut.tensor, None)
+            ):
+                if relu is None:
+                    self._insert(node, tensor, rule)
+                    inserted = self.plan.insertions[id(node), id(tensor)]
+                    self.plan.shortcuts.add(inserted.name)
+                else:
+                    self._split_relu(shortcut, relu, rule)
+        if not self.plan.shortcuts:
+            self.plan.notes.append(
+                f"shortcut_bits={bits} finds no residual block whose shortcut is "
+                "quantized; leave it out, or give the shortcut a rule"
+            )
+
+    def _plan_identity(self, shortcut, bits) -> None:
+        for _, _, relu in list(self._sources(shortcut.node, shortcut.tensor, None)):
+            wishes = self._wishes.get(relu.name, {}) if relu is not None else {}
+            for _, _, rule in list(wishes.values())[:1]:
+                self._split_relu(shortcut, relu, _at_bits(rule, bits))
+
+    def _split_relu(self, shortcut, relu, rule) -> None:
+        """Lets a shortcut read a ReLU at bits of its own."""
+        if relu.name in self._named_activations:
+            self.plan.notes.append(
+                f"a rule that names activation {relu.name} sets what the shortcut "
+                "reads there: leave the activation out of the rule"
+            )
+            return
+        wanted = _unsigned(rule)
+        present = self.plan.activations.get(relu.name)
+        if present is None or present.bits < wanted.bits:
+            self.plan.activations[relu.name] = wanted
+            self.plan.shortcuts.add(relu.name)
+            for node, tensor, other in self._wishes.get(relu.name, {}).values():
+                self._stand_behind(node, tensor, _unsigned(other), wanted)
+        elif present.bits > wanted.bits:
+            name = self._stand_behind(shortcut.node, shortcut.tensor, wanted, present)
+            self.plan.shortcuts |= {name} - {""}
+        else:
+            self.plan.shortcuts.add(relu.name)
+
+    def _stand_behind(self, node, tensor, quantizer, in_front) -> str:
+        """Puts an unsigned quantizer behind a finer one; the name of what serves."""
+        if quantizer.bits >= in_front.bits:
+            return ""
+        if not nonnegative.is_nonnegative(tensor):
+            source = tensor._keras_history.layer.name
+            self.plan.notes.append(
+                f"{node.layer.name} reads {source} at {in_front.bits} bits and not at "
+                f"{quantizer.bits}: {source} joins a ReLU of a shortcut with what may "
+                "be negative"
+            )
+            return ""
+        key = (id(tensor), repr(quantizer))
+        if key not in self._inserted:
+            name = self._name_behind(tensor, "quantizer")
+            self._inserted[key] = Insertion(name, quantizer)
+        self.plan.insertions[id(node), id(tensor)] = self._inserted[key]
+        return self._inserted[key].name
 
     def _find_behind_relus(self) -> set[int]:
         """Ids of the nodes that pass the grid of a ReLU on."""
         found: set[int] = set()
         for node in graph.calls(self.model):
-            sources = [graph.producer(tensor) for tensor in node.keras_inputs]
-            if registry.is_transparent(node.layer) and any(
+            sources = [graph.producer(tensor) for tensor in passing.sources(node)]
+            if passing.is_transparent(node) and any(
                 registry.relu_kind(s.layer) or id(s) in found for s in sources
             ):
                 found.add(id(node))
@@ -287,6 +418,26 @@ def _unsigned(rule):
         quantizers.ACTIVATION,
         bits=rule.activation_bits,
     )
+
+
+def _at_bits(rule, bits: int):
+    """A shortcut's rule: other bits, and quantizers that can have them (ours).
+
+    DoReFa's clip of 1 is made to fit by the normalisation in front, for the coarser
+    quantizer that shares it; and its 8-bit weights are no 8-bit integers.
+    """
+    wanted = {
+        name: bits
+        for name in ("weight_bits", "activation_bits")
+        if getattr(rule, name) is not None
+    }
+    kind = quantizers.get(rule.activation_quantizer, quantizers.ACTIVATION)
+    if kind.has_fixed_clip:
+        wanted["activation_quantizer"] = "uniform"
+    kind = quantizers.get(rule.weight_quantizer, quantizers.WEIGHT)
+    if max(kind.level_codes(bits)) > _LARGEST_INT8:
+        wanted["weight_quantizer"] = "uniform"
+    return dataclasses.replace(rule, **wanted)
 
 
 def _inserted(rule, signed: bool):

@@ -1,9 +1,10 @@
-"""What the library knows about Keras layers: a table from type to meaning."""
+"""What the library knows about Keras layers with weights, and about ReLUs."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from tf_lowbit.compat import keras, tf, tfmot
+from tf_lowbit.scheme import passing
 
 _layers = keras.layers
 
@@ -33,38 +34,6 @@ _KERNELS = {
     _layers.DepthwiseConv2D: (_DEPTHWISE,),
     _layers.SeparableConv1D: (_DEPTHWISE, Kernel("pointwise_kernel")),
     _layers.SeparableConv2D: (_DEPTHWISE, Kernel("pointwise_kernel")),
-}
-
-# Layers that put out values that they read (or zeros), and nothing new: at inference
-# their output is on the grid of their only input.
-_KEEPING_GRID = (
-    _layers.Cropping1D,
-    _layers.Cropping2D,
-    _layers.Dropout,
-    _layers.Flatten,
-    _layers.GlobalMaxPooling1D,
-    _layers.GlobalMaxPooling2D,
-    _layers.MaxPooling1D,
-    _layers.MaxPooling2D,
-    _layers.Permute,
-    _layers.Reshape,
-    _layers.SpatialDropout1D,
-    _layers.SpatialDropout2D,
-    _layers.UpSampling1D,
-    _layers.UpSampling2D,
-    _layers.ZeroPadding1D,
-    _layers.ZeroPadding2D,
-)
-
-# Layers that pass a grid on, or (average pooling) are folded with what follows: the
-# quantization point of their consumer lies in front of them.
-_TRANSPARENT = {
-    *_KEEPING_GRID,
-    _layers.AveragePooling1D,
-    _layers.AveragePooling2D,
-    _layers.Concatenate,
-    _layers.GlobalAveragePooling1D,
-    _layers.GlobalAveragePooling2D,
 }
 
 BATCH_NORMS = (
@@ -112,7 +81,7 @@ def register_layer(layer_class: type, kernels: Mapping | None = None) -> None:
             f"{{'kernel': (-1,)}}, or None. Received: {kernels!r}"
         )
     wanted = tuple(Kernel(name, tuple(axes)) for name, axes in (kernels or {}).items())
-    is_known = layer_class in _KERNELS or layer_class in _TRANSPARENT
+    is_known = layer_class in _KERNELS or passing.is_registered(layer_class)
     if is_known and _KERNELS.get(layer_class, ()) != wanted:
         raise ValueError(
             "A layer class must be registered once, or each time alike. Received: "
@@ -122,7 +91,7 @@ def register_layer(layer_class: type, kernels: Mapping | None = None) -> None:
     if wanted:
         _KERNELS[layer_class] = wanted
     else:
-        _TRANSPARENT.add(layer_class)
+        passing.register(layer_class)
 
 
 class LowBitRegistry(tfmot.quantization.keras.QuantizeRegistry):
@@ -149,24 +118,14 @@ def kernels(layer) -> tuple[Kernel, ...]:
     return _KERNELS.get(type(layer), ())
 
 
-def is_transparent(layer) -> bool:
-    """Whether a quantization point may lie in front of the layer."""
-    return type(layer) in _TRANSPARENT and not _interpolates(layer)
-
-
-def keeps_grid(layer) -> bool:
-    """Whether the layer's output is, at inference, on the grid of its only input."""
-    return type(layer) in _KEEPING_GRID and not _interpolates(layer)
-
-
-def _interpolates(layer) -> bool:
-    """Whether the layer puts out values between those that it reads."""
-    return getattr(layer, "interpolation", "nearest") != "nearest"
-
-
 def is_add(layer) -> bool:
     """Whether the layer is an Add."""
     return type(layer) is _layers.Add
+
+
+def is_sum(layer) -> bool:
+    """Whether the layer adds tensors: an Add, `x + y`, `tf.add_n`."""
+    return is_add(layer) or passing.operation(layer) in ("add", "add_n")
 
 
 def own_relu(layer) -> str | None:

@@ -1,14 +1,17 @@
-"""Where residual streams are rounded to 8 bits: around the Adds (ours).
+"""Residual blocks: where streams are rounded to 8 bits, and what is a shortcut (ours).
 
 An int8 network holds what an Add reads and puts out in int8. The quantizers that
 stand on these tensors in training do the same, and so the rounding is trained with.
 """
 
+import numbers
 from collections.abc import Container
+from typing import NamedTuple
 
 from tf_lowbit.compat import keras
+from tf_lowbit.core import grid
 from tf_lowbit.quantizers import residual
-from tf_lowbit.scheme import graph, registry
+from tf_lowbit.scheme import graph, passing, registry
 
 
 def validate_bits(residual_bits) -> int | None:
@@ -24,6 +27,80 @@ def validate_bits(residual_bits) -> int | None:
             f"Received: residual_bits={residual_bits!r}"
         )
     return residual_bits
+
+
+def validate_shortcut_bits(shortcut_bits) -> int | None:
+    """Returns `shortcut_bits`, or raises an error that says what is allowed.
+
+    Raises:
+        ValueError: for anything but an integer from 1 to 8 and None.
+    """
+    is_integer = isinstance(shortcut_bits, numbers.Integral)
+    is_integer = is_integer and not isinstance(shortcut_bits, bool)
+    if shortcut_bits is not None and not (
+        is_integer and 1 <= shortcut_bits <= grid.MAX_BITS
+    ):
+        raise ValueError(
+            f"shortcut_bits must be an integer from 1 to {grid.MAX_BITS}, or None for "
+            f"the bits of the rules. Received: shortcut_bits={shortcut_bits!r}"
+        )
+    return shortcut_bits
+
+
+class Shortcut(NamedTuple):
+    """The short branch of a residual block.
+
+    Attributes:
+        node: the call that reads the block's input: of the shortcut's weight layer, or
+            of the sum where the shortcut is the identity.
+        tensor: what it reads.
+        layer: name of the weight layer; None for the identity.
+    """
+
+    node: object
+    tensor: object
+    layer: str | None
+
+
+def find_shortcuts(model: keras.Model) -> list[Shortcut]:
+    """The shortcuts of a float network's residual blocks, in the graph's order.
+
+    A block ends in a sum of tensors that share an origin. Its shortcuts are the
+    branches between origin and sum with one weight layer or none, where another branch
+    has more of them.
+
+    Args:
+        model: functional model.
+    """
+    behind: dict[int, frozenset] = {}  # Of each tensor: the nodes that it depends on.
+    of_node = {id(node): node for node in graph.nodes(model)}
+    found: dict[int, Shortcut] = {}
+    for node in graph.nodes(model):
+        branches = [behind[id(tensor)] for tensor in node.keras_inputs]
+        if registry.is_sum(node.layer) and len(branches) > 1:
+            origin = frozenset.intersection(*branches)
+            weighted = [
+                [of_node[n] for n in branch - origin if _has_kernels(of_node[n])]
+                for branch in branches
+            ]
+            longest = max(map(len, weighted))
+            for tensor, own in zip(node.keras_inputs, weighted, strict=True):
+                if not origin or len(own) == longest:
+                    continue
+                if not own:
+                    found.setdefault(id(node), Shortcut(node, tensor, None))
+                elif len(own) == 1:
+                    (conv,) = own
+                    shortcut = Shortcut(conv, conv.keras_inputs[0], conv.layer.name)
+                    found.setdefault(id(conv), shortcut)
+        reached = frozenset([id(node)]).union(*branches)
+        for tensor in graph.outputs_of(node):
+            behind[id(tensor)] = reached
+    return list(found.values())
+
+
+def _has_kernels(node) -> bool:
+    return bool(registry.kernels(node.layer))
 
 
 def find_tensors(
@@ -58,9 +135,9 @@ def find_tensors(
         on_grid.add(id(tensor))
 
     for node in graph.calls(model):
-        layer, inputs = node.layer, node.keras_inputs
+        layer, inputs = node.layer, passing.sources(node)
         made = {id(tensor) for tensor in graph.outputs_of(node)}
-        is_add, keeps_grid = registry.is_add(layer), registry.keeps_grid(layer)
+        is_add, keeps_grid = registry.is_add(layer), passing.keeps_grid(node)
         passes_on = is_add or keeps_grid or isinstance(layer, registry.BATCH_NORMS)
         is_reached = any(id(tensor) in reached for tensor in inputs)
         if layer.name in weights or (passes_on and is_reached):

@@ -51,6 +51,20 @@ class PrecisionRule:
     edges: bool | None = None
 
     def __post_init__(self):
+        if not isinstance(self.pattern, str):
+            raise ValueError(
+                "pattern must be a string, a regular expression. "
+                f"Received: pattern={self.pattern!r}"
+            )
+        if not isinstance(self.layer_type, str | None):
+            raise ValueError(
+                'layer_type must be the name of a class, such as "Conv2D", or None. '
+                f"Received: layer_type={self.layer_type!r}"
+            )
+        if not isinstance(self.edges, bool | None):
+            raise ValueError(
+                f"edges must be True, False or None. Received: edges={self.edges!r}"
+            )
         try:
             re.compile(self.pattern)
         except (re.error, TypeError) as error:

@@ -25,22 +25,35 @@ class LowBitScheme(tfmot.quantization.keras.QuantizeScheme):
             instead of a `QuantizationWarning`.
         residual_bits: 8 for quantizers on residual Adds (`scheme.residual`), or None
             for none.
+        shortcut_bits: 1 to 8 for the shortcuts of residual blocks (`scheme.residual`),
+            or None for the bits of the rules.
 
     Raises:
         ValueError: if `rules` is not a list of rules, or `residual_bits` is neither 8
-            nor None.
+            nor None, or `shortcut_bits` neither 1 to 8 nor None.
     """
 
     def __init__(
-        self, rules=None, strict: bool = False, residual_bits: int | None = None
+        self,
+        rules=None,
+        strict: bool = False,
+        residual_bits: int | None = None,
+        shortcut_bits: int | None = None,
     ):
         self.rules = as_rules(rules)
+        if not isinstance(strict, bool):
+            raise ValueError(
+                f"strict must be True or False. Received: strict={strict!r}"
+            )
         self.strict = strict
         self.residual_bits = residual.validate_bits(residual_bits)
+        self.shortcut_bits = residual.validate_shortcut_bits(shortcut_bits)
 
     def get_layout_transformer(self):
         """The layout transform, which places the quantizers."""
-        return LowBitLayout(self.rules, self.strict, self.residual_bits)
+        return LowBitLayout(
+            self.rules, self.strict, self.residual_bits, self.shortcut_bits
+        )
 
     def get_quantize_registry(self):
         """The table of layers."""

@@ -244,7 +244,7 @@ class Hint(NamedTuple):
         """The teacher's feature as the student's quantizer gives it: Q."""
         if self.quantizer is None:
             return feature
-        return self.quantizer.quantizer(feature, True, self.quantizer.variables)
+        return self.quantizer.declared(feature, True, self.quantizer.variables)
 
 
 def hint_distance(target, feature):
