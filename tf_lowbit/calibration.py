@@ -40,6 +40,7 @@ def calibrate(
     mislead) and dropout, noise and augmentation are off. No other weight and no moving
     average is changed.
 
+    The range of a quantized ReLU in a ReLU6's place ends at 6 or below.
     Residual quantizers are measured as uniform ones, and then tied (`tie_residuals`).
     Ranges of frozen layers are set, too: they have none before.
 
@@ -82,13 +83,25 @@ def _calibrate(model, batches, fit_batch_norm) -> list[str]:
     with (
         restored(model.non_trainable_variables),
         without_draws(model),
-        sampling.opened(tensor.variables for tensor in tensors),
+        sampling.opened((tensor.variables, tensor.ceiling) for tensor in tensors),
     ):
         samples = calibration_samples(model, tensors, batches)
     for tensor in tensors:
         tensor.quantizer.calibrate(samples[tensor.name], tensor.variables)
+        _lower_to_ceiling(tensor)
     tie_residuals(model)
     return [*names, *(tensor.name for tensor in tensors)]
+
+
+def _lower_to_ceiling(tensor) -> None:
+    """Ends the range of a quantizer in a ReLU6's place at 6, if it goes beyond."""
+    if tensor.ceiling is None or tensor.quantizer.bits > grid.MAX_BITS:
+        return
+    top = _step_as_made(tensor) * (2**tensor.quantizer.bits - 1)
+    if top > tensor.ceiling:
+        for name in {"alpha", "clip", "step"} & set(tensor.variables):
+            variable = tensor.variables[name]
+            variable.assign(variable * np.float32(tensor.ceiling / top))
 
 
 def tie_residuals(model: keras.Model) -> None:

@@ -10,9 +10,9 @@ import dataclasses
 import numpy as np
 
 from tf_lowbit import inspection, quantizers
-from tf_lowbit.compat import StochasticDepth, keras
+from tf_lowbit.compat import keras
 from tf_lowbit.core import grid as core_grid
-from tf_lowbit.export import grids, thresholds, twin
+from tf_lowbit.export import forms, grids, thresholds, twin
 from tf_lowbit.export import linear as linears
 from tf_lowbit.export.grids import Grid
 from tf_lowbit.export.linear import ExportError
@@ -21,12 +21,6 @@ from tf_lowbit.scheme import graph, registry
 from tf_lowbit.scheme.plan import edge_layers
 
 _layers = keras.layers
-DROPOUTS = (
-    _layers.Dropout,
-    _layers.SpatialDropout1D,
-    _layers.SpatialDropout2D,
-    StochasticDepth,
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +91,8 @@ class Builder:
         self._readers: dict[int, list] = {}
         for node in reversed(list(graph.calls(model))):
             made = graph.outputs_of(node)[0]
-            # What reads behind a dropout reads what stands in front of it.
-            is_alias = type(node.layer) in DROPOUTS
+            # What reads behind an alias reads what stands in front of it.
+            is_alias = forms.is_alias(node)
             readers = self._readers.get(id(made), []) if is_alias else [node]
             for tensor in node.keras_inputs:
                 self._readers.setdefault(id(tensor), []).extend(readers)
@@ -111,12 +105,6 @@ class Builder:
         step = float(np.ravel(kind.step(None, quantizer.variables))[0])
         if not kind.signed:
             return step, 0, 2**bits - 1
-        if bits == 1:
-            raise ExportError(
-                "A signed activation needs 2 bits or more: at one bit its levels -s "
-                "and +s have no zero, which padding needs. "
-                f"Received: {quantizer.name}"
-            )
         negative, positive = core_grid.signed_limits(bits, kind.narrow_range)
         return step, -int(negative), int(positive)
 
@@ -225,7 +213,12 @@ class Builder:
 
     def note_eight_bits(self, value) -> None:
         """Notes that a tensor is rounded as its training did not."""
-        self.note(value.name, "is rounded to 8 bits over its measured range")
+        self.note(
+            value.name,
+            value.name,
+            "is rounded to 8 bits over its measured range; quantize(residual_bits=8) "
+            "trains sums so, a rule for the layer that reads it other tensors",
+        )
 
     def note(self, layer, text) -> None:
         """Notes something of a layer, once."""
