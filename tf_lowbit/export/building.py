@@ -215,7 +215,6 @@ class Builder:
         """Notes that a tensor is rounded as its training did not."""
         self.note(
             value.name,
-            value.name,
             "is rounded to 8 bits over its measured range; quantize(residual_bits=8) "
             "trains sums so, a rule for the layer that reads it other tensors",
         )
