@@ -144,7 +144,8 @@ def test_a_call_with_training_is_refused(case, nested):
 
     model = network(body)
     (problem,) = export.check(model).problems
-    assert problem.layer == "odd" and "without `training`" in problem.remedy
+    assert problem.layer == "odd"
+    assert "without `training`" in problem.remedy
     with pytest.raises(export.ExportError, match=r"'odd'.*training=True"):
         export.snap(quantize(model, [EDGE]), [normals()])
 
@@ -213,7 +214,8 @@ def test_check_lists_every_layer_with_a_remedy():
 
 def test_check_says_so_where_all_is_well():
     found = export.check(network(lambda x: x))
-    assert found.ok and "Every layer" in str(found)
+    assert found.ok
+    assert "Every layer" in str(found)
 
 
 def test_check_wants_a_graph():
@@ -236,7 +238,8 @@ def test_layers_that_need_a_fixed_size_are_named(case):
     x = x if case == "global_max" else layers.GlobalAveragePooling2D()(x)
     model = keras.Model(image, layers.Dense(3, name="head")(x))
     (problem,) = export.check(model).problems
-    assert problem.layer == "odd" and "set_weights" in problem.remedy
+    assert problem.layer == "odd"
+    assert "set_weights" in problem.remedy
 
 
 def test_output_names_are_the_models(tmp_path):
