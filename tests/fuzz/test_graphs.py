@@ -19,8 +19,8 @@ from tf_lowbit.compat import keras
 
 COUNT = int(os.environ.get("TF_LOWBIT_FUZZ", "20"))
 BATCH = 8
-# Share of the outputs' deviation by which a file at W8A8 may be off the trained network.
-# A layer that is left out, or a range of another tensor, takes more than it.
+# Share of the outputs' deviation that a file at W8A8 may be off the trained network.
+# A layer that is left out, or the range of another tensor, takes more.
 BOUND = 0.25
 
 
