@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 
+import tf_lowbit as tfl
 from tests.scheme import nets
 from tf_lowbit import (
     PrecisionRule,
@@ -590,3 +591,29 @@ def test_a_range_that_was_trained_counts_as_set(name):
         assert not tensor.is_calibrated
     nets.train_step(model, 50.0 * BATCHES[0], nets.labels(16))  # PACT: beyond 6.
     assert tensor.is_calibrated
+
+
+@pytest.mark.parametrize("kind", ["lsq", "pact", "uniform"])
+@pytest.mark.parametrize("bits", [2, 8])
+def test_the_range_of_a_quantized_relu6_ends_at_6(kind, bits):
+    """Also where most values lie beyond 6, and behind another such ReLU6."""
+    layers = keras.layers
+    keras.utils.set_random_seed(0)
+    image = keras.Input((6, 6, 2))
+    x = layers.Conv2D(4, 3, use_bias=False, name="a")(image)
+    x = layers.Conv2D(4, 1, name="b")(layers.ReLU(6.0, name="first")(x))
+    x = layers.Dense(3, name="c")(layers.Flatten()(layers.ReLU(6.0, name="last")(x)))
+    model = keras.Model(image, x)
+    for weight in model.trainable_weights:
+        weight.assign(tf.abs(weight) + 1.0)
+    images = np.random.default_rng(0).uniform(5, 9, (16, 6, 6, 2)).astype(np.float32)
+    rule = tfl.PrecisionRule(".*", 8, bits, "uniform", kind, edges=True)
+    quantized = tfl.quantize(model, rule)
+    tfl.calibrate(quantized, [images])
+    ends = {
+        t.layer.name: float(t.quantizer.step(None, t.variables)) * (2**bits - 1)
+        for t in tfl.inspection.quantized_tensors(quantized)
+        if t.ceiling
+    }
+    assert set(ends) == {"first", "last"}
+    assert max(ends.values()) <= 6.0 * (1 + 1e-6), ends

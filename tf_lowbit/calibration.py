@@ -51,6 +51,8 @@ def calibrate(
     another call on other data takes that back. The sign is a variable, which every kind
     of checkpoint holds.
 
+    The range of a quantized ReLU in a ReLU6's place ends at 6 or below.
+
     Residual quantizers are measured as uniform ones, and then tied (`tie_residuals`).
     Ranges of frozen layers are set, too: they have none before.
 
@@ -117,7 +119,7 @@ def measure(
     with (
         restored(model.non_trainable_variables),
         without_draws(model),
-        sampling.opened(tensor.variables for tensor in tensors),
+        sampling.opened((tensor.variables, tensor.ceiling) for tensor in tensors),
     ):
         samples = calibration_samples(model, tensors, batches)
     unsigned = []
@@ -127,6 +129,7 @@ def measure(
         if was_signed and not tensor.quantizer.signed:
             unsigned.append(tensor.name)
         tensor.quantizer.calibrate(samples[tensor.name], tensor.variables)
+        _lower_to_ceiling(tensor)
     if unsigned:
         warnings.warn(
             "Nothing negative was seen there, so all levels are for numbers from zero "
@@ -137,6 +140,17 @@ def measure(
         )
     # What was just measured is to clip no more than it was measured to.
     _tie(model, lambda ratio: ratios.at_least_ratio(ratio * _SLACK))
+
+
+def _lower_to_ceiling(tensor) -> None:
+    """Ends the range of a quantizer in a ReLU6's place at 6, if it goes beyond."""
+    if tensor.ceiling is None or tensor.quantizer.bits > grid.MAX_BITS:
+        return
+    top = _step_as_made(tensor) * (2**tensor.quantizer.bits - 1)
+    if top > tensor.ceiling:
+        for name in {"alpha", "clip", "step"} & set(tensor.variables):
+            variable = tensor.variables[name]
+            variable.assign(variable * np.float32(tensor.ceiling / top))
 
 
 def tie_residuals(model: keras.Model) -> None:

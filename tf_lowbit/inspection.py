@@ -96,6 +96,12 @@ class QuantizedTensor:
         """Whether `shortcut_bits` set its bits, whatever the rules say."""
         return getattr(self.layer.quantize_config, "shortcut", False)
 
+    @property
+    def ceiling(self) -> float | None:
+        """The value that the activation in the quantizer's place clips at: a ReLU6."""
+        config = getattr(self.layer, "quantize_config", None)
+        return 6.0 if getattr(config, "replaces", None) == "relu6" else None
+
     def assign_bits(self, bits: int) -> None:
         """Sets the bits of the next step, and what depends on them."""
         self.quantizer.assign_bits(self.variables, bits)

@@ -130,13 +130,20 @@ def quantizer_inputs(
 def calibration_samples(model, tensors, batches: list) -> dict[str, list]:
     """Samples of what activation quantizers read in training.
 
+    Where a quantizer stands in a ReLU6's place they are clipped at 6, as the network
+    clipped them.
+
     Raises:
         ValueError: if there is no batch, or a value is NaN or infinite.
     """
 
+    ceilings = {tensor.name: tensor.ceiling for tensor in tensors}
+
     def keep(name, values):
         try:
-            return ranges.thinned([tf.cast(values, tf.float32).numpy()])
+            found = ranges.thinned([tf.cast(values, tf.float32).numpy()])
+            top = ceilings[name]
+            return found if top is None else np.minimum(found, np.float32(top))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 

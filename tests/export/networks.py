@@ -8,7 +8,7 @@ import numpy as np
 import tf_lowbit as tfl
 from tf_lowbit import export, inspection
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.export import snapping, tflite, twin
+from tf_lowbit.export import running, snapping, tflite, twin
 from tf_lowbit.export.options import Options
 from tf_lowbit.export.ranges import key
 from tf_lowbit.scheme import graph
@@ -237,6 +237,27 @@ def _representing(model, layer):
     made = model.get_layer(source.layer.name)
     assert isinstance(made, twin.IntegerAdd), layer.name
     return made
+
+
+def relative_error(model, content, x):
+    """How far a file's outputs are from the trained network's.
+
+    Args:
+        model: the trained network, of one input.
+        content: the file.
+        x: one batch.
+
+    Returns:
+        The mean error divided by the outputs' standard deviation, of the output where
+        it is the largest.
+    """
+    wanted = [v.numpy() for v in tf.nest.flatten(model(x, training=False))]
+    runner = running.Runner(content)
+    found = runner(x)
+    have = [found[detail["name"]] for detail in runner.outputs]
+    return max(
+        float(np.abs(h - w).mean() / w.std()) for h, w in zip(have, wanted, strict=True)
+    )
 
 
 def assert_as_trained(proof, data, allowed=NEAR_TIES):

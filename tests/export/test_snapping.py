@@ -497,7 +497,6 @@ UNKNOWN = {
     "elu": lambda: layers.Activation("elu", name="odd"),
     "relu_of_one": lambda: layers.ReLU(1.0, name="odd"),
     "group_norm": lambda: layers.GroupNormalization(2, name="odd"),
-    "noise": lambda: layers.GaussianNoise(0.1, name="odd"),
     "own_sigmoid_of_another_kind": lambda: layers.Conv2D(
         4, 3, activation="elu", name="odd"
     ),

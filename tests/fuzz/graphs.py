@@ -19,8 +19,11 @@ ACTIVATIONS = {
     "leaky_relu": layers.LeakyReLU,
     "prelu": lambda name: layers.PReLU("random_normal", name=name),
     "swish": lambda name: layers.Activation("swish", name=name),
+    "tanh": lambda name: layers.Activation("tanh", name=name),
     "none": lambda name: layers.Activation("linear", name=name),
 }
+# Of a weight layer itself.
+OWN = {"own": "relu", "own_swish": "swish", "own_tanh": "tanh", "own_gelu": "gelu"}
 POOLS = {
     "max": layers.MaxPooling2D,
     "average": layers.AveragePooling2D,
@@ -90,7 +93,7 @@ class Graph:
 
 
 def _conv(x, block, name, kind="conv", strides=1, active=True):
-    own = "relu" if active and block.activation == "own" else None
+    own = OWN.get(block.activation) if active else None
     options = {"padding": "same", "activation": own, "name": name}
     if kind == "depthwise":
         layer = layers.DepthwiseConv2D(3, strides=strides, **options)
@@ -148,7 +151,7 @@ def blocks() -> st.SearchStrategy[Block]:
         strides=st.integers(1, 2),
         batch_norm=st.booleans(),
         # Most networks have ReLUs, and not all a pooling.
-        activation=st.sampled_from(("relu", "relu", "own", *ACTIVATIONS)),
+        activation=st.sampled_from(("relu", "relu", *OWN, *ACTIVATIONS)),
         pool=st.sampled_from((None, None, *POOLS)),
     )
 

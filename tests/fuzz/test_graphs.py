@@ -4,6 +4,7 @@
 """
 
 import collections
+import dataclasses
 import os
 import warnings
 
@@ -12,11 +13,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 import tf_lowbit as tfl
+from tests.export.networks import relative_error
 from tests.fuzz.graphs import graphs
 from tf_lowbit.compat import keras
 
 COUNT = int(os.environ.get("TF_LOWBIT_FUZZ", "20"))
 BATCH = 8
+# Share of the outputs' deviation that a file at W8A8 may be off the trained network.
+# A layer that is left out, or the range of another tensor, takes more.
+BOUND = 0.25
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +77,36 @@ def test_random_networks(graph, tmp_path_factory, log):
         log[kind] += 1
     log["nested"] += graph.nested
     log[graph.weight_quantizer] += 1
+
+
+@given(graph=graphs())
+@settings(
+    max_examples=max(COUNT // 4, 1),
+    deadline=None,
+    phases=settings.default.phases[:3],
+    suppress_health_check=list(HealthCheck),
+    derandomize="TF_LOWBIT_FUZZ" not in os.environ,
+)
+def test_files_at_8_bits_are_near_the_trained_network(graph, tmp_path_factory):
+    """Not near the twin alone, which has what a wrong lowering gives it."""
+    graph = dataclasses.replace(
+        graph,
+        **dict.fromkeys(("weight_bits", "activation_bits"), 8),
+        **dict.fromkeys(("weight_quantizer", "activation_quantizer"), "uniform"),
+        edges=True,
+        hidden=graph.hidden and "tanh",
+    )
+    keras.backend.clear_session()
+    keras.utils.set_random_seed(len(graph.blocks))
+    shape = (64, graph.size, graph.size, graph.channels)
+    images = np.random.default_rng(0).normal(0.2, 1.0, shape).astype(np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", tfl.QuantizationWarning)
+        model = tfl.quantize(
+            graph.model(), graph.rules(), residual_bits=graph.residual_bits
+        )
+    tfl.calibrate(model, [images])
+    tfl.recalibrate_batch_norm(model, [images])
+    path = tmp_path_factory.mktemp("near") / "net.tflite"
+    tfl.export.to_tflite(model, path, [images], verbose=0)
+    assert relative_error(model, path.read_bytes(), images) < BOUND

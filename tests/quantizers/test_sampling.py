@@ -330,7 +330,7 @@ def test_what_is_open_neither_rounds_nor_clips(name):
     other, others = built(name, 2)
     x = inputs_for(name, 2)
     x[1, 1, 0] = 1e30, -1e30, 1e-30, -1e-30, 1e5, 3.3, -0.1, 0.0
-    with sampling.opened([variables]):
+    with sampling.opened([(variables, None)]):
         found = quantizer(tf.constant(x), True, variables).numpy()
         closed = other(tf.constant(x), True, others).numpy()
     np.testing.assert_array_equal(found, quantizer.exact(tf.constant(x), variables))

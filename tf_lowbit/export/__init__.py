@@ -8,6 +8,8 @@ from tf_lowbit.export.archive import (
 from tf_lowbit.export.archiving import save_archive
 from tf_lowbit.export.convert import Export, read_info, to_tflite
 from tf_lowbit.export.files import gzip_bytes
+from tf_lowbit.export.forms import Check, check
+from tf_lowbit.export.linear import Problem
 from tf_lowbit.export.proving import verify
 from tf_lowbit.export.report import Report
 from tf_lowbit.export.running import Runner, latencies
@@ -16,12 +18,15 @@ from tf_lowbit.export.snapping import ExportError, Note, Snapped, snap
 __all__ = [
     "Archive",
     "ArchivedLayer",
+    "Check",
     "Export",
     "ExportError",
     "Note",
+    "Problem",
     "Report",
     "Runner",
     "Snapped",
+    "check",
     "gzip_bytes",
     "latencies",
     "load_archive",

@@ -91,7 +91,7 @@ class Builder:
         self._readers: dict[int, list] = {}
         for node in reversed(list(graph.calls(model))):
             made = graph.outputs_of(node)[0]
-            # What reads behind a dropout reads what stands in front of it.
+            # What reads behind an alias reads what stands in front of it.
             is_alias = passing.is_identity(node)
             readers = self._readers.get(id(made), []) if is_alias else [node]
             for tensor in node.keras_inputs:
@@ -105,12 +105,6 @@ class Builder:
         step = float(np.ravel(kind.step(None, quantizer.variables))[0])
         if not kind.signed:
             return step, 0, 2**bits - 1
-        if bits == 1:
-            raise ExportError(
-                "A signed activation needs 2 bits or more: at one bit its levels -s "
-                "and +s have no zero, which padding needs. "
-                f"Received: {quantizer.name}"
-            )
         negative, positive = core_grid.signed_limits(bits, kind.narrow_range)
         return step, -int(negative), int(positive)
 
@@ -219,7 +213,11 @@ class Builder:
 
     def note_eight_bits(self, value) -> None:
         """Notes that a tensor is rounded as its training did not."""
-        self.note(value.name, "is rounded to 8 bits over its measured range")
+        self.note(
+            value.name,
+            "is rounded to 8 bits over its measured range; quantize(residual_bits=8) "
+            "trains sums so, a rule for the layer that reads it other tensors",
+        )
 
     def note(self, layer, text) -> None:
         """Notes something of a layer, once."""

@@ -7,8 +7,8 @@ what they do is in their `symbol`, and their constants are in the call.
 import numpy as np
 
 from tf_lowbit import inspection
-from tf_lowbit.compat import CustomScaleLayer, LayerScale, keras
-from tf_lowbit.export.linear import ExportError
+from tf_lowbit.compat import CustomScaleLayer, LayerScale, keras, tf
+from tf_lowbit.export.linear import refusal
 from tf_lowbit.scheme import registry
 
 _layers = keras.layers
@@ -30,6 +30,25 @@ _ACTIVATIONS = {
     "nn.silu": "swish",
     "nn.softmax": "softmax",
 }
+# By identity: a function of a user's may have the name of one of Keras's.
+_FUNCTIONS = {
+    keras.activations.gelu: "gelu",
+    keras.activations.linear: "linear",
+    keras.activations.relu: "relu",
+    keras.activations.sigmoid: "sigmoid",
+    keras.activations.softmax: "softmax",
+    keras.activations.swish: "swish",
+    keras.activations.tanh: "tanh",
+    tf.identity: "linear",
+    tf.nn.gelu: "gelu",
+    tf.nn.relu: "relu",
+    tf.nn.relu6: "relu6",
+    tf.nn.sigmoid: "sigmoid",
+    tf.nn.silu: "swish",
+    tf.nn.softmax: "softmax",
+    tf.nn.tanh: "tanh",
+}
+FLOAT_ACTIVATIONS = tuple(sorted(set(_FUNCTIONS.values())))
 
 
 def scale(node) -> tuple[np.ndarray, np.ndarray] | None:
@@ -92,14 +111,15 @@ def factors(node) -> list[float]:
 
 
 def activation(node) -> str | None:
-    """Keras's name of the activation that a node is; None for other nodes.
+    """Name of the activation that a node is; None for a node that is none.
 
     Raises:
-        ExportError: naming a softmax over another axis than the last.
+        ExportError: naming an activation without a form in a file, or a softmax over
+            another axis than the last.
     """
     layer = node.layer
     if type(layer) is _layers.Activation:
-        return keras.activations.serialize(layer.activation)
+        return _named(layer)
     named = [value for key, value in node.call_kwargs.items() if key != "name"]
     given = (*node.call_args[1:], *named)
     settings = [s for s in given if s is not None and s is not False]
@@ -109,10 +129,36 @@ def activation(node) -> str | None:
         # Such as silu's `beta`, gelu's `approximate`: another function.
         return None if settings else _ACTIVATIONS.get(_symbol(layer))
     if not set(settings) <= {-1, len(node.output_shapes) - 1}:
-        raise ExportError(
-            f"Softmax must be over the last axis. Received: {layer.name!r}"
+        raise refusal(
+            layer,
+            "Softmax must be over the last axis",
+            "put a Permute layer in front and one behind",
+            f"over {settings} of {tuple(node.output_shapes)}",
         )
     return "softmax"
+
+
+def is_known(function) -> bool:
+    """Whether an activation function has a form in a file."""
+    return function in _FUNCTIONS
+
+
+def unknown_activation(layer):
+    """The error that names a layer whose activation has no form in a file."""
+    function = layer.activation
+    return refusal(
+        layer,
+        f"Activations must be one of {', '.join(FLOAT_ACTIVATIONS)}",
+        "take one of these and train on with it",
+        f"with {getattr(function, '__name__', type(function).__name__)!r}",
+    )
+
+
+def _named(layer) -> str:
+    """The name of what an `Activation` computes."""
+    if not is_known(layer.activation):
+        raise unknown_activation(layer)
+    return _FUNCTIONS[layer.activation]
 
 
 def _symbol(layer) -> str | None:
@@ -154,9 +200,11 @@ def require_last(layer, rank: int) -> None:
     """
     axes = np.ravel([] if layer.axis is None else layer.axis)
     if not set(axes) <= {-1, rank - 1}:
-        raise ExportError(
-            "Normalisation must be over the last axis. "
-            f"Received: {layer.name!r} with axis={layer.axis}"
+        raise refusal(
+            layer,
+            "Normalisation must be over the last axis",
+            "make it with axis=-1, in a network whose channels come last",
+            f"with axis={layer.axis}",
         )
 
 

@@ -137,6 +137,9 @@ def _term(builder, source, wanted, name):
     moved = Value(source.tensor, name)
     builder.emit_integer(moved, builder.rescale(source), grid)
     builder.note(
-        name, f"{source.name} is rounded to a step that is {ratio} of the sum's"
+        name,
+        f"{source.name} is rounded to a step that is {ratio} of the sum's; "
+        "its step drifted from such a ratio: tie the steps around sums "
+        "(calibration.tie_residuals) before the last epochs",
     )
     return moved.codes, ratio

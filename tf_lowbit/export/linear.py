@@ -12,8 +12,52 @@ from tf_lowbit.scheme import registry
 _layers = keras.layers
 
 
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A layer that has no form in a file.
+
+    Attributes:
+        layer: its name.
+        type: name of its class.
+        reason: what a layer must be, and this one is not.
+        remedy: what to do.
+        received: what this one is.
+    """
+
+    layer: str
+    type: str
+    reason: str
+    remedy: str
+    received: str
+
+    def __str__(self):
+        return f"{self.reason}: {self.remedy}. Received: {self.layer!r} {self.received}"
+
+
 class ExportError(ValueError):
-    """A network, or a layer of it, that has no form in a file."""
+    """A network, or a layer of it, that has no form in a file.
+
+    Attributes:
+        problem: the layer's `Problem`; None where it is not one layer's.
+    """
+
+    def __init__(self, message):
+        super().__init__(str(message))
+        self.problem = message if isinstance(message, Problem) else None
+
+
+def refusal(layer, reason: str, remedy: str, received: str = "") -> ExportError:
+    """The error that names a layer without a form.
+
+    Args:
+        layer: of the trained network, unwrapped.
+        reason: what must be, as the start of a sentence.
+        remedy: what to do, as its end.
+        received: what the layer is; its type where nothing is said.
+    """
+    kind = type(layer).__name__
+    received = received or f"of type {kind}"
+    return ExportError(Problem(layer.name, kind, reason, remedy, received))
 
 
 @dataclasses.dataclass
@@ -146,26 +190,6 @@ def window(linear) -> dict:
     if not isinstance(layer, _layers.AveragePooling2D):
         arguments["dilation"] = tuple(layer.dilation_rate)
     return arguments
-
-
-def check_geometry(layer) -> None:
-    """Refuses what the file's convolutions cannot do.
-
-    Raises:
-        ExportError: naming the layer and the setting.
-    """
-    if isinstance(layer, _layers.Dense):
-        return
-    problem = None
-    if layer.data_format != "channels_last":
-        problem = f"data_format={layer.data_format!r}"
-    elif layer.padding not in ("same", "valid"):
-        problem = f"padding={layer.padding!r}"
-    if problem:
-        raise ExportError(
-            "Convolutions must be channels_last, padded 'same' or 'valid'. "
-            f"Received: {layer.name!r} with {problem}"
-        )
 
 
 @dataclasses.dataclass(frozen=True)

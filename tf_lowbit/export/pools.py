@@ -13,6 +13,11 @@ _layers = keras.layers
 # Of an output's step: what makes the ties of an average go up, all of them, as an
 # integer bias can.
 _UP = 1e-6
+_ROUNDED = (
+    "the average is rounded to 8 bits; it is exact where window size times levels is "
+    "below 256: fewer bits or a smaller window"
+)
+_ROUNDED_HEAD = "the average is rounded to 8 bits; head='float' keeps it in float"
 
 
 def average_pool(builder, value, source, layer) -> None:
@@ -30,7 +35,7 @@ def average_pool(builder, value, source, layer) -> None:
         if is_same and builder.can_be_codes(source):
             builder.note(
                 value.name, "is computed in float: the borders of padding='same' "
-                "average fewer codes",
+                "average fewer codes; padding='valid' keeps codes",
             )  # fmt: skip
         made = copy_of(layer, builder.name(value.name))
         value.values = made(builder.values(source))
@@ -52,7 +57,7 @@ def average_pool(builder, value, source, layer) -> None:
             coarse = grids.grid(grid.step * -grid.low / 128, *grids.INT8)
         value.linear.offset += _UP * coarse.step
         builder.emit_integer(value, value.linear, coarse)
-        builder.note(value.name, "the average is rounded to 8 bits")
+        builder.note(value.name, _ROUNDED)
 
 
 def global_pool(builder, value, source, layer) -> None:
@@ -83,7 +88,7 @@ def global_pool(builder, value, source, layer) -> None:
             np.full(channels, 1.0 / size), np.full(channels, _UP * wanted.step),
         )  # fmt: skip
         builder.emit_integer(pooled, linear, wanted)
-        builder.note(value.name, "the average is rounded to 8 bits")
+        builder.note(value.name, _ROUNDED_HEAD)
         flat = _layers.Flatten(name=builder.name(value.name), dtype="float32")
         if layer.keepdims:
             value.codes, value.grid = pooled.codes, wanted

@@ -9,40 +9,15 @@ import numpy as np
 
 from tf_lowbit import inspection, quantizers
 from tf_lowbit.compat import deep_graphs, keras
-from tf_lowbit.export import checks, elementwise, grids, joins, pools, twin
+from tf_lowbit.export import checks, elementwise, forms, grids, joins, pools, twin
 from tf_lowbit.export import linear as linears
 from tf_lowbit.export.building import Builder, Note, Value, copy_of
 from tf_lowbit.export.linear import ExportError
 from tf_lowbit.export.options import Options
 from tf_lowbit.scheme import graph, passing, registry
+from tf_lowbit.scheme.output_names import NamedOutputs
 
 _layers = keras.layers
-# Layers that only move or select codes.
-_CODE_KEEPING = (
-    _layers.Cropping1D,
-    _layers.Cropping2D,
-    _layers.Flatten,
-    _layers.GlobalMaxPooling2D,
-    _layers.MaxPooling1D,
-    _layers.MaxPooling2D,
-    _layers.Permute,
-    _layers.Reshape,
-    _layers.UpSampling2D,
-    _layers.ZeroPadding1D,
-    _layers.ZeroPadding2D,
-)
-# Layers that compute with floats, as they are.
-_FLOAT_LAYERS = (_layers.LayerNormalization, _layers.LeakyReLU, _layers.PReLU)
-_FLOAT_ACTIVATIONS = (
-    *("gelu", "linear", "relu", "relu6"),
-    *("sigmoid", "softmax", "swish", "tanh"),
-)
-_KINDS = {
-    _layers.Conv1D: twin.CONV,
-    _layers.Conv2D: twin.CONV,
-    _layers.Dense: twin.DENSE,
-    _layers.DepthwiseConv2D: twin.DEPTHWISE,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,25 +70,24 @@ def snap(
     options = options or Options()
     network = checks.single_network(model)
     checks.require_exportable(network)
-    return _Snapper(network, data, options, ranges, batches).run(progress)
+    for problem in forms.problems(network):
+        raise ExportError(problem)
+    split = forms.split_activations(network)
+    snapper = _Snapper(split, data, options, ranges, batches)
+    return snapper.run(_output_names(network), progress)
 
 
 class _Snapper(Builder):
     """One walk over one network."""
 
-    def run(self, progress) -> Snapped:
-        """Walks the graph and builds the twin."""
+    def run(self, names, progress) -> Snapped:
+        """Walks the graph and builds the twin, whose outputs get the names."""
         self._note_other_bits()
         inputs = []
         for tensor in self.model.inputs:
             made = keras.Input(
                 tensor.shape[1:], name=_layer_name(tensor), dtype=tensor.dtype
             )
-            if not tensor.dtype.is_floating:
-                raise ExportError(
-                    "Inputs must be floats. "
-                    f"Received: {_layer_name(tensor)!r} of {tensor.dtype.name}"
-                )
             self._names.add(_layer_name(tensor))
             inputs.append(made)
             self._values[id(tensor)] = Value(tensor, _layer_name(tensor), values=made)
@@ -124,7 +98,8 @@ class _Snapper(Builder):
                 progress(done, len(nodes))
         outputs = [self.values(self._values[id(t)]) for t in self.model.outputs]
         with deep_graphs():
-            made = keras.Model(inputs, outputs, name=f"{self.model.name}_twin")
+            made = NamedOutputs(inputs, outputs, name=f"{self.model.name}_twin")
+        made.output_names[:] = names
         return Snapped(made, self.options, self.ranges.used, tuple(self.notes))
 
     def _note_other_bits(self) -> None:
@@ -141,19 +116,9 @@ class _Snapper(Builder):
             )
 
     def _visit(self, node) -> None:
-        layer = inspection.wrapped_layer(node.layer)
+        form = forms.form(node)
         sources = [self._values[id(t)] for t in node.keras_inputs]
-        if len(graph.outputs_of(node)) != 1:
-            raise ExportError(
-                "Every layer must have one output. "
-                f"Received: {layer.name!r} of type {type(layer).__name__}"
-            )
         (tensor,) = graph.outputs_of(node)
-        if getattr(layer, "data_format", "channels_last") != "channels_last":
-            raise ExportError(
-                "Layers must have data_format='channels_last'. "
-                f"Received: {layer.name!r} with {layer.data_format!r}"
-            )
         value = Value(tensor, node.layer.name)
         self._values[id(tensor)] = value
         quantizer = self._by_layer.get(node.layer.name, {}).get(
@@ -161,38 +126,11 @@ class _Snapper(Builder):
         )
         if quantizer is not None:
             self._quantize(value, sources[0], quantizer)
-        elif registry.kernels(layer):
-            self._linear(value, sources[0], node.layer)
-        elif (numbers := elementwise.scale(node)) is not None:
-            self._scale(value, sources[0], *numbers)
-        elif registry.relu_kind(layer):
-            self._relu(value, sources[0], layer)
-        elif passing.is_identity(node):
-            self._alias(value, sources[0])
-        elif elementwise.join(node) is np.add:
-            joins.add(self, value, sources, elementwise.factors(node))
-        elif elementwise.join(node) is np.multiply:
-            joins.multiply(self, value, sources)
-        elif type(layer) is _layers.Concatenate:
-            joins.concatenate(self, value, sources, layer)
-        elif type(layer) is _layers.AveragePooling2D:
-            pools.average_pool(self, value, sources[0], layer)
-        elif type(layer) is _layers.GlobalAveragePooling2D:
-            pools.global_pool(self, value, sources[0], layer)
-        elif type(layer) in _FLOAT_LAYERS:
-            self._keep_floats(value, sources[0], layer)
-        elif type(layer) in _CODE_KEEPING:
-            self._keep_codes(value, sources[0], layer)
-        elif (function := elementwise.activation(node)) is not None:
-            values = self.values(sources[0])
-            value.values = self._activate(values, function, value.name)
         else:
-            raise ExportError(
-                "Every layer must have a form in the file; split or replace the layer. "
-                f"Received: {layer.name!r} of type {type(layer).__name__}"
-            )
+            _METHODS[form](self, value, sources, node)
 
-    def _alias(self, value, source) -> None:
+    def _alias(self, value, sources, node) -> None:
+        (source,) = sources
         for field in ("linear", "codes", "grid", "values"):
             setattr(value, field, getattr(source, field))
         if value.linear is not None:
@@ -215,16 +153,10 @@ class _Snapper(Builder):
         layer = twin.ToCodes(wanted, name=self.name(value.name))
         value.codes, value.grid = layer(self.values(source)), wanted
 
-    def _linear(self, value, source, outer) -> None:
+    def _linear(self, value, sources, node) -> None:
+        (source,), outer = sources, node.layer
         layer = inspection.wrapped_layer(outer)
-        if type(layer) not in _KINDS:
-            raise ExportError(
-                "Weight layers must be Dense, Conv1D, Conv2D or DepthwiseConv2D; "
-                "tf_lowbit.split_separable makes the last two of a SeparableConv2D. "
-                f"Received: {layer.name!r} of type {type(layer).__name__}"
-            )
-        linears.check_geometry(layer)
-        kind = _KINDS[type(layer)]
+        kind = forms.KINDS[type(layer)]
         (kernel,) = registry.kernels(layer)
         weights = self._by_layer.get(outer.name, {}).get(
             (quantizers.WEIGHT, kernel.attribute)
@@ -240,26 +172,20 @@ class _Snapper(Builder):
             if weights is None:
                 weights = linears.eight_bits(layer, kernel)
                 self.note(
-                    value.name, "was trained in float; its weights have 8 bits here"
+                    value.name,
+                    "was trained in float; its weights have 8 bits here: train it so "
+                    "by a rule that names it",
                 )
         value.linear = linears.Linear(
             kind, layer, weights, source, np.ones(channels), bias, None, integer
         )
-        own = registry.own_relu(layer)
-        if own:
-            value.linear.relu = own
-        elif layer.activation is not keras.activations.linear:
-            value.values = self._activate(
-                self.values(value),
-                keras.activations.serialize(layer.activation),
-                f"{value.name}_activation",
-            )
-            value.linear = None
         if weights is not None and not integer:
             self.note(
-                value.name, "reads floats, so it computes in float with its low-bit "
-                "weights' values",
-            )  # fmt: skip
+                value.name,
+                "reads floats, so it computes in float with its low-bit weights' "
+                "values; a rule that quantizes what it reads makes it integer (behind "
+                "global pooling: head='int8')",
+            )
         self.settle(value)
 
     def _wants_int8_edge(self, outer, source) -> bool:
@@ -275,8 +201,7 @@ class _Snapper(Builder):
         node = graph.producer(tensor)
         if node.is_input:
             return True
-        kept = type(node.layer) in _CODE_KEEPING or passing.is_identity(node)
-        kept = kept or elementwise.scale(node) is not None
+        kept = forms.moves_codes(node) or elementwise.scale(node) is not None
         return kept and self._is_input(node.keras_inputs[0])
 
     def _input_codes(self, source) -> None:
@@ -288,10 +213,9 @@ class _Snapper(Builder):
             behind = self._values[id(node.keras_inputs[0])]
             self._input_codes(behind)
             if passing.is_identity(node):
-                self._alias(source, behind)
+                self._alias(source, [behind], node)
             else:
-                name = self.name(node.layer.name)
-                self._keep_codes(source, behind, node.layer, name)
+                self._keep_codes(source, [behind], node)
             return
         low, high = self.ranges(source.tensor)
         low, high = min(low, 0.0), max(high, 0.0)
@@ -300,14 +224,21 @@ class _Snapper(Builder):
         wanted = grids.float_grid(float(np.float32(step)), lowest, lowest + 255)
         layer = twin.ToCodes(wanted, name=self.name(f"{source.name}_codes"))
         source.codes, source.grid = layer(self.values(source)), wanted
-        self.note(source.name, f"is quantized to 8 bits over [{low:g}, {high:g}]")
+        self.note(
+            source.name,
+            f"is quantized to 8 bits over [{low:g}, {high:g}]; train it so "
+            "by a rule that gives the first layer 8-bit activations",
+        )
 
-    def _scale(self, value, source, gain, offset) -> None:
+    def _scale(self, value, sources, node) -> None:
+        (source,) = sources
+        gain, offset = elementwise.scale(node)
         value.linear = self.scaled(source, gain, offset)
         self.settle(value)
 
-    def _relu(self, value, source, layer) -> None:
-        kind = registry.relu_kind(layer)
+    def _relu(self, value, sources, node) -> None:
+        (source,) = sources
+        kind = registry.relu_kind(node.layer)
         if source.linear is not None and self.may_consume(source):
             if source.linear.relu is None:
                 value.linear = dataclasses.replace(source.linear, relu=kind)
@@ -320,10 +251,10 @@ class _Snapper(Builder):
             return
         self.settle(value)
 
-    def _keep_floats(self, value, source, layer) -> None:
+    def _keep_floats(self, value, sources, node) -> None:
+        (source,), layer = sources, node.layer
         made, weights = copy_of(layer, self.name(value.name)), layer.get_weights()
         if isinstance(layer, _layers.LayerNormalization):
-            elementwise.require_last(layer, len(value.tensor.shape))
             made.scale = made.center = True
             ones = np.ones(value.tensor.shape[-1], np.float32)
             weights = [
@@ -333,27 +264,60 @@ class _Snapper(Builder):
         value.values = made(self.values(source))
         made.set_weights(weights)
 
-    def _keep_codes(self, value, source, layer, name=None) -> None:
-        if getattr(layer, "interpolation", "nearest") != "nearest":
-            raise ExportError(
-                "Upsampling must be by interpolation='nearest', which moves codes. "
-                f"Received: {layer.name!r} with {layer.interpolation!r}"
-            )
-        made = copy_of(layer, name or self.name(value.name))
+    def _keep_codes(self, value, sources, node) -> None:
+        (source,) = sources
+        made = copy_of(node.layer, self.name(node.layer.name))
         if self.can_be_codes(source):
             codes, value.grid = self.codes(source)
             value.codes = made(codes)
         else:
             value.values = made(self.values(source))
 
-    def _activate(self, tensor, function, name):
-        if function not in _FLOAT_ACTIVATIONS:
-            raise ExportError(
-                f"Float activations must be one of {_FLOAT_ACTIVATIONS}. "
-                f"Received: {name!r} with {function!r}"
-            )
-        layer = _layers.Activation(function, name=self.name(name), dtype="float32")
-        return layer(tensor)
+    def _activate(self, value, sources, node) -> None:
+        (source,) = sources
+        layer = _layers.Activation(
+            elementwise.activation(node), name=self.name(value.name), dtype="float32"
+        )
+        value.values = layer(self.values(source))
+
+    def _add(self, value, sources, node) -> None:
+        joins.add(self, value, sources, elementwise.factors(node))
+
+    def _multiply(self, value, sources, node) -> None:
+        del node
+        joins.multiply(self, value, sources)
+
+    def _concatenate(self, value, sources, node) -> None:
+        joins.concatenate(self, value, sources, node.layer)
+
+    def _average_pool(self, value, sources, node) -> None:
+        pools.average_pool(self, value, sources[0], node.layer)
+
+    def _global_pool(self, value, sources, node) -> None:
+        pools.global_pool(self, value, sources[0], node.layer)
+
+
+_METHODS = {
+    forms.ACTIVATION: _Snapper._activate,
+    forms.ADD: _Snapper._add,
+    forms.ALIAS: _Snapper._alias,
+    forms.AVERAGE_POOL: _Snapper._average_pool,
+    forms.CODES: _Snapper._keep_codes,
+    forms.CONCATENATE: _Snapper._concatenate,
+    forms.FLOATS: _Snapper._keep_floats,
+    forms.GLOBAL_POOL: _Snapper._global_pool,
+    forms.LINEAR: _Snapper._linear,
+    forms.MULTIPLY: _Snapper._multiply,
+    forms.RELU: _Snapper._relu,
+    forms.SCALE: _Snapper._scale,
+}
+
+
+def _output_names(model) -> list[str]:
+    """The keys of a model's outputs where these are a dict; else their names."""
+    nested = model._nested_outputs
+    # Keras flattens a dict by its sorted keys.
+    return sorted(nested) if isinstance(nested, dict) else list(model.output_names)
 
 
 def _layer_name(tensor) -> str:

@@ -86,8 +86,10 @@ class _Writer(FloatWriter):
             else:
                 self._visit(node)
         outputs = {
-            tensor._keras_history.layer.name: self._tensors[id(tensor)][0]
-            for tensor in self.model.outputs
+            name: self._tensors[id(tensor)][0]
+            for name, tensor in zip(
+                self.model.output_names, self.model.outputs, strict=True
+            )
         }
         # In the model's order, which need not be that of its graph.
         inputs = {name: self._inputs[name] for name in twin.input_names(self.model)}

@@ -73,7 +73,10 @@ class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
         del training, kwargs
         values = as_float32(inputs)
         if sampling.is_open(weights):
-            return tf.cast(self.exact(values, weights), inputs.dtype)
+            exact = self.exact(values, weights)
+            top = sampling.ceiling(weights)
+            exact = exact if top is None else tf.minimum(exact, top)
+            return tf.cast(exact, inputs.dtype)
         is_quantized = sampling.drawn(weights)
         if is_quantized is not None:
             weights = sampling.with_rounding_bits(weights, is_quantized)

@@ -22,7 +22,7 @@ class _Sample(NamedTuple):
 # A context variable, since each replica of a strategy builds its step in a thread of
 # its own.
 _SAMPLE = contextvars.ContextVar("sample", default=None)
-_OPEN = contextvars.ContextVar("open", default=frozenset())
+_OPEN = contextvars.ContextVar("open", default={})  # noqa: B039 (never changed)
 
 
 @contextlib.contextmanager
@@ -47,12 +47,13 @@ def sampled(draws, raw_weights: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def opened(quantizers) -> Iterator[None]:
-    """Lets quantizers neither round nor clip, while the context lasts.
+    """Lets quantizers neither round nor clip at their ranges, while the context lasts.
 
     Args:
-        quantizers: iterable of variables: what a quantizer's `build` returned.
+        quantizers: iterable of (variables, ceiling): what a quantizer's `build`
+            returned, and the value that the activation in its place clips at, or None.
     """
-    token = _OPEN.set(frozenset(map(_key, quantizers)))
+    token = _OPEN.set({_key(variables): top for variables, top in quantizers})
     try:
         yield
     finally:
@@ -62,6 +63,11 @@ def opened(quantizers) -> Iterator[None]:
 def is_open(variables: dict) -> bool:
     """Whether a quantizer neither rounds nor clips now."""
     return _key(variables) in _OPEN.get()
+
+
+def ceiling(variables: dict) -> float | None:
+    """What an open quantizer clips at; None for nothing."""
+    return _OPEN.get()[_key(variables)]
 
 
 def drawn(variables: dict):
