@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from pathlib import Path
 
 import rich.console
@@ -22,13 +23,16 @@ class Export:
         path: the file.
         snapped: the twin with its notes and ranges; `verify` takes it too.
         size: bytes of the file.
-        gzip_size: bytes of the file behind `gzip -9`.
     """
 
     path: Path
     snapped: Snapped
     size: int
-    gzip_size: int
+
+    @functools.cached_property
+    def gzip_size(self) -> int:
+        """Bytes of the file behind `gzip -9`; read and computed at the first use."""
+        return files.gzip_bytes(self.path.read_bytes())
 
     @property
     def twin(self) -> keras.Model:
@@ -42,10 +46,7 @@ class Export:
 
     def __str__(self):
         layers = len(twin.integer_layers(self.twin))
-        lines = [
-            f"{self.path}: {self.size:,} bytes, {self.gzip_size:,} gzipped; "
-            f"{layers} integer layers"
-        ]
+        lines = [f"{self.path}: {self.size:,} bytes; {layers} integer layers"]
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
 
@@ -123,7 +124,7 @@ def to_tflite(
             )
     content = tflite.to_bytes(snapped, input_type, info)
     written = files.replace_file(path, content)
-    return Export(written, snapped, len(content), files.gzip_bytes(content))
+    return Export(written, snapped, len(content))
 
 
 def read_info(file) -> dict:
