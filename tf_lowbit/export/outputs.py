@@ -148,9 +148,10 @@ class Numbers:
             noise = math.sqrt(max(square - mean**2, 0.0) / found.examples)
             found.more, found.certain_more = mean, mean - SIGMAS * noise
             if not found.certain_more <= report.tolerance * found.spread:
+                allowed = report.tolerance * found.spread
                 report.failures.append(
                     f"the mean error is {mean:.4g} above the trained network's, "
-                    f"allowed {report.tolerance * found.spread:.4g} (and what chance could be)"
+                    f"allowed {allowed:.4g} (and what chance could be)"
                 )
             return
         allowed = (1 - report.agreement) * found.spread
