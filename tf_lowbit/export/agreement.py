@@ -24,6 +24,9 @@ _FLOAT_ERROR = 1e-3
 # the range), how many may be so far, the mean difference in levels, clipped values.
 _FAR_LEVELS, _FAR_EXPLAINED, _SHIFT, _CLIPPED = 64, 0.01, 0.5, 0.01
 _FLOAT_ERROR_EXPLAINED = 0.05
+# A sum's step may be moved to a ratio of its terms', which clips its ends: beyond them
+# by this part of the levels a value counts as clipped.
+_OVER = 16
 # Of 8 bits over a measured range, the share of levels that data must use.
 _USED = 1 / 8
 # How far from a code a value of the trained network is still that code's.
@@ -160,7 +163,8 @@ def _add_codes(row, grid, values, within, own):
     row.equal_within += int((within == codes).sum())
     row.far_within += int((~(np.abs(within - codes) <= far)).sum())
     row.shift += float((within - np.clip(levels, grid.low, grid.high)).sum())
-    row.clipped += int(((levels < grid.low - 1) | (levels > grid.high + 1)).sum())
+    over = 1 + grid.levels / _OVER
+    row.clipped += int(((levels < grid.low - over) | (levels > grid.high + over)).sum())
     low, high = row.span
     row.span = (
         float(np.minimum(low, levels.min(initial=np.inf))),

@@ -70,7 +70,8 @@ def to_tflite(
     activations' clips are folded into scales and integer biases, and these are placed
     so that each layer decides as the trained one for every possible accumulator,
     wherever one scale and one bias can. What is not exactly what was trained is in the
-    result's `notes`. `tf_lowbit.export.verify` proves the file.
+    result's `notes`. `tf_lowbit.export.verify` proves the file equal to its integer model
+    and measures it against the trained one.
 
     Args:
         model: what `tf_lowbit.quantize` made, trained; a `LowBitTrainer` of one
@@ -81,7 +82,8 @@ def to_tflite(
             training did not fix: the input of a first layer that was trained in float,
             sums of residual branches without `residual_bits`. Not needed else.
         target: "xnnpack": right under XNNPACK, to which TFLite delegates; "portable":
-            right under XNNPACK and TFLite's builtin kernels, wherever both can be.
+            right under XNNPACK and TFLite's builtin kernels on x86, wherever both can
+            be. Other kernels were not checked.
         storage: "int8", or "int4": half the bytes, four times as slow on a CPU.
         first_layer: "int8" or "float": a first layer that was trained in float.
         head: "float" or "int8": the last layer. Int8 logits tie now and then.

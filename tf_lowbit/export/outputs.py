@@ -7,6 +7,8 @@ import numpy as np
 from tf_lowbit import predictions as classifying
 from tf_lowbit.export.report import SIGMAS, Errors, Predictions, Report, Values
 
+_ROUNDINGS = 1e-4
+
 
 class Classes:
     """Counts predicted classes.
@@ -71,7 +73,7 @@ class Classes:
         for name, table in self._confusion.items():
             both = np.diag(table)
             either = table.sum(axis=0) + table.sum(axis=1) - both
-            found.mean_iou[name] = float((both / either)[either > 0].mean())
+            found.mean_iou[name] = float((both[either > 0] / either[either > 0]).mean())
         if found.twin_agrees != found.examples and not is_tainted:
             report.failures.append(
                 f"{found.examples - found.twin_agrees} of {found.examples} predictions "
@@ -143,20 +145,22 @@ class Numbers:
         found.spread = math.sqrt(max(squares / count - (total / count) ** 2, 0.0))
         if "trained" not in found.against:
             return
+        # What float32's orders of summation may be, as of every float tensor.
+        least = _ROUNDINGS * math.sqrt(squares / count)
         if found.to_labels:
             mean, square = self._more / found.examples
             noise = math.sqrt(max(square - mean**2, 0.0) / found.examples)
             found.more, found.certain_more = mean, mean - SIGMAS * noise
-            if not found.certain_more <= report.tolerance * found.spread:
-                allowed = report.tolerance * found.spread
+            allowed = report.tolerance * found.spread + least
+            if not found.certain_more <= allowed:
                 report.failures.append(
                     f"the mean error is {mean:.4g} above the trained network's, "
                     f"allowed {allowed:.4g} (and what chance could be)"
                 )
             return
-        allowed = (1 - report.agreement) * found.spread
+        allowed = (1 - report.agreement) * found.spread + least
         error = found.against["trained"].mean
-        if not error <= allowed and error > 0.0:
+        if not error <= allowed:
             report.failures.append(
                 f"outputs differ from the trained network's by {error:.4g} in the "
                 f"mean, allowed {allowed:.4g}"

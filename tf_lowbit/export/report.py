@@ -73,8 +73,8 @@ class Agreement:
         equal_within: as `equal`, within the layer.
         far_within: codes that are farther away than rounding explains, within it.
         shift: the sum of the differences in levels, within it.
-        clipped: values of the trained network beyond the grid's ends, by more than a
-            level.
+        clipped: values of the trained network beyond the grid's ends, by more than
+            1/16 of its levels and one.
         span: (least, greatest) value of the trained network, in levels.
         error: of floats, the largest difference relative to the largest magnitude, from
             the input on.
