@@ -70,8 +70,8 @@ def to_tflite(
     activations' clips are folded into scales and integer biases, and these are placed
     so that each layer decides as the trained one for every possible accumulator,
     wherever one scale and one bias can. What is not exactly what was trained is in the
-    result's `notes`. `tf_lowbit.export.verify` proves the file equal to its integer model
-    and measures it against the trained one.
+    result's `notes`. `tf_lowbit.export.verify` proves the file equal to its
+    integer model and measures it against the trained one.
 
     Args:
         model: what `tf_lowbit.quantize` made, trained; a `LowBitTrainer` of one
