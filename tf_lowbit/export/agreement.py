@@ -197,7 +197,9 @@ def _problem(row) -> str | None:
             f"largest, allowed {allowed:.0e}"
         )
     # Rounded inputs move more codes of a finer grid.
-    share = min(1.0, 0.05 + row.levels / 32) if row.explained else _UNEQUAL
+    share = _UNEQUAL + row.levels / 2560  # Ties and off-by-one accumulators.
+    if row.explained:
+        share = min(1.0, 0.05 + row.levels / 32)
     unequal = count - row.equal_within
     if unequal > _FEW + share * count:
         return (
