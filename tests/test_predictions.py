@@ -101,11 +101,38 @@ def test_a_list_is_the_labels_of_one_output():
         ([2, 1], 1),  # No two classes.
         ([[0.3, -0.2, 0.9], [1.0, 0.0, 0.0]], 3),
         ([[3.0, 4.0, 5.0], [1.0, 0.0, 0.0]], 3),
-        ({"b": [1, 0]}, 3),
     ],
 )
 def test_other_numbers_are_no_classes(given, units):
     assert predictions.labels(given, np.zeros((2, units)), ["a"]) is None
+
+
+@pytest.mark.parametrize("names", [["a"], ["another"]])
+def test_a_dict_of_one_entry_is_the_labels_of_one_output(names):
+    found = predictions.labels({"a": [1, 0]}, np.zeros((2, 3)), names)
+    assert found.tolist() == [1, 0]
+    assert predictions.labels({"b": [1, 0]}, np.zeros((2, 3)), ["a", "c"]) is None
+
+
+@pytest.mark.parametrize(
+    ("units", "activation", "given", "expected"),
+    [
+        (3, None, None, True),
+        (3, None, [[0.3, -0.2, 0.9]], False),
+        (3, None, [2], True),
+        (1, None, None, False),
+        (1, "sigmoid", None, True),
+        (1, None, [1], True),
+        (1, None, [0.7], False),
+        (4, None, None, False),  # An autoencoder of four numbers.
+    ],
+)
+def test_which_outputs_are_classes(units, activation, given, expected):
+    image = keras.Input((4,))
+    output = layers.Dense(units, activation=activation)(image)
+    outputs = np.zeros((1, units))
+    found = predictions.are_classes(keras.Model(image, output), outputs, given)
+    assert found == expected
 
 
 @pytest.mark.parametrize("given", [[0, 1, 2], [[0, 1], [1, 0]], 3])

@@ -104,7 +104,7 @@ def test_the_network_is_deployed(first, blocks, monkeypatch):
         run(blocks[2], names)
     assert names["report"].ok
     assert names["report"].codes > 1000
-    assert "Every promise is kept." in shown.getvalue()
+    assert "proved equal to its integer model" in shown.getvalue()
     assert (folder / "net.tflite").stat().st_size == names["result"].size
     assert tfl.export.load_archive(folder / "net.npz").layers
     images = names["images"]

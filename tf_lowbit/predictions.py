@@ -54,6 +54,44 @@ def classes(outputs, limit: float) -> np.ndarray:
     return outputs.argmax(axis=-1).ravel()
 
 
+def of_first_output(given, names):
+    """What is given for a network's first output.
+
+    Args:
+        given: labels; of several outputs a tuple, list or dict of them.
+        names: of the network's outputs.
+
+    Returns:
+        The labels of the first output; None where there are none.
+    """
+    if isinstance(given, dict):
+        # Of one output the only entry is meant, whatever it is called.
+        is_only = len(given) == len(names) == 1
+        return next(iter(given.values())) if is_only else given.get(names[0])
+    if isinstance(given, tuple | list) and len(names) > 1:
+        return given[0]
+    return given
+
+
+def are_classes(network: keras.Model, outputs, given=None) -> bool:
+    """Whether a network's first output scores classes, as far as can be told.
+
+    Labels say it. Without them, an output of the shape of an input is none (an
+    autoencoder's), nor is one unit without a sigmoid (a regression's).
+
+    Args:
+        network: functional model.
+        outputs: of its first output.
+        given: labels of that output, or None.
+    """
+    if given is not None:
+        return labels(given, outputs, [""]) is not None
+    if outputs.shape[-1] == 1:
+        return threshold(network) > 0.0
+    shapes = [tuple(tensor.shape[1:]) for tensor in network.inputs]
+    return tuple(outputs.shape[1:]) not in shapes
+
+
 def labels(given, outputs, names) -> np.ndarray | None:
     """Labels as classes, one for each prediction.
 
@@ -71,10 +109,7 @@ def labels(given, outputs, names) -> np.ndarray | None:
     Raises:
         ValueError: if there is not one for each prediction.
     """
-    if isinstance(given, dict):
-        given = given.get(names[0])
-    elif isinstance(given, tuple | list) and len(names) > 1:
-        given = given[0]
+    given = of_first_output(given, names)
     if given is None:
         return None
     values, outputs = np.asarray(given), np.asarray(outputs)

@@ -134,7 +134,7 @@ def test_quantized_networks_are_smaller_and_at_their_bits(demo):
 
 def test_ends_with_a_verified_file(demo):
     shown, folder = demo
-    assert "Every promise is kept." in shown
+    assert "proved equal to its integer model" in shown
     deployed = folder / "out" / "w2a2-deployed"
     found = json.loads((deployed / "deployment.json").read_text())
     path = deployed / "network.tflite"

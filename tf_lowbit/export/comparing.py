@@ -5,8 +5,9 @@ import numpy as np
 from tf_lowbit import predictions as classifying
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.export import tflite, twin
-from tf_lowbit.export.float_operators import FLOAT_METHODS
-from tf_lowbit.export.report import Comparison, Predictions, Report
+from tf_lowbit.export.agreement import Agreements, computes_floats, grid_of
+from tf_lowbit.export.outputs import Classes, Numbers
+from tf_lowbit.export.report import Comparison, Report
 from tf_lowbit.export.running import Runner
 from tf_lowbit.scheme import graph
 
@@ -18,7 +19,7 @@ FLOAT_TOLERANCE = 1e-4
 def compare_on_data(
     content: bytes,
     input_type: str,
-    model,
+    snapped,
     trained,
     batches,
     report: Report,
@@ -29,26 +30,25 @@ def compare_on_data(
     Args:
         content: the file.
         input_type: what it takes.
-        model: the twin.
+        snapped: the twin.
         trained: the trained model, or None.
         batches: iterable of batches.
-        report: gets comparisons, predictions and failures.
+        report: gets comparisons, agreements, predictions or values, and failures.
         tensor_batches: on how many batches every tensor is compared; None for all.
     """
+    model = snapped.twin
     nodes = list(graph.calls(model))
     outputs = [graph.outputs_of(node)[0] for node in nodes]
     # Called eagerly: tracing takes longer than a test set of this field's size.
     observer = keras.Model(model.inputs, outputs)
-    limit = classifying.threshold(model)
     networks = {"twin": model}
+    agreements = None
     if trained is not None:
         networks["trained"] = trained
-    names = (model if trained is None else trained).output_names
+        agreements = Agreements(snapped, trained)
     everything, plain = Runner(content, intermediates=True), Runner(content)
-    rows = [Comparison(node.layer.name, _grid_of(node) is not None) for node in nodes]
-    predictions = report.predictions = Predictions(
-        trained_agrees=None if trained is None else 0
-    )
+    rows = [Comparison(node.layer.name, grid_of(node) is not None) for node in nodes]
+    result = None
     for count, batch in enumerate(batches):
         values, labels = _split(batch, twin.input_names(model))
         fed = [_fed(model, input_type, index, v) for index, v in enumerate(values)]
@@ -58,19 +58,40 @@ def compare_on_data(
             found |= everything(*fed)
             own = tf.nest.flatten(observer(argument, training=False))
             _compare_tensors(rows, nodes, model.inputs, values, found, own)
-        first = plain.outputs[0]["name"]
-        scores = plain(*fed)[first]
-        chosen = {"file": classifying.classes(scores, limit)}
+            if agreements is not None:
+                names = [node.layer.name for node in nodes]
+                arrays = [tensor.numpy() for tensor in own]
+                by_name = dict(zip(names, arrays, strict=True))
+                agreements.add(argument, values, by_name)
+        scores = {"file": plain(*fed)[plain.outputs[0]["name"]]}
         for name, network in networks.items():
             found = tf.nest.flatten(network(argument, training=False))[0]
-            chosen[name] = classifying.classes(found.numpy(), limit)
-        if labels is not None:
-            labels = classifying.labels(labels, scores, names)
-        _count_predictions(predictions, chosen, labels)
-    if not predictions.examples:
+            scores[name] = found.numpy().astype(np.float32)
+        labels = classifying.of_first_output(labels, _output_names(snapped, trained))
+        if result is None:
+            reference = model if trained is None else trained
+            kind = (
+                Classes
+                if classifying.are_classes(reference, scores["file"], labels)
+                else Numbers
+            )
+            result = kind(classifying.threshold(reference))
+        result.add(scores, labels)
+    if result is None:
         raise ValueError("data must hold at least one batch. Received: none")
     report.comparisons = [row for row in rows if row.elements]
-    _judge(report, _behind_float(nodes))
+    is_tainted = _judge(report, _behind_float(nodes))
+    result.judge(report, is_tainted)
+    if agreements is not None:
+        agreements.judge(report)
+
+
+def _output_names(snapped, trained) -> list[str]:
+    """The names of the trained network's outputs, which labels go by."""
+    if trained is not None:
+        return trained.output_names
+    of_twin = {name: own for own, name in snapped.tensors.items()}
+    return [of_twin.get(name, name) for name in snapped.twin.output_names]
 
 
 def _compare_tensors(rows, nodes, inputs, values, found, own) -> None:
@@ -118,24 +139,9 @@ def _fed(model, input_type, index, values):
     return tflite.input_codes(reader, values, input_type)
 
 
-def _grid_of(node):
-    """The grid of what a node of the twin puts out; None for floats."""
-    if isinstance(node.layer, twin.ToCodes | twin.IntegerLinear | twin.IntegerAdd):
-        return node.layer.grid
-    if isinstance(node.layer, twin.ToValues) or _computes_floats(node.layer):
-        return None
-    source = graph.producer(node.keras_inputs[0])
-    return None if source.is_input else _grid_of(source)
-
-
-def _computes_floats(layer) -> bool:
-    """Whether a layer of a twin computes with floats."""
-    return type(layer) in (*FLOAT_METHODS, keras.layers.AveragePooling2D)
-
-
 def _as_twin(values, node):
     """A tensor of the file as the twin has it: codes without zero point, or floats."""
-    grid = _grid_of(node)
+    grid = grid_of(node)
     if grid is None:
         return tf.constant(values)
     return tf.constant(values.astype(np.float32) - grid.zero_point)
@@ -146,12 +152,26 @@ def _behind_float(nodes) -> set[str]:
     tainted: set[int] = set()
     names = set()
     for node in nodes:
-        if _computes_floats(node.layer) or any(
+        if computes_floats(node.layer) or any(
             id(t) in tainted for t in node.keras_inputs
         ):
             tainted.add(id(graph.outputs_of(node)[0]))
             names.add(node.layer.name)
     return names
+
+
+def _off_by_one(layer, inputs, codes) -> int:
+    """How many codes of an integer layer are not what its thresholds say."""
+    dtype = tf.float32 if layer.largest_sum() < twin.EXACT_IN_FLOAT32 else tf.float64
+    total = layer.accumulate(tf.cast(inputs, dtype), tf.cast(layer.codes(), dtype))
+    total = total.numpy().astype(np.int64).reshape(-1, layer.channels)
+    codes = codes.reshape(total.shape)
+    points = np.sort(layer.thresholds.numpy().astype(np.int64), axis=1)
+    count = 0
+    for channel in range(layer.channels):
+        reached = np.searchsorted(points[channel], total[:, channel], side="right")
+        count += int((codes[:, channel] != layer.grid.low + reached).sum())
+    return count
 
 
 def _compare_tensor(row, node, known, own) -> None:
@@ -166,28 +186,16 @@ def _compare_tensor(row, node, known, own) -> None:
     wanted = node.layer(inputs[0] if len(inputs) == 1 else inputs).numpy()
     if row.is_integer:
         row.mismatches += int((have != wanted).sum())
+        if isinstance(node.layer, twin.IntegerLinear):
+            row.off_by_one += _off_by_one(node.layer, inputs[0], wanted)
         return
     error = float(np.abs(have - wanted).max(initial=0.0))
     error /= float(np.abs(wanted).max(initial=0.0)) or 1.0
     row.error = float(np.maximum(row.error, error))  # Which keeps a NaN.
 
 
-def _count_predictions(predictions, chosen, labels) -> None:
-    """Adds one batch: `chosen` holds the classes that each network takes."""
-    size = len(chosen["file"])
-    predictions.examples += size
-    predictions.twin_agrees += int((chosen["file"] == chosen["twin"]).sum())
-    if "trained" in chosen:
-        agrees = int((chosen["file"] == chosen["trained"]).sum())
-        predictions.trained_agrees += agrees
-    if labels is not None:
-        predictions.labels += size
-        for name, classes in chosen.items():
-            right = int((classes == labels).sum())
-            predictions.right[name] = predictions.right.get(name, 0) + right
-
-
-def _judge(report, tainted) -> None:
+def _judge(report, tainted) -> bool:
+    """Names the tensors that differ; whether floats come before codes."""
     is_tainted = False
     for row in report.comparisons:
         if row.is_integer:
@@ -207,9 +215,4 @@ def _judge(report, tainted) -> None:
                 f"{row.tensor}: floats differ by {row.error:.1e} of the largest, "
                 f"allowed {FLOAT_TOLERANCE:.0e}"
             )
-    found = report.predictions
-    if found.twin_agrees != found.examples and not is_tainted:
-        report.failures.append(
-            f"{found.examples - found.twin_agrees} of {found.examples} predictions are "
-            "not the twin's"
-        )
+    return is_tainted

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from pathlib import Path
 
 import rich.console
@@ -23,13 +24,16 @@ class Export:
         path: the file.
         snapped: the twin with its notes and ranges; `verify` takes it too.
         size: bytes of the file.
-        gzip_size: bytes of the file behind `gzip -9`.
     """
 
     path: Path
     snapped: Snapped
     size: int
-    gzip_size: int
+
+    @functools.cached_property
+    def gzip_size(self) -> int:
+        """Bytes of the file behind `gzip -9`; read and computed at the first use."""
+        return files.gzip_bytes(self.path.read_bytes())
 
     @property
     def twin(self) -> keras.Model:
@@ -43,10 +47,7 @@ class Export:
 
     def __str__(self):
         layers = len(twin.integer_layers(self.twin))
-        lines = [
-            f"{self.path}: {self.size:,} bytes, {self.gzip_size:,} gzipped; "
-            f"{layers} integer layers"
-        ]
+        lines = [f"{self.path}: {self.size:,} bytes; {layers} integer layers"]
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
 
@@ -70,7 +71,8 @@ def to_tflite(
     activations' clips are folded into scales and integer biases, and these are placed
     so that each layer decides as the trained one for every possible accumulator,
     wherever one scale and one bias can. What is not exactly what was trained is in the
-    result's `notes`. `tf_lowbit.export.verify` proves the file.
+    result's `notes`. `tf_lowbit.export.verify` proves the file equal to its
+    integer model and measures it against the trained one.
 
     Args:
         model: what `tf_lowbit.quantize` made, trained; a `LowBitTrainer` of one
@@ -83,7 +85,8 @@ def to_tflite(
             moving statistics of batch normalisation lag on them, a
             `QuantizationWarning` says so (`tf_lowbit.batch_norm.lag`).
         target: "xnnpack": right under XNNPACK, to which TFLite delegates; "portable":
-            right under XNNPACK and TFLite's builtin kernels, wherever both can be.
+            right under XNNPACK and TFLite's builtin kernels on x86, wherever both can
+            be. Other kernels were not checked.
         storage: "int8", or "int4": half the bytes, four times as slow on a CPU.
         first_layer: "int8" or "float": a first layer that was trained in float.
         head: "float" or "int8": the last layer. Int8 logits tie now and then.
@@ -128,7 +131,7 @@ def to_tflite(
             )
     content = tflite.to_bytes(snapped, input_type, info)
     written = files.replace_file(path, content)
-    return Export(written, snapped, len(content), files.gzip_bytes(content))
+    return Export(written, snapped, len(content))
 
 
 def read_info(file) -> dict:

@@ -1,5 +1,7 @@
 """Running a TFLite file: with LiteRT where it is installed, else with TensorFlow."""
 
+import importlib.metadata
+import platform
 import time
 import warnings
 
@@ -15,8 +17,12 @@ except ImportError:
 
 
 def runtime() -> str:
-    """Which runtime `interpreter` uses."""
-    return "tf.lite" if _litert is None else "ai_edge_litert"
+    """Which runtime `interpreter` uses, its version and the machine's kind."""
+    if _litert is None:
+        name = f"tf.lite {tf.__version__}"
+    else:
+        name = f"ai_edge_litert {importlib.metadata.version('ai-edge-litert')}"
+    return f"{name} on {platform.machine()}"
 
 
 def interpreter(data: bytes, kernel: str = kernels.XNNPACK, threads: int = 1):

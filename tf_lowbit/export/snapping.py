@@ -4,6 +4,7 @@ The graph is walked once, layer by layer; `building` makes the twin's layers.
 """
 
 import dataclasses
+import hashlib
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from tf_lowbit.export import linear as linears
 from tf_lowbit.export.building import Builder, Note, Value, copy_of
 from tf_lowbit.export.linear import ExportError
 from tf_lowbit.export.options import Options
+from tf_lowbit.export.ranges import key
 from tf_lowbit.scheme import graph, passing, registry
 from tf_lowbit.scheme.output_names import NamedOutputs
 
@@ -29,12 +31,30 @@ class Snapped:
         options: the choices.
         ranges: the measured ranges that were used, by tensor.
         notes: layers that are not exactly what was trained, and why.
+        tensors: which tensor of the trained network (`ranges.key`) the twin's layer of
+            which name puts out, in the network's order.
+        fingerprint: of the twin's weights as they were made.
     """
 
     twin: keras.Model
     options: Options
     ranges: dict[str, tuple[float, float]]
     notes: tuple[Note, ...]
+    tensors: dict[str, str] = dataclasses.field(default_factory=dict)
+    fingerprint: str = ""
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether the twin was trained further since it was made."""
+        return self.fingerprint != fingerprint(self.twin)
+
+
+def fingerprint(model: keras.Model) -> str:
+    """A hash of a model's weights."""
+    found = hashlib.sha256()
+    for weight in model.weights:
+        found.update(weight.numpy().tobytes())
+    return found.hexdigest()
 
 
 def snap(
@@ -100,7 +120,24 @@ class _Snapper(Builder):
         with deep_graphs():
             made = NamedOutputs(inputs, outputs, name=f"{self.model.name}_twin")
         made.output_names[:] = names
-        return Snapped(made, self.options, self.ranges.used, tuple(self.notes))
+        return Snapped(
+            made,
+            self.options,
+            self.ranges.used,
+            tuple(self.notes),
+            self._tensors(made),
+            fingerprint(made),
+        )
+
+    def _tensors(self, made) -> dict[str, str]:
+        """Which tensors of the trained network the twin's layers put out."""
+        layers = {layer.name for layer in made.layers}
+        found = {}
+        for value in self._values.values():
+            tensor = value.values if value.codes is None else value.codes
+            if tensor is not None and _layer_name(tensor) in layers:
+                found[key(value.tensor)] = _layer_name(tensor)
+        return found
 
     def _note_other_bits(self) -> None:
         """Notes tensors whose bits are those of a stage, not of the rules."""

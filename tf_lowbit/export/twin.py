@@ -21,7 +21,7 @@ DEPTHWISE = "depthwise"
 DENSE = "dense"
 SCALE = "scale"
 # Above it float32 does not hold every integer.
-_EXACT_IN_FLOAT32 = 2**24
+EXACT_IN_FLOAT32 = 2**24
 
 
 @tf.custom_gradient
@@ -319,7 +319,7 @@ class IntegerLinear(_Layer):
         codes = self.codes()
         # Every partial sum must be exact, whatever the order of summation.
         dtype = tf.float32
-        if self.largest_sum() >= _EXACT_IN_FLOAT32:
+        if self.largest_sum() >= EXACT_IN_FLOAT32:
             dtype = tf.float64
         total = self.accumulate(tf.cast(inputs, dtype), tf.cast(codes, dtype))
         accumulators = tf.cast(total, tf.float64) * self.upscale

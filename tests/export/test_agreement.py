@@ -1,0 +1,318 @@
+"""A fault in the lowering, ranges of other data and a stale file are noticed.
+
+A fault in the lowering is in the plan and in the file alike, so the file is the plan's:
+only the comparison with the trained network shows it.
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import tf_lowbit as tfl
+from tests.export import networks
+from tf_lowbit import export
+from tf_lowbit.compat import keras
+from tf_lowbit.export import building, elementwise, joins, pools, tflite
+from tf_lowbit.export.options import Options
+from tf_lowbit.export.outputs import Classes, Numbers
+from tf_lowbit.export.report import Report
+
+layers = keras.layers
+DATA = networks.images(24)
+
+
+def prove(model, data=DATA, ranges_of=None, **options):
+    """The report on a file that is made and proved by the same lowering."""
+    made = export.snap(
+        model, [data if ranges_of is None else ranges_of], options=Options(**options)
+    )
+    return export.verify(tflite.to_bytes(made), model, [data], verbose=0)
+
+
+def diverging(report) -> set[str]:
+    """The tensors that are named."""
+    words = " diverges from the trained network"
+    return {f.split(words)[0] for f in report.failures if words in f}
+
+
+def block(body, classes=networks.CLASSES):
+    made = networks.network(body, classes=classes)
+    return networks.quantize(made, networks.EVERYWHERE)
+
+
+def conv(x):
+    return networks.conv_bn_relu(x, 4, name="target")
+
+
+def depthwise(x):
+    x = layers.DepthwiseConv2D(3, padding="same", name="target")(x)
+    return networks.bn_relu(x, "target")
+
+
+def dense(x):
+    x = layers.Dense(5, name="target")(layers.Flatten()(x))
+    return networks.bn_relu(x, "target")
+
+
+def conv_1d(x):
+    x = layers.Reshape((64, 4))(x)
+    x = layers.Conv1D(4, 3, name="target")(x)
+    return networks.bn_relu(x, "target")
+
+
+def norm(x):
+    return networks.bn_relu(layers.MaxPooling2D()(x), "target")
+
+
+def average(x):
+    return conv(layers.AveragePooling2D(2, name="pooled")(x))
+
+
+def residual(x):
+    y = layers.Conv2D(4, 3, padding="same", name="branch")(x)
+    return networks.bn_relu(layers.Add(name="sum")([x, y]), "target")
+
+
+def joined(x):
+    y = networks.conv_bn_relu(x, 4, name="branch")
+    return conv(layers.Concatenate(name="joined")([x, y]))
+
+
+def gated(x):
+    y = networks.conv_bn_relu(x, 4, name="branch")
+    return layers.Multiply(name="product")([x, y])
+
+
+def off_by_one_code(monkeypatch, names):
+    """The folding's offset is one output code too large."""
+    emit = building.Builder.emit_integer
+
+    def faulty(self, value, linear, grid, in_place=False):
+        if value.name in names:
+            offset = linear.offset + grid.step
+            linear = dataclasses.replace(linear, offset=offset)
+        return emit(self, value, linear, grid, in_place)
+
+    monkeypatch.setattr(building.Builder, "emit_integer", faulty)
+
+
+def ratio_of_another_term(monkeypatch):
+    term = joins._term
+
+    def faulty(builder, source, wanted, name):
+        codes, ratio = term(builder, source, wanted, name)
+        return codes, ratio * 3 if name.endswith("input2") else ratio
+
+    monkeypatch.setattr(joins, "_term", faulty)
+
+
+def terms_swapped(monkeypatch):
+    concatenate = joins.concatenate
+    monkeypatch.setattr(
+        joins,
+        "concatenate",
+        lambda builder, value, sources, layer: concatenate(
+            builder, value, sources[::-1], layer
+        ),
+    )
+
+
+def sum_for_product(monkeypatch):
+    def faulty(builder, value, sources):
+        layer = layers.Add(name=builder.name(value.name), dtype="float32")
+        value.values = layer([builder.values(source) for source in sources])
+
+    monkeypatch.setattr(joins, "multiply", faulty)
+
+
+def part_of_the_image(monkeypatch):
+    def faulty(builder, value, source, layer):
+        crop = layers.Cropping2D(2, name=builder.name("crop"), dtype="float32")
+        made = pools.copy_of(layer, builder.name(value.name))
+        value.values = made(crop(builder.values(source)))
+
+    monkeypatch.setattr(pools, "global_pool", faulty)
+
+
+def no_epsilon(monkeypatch):
+    """The normalisation's variance is taken for its deviation."""
+    scale = elementwise.scale
+
+    def faulty(node):
+        found = scale(node)
+        if found is None or not isinstance(node.layer, layers.BatchNormalization):
+            return found
+        return found[0] ** 2, found[1]
+
+    monkeypatch.setattr(elementwise, "scale", faulty)
+
+
+TARGET = {"target_relu", "quantize_target_relu", "target"}
+FAULTS = {
+    "conv": (conv, lambda m: off_by_one_code(m, TARGET)),
+    "depthwise": (depthwise, lambda m: off_by_one_code(m, TARGET)),
+    "dense": (dense, lambda m: off_by_one_code(m, TARGET)),
+    "conv1d": (conv_1d, lambda m: off_by_one_code(m, TARGET)),
+    "scale": (norm, lambda m: off_by_one_code(m, TARGET)),
+    "average pool": (average, lambda m: off_by_one_code(m, {"pooled"})),
+    "batch norm": (conv, no_epsilon),
+    "add": (residual, ratio_of_another_term),
+    "concatenate": (joined, terms_swapped),
+    "multiply": (gated, sum_for_product),
+    "global pool": (conv, part_of_the_image),
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_fault_in_the_lowering_is_named(kind, monkeypatch):
+    body, fault = FAULTS[kind]
+    model = block(body)
+    fault(monkeypatch)
+    report = prove(model)
+    assert diverging(report), str(report)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """First and last layer in float: image, first layer and sum are rounded, noted."""
+    rules = [networks.Rule(".*", 2, 2)]
+    return networks.quantize(networks.network(residual), rules)
+
+
+def test_without_a_fault_nothing_is_named(model):
+    report = prove(model)
+    assert report.ok, str(report)
+    assert report.is_measured
+    assert [row.tensor for row in report.agreements if row.levels]
+    for row in report.agreements:
+        assert row.equal <= row.near <= row.elements
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 100.0])
+def test_ranges_of_other_data_are_noticed(model, scale):
+    """A file that was made with absurd data is consistent with itself."""
+    report = prove(model, ranges_of=np.float32(scale) * DATA)
+    assert "image" in diverging(report)
+    assert any("representative data" in f or "codes" in f for f in report.failures)
+
+
+def test_a_file_of_the_model_before_more_training(model):
+    other = keras.models.clone_model(model)
+    other.set_weights(model.get_weights())
+    file = tflite.to_bytes(export.snap(model, [DATA]))
+    head = other.get_layer("head")
+    kernel, *rest = head.get_weights()
+    head.set_weights([kernel[..., ::-1], *rest])
+    assert not export.verify(file, other, [DATA], verbose=0).ok
+
+
+def test_a_stale_export_beside_the_trained_model(model):
+    made = export.snap(model, [DATA])
+    file = tflite.to_bytes(made)
+    weights = model.get_weights()
+    try:
+        assert export.verify(file, made, [DATA], trained=model, verbose=0).ok
+        norm = model.get_layer("target_bn")
+        norm.beta.assign_add(np.full(norm.beta.shape, 0.5, np.float32))
+        report = export.verify(file, made, [DATA], trained=model, verbose=0)
+    finally:
+        model.set_weights(weights)
+    assert diverging(report)
+
+
+def test_a_twin_that_was_trained_further_answers_by_its_predictions(model):
+    made = export.snap(model, [DATA])
+    layer = made.twin.get_layer("branch")
+    layer.latent.assign(-layer.latent)
+    report = export.verify(
+        tflite.to_bytes(made), made, [DATA], trained=model, agreement=0.0, verbose=0
+    )
+    assert report.is_tuned
+    assert not report.is_exact
+    assert report.ok, str(report)
+
+
+# --- outputs --------------------------------------------------------------------------
+
+
+def judged(kind, scores, labels, **options):
+    report = Report("", "", **{"tolerance": 0.01, "agreement": 0.75, **options})
+    result = kind(0.0)
+    result.add(scores, labels)
+    result.judge(report, False)
+    return report
+
+
+def scores(classes):
+    return np.eye(10, dtype=np.float32)[classes]
+
+
+@pytest.mark.parametrize(
+    ("examples", "wrong", "is_ok"),
+    # One of twelve is chance; six of twelve, and 3 % of thousands, are none.
+    [(12, 1, True), (12, 6, False), (10_000, 80, True), (10_000, 300, False)],
+)
+def test_lost_accuracy(examples, wrong, is_ok):
+    labels = np.arange(examples) % 10
+    file = labels.copy()
+    file[:wrong] = (file[:wrong] + 1) % 10
+    found = {"file": scores(file), "twin": scores(file), "trained": scores(labels)}
+    report = judged(Classes, found, labels)
+    assert report.ok == is_ok
+    assert report.predictions.drop == pytest.approx(wrong / examples)
+    assert judged(Classes, found, labels, tolerance=1.0).ok
+
+
+@pytest.mark.parametrize(("wrong", "is_ok"), [(200, True), (400, False)])
+def test_predictions_without_labels(wrong, is_ok):
+    labels = np.arange(1000) % 10
+    file = labels.copy()
+    file[:wrong] = (file[:wrong] + 1) % 10
+    found = {"file": scores(file), "twin": scores(file), "trained": scores(labels)}
+    assert judged(Classes, found, None).ok == is_ok
+
+
+def test_maps_have_a_mean_iou():
+    labels = np.array([[[0, 0], [1, 1]]])
+    file = np.array([[[0, 1], [1, 1]]])
+    found = {"file": scores(file), "twin": scores(file), "trained": scores(labels)}
+    predictions = judged(Classes, found, labels).predictions
+    assert predictions.right == {"file": 3, "twin": 3, "trained": 4}
+    # Class 0: 1 of 2; class 1: 2 of 3.
+    assert predictions.mean_iou["file"] == pytest.approx((1 / 2 + 2 / 3) / 2)
+    assert predictions.mean_iou["trained"] == 1.0
+
+
+@pytest.mark.parametrize(("error", "is_ok"), [(0.0, True), (0.1, True), (3.0, False)])
+def test_numbers_have_errors(error, is_ok):
+    wanted = np.linspace(-1, 1, 100, dtype=np.float32)[:, None]
+    file = wanted + np.float32(error)
+    found = {"file": file, "twin": file, "trained": wanted}
+    report = judged(Numbers, found, None)
+    assert report.ok == is_ok
+    assert report.predictions is None
+    assert report.values.against["trained"].mean == pytest.approx(error, abs=1e-6)
+    assert report.values.against["twin"].largest == 0.0
+    labelled = judged(Numbers, found, wanted)
+    assert labelled.ok == (error == 0.0)
+    assert labelled.values.to_labels["file"].largest == pytest.approx(error, abs=1e-6)
+
+
+def test_a_regression_through_a_file(tmp_path):
+    image = keras.Input((8,), name="image")
+    x = layers.Dense(8, activation="relu", name="first")(image)
+    x = layers.Dense(8, activation="relu", name="second")(x)
+    net = networks.randomize(keras.Model(image, layers.Dense(1, name="size")(x)))
+    quantized = networks.quantize(net, networks.EVERYWHERE)
+    x = np.random.default_rng(0).uniform(size=(64, 8)).astype(np.float32)
+    y = quantized(x).numpy()
+    made = export.to_tflite(quantized, tmp_path / "net.tflite", [x], verbose=0)
+    report = export.verify(made.path, quantized, [(x, {"size": y})], verbose=0)
+    assert report.ok, str(report)
+    assert report.predictions is None
+    assert report.values.to_labels["trained"].largest == 0.0
+    text = str(report)
+    assert "error of the file" in text
+    assert "predictions" not in text
+    assert tfl.export.verify(made.path, quantized, verbose=0).values is None

@@ -1,0 +1,234 @@
+"""The twin against the trained network, tensor by tensor, on data.
+
+The twin is made by the lowering, so a fault in it is in the file and in the twin alike:
+only the trained network shows it.
+"""
+
+import re
+
+import numpy as np
+
+from tf_lowbit.compat import keras, tf
+from tf_lowbit.export import forms, twin
+from tf_lowbit.export.float_operators import FLOAT_METHODS
+from tf_lowbit.export.ranges import key
+from tf_lowbit.export.report import Agreement, Report
+from tf_lowbit.scheme import graph
+
+# Floats of two orders of summation fall on both sides of a tie now and then, and an
+# off-by-one accumulator is one level off. Of a tensor without a note so many codes may
+# be other ones, and so many more than one level away.
+_UNEQUAL, _FAR = 0.01, 0.001
+_FLOAT_ERROR = 1e-3
+# Behind a rounding to 8 bits: by how many of the grid's levels "far" is more (1 / 64 of
+# the range), how many may be so far, the mean difference in levels, clipped values.
+_FAR_LEVELS, _FAR_EXPLAINED, _SHIFT, _CLIPPED = 64, 0.01, 0.5, 0.01
+_FLOAT_ERROR_EXPLAINED = 0.05
+# A sum's step may be moved to a ratio of its terms', which clips its ends: beyond them
+# by this part of the levels a value counts as clipped.
+_OVER = 16
+# Of 8 bits over a measured range, the share of levels that data must use.
+_USED = 1 / 8
+# How far from a code a value of the trained network is still that code's.
+_ON_GRID = 1e-3
+# So few elements may differ of any tensor.
+_FEW = 2
+# Of the notes' names: what a layer of several inputs reads, and parts of a layer.
+_PART = re.compile(r"_(scaled|input\d+|codes|sum)$")
+
+
+class Agreements:
+    """Collects the agreement of every tensor that both networks have.
+
+    Args:
+        snapped: the twin, with its `tensors`.
+        trained: the trained network.
+    """
+
+    def __init__(self, snapped, trained: keras.Model):
+        # With the tensors that the twin was made of.
+        trained = forms.split_activations(trained)
+        self._twin = snapped.twin
+        self._nodes = list(graph.calls(snapped.twin))
+        self._noted = {
+            name
+            for note in snapped.notes
+            for name in (note.layer, _PART.sub("", note.layer))
+        }
+        tensors = {
+            key(tensor): tensor
+            for node in graph.nodes(trained)
+            for tensor in graph.outputs_of(node)
+        }
+        # A tensor of the twin may stand for several: the last is what it holds.
+        made = {
+            name: tensors[own]
+            for own, name in snapped.tensors.items()
+            if own in tensors
+        }
+        self._nodes_with = [n for n in self._nodes if n.layer.name in made]
+        # One layer's name need not be unique among the outputs of one model.
+        self._observer = keras.Model(
+            trained.inputs, [made[n.layer.name] for n in self._nodes_with]
+        )
+        # Their float16 is as coarse as a rounding to 8 bits.
+        self._is_half = any(
+            made[n.layer.name].dtype in (tf.float16, tf.bfloat16)
+            for n in self._nodes_with
+        )
+        self._rows = {}
+        for node in self._nodes_with:
+            grid = grid_of(node)
+            name = made[node.layer.name]._keras_history.layer.name
+            levels = 0 if grid is None else grid.levels
+            is_measured = key(made[node.layer.name]) in snapped.ranges
+            self._rows[node.layer.name] = Agreement(name, levels, is_measured)
+
+    def add(self, argument, inputs, own: dict) -> None:
+        """Adds one batch.
+
+        Args:
+            argument: what the trained network takes.
+            inputs: the same as a list, in the twin's order.
+            own: the twin's tensors from its own input on, by layer.
+        """
+        found = tf.nest.flatten(self._observer(argument, training=False))
+        trained = {
+            node.layer.name: tf.cast(value, tf.float32).numpy()
+            for node, value in zip(self._nodes_with, found, strict=True)
+        }
+        known = {
+            id(t): tf.constant(v)
+            for t, v in zip(self._twin.inputs, inputs, strict=True)
+        }
+        rounded = dict.fromkeys(known, self._is_half)
+        for node in self._nodes:
+            name, output = node.layer.name, graph.outputs_of(node)[0]
+            read = [known[id(t)] for t in node.keras_inputs]
+            made = node.layer(read[0] if len(read) == 1 else read)
+            is_noted = name in self._noted or any(
+                rounded[id(t)] for t in node.keras_inputs
+            )
+            row = self._rows.get(name)
+            if row is not None:
+                is_noted |= row.tensor in self._noted
+                wanted = trained[name].reshape(made.shape)
+                row.explained |= is_noted
+                if row.levels:
+                    made, is_exact = _add_codes(
+                        row, grid_of(node), wanted, made.numpy(), own[name]
+                    )
+                else:
+                    made, is_exact = _add_floats(row, wanted, made.numpy(), own[name])
+                is_noted &= not is_exact
+            known[id(output)] = tf.constant(made)
+            rounded[id(output)] = is_noted or self._is_half
+
+    def judge(self, report: Report) -> None:
+        """Puts the rows into the report, and what diverges among its failures."""
+        report.agreements = list(self._rows.values())
+        if report.is_tuned:
+            return  # Its weights are no longer those of the trained network.
+        for row in report.agreements:
+            problem = _problem(row)
+            if problem:
+                report.failures.append(
+                    f"{row.tensor} diverges from the trained network: {problem}"
+                )
+
+
+def grid_of(node):
+    """The grid of what a node of the twin puts out; None for floats."""
+    if isinstance(node.layer, twin.ToCodes | twin.IntegerLinear | twin.IntegerAdd):
+        return node.layer.grid
+    if isinstance(node.layer, twin.ToValues) or computes_floats(node.layer):
+        return None
+    source = graph.producer(node.keras_inputs[0])
+    return None if source.is_input else grid_of(source)
+
+
+def computes_floats(layer) -> bool:
+    """Whether a layer of a twin computes with floats."""
+    return type(layer) in (*FLOAT_METHODS, keras.layers.AveragePooling2D)
+
+
+def _add_codes(row, grid, values, within, own):
+    """Adds codes to a row; the trained network's, and whether its values are codes."""
+    levels = values.astype(np.float64) / grid.step
+    codes = np.clip(np.rint(levels), grid.low, grid.high)
+    is_exact = bool((np.abs(levels - codes) <= _ON_GRID).all())
+    own = own.reshape(codes.shape)
+    far = max(1, grid.levels // _FAR_LEVELS) if row.explained else 1
+    row.elements += codes.size
+    row.equal += int((own == codes).sum())
+    row.near += int((np.abs(own - codes) <= 1).sum())
+    row.equal_within += int((within == codes).sum())
+    row.far_within += int((~(np.abs(within - codes) <= far)).sum())
+    row.shift += float((within - np.clip(levels, grid.low, grid.high)).sum())
+    over = 1 + grid.levels / _OVER
+    row.clipped += int(((levels < grid.low - over) | (levels > grid.high + over)).sum())
+    low, high = row.span
+    row.span = (
+        float(np.minimum(low, levels.min(initial=np.inf))),
+        float(np.maximum(high, levels.max(initial=-np.inf))),
+    )
+    return codes.astype(np.float32), is_exact
+
+
+def _add_floats(row, values, within, own):
+    row.elements += values.size
+    most = float(np.abs(values).max(initial=0.0)) or 1.0
+    for field, found in (
+        ("error", own.reshape(values.shape)),
+        ("error_within", within),
+    ):
+        error = float(np.abs(found - values).max(initial=0.0)) / most
+        setattr(row, field, float(np.maximum(getattr(row, field), error)))  # Keeps NaN.
+    return values, True
+
+
+def _problem(row) -> str | None:
+    """What no note explains, and no rounding."""
+    count = row.elements
+    if not row.levels:
+        allowed = _FLOAT_ERROR_EXPLAINED if row.explained else _FLOAT_ERROR
+        if row.error_within <= allowed:
+            return None
+        return (
+            f"given its inputs, its floats are off by {row.error_within:.1e} of the "
+            f"largest, allowed {allowed:.0e}"
+        )
+    # Rounded inputs move more codes of a finer grid.
+    share = _UNEQUAL + row.levels / 2560  # Ties and off-by-one accumulators.
+    if row.explained:
+        share = min(1.0, 0.05 + row.levels / 32)
+    unequal = count - row.equal_within
+    if unequal > _FEW + share * count:
+        return (
+            f"given its inputs, {unequal:,} of {count:,} codes are not its, allowed "
+            f"{share:.0%}"
+        )
+    share = _FAR_EXPLAINED if row.explained else _FAR
+    if row.far_within > _FEW + share * count:
+        return (
+            f"given its inputs, {row.far_within:,} of {count:,} codes are farther off "
+            "than rounding explains"
+        )
+    if not abs(row.shift) <= _FEW + _SHIFT * count:
+        return (
+            f"given its inputs, its codes are shifted by {row.shift / count:+.2f} "
+            "levels in the mean"
+        )
+    if row.is_measured and row.clipped > _FEW + _CLIPPED * count:
+        return (
+            f"{row.clipped:,} of {count:,} values are beyond the range that the file "
+            "has for them: export again with representative data"
+        )
+    low, high = row.span
+    used = max(high - low, 0.0) / (row.levels - 1)
+    if row.is_measured and 0.0 < used < _USED:
+        return (
+            f"the data use {used:.1%} of its levels: its range in the file is too "
+            "wide; export again with representative data"
+        )
+    return None

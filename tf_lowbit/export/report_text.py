@@ -1,0 +1,166 @@
+"""A verification report in words."""
+
+import io
+
+import rich.console
+import rich.markup
+import rich.table
+
+# Below it a tensor is named as the first that diverges.
+_EQUAL = 0.99
+_NETWORKS = {"file": "file", "twin": "twin", "trained": "trained model"}
+
+
+def text(report) -> str:
+    """The report as a table and its verdict.
+
+    Args:
+        report: what `verify` returned.
+    """
+    written = io.StringIO()
+    rich.console.Console(file=written, width=80).print(_table(report))
+    lines = [written.getvalue().rstrip()]
+    lines += [f"note: {note}" for note in report.notes]
+    lines += [f"FAILED: {failure}" for failure in report.failures]
+    return "\n".join([*lines, *_verdict(report)])
+
+
+def _verdict(report) -> list[str]:
+    if not report.ok:
+        return ["Not proved."]
+    if report.is_exact:
+        return [
+            "Every promise is kept: the file is proved equal to its integer model "
+            "(twin), and on the data it gives exactly what was trained."
+        ]
+    lines = ["The file is proved equal to its integer model (twin)."]
+    if report.predictions is None and report.values is None:
+        lines = ["The file is the plan of its integer model (twin); no data were run."]
+    if not report.is_measured:
+        lines.append("Agreement with the trained model was not measured.")
+    return lines
+
+
+def _table(report) -> rich.table.Table:
+    table = rich.table.Table(
+        title=rich.markup.escape(f"Verification of {report.file}"), show_header=False
+    )
+    table.add_column("what", no_wrap=True)
+    table.add_column("found")
+    _add_result(table, report)
+    _add_agreements(table, report)
+    operators = ", ".join(f"{n} {name}" for name, n in sorted(report.operators.items()))
+    outside = ", ".join(report.not_delegated) or "none"
+    table.add_row("size", f"{report.size:,} bytes")
+    table.add_row("operators", operators)
+    table.add_row("not delegated", f"{outside} (run by {report.runtime})")
+    _add_decisions(table, report)
+    if report.additions:
+        table.add_row(
+            "wrong sums",
+            f"{sum(report.additions.values()):,} of {len(report.additions)} x 65,536 "
+            "pairs",
+        )
+    if report.comparisons:
+        floats = [c.error for c in report.comparisons if not c.is_integer]
+        table.add_row(
+            "codes against twin",
+            f"{report.mismatches:,} of {report.codes:,} differ layer by layer, "
+            f"{report.end_to_end:,} from the input on",
+        )
+        table.add_row(
+            "floats against twin",
+            f"largest relative error {max(floats, default=0):.1e}",
+        )
+    return table
+
+
+def _add_result(table, report) -> None:
+    """What the file is good for: in front."""
+    if report.predictions is not None:
+        _add_predictions(table, report, report.predictions)
+    if report.values is not None:
+        _add_values(table, report, report.values)
+
+
+def _add_predictions(table, report, found) -> None:
+    for name, right in found.right.items():
+        iou = ""
+        if name in found.mean_iou:
+            iou = f", mean IoU {100 * found.mean_iou[name]:.2f} %"
+        table.add_row(
+            f"accuracy of the {_NETWORKS[name]}",
+            f"{100 * right / found.labels:.2f} % of {found.labels:,}{iou}",
+        )
+    if found.drop is not None:
+        table.add_row(
+            "lost to the trained",
+            f"{100 * found.drop:+.2f} points ({found.lost:,} lost, {found.gained:,} "
+            f"gained); allowed {100 * report.tolerance:g} and chance",
+        )
+    table.add_row(
+        "predictions", f"{found.twin_agrees:,} of {found.examples:,} are the twin's"
+    )
+    if found.trained_agrees is not None:
+        table.add_row(
+            "",
+            f"{found.trained_agrees:,} of {found.examples:,} are the trained model's",
+        )
+
+
+def _add_values(table, report, found) -> None:
+    for name, errors in found.to_labels.items():
+        table.add_row(
+            f"error of the {_NETWORKS[name]}",
+            f"mean {errors.mean:.4g}, largest {errors.largest:.4g}",
+        )
+    for name, errors in found.against.items():
+        table.add_row(
+            f"file against {_NETWORKS[name]}",
+            f"mean {errors.mean:.4g}, largest {errors.largest:.4g}; outputs spread "
+            f"by {found.spread:.4g}",
+        )
+
+
+def _add_agreements(table, report) -> None:
+    # What was trained in codes; 8-bit roundings of floats agree less and matter less.
+    rows = [row for row in report.agreements if row.levels and not row.is_measured]
+    if not rows:
+        return
+    equal, near = sum(r.equal for r in rows), sum(r.near for r in rows)
+    total = sum(r.elements for r in rows)
+    table.add_row(
+        "codes against trained",
+        f"{100 * equal / total:.2f} % equal, {100 * near / total:.2f} % within one "
+        f"level, of {total:,}",
+    )
+    first = next((r for r in rows if r.equal < _EQUAL * r.elements), None)
+    if first is not None:
+        table.add_row(
+            f"  first below {100 * _EQUAL:g} %",
+            f"{first.tensor}: {100 * first.equal / first.elements:.2f} % equal, "
+            f"{100 * first.near / first.elements:.2f} % within one level",
+        )
+    if report.is_tuned:
+        table.add_row("", "the twin was trained further since it was made")
+
+
+def _add_decisions(table, report) -> None:
+    channels = sum(sum(w > 0 for w in d.wrong) for d in report.decisions)
+    points = sum(d.points for d in report.decisions)
+    all_channels = sum(d.channels for d in report.decisions)
+    met = ""
+    if report.comparisons and report.off_by_one:
+        met = f"; met for {report.off_by_one_met:,} of {report.codes:,} codes on data"
+    table.add_row(
+        "off-by-one accumulators",
+        f"{report.off_by_one:,} of all possible ones, in {channels} of {all_channels} "
+        f"channels with {points:,} decision points{met}",
+    )
+    for decisions in report.decisions:
+        if any(decisions.wrong):
+            table.add_row(
+                f"  {decisions.layer}",
+                f"{sum(decisions.wrong):,} in {sum(w > 0 for w in decisions.wrong)} of "
+                f"{decisions.channels} channels ({decisions.kernel})",
+            )
