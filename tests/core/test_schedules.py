@@ -21,7 +21,7 @@ def values(ramp, points):
 
 def test_doctests():
     result = doctest.testmod(schedules)
-    assert result.attempted == 2
+    assert result.attempted == 3
     assert result.failed == 0
 
 
