@@ -23,6 +23,7 @@ def compare_on_data(
     batches,
     report: Report,
     tensor_batches: int | None = None,
+    runner=Runner,
 ) -> None:
     """Runs a file, its twin and the trained model side by side.
 
@@ -34,6 +35,7 @@ def compare_on_data(
         batches: iterable of batches.
         report: gets comparisons, predictions and failures.
         tensor_batches: on how many batches every tensor is compared; None for all.
+        runner: `Runner`, or `MicroRunner` for TFLite Micro.
     """
     nodes = list(graph.calls(model))
     outputs = [graph.outputs_of(node)[0] for node in nodes]
@@ -44,7 +46,7 @@ def compare_on_data(
     if trained is not None:
         networks["trained"] = trained
     names = (model if trained is None else trained).output_names
-    everything, plain = Runner(content, intermediates=True), Runner(content)
+    everything, plain = runner(content, intermediates=True), runner(content)
     rows = [Comparison(node.layer.name, _grid_of(node) is not None) for node in nodes]
     predictions = report.predictions = Predictions(
         trained_agrees=None if trained is None else 0
@@ -59,7 +61,7 @@ def compare_on_data(
             own = tf.nest.flatten(observer(argument, training=False))
             _compare_tensors(rows, nodes, model.inputs, values, found, own)
         first = plain.outputs[0]["name"]
-        scores = plain(*fed)[first]
+        scores = _dequantized(plain(*fed)[first], plain.outputs[0])
         chosen = {"file": classifying.classes(scores, limit)}
         for name, network in networks.items():
             found = tf.nest.flatten(network(argument, training=False))[0]
@@ -71,6 +73,14 @@ def compare_on_data(
         raise ValueError("data must hold at least one batch. Received: none")
     report.comparisons = [row for row in rows if row.elements]
     _judge(report, _behind_float(nodes))
+
+
+def _dequantized(values, detail):
+    """Values of an output tensor, whose codes the file may put out."""
+    scale, zero_point = detail["quantization"]
+    if values.dtype == np.float32:
+        return values
+    return (values.astype(np.float32) - zero_point) * np.float32(scale)
 
 
 def _compare_tensors(rows, nodes, inputs, values, found, own) -> None:

@@ -11,7 +11,9 @@ from tf_lowbit.export import (
     files,
     flatbuffer,
     kernels,
+    micro,
     operators,
+    packing,
     structure,
     tflite,
     thresholds,
@@ -48,8 +50,10 @@ def verify(
     1. Every code, bias, scale, zero point, shape and operator is that of the plan,
        which is made anew from the model.
     2. Operators are of the allowed kinds and versions, and XNNPACK runs all of them;
-       INT4 layers and the conversion of uint8 pixels apart. A file that is so far from
-       the plan that a kernel might end the process is not run.
+       INT4 layers and the conversion of uint8 pixels apart; or TFLite Micro does, with
+       target="tflm". A file that is so far from the plan that a kernel might end the
+       process is not run. Packed weights are decoded for (1), and are what the plan's
+       weights are packed to.
     3. Over all accumulators, no more decisions are wrong than in the plan, which has
        none where one scale and one bias can be right.
     4. In every Add, every pair of int8 codes has the right sum.
@@ -81,6 +85,7 @@ def verify(
     Raises:
         ValueError: if the file is no whole TFLite file of `to_tflite`, or an argument
             is not as above.
+        ImportError: for a file for "tflm" where `tflite-micro` is missing.
         OSError: if it cannot be read.
     """
     content = file if isinstance(file, bytes) else Path(file).read_bytes()
@@ -90,7 +95,11 @@ def verify(
         len(content),
         files.gzip_bytes(content),
     )
-    found, about = _read(content)
+    found, about = _read(content, report)
+    is_micro = Options(**about["options"]).target == "tflm"
+    if is_micro:
+        micro.require_installed()
+        report.runtime = micro.RUNTIME
     snapped, trained = _plan(model, about, trained, report)
     report.notes = [str(note) for note in snapped.notes]
     expected = flatbuffer.unpack(tflite.to_bytes(snapped, about["input_type"]))
@@ -103,9 +112,11 @@ def verify(
     tensors = Tensors(found)
     _check_decisions(snapped, tensors, Tensors(expected), report)
     runs = all(d.is_harmless for d in differences)
+    runs &= _check_packing(content, about, report)
     if runs:
         _check_additions(snapped, tensors, report)
-        runs = _check_delegation(content, snapped, report)
+        check = _check_micro if is_micro else _check_delegation
+        runs = check(content, snapped, report)
     else:
         report.failures.append("the file is not run: it is too far from the plan")
     if data is not None and runs:
@@ -118,14 +129,15 @@ def verify(
             batch,
             report,
             tensor_batches,
+            micro.MicroRunner if is_micro else Runner,
         )
     if verbose:
         print(report)
     return report
 
 
-def _read(content):
-    """The file as schema objects, and what it says of its making."""
+def _read(content, report):
+    """The file, unpacked, as schema objects, and what it says of its making."""
     about = flatbuffer.read_metadata(content)
     try:
         Options(**about["options"])
@@ -141,6 +153,10 @@ def _read(content):
             f"The file's input_type must be one of {tflite.INPUT_TYPES}. "
             f"Received: {about['input_type']!r}"
         )
+    if Options(**about["options"]).storage == "packed":
+        plain = packing.unpack(content)
+        report.widths = packing.widths(content)
+        content = plain
     found = flatbuffer.unpack(content)
     structure.require_consistent(found)
     return found, about
@@ -164,6 +180,29 @@ def _plan(model, about, trained, report):
         )
     (network,) = inspection.networks(model)
     return snap(network, options=options, ranges=about["ranges"]), network
+
+
+def _check_packing(content, about, report) -> bool:
+    """Whether a packed file is what its unpacked form is packed to."""
+    if Options(**about["options"]).storage != "packed":
+        return True
+    again = flatbuffer.unpack(packing.pack(packing.unpack(content)))
+    differences = structure.differences(flatbuffer.unpack(content), again)
+    if differences:
+        paths = ", ".join(d.path for d in differences[:3])
+        report.failures.append(f"the packed file differs from its packing in {paths}")
+    return not differences
+
+
+def _check_micro(content, snapped, report) -> bool:
+    """Whether TFLite Micro takes the file, and the arena that it needs."""
+    del snapped
+    try:
+        report.arena = micro.MicroRunner(content).arena()
+    except RuntimeError as error:
+        report.failures.append(f"the file cannot be run: {error}")
+        return False
+    return True
 
 
 def _check_delegation(content, snapped, report) -> bool:
@@ -318,10 +357,10 @@ def wrong_sums(layer: twin.IntegerAdd, ends, clamp: int, kernel: str) -> int:
         layer: what the sum should be.
         ends: (scale, zero point) of both inputs and of the output.
         clamp: the schema's fused activation.
-        kernel: "xnnpack" or "builtin".
+        kernel: of `kernels`.
     """
     builder = FileBuilder("one addition")
-    shape = (None, 1, 1, 1)
+    shape = (1, 256, 256, 1)
     first, second, output = (
         builder.activation(name, shape, np.int8, end)
         for name, end in zip(("first", "second", "sum"), ends, strict=True)
@@ -336,9 +375,11 @@ def wrong_sums(layer: twin.IntegerAdd, ends, clamp: int, kernel: str) -> int:
     data = builder.finish(
         {"first": first, "second": second}, {"sum": output}, b"{}", "sum"
     )
-    pairs = [p.reshape(-1, 1, 1, 1) for p in np.meshgrid(_INT8, _INT8)]
+    pairs = [p.reshape(shape) for p in np.meshgrid(_INT8, _INT8)]
+    is_micro = kernel == kernels.TFLM
     try:
-        found = Runner(data, kernel)(*pairs)["sum"]
+        runner = micro.MicroRunner(data) if is_micro else Runner(data, kernel)
+        found = runner(*pairs)["sum"]
     except (ValueError, RuntimeError):
         return pairs[0].size
     codes = [p.astype(np.float32) - z for p, (_, z) in zip(pairs, ends, strict=False)]

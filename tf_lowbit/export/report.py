@@ -1,5 +1,6 @@
 """What `verify` found, and how it is shown."""
 
+import collections
 import dataclasses
 import io
 
@@ -87,6 +88,8 @@ class Report:
         comparisons: of each tensor, on data.
         predictions: on data; None without data.
         notes: layers that are not exactly what was trained.
+        arena: bytes of TFLite Micro's arena on this machine; None for other targets.
+        widths: bits of an index, by packed tensor.
     """
 
     file: str
@@ -101,6 +104,8 @@ class Report:
     comparisons: list[Comparison] = dataclasses.field(default_factory=list)
     predictions: Predictions | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
+    arena: int | None = None
+    widths: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -155,6 +160,12 @@ def _table(report) -> rich.table.Table:
     table.add_row("size", f"{report.size:,} bytes, {report.gzip_size:,} gzipped")
     table.add_row("operators", operators)
     table.add_row("not delegated", f"{outside} (run by {report.runtime})")
+    if report.arena is not None:
+        table.add_row("arena", f"{report.arena:,} bytes on this machine")
+    if report.widths:
+        counts = collections.Counter(sorted(report.widths.values()))
+        packed = ", ".join(f"{n} at {bits} bits" for bits, n in counts.items())
+        table.add_row("packed tensors", packed)
     table.add_row(
         "wrong decisions",
         f"{wrong:,} accumulators of all possible ones, in {channels} of {all_channels} "
