@@ -101,7 +101,8 @@ def requantize(kernel: str, accumulators, multipliers, low: int, high: int, away
         multipliers: from `multiplier`, broadcastable.
         low: lowest code.
         high: highest code.
-        away: bool, broadcastable: from `rounds_away`. Only the builtin kernel's; TFLM's always does.
+        away: bool, broadcastable: from `rounds_away`. Only the builtin kernel's: that
+            of TFLM rounds away in all channels.
 
     Returns:
         Int64 array of the broadcast shape.

@@ -9,7 +9,6 @@ import tempfile
 import numpy as np
 
 from tf_lowbit.export import flatbuffer, packing
-from tf_lowbit.export.flatbuffer import schema
 from tf_lowbit.export.linear import ExportError
 
 try:

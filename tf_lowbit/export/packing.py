@@ -11,10 +11,10 @@ the tensor just before the layer that reads it:
   table) and k in the low half, 6 the stride: by how many values the table of the next
   channel is ahead; all others are 0.
 
-This is the format of TFLM's own `compression` package, but for the stride of one table,
-which that package makes its length. Kernels before the axis came in, those in the wheel
-of October 2026 among them, step to the next table for each scale of the tensor, whatever
-the axis says, and read behind the only one; with a stride of 0 they stay where they are.
+This is the format of TFLM's own `compression` package, but for the stride of one
+table, which that package makes its length. Kernels that do not know the axis, those in
+the wheel of 2026-10-23 among them, step to the next table for each scale of the tensor
+and so read behind the only one. With a stride of 0 they stay where they are.
 
 Nothing here uses that package: what is written here is decoded here, and TFLM's
 interpreter decodes it on its own.

@@ -182,7 +182,7 @@ def _shifts(upscale: int) -> np.ndarray:
 def _widths(points, smallest, largest, low, upscale, biases, nominal, names):
     """`w = 1 / M` at which most decisions are right, for given biases."""
     edges = low + np.arange(points.shape[1]) + 0.5
-    # The other kernels round twice if they shift to the right. The first time makes them
+    # Other kernels round twice if they shift to the right. The first time makes them
     # reach a code early, by half a unit of their own, of which 2^-shift make a code.
     early = np.zeros((len(nominal), 1))
     if set(names) != {kernels.XNNPACK}:
