@@ -8,6 +8,7 @@ from tf_lowbit.export.archive import (
 from tf_lowbit.export.archiving import save_archive
 from tf_lowbit.export.convert import Export, read_info, to_tflite
 from tf_lowbit.export.files import gzip_bytes
+from tf_lowbit.export.micro import MicroRunner
 from tf_lowbit.export.proving import verify
 from tf_lowbit.export.report import Report
 from tf_lowbit.export.running import Runner, latencies
@@ -18,6 +19,7 @@ __all__ = [
     "ArchivedLayer",
     "Export",
     "ExportError",
+    "MicroRunner",
     "Note",
     "Report",
     "Runner",

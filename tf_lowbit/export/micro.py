@@ -64,9 +64,9 @@ def require_installed() -> None:
 
 
 class MicroRunner:
-    """Runs a file in TFLite Micro's interpreter, one example after the other.
+    """Runs a file in TFLite Micro's interpreter, by the batch that the file has: 1.
 
-    Like `Runner`, for files with one size of batch, 1.
+    Like `Runner`, which takes the batch's size from its inputs.
 
     Args:
         data: the file's bytes.
@@ -112,12 +112,13 @@ class MicroRunner:
 
         Args:
             *inputs: one array for each of the file's inputs, of its dtype; the first
-                axis is the batch.
+                axis is the batch, a multiple of the file's.
         """
         found: dict[str, list] = {}
-        for example in zip(*inputs, strict=True):
-            for position, values in enumerate(example):
-                values = np.ascontiguousarray(values)[np.newaxis]
+        size = int(self.inputs[0]["shape"][0])
+        for start in range(0, len(inputs[0]), size):
+            for position, values in enumerate(inputs):
+                values = np.ascontiguousarray(values[start : start + size])
                 self._interpreter.set_input(values, position)
             self._interpreter.invoke()
             for position, detail in enumerate(self._inner or self.outputs):
