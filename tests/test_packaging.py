@@ -83,7 +83,7 @@ def test_requirements_have_two_bounds(arguments):
     extras = arguments["extras_require"]
     assert extras.keys() == {
         *("all", "benchmarks", "datasets", "dev", "docs"),
-        *("examples", "litert", "report", "search"),
+        *("examples", "litert", "micro", "report", "search"),
     }
     parts = (extras[name] for name in extras if name != "all")
     assert set(extras["all"]) == set().union(*parts)
