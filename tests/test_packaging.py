@@ -112,8 +112,8 @@ def test_lock_has_one_tensorflow_only(pins):
 
 
 def test_library_imports_only_what_setup_py_declares(arguments):
-    """Extras may be imported by `datasets` alone, LiteRT and TFLM by what runs files, SciPy by
-    the search for bits, and what draws and fills a page by `reporting`.
+    """Extras may be imported by `datasets` alone, the interpreters by what runs files,
+    SciPy by the search for bits, and what draws and fills a page by `reporting`.
     """
     distributions = {
         "ai_edge_litert": "ai-edge-litert",
