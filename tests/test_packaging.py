@@ -83,7 +83,7 @@ def test_requirements_have_two_bounds(arguments):
     extras = arguments["extras_require"]
     assert extras.keys() == {
         *("all", "benchmarks", "datasets", "dev", "docs"),
-        *("examples", "litert", "report", "search"),
+        *("examples", "litert", "micro", "report", "search"),
     }
     parts = (extras[name] for name in extras if name != "all")
     assert set(extras["all"]) == set().union(*parts)
@@ -112,13 +112,14 @@ def test_lock_has_one_tensorflow_only(pins):
 
 
 def test_library_imports_only_what_setup_py_declares(arguments):
-    """Extras may be imported by `datasets` alone, LiteRT by what runs files, SciPy by
-    the search for bits, and what draws and fills a page by `reporting`.
+    """Extras may be imported by `datasets` alone, the interpreters by what runs files,
+    SciPy by the search for bits, and what draws and fills a page by `reporting`.
     """
     distributions = {
         "ai_edge_litert": "ai-edge-litert",
         "absl": "absl-py",
         "sklearn": "scikit-learn",
+        "tflite_micro": "tflite-micro",
         "tensorflow_datasets": "tensorflow-datasets",
         "tensorflow_model_optimization": "tensorflow-model-optimization",
         "tf_keras": "tf-keras",
@@ -128,6 +129,7 @@ def test_library_imports_only_what_setup_py_declares(arguments):
     for path in (ROOT / "tf_lowbit").rglob("*.py"):
         allowed = runtime | (extra if path.parent.name == "datasets" else set())
         allowed |= {"ai-edge-litert"} if path.name == "running.py" else set()
+        allowed |= {"tflite-micro"} if path.name == "micro.py" else set()
         is_report = path.parent.name == "reporting"
         allowed |= {"jinja2", "matplotlib"} if is_report else set()
         allowed |= {"scipy"} if path.parent.name == "bit_allocation" else set()

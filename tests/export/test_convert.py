@@ -190,7 +190,7 @@ def test_silence(model, path, capsys, monkeypatch):
         ({"first_layer": "int4"}, "first_layer must be one of"),
         ({"head": "float32"}, "head must be one of"),
         ({"input_type": "float16"}, "input_type must be one of"),
-        ({"input_type": None}, "input_type must be one of"),
+        ({"input_type": ""}, "input_type must be one of"),
     ],
     ids=str,
 )

@@ -10,6 +10,7 @@ from tf_lowbit.export.convert import Export, read_info, to_tflite
 from tf_lowbit.export.files import gzip_bytes
 from tf_lowbit.export.forms import Check, check
 from tf_lowbit.export.linear import Problem
+from tf_lowbit.export.micro import MicroRunner
 from tf_lowbit.export.proving import verify
 from tf_lowbit.export.report import Report
 from tf_lowbit.export.running import Runner, latencies
@@ -21,6 +22,7 @@ __all__ = [
     "Check",
     "Export",
     "ExportError",
+    "MicroRunner",
     "Note",
     "Problem",
     "Report",

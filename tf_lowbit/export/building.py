@@ -346,7 +346,7 @@ class Builder:
         return value.name
 
     def _storage(self, value, linear, most) -> str:
-        if self.options.storage == "int8" or linear.kind == twin.SCALE:
+        if self.options.storage != "int4" or linear.kind == twin.SCALE:
             return "int8"
         if linear.weights is None:
             return "int8"

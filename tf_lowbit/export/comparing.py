@@ -24,6 +24,7 @@ def compare_on_data(
     batches,
     report: Report,
     tensor_batches: int | None = None,
+    runner=Runner,
 ) -> None:
     """Runs a file, its twin and the trained model side by side.
 
@@ -35,6 +36,7 @@ def compare_on_data(
         batches: iterable of batches.
         report: gets comparisons, agreements, predictions or values, and failures.
         tensor_batches: on how many batches every tensor is compared; None for all.
+        runner: `Runner`, or `MicroRunner` for TFLite Micro.
     """
     model = snapped.twin
     nodes = list(graph.calls(model))
@@ -46,7 +48,7 @@ def compare_on_data(
     if trained is not None:
         networks["trained"] = trained
         agreements = Agreements(snapped, trained)
-    everything, plain = Runner(content, intermediates=True), Runner(content)
+    everything, plain = runner(content, intermediates=True), runner(content)
     rows = [Comparison(node.layer.name, grid_of(node) is not None) for node in nodes]
     result = None
     for count, batch in enumerate(batches):
@@ -63,7 +65,8 @@ def compare_on_data(
                 arrays = [tensor.numpy() for tensor in own]
                 by_name = dict(zip(names, arrays, strict=True))
                 agreements.add(argument, values, by_name)
-        scores = {"file": plain(*fed)[plain.outputs[0]["name"]]}
+        first = plain.outputs[0]["name"]
+        scores = {"file": _dequantized(plain(*fed)[first], plain.outputs[0])}
         for name, network in networks.items():
             found = tf.nest.flatten(network(argument, training=False))[0]
             scores[name] = found.numpy().astype(np.float32)
@@ -92,6 +95,14 @@ def _output_names(snapped, trained) -> list[str]:
         return trained.output_names
     of_twin = {name: own for own, name in snapped.tensors.items()}
     return [of_twin.get(name, name) for name in snapped.twin.output_names]
+
+
+def _dequantized(values, detail):
+    """Values of an output tensor, whose codes the file may put out."""
+    scale, zero_point = detail["quantization"]
+    if values.dtype == np.float32:
+        return values
+    return (values.astype(np.float32) - zero_point) * np.float32(scale)
 
 
 def _compare_tensors(rows, nodes, inputs, values, found, own) -> None:

@@ -10,7 +10,7 @@ import rich.progress
 
 from tf_lowbit import batch_norm
 from tf_lowbit.compat import keras
-from tf_lowbit.export import checks, files, tflite, twin
+from tf_lowbit.export import checks, files, micro, packing, tflite, twin
 from tf_lowbit.export.flatbuffer import read_metadata
 from tf_lowbit.export.options import Options
 from tf_lowbit.export.snapping import Note, Snapped, snap
@@ -59,8 +59,8 @@ def to_tflite(
     target: str = "xnnpack",
     storage: str = "int8",
     first_layer: str = "int8",
-    head: str = "float",
-    input_type: str = "float32",
+    head: str | None = None,
+    input_type: str | None = None,
     batches: int = 8,
     info: dict | None = None,
     verbose: int = 1,
@@ -86,11 +86,16 @@ def to_tflite(
             `QuantizationWarning` says so (`tf_lowbit.batch_norm.lag`).
         target: "xnnpack": right under XNNPACK, to which TFLite delegates; "portable":
             right under XNNPACK and TFLite's builtin kernels on x86, wherever both can
-            be. Other kernels were not checked.
-        storage: "int8", or "int4": half the bytes, four times as slow on a CPU.
+            be; "tflm": right under TFLite Micro's reference kernels, with int8 inputs
+            and outputs. Other kernels were not checked. A softmax or the like at the
+            end stays float.
+        storage: "int8"; "int4": half the bytes, four times as slow on a CPU; or
+            "packed", for "tflm": weights take their 1 to 7 bits and a table of values.
         first_layer: "int8" or "float": a first layer that was trained in float.
-        head: "float" or "int8": the last layer. Int8 logits tie now and then.
+        head: "float" or "int8": the last layer. Int8 logits tie now and then. None for
+            "float", or "int8" for "tflm".
         input_type: "float32"; or "int8", "uint8": the file takes the input's codes.
+            None for "float32", or "int8" for "tflm".
         batches: how many batches of `data` to measure on.
         info: JSON-ready facts to be kept in the file, such as how its input is
             normalised; `read_info` gives them back.
@@ -102,10 +107,15 @@ def to_tflite(
     Raises:
         ValueError: for a model that is not quantized, options that there are not, or
             missing `data`.
-        ExportError: (a ValueError) naming a layer that has no form in a file, weights
-            or ranges that are not ready.
+        ExportError: (a ValueError) naming a layer that has no form in a file or for
+            the target, weights or ranges that are not ready.
         OSError: if the file cannot be written. No half file is left.
     """
+    is_micro = target == "tflm"
+    if head is None:
+        head = "int8" if is_micro else "float"
+    if input_type is None:
+        input_type = "int8" if is_micro else "float32"
     options = Options(target, storage, first_layer, head)
     tflite.check_input_type(input_type)
     _check_path(path)
@@ -130,6 +140,10 @@ def to_tflite(
                 model, data, options=options, batches=batches, progress=progress
             )
     content = tflite.to_bytes(snapped, input_type, info)
+    if is_micro:
+        micro.require_runnable(content)
+    if storage == "packed":
+        content = packing.pack(content)
     written = files.replace_file(path, content)
     return Export(written, snapped, len(content))
 

@@ -1,6 +1,6 @@
 """How TFLite's kernels turn an int32 accumulator into a code.
 
-Two of them, found by running every accumulator of small layers through the real ones
+Three of them, found by running every accumulator of small layers through the real ones
 (a test does so again):
 
 - "xnnpack": `rint(float32(acc) * M)` with the float32 `M = (s_in * s_w) / s_out`, half
@@ -9,8 +9,10 @@ Two of them, found by running every accumulator of small layers through the real
   shift; `round(acc * q / 2^31)`, then a rounding shift, both half up. A depthwise
   convolution handles 8 channels at a time, and rounds the ties of the second one away
   from zero in those that are left over (`rounds_away`).
+- "tflm": TFLite Micro's reference kernels. As "builtin", with the ties of the second
+  rounding away from zero in all channels of all operators.
 
-The zero point is added behind the rounding in both, so that codes here have none.
+The zero point is added behind the rounding in all, so that codes here have none.
 """
 
 import numpy as np
@@ -19,6 +21,8 @@ from tf_lowbit.compat import tf
 
 XNNPACK = "xnnpack"
 BUILTIN = "builtin"
+TFLM = "tflm"
+# Those of TFLite's interpreter.
 KERNELS = (XNNPACK, BUILTIN)
 INT32_MAX = 2**31 - 1
 
@@ -27,7 +31,7 @@ def multiplier(kernel: str, input_scale, weight_scales, output_scale):
     """`M`, as the kernel computes it from the file's float32 scales.
 
     Args:
-        kernel: one of `KERNELS`.
+        kernel: one of the above.
         input_scale: float32 scalar.
         weight_scales: float32, one for each channel.
         output_scale: float32 scalar.
@@ -77,7 +81,7 @@ def largest_accumulator(kernel: str, multipliers) -> np.ndarray:
     """The largest magnitude that a kernel computes right: the builtin one shifts left.
 
     Args:
-        kernel: one of `KERNELS`.
+        kernel: one of the above.
         multipliers: from `multiplier`.
 
     Returns:
@@ -92,12 +96,13 @@ def requantize(kernel: str, accumulators, multipliers, low: int, high: int, away
     """Codes of accumulators: what the kernel computes, in NumPy.
 
     Args:
-        kernel: one of `KERNELS`.
+        kernel: one of the above.
         accumulators: int64 array within `largest_accumulator`, bias included.
         multipliers: from `multiplier`, broadcastable.
         low: lowest code.
         high: highest code.
-        away: bool, broadcastable: from `rounds_away`. Only the builtin kernel's.
+        away: bool, broadcastable: from `rounds_away`. Only the builtin kernel's: that
+            of TFLM rounds away in all channels.
 
     Returns:
         Int64 array of the broadcast shape.
@@ -110,7 +115,7 @@ def requantize(kernel: str, accumulators, multipliers, low: int, high: int, away
     high_part = ((np.asarray(accumulators) << left) * q + (1 << 30)) >> 31
     half = np.where(right > 0, 1 << np.maximum(right - 1, 0), 0)
     # One less than half: ties of negative numbers go down.
-    half = half - (away & (high_part < 0) & (right > 0))
+    half = half - ((away | (kernel == TFLM)) & (high_part < 0) & (right > 0))
     return np.clip((high_part + half) >> right, low, high)
 
 
@@ -118,7 +123,7 @@ def stored(kernel: str, multipliers) -> np.ndarray:
     """What `requantize_tensor` wants of multipliers.
 
     Args:
-        kernel: one of `KERNELS`.
+        kernel: one of the above.
         multipliers: from `multiplier`, one for each channel.
 
     Returns:
@@ -135,7 +140,7 @@ def requantize_tensor(
     """`requantize` in TensorFlow.
 
     Args:
-        kernel: one of `KERNELS`.
+        kernel: one of the above.
         accumulators: float tensor of integers within int32, exact in its dtype.
         multipliers: tensor of what `stored` gives.
         low: lowest code.
@@ -156,7 +161,7 @@ def requantize_tensor(
     )
     product = tf.cast(accumulators, tf.int64) * (tf.bitwise.left_shift(one, left) * q)
     high_part = tf.bitwise.right_shift(product + (1 << 30), 31 * one)
-    is_down = away & (high_part < 0) & (right > 0)
+    is_down = (away | (kernel == TFLM)) & (high_part < 0) & (right > 0)
     half -= tf.cast(is_down, tf.int64)
     codes = tf.bitwise.right_shift(high_part + half, right)
     return tf.cast(tf.clip_by_value(codes, low, high), tf.float32)

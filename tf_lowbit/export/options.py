@@ -8,8 +8,9 @@ TARGETS = {
     # The kernels that a layer's decisions must be right under.
     "xnnpack": (kernels.XNNPACK,),
     "portable": (kernels.XNNPACK, kernels.BUILTIN),
+    "tflm": (kernels.TFLM,),
 }
-STORAGES = ("int8", "int4")
+STORAGES = ("int8", "int4", "packed")
 PRECISIONS = ("int8", "float")
 
 
@@ -19,8 +20,10 @@ class Options:
 
     Attributes:
         target: "xnnpack", what TFLite delegates int8 layers to; or "portable":
-            decisions are to be right under TFLite's builtin kernels as well.
-        storage: "int8", or "int4" for the low-bit weights that fit.
+            decisions are to be right under TFLite's builtin kernels as well; or "tflm",
+            TFLite Micro: right under its reference kernels, int8 from end to end.
+        storage: "int8"; "int4" for the low-bit weights that fit, not for "tflm"; or
+            "packed", for "tflm" alone: indices of 1 to 7 bits into tables.
         first_layer: what becomes of a first layer that was trained in float: "int8", or
             "float".
         head: what becomes of a last layer behind global pooling: "float", or "int8".
@@ -45,6 +48,24 @@ class Options:
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"{name} must be one of {choices}. "
+                    f"Received: {name}={getattr(self, name)!r}"
+                )
+        if self.target != "tflm":
+            if self.storage == "packed":
+                raise ValueError(
+                    "storage='packed' needs target='tflm': only TFLite Micro decodes "
+                    f"it. Received: target={self.target!r}"
+                )
+            return
+        if self.storage == "int4":
+            raise ValueError(
+                "target='tflm' takes storage='int8' or 'packed', which holds 4 bits as "
+                "well. Received: storage='int4'"
+            )
+        for name in ("first_layer", "head"):
+            if getattr(self, name) != "int8":
+                raise ValueError(
+                    f"target='tflm' computes in int8: {name} must be 'int8'. "
                     f"Received: {name}={getattr(self, name)!r}"
                 )
 

@@ -11,7 +11,9 @@ from tf_lowbit.export import (
     checks,
     flatbuffer,
     kernels,
+    micro,
     operators,
+    packing,
     structure,
     tflite,
     thresholds,
@@ -51,7 +53,9 @@ def verify(
        which is made anew from the model; so are the file's bytes. A file that differs
        in any of them has failed, and is not run: kernels end the process on some.
     2. Operators are of the allowed kinds and versions, and XNNPACK runs all of them;
-       INT4 layers and the conversion of uint8 pixels apart.
+       INT4 layers and the conversion of uint8 pixels apart; or TFLite Micro does, with
+       target="tflm". Packed weights are decoded for (1), and are what the plan's
+       weights are packed to.
     3. Over all accumulators, no more are off by one than in the plan: accumulator
        values whose output comes out one level off.
     4. In every Add, every pair of int8 codes has the right sum.
@@ -98,6 +102,7 @@ def verify(
     Raises:
         ValueError: if the file is no whole TFLite file of `to_tflite`, or an argument
             is not as above.
+        ImportError: for a file for "tflm" where `tflite-micro` is missing.
         OSError: if it cannot be read.
     """
     _check_count("batches", batches)
@@ -112,7 +117,11 @@ def verify(
         float(tolerance),
         float(agreement),
     )
-    found, about = _read(content)
+    found, about = _read(content, report)
+    is_micro = Options(**about["options"]).target == "tflm"
+    if is_micro:
+        micro.require_installed()
+        report.runtime = micro.RUNTIME
     snapped, trained = _plan(model, about, trained, report)
     report.notes = [str(note) for note in snapped.notes]
     report.is_tuned = snapped.is_tuned
@@ -123,7 +132,7 @@ def verify(
     if differences and not report.failures:
         paths = ", ".join(d.path for d in differences[:3])
         report.failures.append(f"the file differs from the plan in {paths}")
-    if not differences and flatbuffer.pack(_described(expected, found)) != content:
+    if not differences and _written(expected, found, about) != content:
         report.failures.append(
             "the file's bytes are not laid out as to_tflite writes them: there may be "
             "contents that its schema does not know"
@@ -133,7 +142,8 @@ def verify(
     _check_decisions(snapped, tensors, Tensors(expected), report)
     if is_planned:
         _check_additions(snapped, tensors, report)
-        runs = _check_delegation(content, snapped, report)
+        check = _check_micro if is_micro else _check_delegation
+        runs = check(content, snapped, report)
         if data is not None and runs:
             batch = itertools.islice(batches_of(data), batches)
             compare_on_data(
@@ -144,6 +154,7 @@ def verify(
                 batch,
                 report,
                 tensor_batches,
+                micro.MicroRunner if is_micro else Runner,
             )
     else:
         report.failures.append("the file is not run: it is not the plan's")
@@ -169,6 +180,13 @@ def _check_share(name, value) -> None:
         )
 
 
+def _written(expected, found, about) -> bytes:
+    """The bytes of the plan, as `to_tflite` writes them."""
+    content = flatbuffer.pack(_described(expected, found))
+    is_packed = Options(**about["options"]).storage == "packed"
+    return packing.pack(content) if is_packed else content
+
+
 def _described(expected, found):
     """The plan under the file's description and metadata, which may say anything."""
     made = copy.copy(expected)
@@ -180,8 +198,8 @@ def _described(expected, found):
     return made
 
 
-def _read(content):
-    """The file as schema objects, and what it says of its making."""
+def _read(content, report):
+    """The file, unpacked, as schema objects, and what it says of its making."""
     about = flatbuffer.read_metadata(content)
     try:
         Options(**about["options"])
@@ -197,6 +215,10 @@ def _read(content):
             f"The file's input_type must be one of {tflite.INPUT_TYPES}. "
             f"Received: {about['input_type']!r}"
         )
+    if Options(**about["options"]).storage == "packed":
+        plain = packing.unpack(content)
+        report.widths = packing.widths(content)
+        content = plain
     found = flatbuffer.unpack(content)
     structure.require_consistent(found)
     return found, about
@@ -220,6 +242,17 @@ def _plan(model, about, trained, report):
         )
     network = checks.single_network(model)
     return snap(network, options=options, ranges=about["ranges"]), network
+
+
+def _check_micro(content, snapped, report) -> bool:
+    """Whether TFLite Micro takes the file, and the arena that it needs."""
+    del snapped
+    try:
+        report.arena = micro.MicroRunner(content).arena()
+    except RuntimeError as error:
+        report.failures.append(f"the file cannot be run: {error}")
+        return False
+    return True
 
 
 def _check_delegation(content, snapped, report) -> bool:
@@ -373,10 +406,10 @@ def wrong_sums(layer: twin.IntegerAdd, ends, clamp: int, kernel: str) -> int:
         layer: what the sum should be.
         ends: (scale, zero point) of both inputs and of the output.
         clamp: the schema's fused activation.
-        kernel: "xnnpack" or "builtin".
+        kernel: of `kernels`.
     """
     builder = FileBuilder("one addition")
-    shape = (None, 1, 1, 1)
+    shape = (1, 256, 256, 1)
     first, second, output = (
         builder.activation(name, shape, np.int8, end)
         for name, end in zip(("first", "second", "sum"), ends, strict=True)
@@ -391,9 +424,11 @@ def wrong_sums(layer: twin.IntegerAdd, ends, clamp: int, kernel: str) -> int:
     data = builder.finish(
         {"first": first, "second": second}, {"sum": output}, b"{}", "sum"
     )
-    pairs = [p.reshape(-1, 1, 1, 1) for p in np.meshgrid(_INT8, _INT8)]
+    pairs = [p.reshape(shape) for p in np.meshgrid(_INT8, _INT8)]
+    is_micro = kernel == kernels.TFLM
     try:
-        found = Runner(data, kernel)(*pairs)["sum"]
+        runner = micro.MicroRunner(data) if is_micro else Runner(data, kernel)
+        found = runner(*pairs)["sum"]
     except (ValueError, RuntimeError):
         return pairs[0].size
     codes = [p.astype(np.float32) - z for p, (_, z) in zip(pairs, ends, strict=False)]

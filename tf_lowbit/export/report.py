@@ -200,6 +200,8 @@ class Report:
         predictions: on data; None without data, or where outputs are no classes.
         values: on data, where outputs are no classes.
         notes: layers that are not exactly what was trained.
+        arena: bytes of TFLite Micro's arena on this machine; None for other targets.
+        widths: bits of an index, by packed tensor.
     """
 
     file: str
@@ -218,6 +220,8 @@ class Report:
     predictions: Predictions | None = None
     values: Values | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
+    arena: int | None = None
+    widths: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def ok(self) -> bool:

@@ -1,5 +1,6 @@
 """A verification report in words."""
 
+import collections
 import io
 
 import rich.console
@@ -54,6 +55,12 @@ def _table(report) -> rich.table.Table:
     table.add_row("size", f"{report.size:,} bytes")
     table.add_row("operators", operators)
     table.add_row("not delegated", f"{outside} (run by {report.runtime})")
+    if report.arena is not None:
+        table.add_row("arena", f"{report.arena:,} bytes on this machine")
+    if report.widths:
+        counts = collections.Counter(sorted(report.widths.values()))
+        packed = ", ".join(f"{n} at {bits} bits" for bits, n in counts.items())
+        table.add_row("packed tensors", packed)
     _add_decisions(table, report)
     if report.additions:
         table.add_row(

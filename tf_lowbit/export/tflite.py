@@ -52,9 +52,16 @@ def to_bytes(
 
     Raises:
         ExportError: if the input is not quantized and `input_type` is not float32.
+        ValueError: if the target is "tflm" and `input_type` is not int8.
     """
     check_input_type(input_type)
-    writer = _Writer(snapped.twin, input_type)
+    is_micro = snapped.options.target == "tflm"
+    if is_micro and input_type != "int8":
+        raise ValueError(
+            "target='tflm' takes int8 codes: input_type must be 'int8'. "
+            f"Received: input_type={input_type!r}"
+        )
+    writer = _Writer(snapped.twin, input_type, is_micro)
     about = json.dumps(metadata(snapped, input_type, info), sort_keys=True)
     return writer.run(about.encode())
 
@@ -71,10 +78,11 @@ def check_input_type(input_type) -> None:
 class _Writer(FloatWriter):
     """One walk over one twin. A tensor is (index in the file, its grid or None)."""
 
-    def __init__(self, model, input_type):
+    def __init__(self, model, input_type, puts_out_codes=False):
         super().__init__()
         self.model = model
         self.input_type = input_type
+        self.puts_out_codes = puts_out_codes
         self._tensors: dict[int, tuple[int, Grid | None]] = {}
         self._inputs: dict[str, int] = {}
 
@@ -170,6 +178,8 @@ class _Writer(FloatWriter):
         shape = node.output_shapes
         # The layer's name is that of what it puts out.
         is_scaled = layer.factor is not None
+        if self.puts_out_codes and not is_scaled and self._is_end(node):
+            return index, grid
         name = f"{layer.name}/dequantized" if is_scaled else layer.name
         result = self.file.activation(name, shape, np.float32)
         self.operator(
@@ -182,6 +192,12 @@ class _Writer(FloatWriter):
             self.operator("MUL", [result, factor], [scaled], schema.MulOptionsT())
             result = scaled
         return result, None
+
+    def _is_end(self, node) -> bool:
+        """Whether a node's output is the model's, and nothing else reads it."""
+        (output,) = graph.outputs_of(node)
+        inputs = [t for reader in graph.calls(self.model) for t in reader.keras_inputs]
+        return all(t is not output for t in inputs)
 
     def _integer_linear(self, layer, sources, node):
         ((index, input_grid),) = sources

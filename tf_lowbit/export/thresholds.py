@@ -182,10 +182,10 @@ def _shifts(upscale: int) -> np.ndarray:
 def _widths(points, smallest, largest, low, upscale, biases, nominal, names):
     """`w = 1 / M` at which most decisions are right, for given biases."""
     edges = low + np.arange(points.shape[1]) + 0.5
-    # The builtin kernel rounds twice if it shifts to the right. The first time makes it
-    # reach a code early, by half a unit of its own, of which 2^-shift make a code.
+    # Other kernels round twice if they shift to the right. The first time makes them
+    # reach a code early, by half a unit of their own, of which 2^-shift make a code.
     early = np.zeros((len(nominal), 1))
-    if kernels.BUILTIN in names:
+    if set(names) != {kernels.XNNPACK}:
         mantissa, shift = np.frexp(1 / nominal)
         early[:, 0] = np.where(shift < 0, 0.5 / mantissa, 0.0)
     late = 0.0 if kernels.XNNPACK in names else early
@@ -277,7 +277,7 @@ def reached_by(
     """The decision points that a kernel has, by bisection over all accumulators.
 
     Args:
-        kernel: one of `kernels.KERNELS`.
+        kernel: one of `kernels`.
         multipliers: from `kernels.multiplier`.
         biases: int, one for each channel.
         upscale: u.
