@@ -20,6 +20,11 @@ def sigmoid(z):
     return 1 / (1 + np.exp(-z))
 
 
+def named(value):
+    """An id that every process gives alike."""
+    return value if isinstance(value, str) else type(value).__name__
+
+
 def net(units, end=None, seed=0):
     """Two hidden layers and a head; `end` is its activation, or a function behind."""
     is_activation = end is None or isinstance(end, str)
@@ -159,6 +164,7 @@ BINARY_FROM_LOGITS = functools.partial(losses.binary_crossentropy, from_logits=T
         (own_loss, 3, True, SIGMOIDS),
     ],
     ids=str,
+    ids=named,
 )
 def test_the_loss_and_the_shape_say_what_is_put_out(
     loss, units, have_sigmoid, expected
@@ -170,7 +176,9 @@ def test_the_loss_and_the_shape_say_what_is_put_out(
         assert found == expected
 
 
-@pytest.mark.parametrize("loss", ["mse", "mae", losses.Huber(), losses.LogCosh()])
+@pytest.mark.parametrize(
+    "loss", ["mse", "mae", losses.Huber(), losses.LogCosh()], ids=named
+)
 def test_a_number_has_no_posterior(loss):
     options = {"have_sigmoid": False}
     with pytest.raises(ValueError, match=r'target="logits".*Received: the loss'):
@@ -193,6 +201,7 @@ def test_one_class_has_no_posterior():
         (losses.BinaryCrossentropy(True), "sigmoid", r"from_logits=False\. Received"),
     ],
     ids=str,
+    ids=named,
 )
 def test_a_loss_that_reads_other_outputs_is_refused(loss, end, message):
     trainer = tfl.LowBitTrainer(tfl.quantize(net(3, end), W2A2), net(3, end, 1))

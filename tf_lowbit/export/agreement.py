@@ -27,7 +27,7 @@ _FLOAT_ERROR_EXPLAINED = 0.05
 # A sum's step may be moved to a ratio of its terms', which clips its ends: beyond them
 # by this part of the levels a value counts as clipped.
 _OVER = 16
-# Of 8 bits over a measured range, the share of levels that data must use.
+# Of 8 bits over a measured range, the share of levels that data must reach.
 _USED = 1 / 8
 # How far from a code a value of the trained network is still that code's.
 _ON_GRID = 1e-3
@@ -225,10 +225,11 @@ def _problem(row) -> str | None:
             "has for them: export again with representative data"
         )
     low, high = row.span
-    used = max(high - low, 0.0) / (row.levels - 1)
+    # From zero on: an honest range may hold little but one number.
+    used = max(high, -low, 0.0) / (row.levels - 1)
     if row.is_measured and 0.0 < used < _USED:
         return (
-            f"the data use {used:.1%} of its levels: its range in the file is too "
+            f"the data reach {used:.1%} of its levels: its range in the file is too "
             "wide; export again with representative data"
         )
     return None
