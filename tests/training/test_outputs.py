@@ -163,7 +163,6 @@ BINARY_FROM_LOGITS = functools.partial(losses.binary_crossentropy, from_logits=T
         (losses.BinaryCrossentropy(), 1, True, SIGMOIDS),
         (own_loss, 3, True, SIGMOIDS),
     ],
-    ids=str,
     ids=named,
 )
 def test_the_loss_and_the_shape_say_what_is_put_out(
@@ -200,7 +199,6 @@ def test_one_class_has_no_posterior():
         ("sparse_categorical_crossentropy", None, r"from_logits=True\. Received"),
         (losses.BinaryCrossentropy(True), "sigmoid", r"from_logits=False\. Received"),
     ],
-    ids=str,
     ids=named,
 )
 def test_a_loss_that_reads_other_outputs_is_refused(loss, end, message):
