@@ -24,6 +24,7 @@ README = FOLDER / "README.md"
 FRONT = FOLDER.parent / "README.md"
 SUPPORTED = FOLDER.parent / "docs" / "supported_models.md"
 CHOOSING = FOLDER.parent / "docs" / "how_to" / "choosing.md"
+MICRO = FOLDER.parent / "docs" / "how_to" / "microcontroller.md"
 
 
 def texts(results: Path = RESULTS) -> dict[Path, dict[str, str]]:
@@ -39,6 +40,7 @@ def texts(results: Path = RESULTS) -> dict[Path, dict[str, str]]:
         FRONT: short,
         CHOOSING: short,
         SUPPORTED: {"applications": applications},
+        MICRO: {"tiny": deployment_report.tiny_table(results / "tiny.json")},
     }
 
 

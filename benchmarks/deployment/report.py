@@ -65,3 +65,20 @@ def _machine(result) -> str:
     """What of a machine int8 depends on."""
     has_int8 = any("vnni" in each for each in result["machine"]["instructions"])
     return "with VNNI" if has_int8 else "without"
+
+
+def tiny_table(path: Path) -> str:
+    """Flash and arena of MLPerf Tiny's networks in TFLite Micro."""
+    networks = json.loads(path.read_text())["networks"]
+    lines = [
+        [
+            f"{name}, {bits}",
+            f"{row['float_weight_bytes']:,}",
+            *(f"{row['bytes'][storage]:,}" for storage in ("int8", "packed")),
+            *(f"{row['arena'][storage]:,}" for storage in ("int8", "packed")),
+        ]
+        for name, rows in networks.items()
+        for bits, row in rows.items()
+    ]
+    headers = ["network", "float weights, bytes", "file, int8", "file, packed"]
+    return table([*headers, "arena, int8", "arena, packed"], lines)

@@ -135,15 +135,15 @@ def part_of_the_image(monkeypatch):
     monkeypatch.setattr(pools, "global_pool", faulty)
 
 
-def no_epsilon(monkeypatch):
-    """The normalisation's variance is taken for its deviation."""
+def no_offset(monkeypatch):
+    """The normalisation's mean and beta are left out."""
     scale = elementwise.scale
 
     def faulty(node):
         found = scale(node)
         if found is None or not isinstance(node.layer, layers.BatchNormalization):
             return found
-        return found[0] ** 2, found[1]
+        return found[0], 0.0 * found[1]
 
     monkeypatch.setattr(elementwise, "scale", faulty)
 
@@ -156,7 +156,7 @@ FAULTS = {
     "conv1d": (conv_1d, lambda m: off_by_one_code(m, TARGET)),
     "scale": (norm, lambda m: off_by_one_code(m, TARGET)),
     "average pool": (average, lambda m: off_by_one_code(m, {"pooled"})),
-    "batch norm": (conv, no_epsilon),
+    "batch norm": (conv, no_offset),
     "add": (residual, ratio_of_another_term),
     "concatenate": (joined, terms_swapped),
     "multiply": (gated, sum_for_product),
