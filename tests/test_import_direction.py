@@ -20,8 +20,9 @@ LAYERS = (
     {"scheme"},
     {"inspection", "keras3", "saving", "separable"},
     {"observation", "predictions"},
-    {"api", "batch_norm", "tensor_statistics"},
-    {"calibration"},
+    {"batch_norm", "tensor_statistics"},
+    {"quantized_network"},
+    {"api", "calibration"},
     {"callbacks", "training", "export", "reporting", "requantization"},
     {"bit_allocation"},
 )

@@ -6,7 +6,8 @@ import numpy as np
 
 from tf_lowbit import inspection, keras3
 from tf_lowbit.compat import deep_graphs, keras, tf, tfmot
-from tf_lowbit.scheme import graph, output_names, registry
+from tf_lowbit.quantized_network import QuantizedNetwork
+from tf_lowbit.scheme import graph, registry
 from tf_lowbit.scheme.layout import report_problems
 from tf_lowbit.scheme.scheme import LowBitScheme
 from tf_lowbit.scheme.wrapper import LowBitWrapper
@@ -68,7 +69,9 @@ def quantize(
             gives shortcuts the bits of the rules.
 
     Returns:
-        A new Functional model, not compiled.
+        A new Functional model, not compiled. Its `fit` and `evaluate` are Keras's, and
+        warn of ranges that wait for `calibrate` and, when `fit` ends, of moving
+        statistics of batch normalisation that lag.
 
     Raises:
         ValueError: if the model, or one among its layers, is subclassed; if it is not
@@ -93,7 +96,7 @@ def quantize(
     quantized = graph.clone(applied, lambda layer: _own_wrapper(layer, policies))
     inspection.initialize_weight_ranges(quantized)
     take_flags(model, quantized)
-    return output_names.kept(model, quantized)
+    return QuantizedNetwork.of(quantized, model.output_names)
 
 
 def take_flags(source: keras.Model, target: keras.Model) -> None:

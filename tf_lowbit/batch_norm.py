@@ -180,13 +180,11 @@ def lag(model, dataset, batches: int = 8) -> dict[str, float]:
         ValueError: as `recalibrate_batch_norm` says.
     """
     validate_batches(batches)
-    networks = inspection.networks(model)
-    names = getattr(model, "student_names", [""])
+    networks = _named_networks(model)
     if len(networks) > 1:  # Each reads the same batches.
         dataset = list(itertools.islice(batches_of(dataset), batches))
     found = {}
-    for name, network in zip(names, networks, strict=True):
-        front = f"{name}/" if len(networks) > 1 else ""
+    for front, network in networks.items():
         before = {id(layer): statistics_of(layer) for layer in norms_of(network)}
         with restored(network.non_trainable_variables):
             for layer in _average_batch_norm(network, dataset, batches):
@@ -232,9 +230,57 @@ def lag_message(late: dict[str, float], where: str) -> str:
         "network, or it evaluates worse than it trains: call "
         "tf_lowbit.recalibrate_batch_norm(model, data), train with "
         "tf_lowbit.callbacks.BatchNormReestimation, or give the layers a lower "
-        f"momentum. Received: {len(late)} layers that lag {where}, in standard "
-        f"deviations: {received}"
+        f"momentum, such as 0.9. Received: {len(late)} layers that lag {where}, in "
+        f"standard deviations: {received}"
     )
+
+
+def named_norms(model) -> dict:
+    """The layers that use the batch's own statistics in training, by name.
+
+    Args:
+        model: a network; or a `LowBitTrainer`, whose several students' names stand in
+            front, with a slash.
+    """
+    return {
+        front + layer.name: layer
+        for front, network in _named_networks(model).items()
+        for layer in batch_normalized(network)
+    }
+
+
+def _named_networks(model) -> dict:
+    """The networks, by what stands in front of their layers' names."""
+    networks = inspection.networks(model)
+    if len(networks) == 1:
+        return {"": networks[0]}
+    fronts = [f"{name}/" for name in model.student_names]
+    return dict(zip(fronts, networks, strict=True))
+
+
+def estimated_lag(layer, start, end, steps: int) -> float:
+    """The lag of one layer, by how far training still moves its averages (ours).
+
+    An average M that follows a batch statistic B with momentum m leaves `m^k` of the
+    gap after k steps. So `B - M_end = m^k / (1 - m^k) * (M_end - M_start)`, as far as
+    B did not change within these steps.
+
+    Args:
+        layer: the layer, called once in each step.
+        start: its (mean, variance) ahead of the steps.
+        end: likewise, after them.
+        steps: how many, at least 1.
+
+    Returns:
+        The lag as `lag` defines it, at the end; 0 for a momentum of 1.
+    """
+    left = float(layer.momentum) ** steps
+    if left >= 1.0:
+        return 0.0  # The averages are meant to stay as they are.
+    measured = [
+        m + left / (1.0 - left) * (m - s) for s, m in zip(start, end, strict=True)
+    ]
+    return distance_between(end, measured, layer.epsilon)
 
 
 def norms_of(network) -> list:

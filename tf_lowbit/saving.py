@@ -14,7 +14,6 @@ from tf_lowbit.compat import (
     unpacked_archives,
 )
 from tf_lowbit.core.files import require_plausible_zip
-from tf_lowbit.scheme.output_names import NamedOutputs
 from tf_lowbit.scheme.wrapper import LowBitWrapper
 
 # Keras saves these two layers of its ConvNeXt, and cannot load what it saved: they are
@@ -53,7 +52,7 @@ def load_model(path, **arguments) -> keras.Model:
             unpack to far more than a file of its size should hold.
     """
     # A network within another one is read without its package's name in HDF5.
-    own = {kind.__name__: kind for kind in (LowBitWrapper, NamedOutputs)}
+    own = {LowBitWrapper.__name__: LowBitWrapper}
     if zipfile.is_zipfile(path):
         require_plausible_zip(path)
     with (

@@ -20,7 +20,7 @@ def float_net():
         [
             layers.Conv2D(4, 3, activation="relu", input_shape=(6, 6, 1), name="first"),
             layers.Conv2D(6, 3, use_bias=False, name="middle"),
-            layers.BatchNormalization(),
+            layers.BatchNormalization(momentum=0.5),  # Follows in a few steps.
             layers.ReLU(name="relu"),
             layers.Conv2D(6, 1, name="late"),
             layers.Flatten(),

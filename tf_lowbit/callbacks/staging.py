@@ -10,11 +10,16 @@ from tf_lowbit.core.counters import counter
 from tf_lowbit.core.stages import FLOAT_BITS, Stage, stage_at
 from tf_lowbit.core.state import unchanged_on_error
 from tf_lowbit.observation import require_rereadable
+from tf_lowbit.quantized_network import warn_of_open_ranges
 from tf_lowbit.quantizers import WEIGHT
 from tf_lowbit.scheme.layout import QuantizationWarning
 
 # Batches that the ranges of a stage are measured on, as many as in `calibrate`.
 _BATCHES = 8
+_RATE_CALLBACKS = (
+    keras.callbacks.LearningRateScheduler,
+    keras.callbacks.ReduceLROnPlateau,
+)
 
 
 class StagedPrecision(keras.callbacks.Callback):
@@ -40,7 +45,12 @@ class StagedPrecision(keras.callbacks.Callback):
     A `QuantizationWarning` names activation ranges that still wait for `calibrate`, and
     tells where a training ends at other bits than the last stage's, as early stopping
     has it, or the last stage's are more than some quantizers were made for: with bits
-    for each layer, its own are the fewest of them.
+    for each layer, its own are the fewest of them. One also tells where a
+    `ModelCheckpoint(save_best_only=True)` keeps the file of an epoch at other bits, and
+    where a stage's decay or warmup overrules a `LearningRateScheduler` or a
+    `ReduceLROnPlateau`. The order of the callbacks does not matter. These need the
+    `fit` of what `tf_lowbit.quantize` returned or of a `LowBitTrainer`: Keras's own
+    does not tell callbacks of one another.
 
     A constant learning rate is set where its stage is entered, and is then left to
     others, such as `ReduceLROnPlateau`: a resumed run goes on with the rate that the
@@ -115,6 +125,44 @@ class StagedPrecision(keras.callbacks.Callback):
         self._epoch = 0
         self._is_first_epoch = True
         self._lowest: dict[str, int] = {}
+        self._has_warned_of_end = False
+        self._checkpoints: list = []
+        # Of each: its best value, and the stage in which it was reached, if in one.
+        self._best: list = []
+
+    def before_fit(self, callbacks: Sequence[keras.callbacks.Callback]) -> None:
+        """Warns of others that set the learning rate, which a stage does itself.
+
+        Args:
+            callbacks: all that `fit` has been given.
+        """
+        self._checkpoints = [
+            callback
+            for callback in callbacks
+            if isinstance(callback, keras.callbacks.ModelCheckpoint)
+            and callback.save_best_only
+        ]
+        self._best = [(callback.best, None) for callback in self._checkpoints]
+        moving = [stage for stage in self.stages if _moves_rate(stage)]
+        overruled = [
+            type(callback).__name__
+            for callback in callbacks
+            if isinstance(callback, _RATE_CALLBACKS)
+        ]
+        if moving and overruled:
+            warnings.warn(
+                "The learning rate must be set by one alone, and a stage with a decay "
+                "or a warmup sets it at each step: leave the other callback out, or "
+                "give the stages a constant learning_rate and no warmup. "
+                f"Received: {', '.join(overruled)} beside a stage of "
+                f"decay={moving[0].decay!r}, warmup={moving[0].warmup:g}",
+                QuantizationWarning,
+                stacklevel=2,
+            )
+
+    def after_fit(self) -> None:
+        """Checks again the bits at the end, which a later callback may bring back."""
+        self._warn_of_end()
 
     def on_train_begin(self, logs=None):
         """Checks that the stages fit the model and the training."""
@@ -131,6 +179,7 @@ class StagedPrecision(keras.callbacks.Callback):
         self._check_optimizer()
         self._check_steps()
         self._is_first_epoch = True
+        self._has_warned_of_end = False
         if not hasattr(self.model, "staging"):
             # A tf.train.Checkpoint is tracked by checkpoints, yet its variables
             # are no weights of the model, whose files keep their format.
@@ -141,6 +190,8 @@ class StagedPrecision(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         """Enters the epoch's stage, if it is not the present one."""
         del logs
+        if not self._is_first_epoch:
+            self._note_best()
         self._epoch = epoch
         index, start = stage_at(self.stages, epoch)
         stage, position = self.stages[index], self.model.staging
@@ -166,7 +217,7 @@ class StagedPrecision(keras.callbacks.Callback):
                 self._set_learning_rate(0)
         if self._is_first_epoch:
             # Not before: a checkpoint may have brought the ranges.
-            self._warn_of_open_ranges()
+            warn_of_open_ranges(self.model)
             self._is_first_epoch = False
         position.epochs_done.assign(epoch)
         self._log(self._lowest)
@@ -197,15 +248,51 @@ class StagedPrecision(keras.callbacks.Callback):
     def on_train_end(self, logs=None):
         """Warns where the training ended before the last stage, or did not begin."""
         del logs
-        others = self._with_other_bits(self.stages[-1])
         if self._is_first_epoch:
+            others = self._with_other_bits(self.stages[-1])
             self._warn_of_no_epoch(is_other=bool(others))
-        elif others:
+            return
+        self._note_best()
+        self._warn_of_end()
+        self._warn_of_best()
+
+    def _warn_of_end(self):
+        """Warns once where the model is not at the last stage's bits."""
+        others = self._with_other_bits(self.stages[-1])
+        if others and not self._has_warned_of_end and not self._is_first_epoch:
+            self._has_warned_of_end = True
             warnings.warn(
                 "The training must reach its last stage to have its bits: stop early, "
                 "or take the best epoch, within that stage alone. Received: "
                 f"{others[0].name} at {others[0].bits} bits, and "
                 f"{len(others) - 1} other quantizers not at the last stage's",
+                QuantizationWarning,
+                stacklevel=2,
+            )
+
+    def _note_best(self):
+        """Notes the stage of checkpoints that have been written since the last look."""
+        self._best = [
+            (callback.best, stage if callback.best == best else self._stage())
+            for callback, (best, stage) in zip(
+                self._checkpoints, self._best, strict=True
+            )
+        ]
+
+    def _warn_of_best(self):
+        """Warns where a checkpoint that is kept as the best is of other bits."""
+        last = self.stages[-1]
+        earlier = [
+            callback.filepath
+            for callback, (_, stage) in zip(self._checkpoints, self._best, strict=True)
+            if stage is not None
+            and any(self._bits(t, stage) != self._bits(t, last) for t in self._tensors)
+        ]
+        if earlier:
+            warnings.warn(
+                "The best epoch must be one of the last stage to have its bits: use "
+                "ModelCheckpoint(save_best_only=True) in a second fit, of that stage "
+                f"alone. Received: {earlier}, written last in an earlier stage",
                 QuantizationWarning,
                 stacklevel=2,
             )
@@ -263,16 +350,6 @@ class StagedPrecision(keras.callbacks.Callback):
                 "A warmup, and a decay in a stage of one epoch, need the number of "
                 "steps in an epoch: give fit steps_per_epoch. "
                 "Received: data of unknown length"
-            )
-
-    def _warn_of_open_ranges(self):
-        waiting = [t.name for t in self._tensors if not t.is_calibrated]
-        if waiting:
-            warnings.warn(
-                "Call tf_lowbit.calibrate(model, data) before training: the range of "
-                f"{len(waiting)} activation quantizers is a mere default: {waiting}",
-                QuantizationWarning,
-                stacklevel=2,
             )
 
     def _check_optimizer(self):

@@ -28,6 +28,13 @@ class NamedOutputs(keras.Model):
         model.output_names[:] = config["output_names"]
         return model
 
+    @classmethod
+    def of(cls, network: keras.Model, names: list[str]) -> keras.Model:
+        """A model of this class, of a Functional model's layers and other names."""
+        model = cls(network._nested_inputs, network._nested_outputs, name=network.name)
+        model.output_names[:] = names
+        return model
+
 
 def kept(source: keras.Model, target: keras.Model) -> keras.Model:
     """The target, with the names that the source's outputs have.
@@ -41,8 +48,4 @@ def kept(source: keras.Model, target: keras.Model) -> keras.Model:
     """
     if target.output_names == source.output_names:
         return target
-    named = NamedOutputs(
-        target._nested_inputs, target._nested_outputs, name=target.name
-    )
-    named.output_names[:] = source.output_names
-    return named
+    return NamedOutputs.of(target, source.output_names)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from tf_lowbit import inspection
 from tf_lowbit.compat import keras, tf
+from tf_lowbit.quantized_network import CheckedTraining
 from tf_lowbit.training import distillation as distilling
 from tf_lowbit.training.distillation import JointDistillation
 from tf_lowbit.training.plan import Plan
@@ -15,7 +16,7 @@ from tf_lowbit.training.stochastic_precision import StochasticPrecision
 
 
 @keras.utils.register_keras_serializable(package="tf_lowbit")
-class LowBitTrainer(keras.Model):
+class LowBitTrainer(CheckedTraining, keras.Model):
     """Trains low-bitwidth networks as the method has it.
 
     `fit` trains the students, plainly or with stochastic precision, and with a teacher
