@@ -3,12 +3,12 @@
 import contextlib
 import functools
 import itertools
-import numbers
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
 from tf_lowbit.compat import deep_graphs, keras, tf
+from tf_lowbit.core import checks
 from tf_lowbit.inspection import QuantizedTensor
 from tf_lowbit.quantizers import ranges
 from tf_lowbit.scheme import graph
@@ -19,11 +19,7 @@ RANDOM = keras.__internal__.layers.BaseRandomLayer
 
 def validate_batches(batches: int) -> None:
     """Raises ValueError where a number of batches is no integer of at least 1."""
-    is_count = isinstance(batches, numbers.Integral) and not isinstance(batches, bool)
-    if not is_count or batches < 1:
-        raise ValueError(
-            f"batches must be an integer >= 1. Received: batches={batches!r}"
-        )
+    checks.integer("batches", batches, at_least=1)
 
 
 def batches_of(dataset) -> Iterator:

@@ -1,25 +1,9 @@
 """Schedules: pure functions of the share of the training that has passed."""
 
 import dataclasses
-import numbers
 
 from tf_lowbit.compat import tf
-
-
-def validate_share(value, name: str) -> float:
-    """Returns `value` as a float, or raises an error that says what is allowed.
-
-    Args:
-        value: a number in [0, 1].
-        name: how the error message names it.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name} must be in [0, 1]. Received: {name}={value!r}")
-    return float(value)
+from tf_lowbit.core import checks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +26,8 @@ class LinearRamp:
     tail: float = 0.2
 
     def __post_init__(self):
-        validate_share(self.start, "start")
-        validate_share(self.tail, "tail")
+        for name in ("start", "tail"):
+            checks.number(name, getattr(self, name), at_least=0, at_most=1)
 
     def __call__(self, progress):
         """The value after a share of the training.
