@@ -110,6 +110,23 @@ def choice(name: str, value, choices):
     return value
 
 
+def integers(name: str, value) -> tuple[int, ...]:
+    """Checks a list of integers, such as axes.
+
+    Returns:
+        They, as a tuple.
+
+    Raises:
+        ValueError: if it is no list or tuple, is empty, or holds something else.
+    """
+    is_list = isinstance(value, list | tuple) and all(map(is_integer, value))
+    if not is_list or not value:
+        raise ValueError(
+            f"{name} must be a list of at least one integer. {received(name, value)}"
+        )
+    return tuple(int(one) for one in value)
+
+
 def flag(name: str, value) -> bool:
     """Checks that a value is True or False.
 
@@ -119,13 +136,13 @@ def flag(name: str, value) -> bool:
     return choice(name, value, (True, False))
 
 
-def instance(name: str, value, kind: type, *, remedy: str = ""):
+def instance(name: str, value, kind, *, remedy: str = ""):
     """Checks the type of a value.
 
     Args:
         name: of the argument, for the message.
         value: to be checked.
-        kind: the type that it must have.
+        kind: the type that it must have, or a union of types.
         remedy: how to get such a value, for the message.
 
     Returns:
@@ -136,8 +153,9 @@ def instance(name: str, value, kind: type, *, remedy: str = ""):
     """
     if not isinstance(value, kind):
         how = f": {remedy}" if remedy else ""
+        wanted = getattr(kind, "__name__", kind)
         raise ValueError(
-            f"{name} must be of type {kind.__name__}{how}. {received(name, value)}"
+            f"{name} must be of type {wanted}{how}. {received(name, value)}"
         )
     return value
 

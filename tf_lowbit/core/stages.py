@@ -201,6 +201,7 @@ def two_stage_progressive(
     Returns:
         Up to two stages a rung; a stage that would change nothing is left out.
     """
+    checks.flag("last_only", last_only)
     rungs = _rungs(_pair(bits), ladder)
     pairs: list[tuple[int, int]] = []
     for weight_bits, activation_bits in rungs:

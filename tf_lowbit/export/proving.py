@@ -1,13 +1,11 @@
 """Proving that a file computes what was trained, or saying where it does not."""
 
-import itertools
-from pathlib import Path
-
 import numpy as np
 
-from tf_lowbit import inspection
 from tf_lowbit.compat import keras, tf
+from tf_lowbit.core import checks as arguments
 from tf_lowbit.export import (
+    checks,
     files,
     flatbuffer,
     kernels,
@@ -25,7 +23,7 @@ from tf_lowbit.export.options import Options
 from tf_lowbit.export.report import Decisions, Report
 from tf_lowbit.export.running import Runner, runtime
 from tf_lowbit.export.snapping import Snapped, snap
-from tf_lowbit.observation import batches_of
+from tf_lowbit.observation import batches_for, require_end, validate_batches
 
 _MAX_POOLS = (keras.layers.MaxPooling1D, keras.layers.MaxPooling2D)
 _INT8 = np.arange(-128, 128, dtype=np.int8)
@@ -83,7 +81,15 @@ def verify(
             is not as above.
         OSError: if it cannot be read.
     """
-    content = file if isinstance(file, bytes) else Path(file).read_bytes()
+    if batches is None:
+        require_end(data)
+    else:
+        validate_batches(batches)
+    if tensor_batches is not None:
+        arguments.integer("tensor_batches", tensor_batches, at_least=0)
+    if trained is not None:
+        arguments.instance("trained", trained, keras.Model)
+    content = files.content_of("file", file)
     report = Report(
         "bytes" if isinstance(file, bytes) else str(file),
         runtime(),
@@ -109,7 +115,7 @@ def verify(
     else:
         report.failures.append("the file is not run: it is too far from the plan")
     if data is not None and runs:
-        batch = itertools.islice(batches_of(data), batches)
+        batch = batches_for(snapped.twin, data, batches)
         compare_on_data(
             content,
             about["input_type"],
@@ -162,7 +168,7 @@ def _plan(model, about, trained, report):
             "trained must only be given beside an Export or a Snapped: model is the "
             f"trained one. Received: model={model!r}, trained={trained!r}"
         )
-    (network,) = inspection.networks(model)
+    network = checks.single_network(model)
     return snap(network, options=options, ranges=about["ranges"]), network
 
 

@@ -5,7 +5,7 @@ Zhou et al., DoReFa-Net, arXiv:1606.06160, in the form of the code released with
 """
 
 from tf_lowbit.compat import as_float32, keras, tf
-from tf_lowbit.core import grid, ste
+from tf_lowbit.core import checks, grid, ste
 from tf_lowbit.quantizers import ranges
 from tf_lowbit.quantizers.base import ActivationQuantizer, WeightQuantizer
 
@@ -27,7 +27,7 @@ class DoReFaWeightQuantizer(WeightQuantizer):
 
     def __init__(self, bits: int = 2, max_gradient: bool = True):
         super().__init__(bits)
-        self.max_gradient = max_gradient
+        self.max_gradient = checks.flag("max_gradient", max_gradient)
 
     def quantize(self, inputs, variables):
         """See `LowBitQuantizer.quantize`."""

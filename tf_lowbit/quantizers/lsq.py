@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from tf_lowbit.compat import as_float32, keras, tf
-from tf_lowbit.core import grid, ste
+from tf_lowbit.core import checks, grid, ste
 from tf_lowbit.quantizers import ranges
 from tf_lowbit.quantizers.base import (
     SMALLEST_RANGE,
@@ -76,9 +76,9 @@ class LSQWeightQuantizer(_LearnedStep, WeightQuantizer):
         channel_axes=(-1,),
     ):
         super().__init__(bits)
-        self.per_axis = per_axis
-        self.narrow_range = narrow_range
-        self.channel_axes = tuple(channel_axes)
+        self.per_axis = checks.flag("per_axis", per_axis)
+        self.narrow_range = checks.flag("narrow_range", narrow_range)
+        self.channel_axes = checks.integers("channel_axes", channel_axes)
 
     def build_range(self, tensor_shape, name, layer, variables):
         """See `LowBitQuantizer.build_range`."""
@@ -152,7 +152,7 @@ class LSQActivationQuantizer(_LearnedStep, ActivationQuantizer):
         self, bits: int = 2, signed: bool = False, implementation: str = "auto"
     ):
         super().__init__(bits)
-        self.signed = signed
+        self.signed = checks.flag("signed", signed)
         self.implementation = ste.validate_implementation(implementation)
 
     def build_range(self, tensor_shape, name, layer, variables):

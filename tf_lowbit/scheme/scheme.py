@@ -1,6 +1,7 @@
 """Our `QuantizeScheme`, for TF-MOT's `quantize_apply`."""
 
 from tf_lowbit.compat import tfmot
+from tf_lowbit.core import checks
 from tf_lowbit.scheme import residual
 from tf_lowbit.scheme.layout import LowBitLayout
 from tf_lowbit.scheme.registry import LowBitRegistry
@@ -35,7 +36,7 @@ class LowBitScheme(tfmot.quantization.keras.QuantizeScheme):
         self, rules=None, strict: bool = False, residual_bits: int | None = None
     ):
         self.rules = as_rules(rules)
-        self.strict = strict
+        self.strict = checks.flag("strict", strict)
         self.residual_bits = residual.validate_bits(residual_bits)
 
     def get_layout_transformer(self):
