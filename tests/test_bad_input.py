@@ -89,7 +89,7 @@ def table(front, call, argument, values, message):
     """Rows for some values of one argument."""
     return [
         (
-            f"{front}-{argument}={str(value)[:30]!r}",
+            f"{front}-{argument}={repr(value)[:40]}",
             lambda env, v=value: call(env, v),
             message,
         )
@@ -354,7 +354,7 @@ def rows():
         others.pop(argument, None)
         add(datasets.load, argument, values, f"{argument} must|must be", **others)
     others = {"name": "cifar10", "batch_size": 4}
-    add(datasets.load, "data_dir", ("/no/folder", 3, True, ""), "must|not", **others)
+    add(datasets.load, "data_dir", ("/no/folder", True, ""), "must|not", **others)
     others = {"name": "synthetic", "batch_size": 4}
     for argument, values in {
         "image_shape": ((8, 8), 8, "abc", (8, 8, 0), (8.0, 8, 1), None),
