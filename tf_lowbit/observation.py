@@ -244,7 +244,7 @@ def calibration_samples(model, tensors, batches: list) -> dict[str, list]:
             raise ValueError(f"{name}: {error}") from error
 
     return quantizer_inputs(
-        model, tensors, batches, len(batches), training=True, keep=keep
+        model, tensors, batches, max(len(batches), 1), training=True, keep=keep
     )
 
 
