@@ -60,5 +60,5 @@ def test_what_is_no_list_of_batches_is_refused(data):
 
 @pytest.mark.parametrize("batches", [0, -1, 1.5, True, "2", None])
 def test_a_number_of_batches_is_an_integer_of_at_least_1(network, batches):
-    with pytest.raises(ValueError, match=r"integer >= 1. Received: batches="):
+    with pytest.raises(ValueError, match=r"integer of at least 1. Received: batches="):
         tfl.calibrate(network[0], [IMAGES], batches=batches)

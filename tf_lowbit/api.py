@@ -84,6 +84,7 @@ def quantize(
     _report_own_parts(model, strict)
     model = _functional(model)
     _report_channels_first(model, strict)
+    _require_finite(model)
     with _unmixed():
         applied = tfmot.quantization.keras.quantize_apply(
             # No prefix: the user's layer names are what rules and hints go by.
@@ -97,6 +98,15 @@ def quantize(
     inspection.initialize_weight_ranges(quantized)
     take_flags(model, quantized)
     return QuantizedNetwork.of(quantized, model.output_names)
+
+
+def _require_finite(model) -> None:
+    spoilt = inspection.spoilt_weight(model)
+    if spoilt is not None:
+        raise ValueError(
+            "The float model's weights must be finite: its training has diverged. "
+            f"Received: NaN or inf in {spoilt}"
+        )
 
 
 def take_flags(source: keras.Model, target: keras.Model) -> None:

@@ -324,7 +324,7 @@ def _average_batch_norm(network, dataset, batches) -> list:
             layer.moving_mean.assign(tf.zeros_like(layer.moving_mean))
             layer.moving_variance.assign(tf.ones_like(layer.moving_variance))
         largest = 0
-        for count, inputs in enumerate(input_batches(dataset, batches)):
+        for count, inputs in enumerate(input_batches(network, dataset, batches)):
             largest = max(largest, len(tf.nest.flatten(inputs)[0]))
             for layer in norms:
                 # Makes the moving average that of all batches so far, this one in.

@@ -1,6 +1,5 @@
 """Ranges of activation quantizers, which are measured on data and not trained."""
 
-import itertools
 import warnings
 
 import numpy as np
@@ -12,11 +11,12 @@ from tf_lowbit.batch_norm import (
     require_values,
 )
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.core import grid, ratios
+from tf_lowbit.core import checks, grid, ratios
 from tf_lowbit.core.state import restored, unchanged_on_error
 from tf_lowbit.observation import (
-    batches_of,
+    batches_for,
     calibration_samples,
+    inputs_in,
     validate_batches,
     without_draws,
 )
@@ -73,9 +73,10 @@ def calibrate(
             values a `QuantizationWarning` names the layer.
     """
     validate_batches(batches)
+    checks.flag("fit_batch_norm", fit_batch_norm)
     inspection.require_quantized(model)
     networks = inspection.networks(model)
-    kept = list(itertools.islice(batches_of(dataset), batches))
+    kept = list(batches_for(networks[0], dataset, batches))
     with unchanged_on_error(model.variables):
         return [
             name
@@ -85,7 +86,7 @@ def calibrate(
 
 
 def _calibrate(model, batches, fit_batch_norm) -> list[str]:
-    inputs = [batch[0] if isinstance(batch, tuple) else batch for batch in batches]
+    inputs = [inputs_in(batch) for batch in batches]
     examples = max((len(tf.nest.flatten(x)[0]) for x in inputs), default=0)
     if examples:  # None are refused below, where data are needed.
         require_values(batch_normalized(model), examples)

@@ -132,8 +132,39 @@ def networks(model: keras.Model) -> list[keras.Model]:
 
     Args:
         model: a `LowBitTrainer`, whose students they are, or a network itself.
+
+    Raises:
+        ValueError: if it is no model of `tf_keras`.
     """
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            f"model must be a tf_keras Model. Received: {type(model).__name__}"
+        )
     return list(getattr(model, "students", [model]))
+
+
+def single_network(model: keras.Model) -> keras.Model:
+    """The one network of a model or of a trainer.
+
+    Raises:
+        ValueError: if it is no model of `tf_keras`, or a trainer of several students.
+    """
+    found = networks(model)
+    if len(found) > 1:
+        raise ValueError(
+            "model must be one network: choose one of trainer.students. "
+            f"Received: a trainer of {len(found)}"
+        )
+    return found[0]
+
+
+def spoilt_weight(model: keras.Model) -> str | None:
+    """The name of a weight with a NaN or an infinity; None where all are finite."""
+    for layer in model.layers:
+        for weight in parameters(layer):
+            if weight.dtype.is_floating and not np.isfinite(weight.numpy()).all():
+                return weight.name
+    return None
 
 
 def quantized_tensors(model: keras.Model) -> Iterator[QuantizedTensor]:
@@ -169,10 +200,6 @@ def require_quantized(model: keras.Model) -> list[QuantizedTensor]:
         ValueError: if the model was not made by `quantize`, or has quantizers in a
             model among its layers, where they would be passed over.
     """
-    if not isinstance(model, keras.Model):
-        raise ValueError(
-            f"model must be a tf_keras Model. Received: {type(model).__name__}"
-        )
     within = [
         layer.name
         for network in networks(model)
@@ -247,6 +274,7 @@ def input_activations(model: keras.Model) -> dict[str, list[QuantizedTensor | No
         Layer name -> the quantizers that its inputs come from, behind pooling,
         padding, concatenation and the like; None for an input that is float.
     """
+    model = single_network(model)
     by_layer = {
         tensor.layer.name: tensor
         for tensor in quantized_tensors(model)
@@ -301,6 +329,7 @@ def residual_adds(model: keras.Model) -> Iterator[ResidualAdd]:
     Args:
         model: a functional model, quantized or not.
     """
+    model = single_network(model)
     by_layer = {
         tensor.layer.name: tensor
         for tensor in quantized_tensors(model)

@@ -107,7 +107,8 @@ def labels(given, outputs, names) -> np.ndarray | None:
         regression is trained on.
 
     Raises:
-        ValueError: if there is not one for each prediction.
+        ValueError: if there is not one for each prediction, or one is an integer that
+            is none of the outputs' classes.
     """
     given = of_first_output(given, names)
     if given is None:
@@ -126,7 +127,11 @@ def labels(given, outputs, names) -> np.ndarray | None:
             f"{outputs.shape}"
         )
     whole = values.ravel().astype(np.int64)
-    is_class = (whole == values.ravel()).all() and (
-        units > 1 or ((whole == 0) | (whole == 1)).all()
-    )
+    are_whole = (whole == values.ravel()).all()
+    if units > 1 and are_whole and not ((whole >= 0) & (whole < units)).all():
+        raise ValueError(
+            f"Labels must be classes in [0, {units}). "
+            f"Received: labels in [{whole.min()}, {whole.max()}]"
+        )
+    is_class = are_whole and (units > 1 or ((whole == 0) | (whole == 1)).all())
     return whole if is_class else None

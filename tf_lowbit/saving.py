@@ -10,9 +10,11 @@ from tf_lowbit.compat import (
     deep_graphs,
     keras,
     keras_safe_mode,
+    tf,
     tfmot,
     unpacked_archives,
 )
+from tf_lowbit.core import checks
 from tf_lowbit.core.files import require_plausible_zip
 from tf_lowbit.scheme.wrapper import LowBitWrapper
 
@@ -51,6 +53,12 @@ def load_model(path, **arguments) -> keras.Model:
         ValueError: if it is none of these formats, damaged, holds a lambda, or would
             unpack to far more than a file of its size should hold.
     """
+    checks.path("path", path)
+    if not tf.io.gfile.exists(path):
+        raise FileNotFoundError(
+            "path must be a .keras or .h5 file or a SavedModel folder that exists. "
+            f"Received: {os.fspath(path)!r}"
+        )
     # A network within another one is read without its package's name in HDF5.
     own = {LowBitWrapper.__name__: LowBitWrapper}
     if zipfile.is_zipfile(path):

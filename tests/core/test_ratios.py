@@ -111,5 +111,5 @@ def test_by_hand(value, nearest, at_least):
 )
 @pytest.mark.parametrize("function", [nearest_ratio, at_least_ratio])
 def test_what_is_not_positive_and_finite_is_refused(function, value):
-    with pytest.raises(ValueError, match=r"positive and finite. Received: value="):
+    with pytest.raises(ValueError, match=r"finite number above 0. Received: value="):
         function(value)

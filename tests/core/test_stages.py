@@ -152,7 +152,7 @@ def test_an_epoch_count_for_each_stage():
         (lambda: two_stage(9, (1, 1)), "Received: bits=9"),
         (lambda: two_stage((2, 0), (1, 1)), "Received: bits=0"),
         (lambda: two_stage(2, (1, 0)), "Received: epochs=0"),
-        (lambda: two_stage(2, "12"), "Received: epochs='1'"),
+        (lambda: two_stage(2, "12"), "Received: epochs='12'"),
         (lambda: progressive(2, 1, (2, 4, 8)), "ladder must be falling"),
         (lambda: progressive(2, 1, ()), "ladder must be falling"),
         (lambda: progressive(2, 1, (12, 4)), "Received: ladder=12"),
@@ -268,7 +268,7 @@ def test_a_warmup_is_a_factor_of_what_the_decay_gives(decay):
 
 @pytest.mark.parametrize("warmup", [1.0, -0.1, float("nan"), "0.1", None])
 def test_a_bad_warmup_is_refused(warmup):
-    with pytest.raises(ValueError, match=r"share in \[0, 1\). Received: warmup="):
+    with pytest.raises(ValueError, match=r"at least 0 and below 1. Received: warmup="):
         Stage(1, learning_rate=0.1, warmup=warmup)
 
 

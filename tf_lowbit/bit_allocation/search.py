@@ -14,6 +14,7 @@ import numpy as np
 from tf_lowbit import inspection
 from tf_lowbit.bit_allocation.sensitivity import Sensitivity
 from tf_lowbit.compat import keras
+from tf_lowbit.core import checks
 from tf_lowbit.core.state import restored
 from tf_lowbit.quantizers import ACTIVATION, LSQActivationQuantizer
 from tf_lowbit.reporting import cost
@@ -55,6 +56,10 @@ def allocate_bits(
         raise ValueError(
             "A budget must be given: weight_bytes, bops or both. Received: neither"
         )
+    checks.instance("found", found, Sensitivity, remedy="what sensitivity returns")
+    for name, budget in (("weight_bytes", weight_bytes), ("bops", bops)):
+        if budget is not None:
+            checks.number(name, budget, at_least=0)
     parts = _parts(model, found)
     # None: as it is.
     read_at = (None,) if bops is None else found.bits
@@ -93,6 +98,7 @@ class _Part:
 
 
 def _parts(model, found) -> list[_Part]:
+    model = inspection.single_network(model)
     inspection.require_quantized(model)
     tensors = [t for t in inspection.quantized_tensors(model) if not t.is_residual]
     if {t.name for t in tensors} != set(found.scores):

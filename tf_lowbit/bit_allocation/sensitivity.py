@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -13,9 +12,9 @@ import rich.table
 
 from tf_lowbit import inspection, predictions
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.core import grid
+from tf_lowbit.core import checks, grid
 from tf_lowbit.core.state import assign_values, restored, values_of
-from tf_lowbit.observation import batches_of, validate_batches, without_draws
+from tf_lowbit.observation import batches_for, validate_batches, without_draws
 from tf_lowbit.tensor_statistics import decibels
 
 SQNR, ACCURACY = "sqnr", "accuracy"
@@ -119,7 +118,7 @@ def sensitivity(
     """
     chosen = _check(model, bits, metric, batches)
     tensors = [t for t in inspection.quantized_tensors(model) if not t.is_residual]
-    data = [_parts(b, metric) for b in itertools.islice(batches_of(dataset), batches)]
+    data = [_parts(b, metric) for b in batches_for(model, dataset, batches)]
     if not data:
         raise ValueError("dataset must hold at least one batch. Received: none")
     scores: dict[str, dict[int, float]] = {}
@@ -170,10 +169,10 @@ def _check(model, bits, metric, batches) -> tuple[int, ...]:
             "model must be a network with one output, such as a trainer's student. "
             f"Received: {type(model).__name__} {model.name!r}"
         )
-    if metric not in METRICS:
-        raise ValueError(f"metric must be one of {METRICS}. Received: {metric!r}")
+    checks.choice("metric", metric, METRICS)
     validate_batches(batches)
-    chosen = tuple(sorted({grid.validate_bits(width) for width in bits}))
+    is_list = isinstance(bits, Sequence) and not isinstance(bits, str)
+    chosen = tuple(sorted({grid.validate_bits(b) for b in (bits if is_list else ())}))
     if not chosen or chosen[-1] > grid.MAX_BITS:
         raise ValueError(
             f"bits must be from 1 to {grid.MAX_BITS}. Received: bits={bits!r}"

@@ -4,6 +4,7 @@ import os
 import warnings
 
 from tf_lowbit.compat import keras, tf
+from tf_lowbit.core import checks
 from tf_lowbit.inspection import networks, require_quantized
 from tf_lowbit.observation import require_rereadable, validate_batches
 from tf_lowbit.tensor_statistics import statistics
@@ -42,12 +43,11 @@ class QuantizationMonitor(keras.callbacks.Callback):
 
     def __init__(self, log_dir, dataset=None, batches: int = 1, every: int = 1):
         super().__init__()
-        if every < 1:
-            raise ValueError(f"every must be >= 1. Received: every={every}")
+        checks.integer("every", every, at_least=1)
         validate_batches(batches)
         if dataset is not None:
             require_rereadable(dataset)
-        self.log_dir = os.fspath(log_dir)
+        self.log_dir = checks.path("log_dir", log_dir)
         self.dataset = dataset
         self.batches = batches
         self.every = every

@@ -1,7 +1,6 @@
 """Checkpoints that are whole or absent, and a `model.fit` that goes on from them."""
 
 import contextlib
-import numbers
 import os
 import shutil
 import uuid
@@ -12,6 +11,7 @@ from typing import NamedTuple
 
 from tf_lowbit.callbacks import checkpoint_files
 from tf_lowbit.compat import keras, tf
+from tf_lowbit.core import checks
 
 _NAME = "epoch-{:05d}-step-{:07d}"
 _PARTIAL = ".partial-"
@@ -104,18 +104,14 @@ class Recovery(keras.callbacks.Callback):
         verbose: int = 0,
     ):
         super().__init__()
-        if "://" in str(folder):
+        if "://" in checks.path("folder", folder):
             raise ValueError(
                 "folder must be a path in the file system, where a rename is atomic. "
                 f"Received: folder={folder!r}"
             )
-        for name, value in (("every", every), ("keep", keep)):
-            is_count = isinstance(value, numbers.Integral) and value >= 1
-            if not is_count and (name, value) != ("every", None):
-                raise ValueError(
-                    f"{name} must be an integer of at least 1. "
-                    f"Received: {name}={value!r}"
-                )
+        if every is not None:
+            checks.integer("every", every, at_least=1)
+        checks.integer("keep", keep, at_least=1)
         self.folder = Path(folder)
         self.every = every
         self.keep = keep

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from tf_lowbit import calibration, inspection
 from tf_lowbit.compat import keras, tf
+from tf_lowbit.core import checks
 from tf_lowbit.core.counters import counter
 from tf_lowbit.core.stages import FLOAT_BITS, Stage, stage_at
 from tf_lowbit.core.state import unchanged_on_error
@@ -104,8 +105,9 @@ class StagedPrecision(keras.callbacks.Callback):
         # Keras hands callbacks with this flag its own logs instead of a copy: that is
         # how the bits reach the progress bar.
         self._supports_tf_logs = True
-        stages = list(stages)
-        if not stages or not all(isinstance(stage, Stage) for stage in stages):
+        stages = list(stages) if isinstance(stages, Sequence) else stages
+        is_list = isinstance(stages, list) and bool(stages)
+        if not is_list or not all(isinstance(stage, Stage) for stage in stages):
             raise ValueError(
                 f"stages must be a list of at least one Stage. Received: {stages!r}"
             )
@@ -118,8 +120,8 @@ class StagedPrecision(keras.callbacks.Callback):
                 )
         self.stages = stages
         self.data = data
-        self.keep_ranges = keep_ranges
-        self.reset_optimizer = reset_optimizer
+        self.keep_ranges = checks.flag("keep_ranges", keep_ranges)
+        self.reset_optimizer = checks.flag("reset_optimizer", reset_optimizer)
         self.verbose = verbose
         self._tensors: list[inspection.QuantizedTensor] = []
         self._epoch = 0

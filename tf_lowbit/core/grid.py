@@ -19,9 +19,8 @@ serve nothing. 16 and 32 bits mean "not rounded": they are carried out as 24 bit
 which is the resolution of float32 itself, so that one formula serves every k.
 """
 
-import numbers
-
 from tf_lowbit.compat import tf
+from tf_lowbit.core import checks
 
 MAX_BITS = 8
 UNROUNDED_BITS = (16, 32)
@@ -43,8 +42,7 @@ def validate_bits(bits, name: str = "bits") -> int:
     Raises:
         ValueError: for anything else; also for bool, str and float.
     """
-    is_integer = isinstance(bits, numbers.Integral) and not isinstance(bits, bool)
-    if not is_integer or int(bits) not in ALLOWED_BITS:
+    if not checks.is_integer(bits) or int(bits) not in ALLOWED_BITS:
         raise ValueError(
             f"{name} must be an integer in [1, {MAX_BITS}], or 16 or 32 for 'not "
             f"rounded'. Received: {name}={bits!r}"

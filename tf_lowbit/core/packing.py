@@ -13,10 +13,11 @@ last value, up to the end of its byte, are 0.
 """
 
 import math
-import numbers
 from collections.abc import Sequence
 
 import numpy as np
+
+from tf_lowbit.core import checks
 
 _BYTE = 8
 
@@ -78,7 +79,9 @@ def unpack(packed: np.ndarray, bits: int, shape: Sequence[int]) -> np.ndarray:
     """
     bits = _check_bits(bits)
     is_sequence = isinstance(shape, Sequence) and not isinstance(shape, str)
-    if not is_sequence or not all(_is_int(size) and size >= 0 for size in shape):
+    if not is_sequence or not all(
+        checks.is_integer(size) and size >= 0 for size in shape
+    ):
         raise ValueError(
             f"shape must be a sequence of integers of at least 0. Received: {shape=}"
         )
@@ -101,11 +104,7 @@ def unpack(packed: np.ndarray, bits: int, shape: Sequence[int]) -> np.ndarray:
     return flat.reshape(shape)
 
 
-def _is_int(value) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
 def _check_bits(bits) -> int:
-    if not _is_int(bits) or not 1 <= bits <= _BYTE:
+    if not checks.is_integer(bits) or not 1 <= bits <= _BYTE:
         raise ValueError(f"bits must be an integer in [1, {_BYTE}]. Received: {bits=}")
     return int(bits)

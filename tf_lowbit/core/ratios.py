@@ -8,7 +8,8 @@ whatever rounds to nearest gives the same code. Ours.
 
 import fractions
 import math
-import numbers
+
+from tf_lowbit.core import checks
 
 _LARGEST_TERM = 15
 # Every p / q with q odd and 1 <= p, q <= 15, ascending: about 4 % apart around 1.
@@ -65,9 +66,4 @@ def at_least_ratio(value: float) -> fractions.Fraction:
 
 
 def _positive(value) -> float:
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not 0 < value < math.inf:
-        raise ValueError(
-            f"value must be positive and finite. Received: value={value!r}"
-        )
-    return float(value)
+    return checks.number("value", value, above=0)

@@ -1,29 +1,12 @@
 """Pure functions that set a training: ramps over its course, weight decay by bits."""
 
 import dataclasses
-import numbers
 
 from tf_lowbit.compat import tf
-from tf_lowbit.core import grid
+from tf_lowbit.core import checks, grid
 
 # LSQ, arXiv:1902.08153: half of the decay at 3 bits, a quarter at 2. Fewer: ours.
 _DECAY_SHARES = {1: 0.25, 2: 0.25, 3: 0.5}
-
-
-def validate_share(value, name: str) -> float:
-    """Returns `value` as a float, or raises an error that says what is allowed.
-
-    Args:
-        value: a number in [0, 1].
-        name: how the error message names it.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name} must be in [0, 1]. Received: {name}={value!r}")
-    return float(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +29,8 @@ class LinearRamp:
     tail: float = 0.2
 
     def __post_init__(self):
-        validate_share(self.start, "start")
-        validate_share(self.tail, "tail")
+        for name in ("start", "tail"):
+            checks.number(name, getattr(self, name), at_least=0, at_most=1)
 
     def __call__(self, progress):
         """The value after a share of the training.
@@ -80,9 +63,5 @@ def weight_decay_at_bits(decay: float, bits: int) -> float:
     Raises:
         ValueError: for a negative decay, or bits that there are not.
     """
-    is_number = isinstance(decay, numbers.Real) and not isinstance(decay, bool)
-    if not is_number or not 0 <= decay < float("inf"):
-        raise ValueError(
-            f"decay must be a finite number >= 0. Received: decay={decay!r}"
-        )
-    return float(decay) * _DECAY_SHARES.get(grid.validate_bits(bits), 1.0)
+    decay = checks.number("decay", decay, at_least=0)
+    return decay * _DECAY_SHARES.get(grid.validate_bits(bits), 1.0)

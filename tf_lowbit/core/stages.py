@@ -8,10 +8,9 @@ carries any list out. Nothing here touches TensorFlow.
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Sequence
 
-from tf_lowbit.core import grid
+from tf_lowbit.core import checks, grid
 
 DECAYS = ("constant", "cosine", "step")
 # Paper's ladder as recalled; `8 -> 4 -> 2` is the "shortened" one.
@@ -60,22 +59,14 @@ class Stage:
     warmup: float = 0.0
 
     def __post_init__(self):
-        _positive_integer(self.epochs, "epochs")
+        checks.integer("epochs", self.epochs, at_least=1)
         for name in ("weight_bits", "activation_bits"):
             if getattr(self, name) is not None:
                 grid.validate_bits(getattr(self, name), name)
         rate = self.learning_rate
-        is_number = isinstance(rate, numbers.Real) and not isinstance(rate, bool)
-        is_rate = is_number and math.isfinite(rate) and rate > 0
-        if rate is not None and not is_rate:
-            raise ValueError(
-                "learning_rate must be a positive number or None. "
-                f"Received: learning_rate={rate!r}"
-            )
-        if self.decay not in DECAYS:
-            raise ValueError(
-                f"decay must be one of {DECAYS}. Received: decay={self.decay!r}"
-            )
+        if rate is not None:
+            checks.number("learning_rate", rate, above=0)
+        checks.choice("decay", self.decay, DECAYS)
         if self.decay != "constant" and rate is None:
             raise ValueError(
                 f"decay={self.decay!r} needs a learning_rate to start from. "
@@ -87,10 +78,7 @@ class Stage:
                 'milestones must have an effect, which needs decay="step". '
                 f"Received: milestones={self.milestones}, decay={self.decay!r}"
             )
-        if not isinstance(self.warmup, numbers.Real) or not 0 <= self.warmup < 1:
-            raise ValueError(
-                f"warmup must be a share in [0, 1). Received: warmup={self.warmup!r}"
-            )
+        checks.number("warmup", self.warmup, at_least=0, below=1)
         if self.warmup and rate is None:
             raise ValueError(
                 f"warmup={self.warmup} needs a learning_rate to rise to. "
@@ -213,6 +201,7 @@ def two_stage_progressive(
     Returns:
         Up to two stages a rung; a stage that would change nothing is left out.
     """
+    checks.flag("last_only", last_only)
     rungs = _rungs(_pair(bits), ladder)
     pairs: list[tuple[int, int]] = []
     for weight_bits, activation_bits in rungs:
@@ -239,8 +228,8 @@ def split_epochs(total: int, parts: int) -> tuple[int, ...]:
     Raises:
         ValueError: if there are fewer epochs than parts.
     """
-    _positive_integer(total, "total")
-    _positive_integer(parts, "parts")
+    checks.integer("total", total, at_least=1)
+    checks.integer("parts", parts, at_least=1)
     if total < parts:
         raise ValueError(
             f"{parts} stages need at least {parts} epochs. Received: total={total}"
@@ -265,8 +254,7 @@ def stage_at(stages: Sequence[Stage], epoch: int) -> tuple[int, int]:
     Raises:
         ValueError: if `epoch` is negative or the stages end before it.
     """
-    if epoch < 0:
-        raise ValueError(f"epoch must be >= 0. Received: epoch={epoch}")
+    checks.integer("epoch", epoch, at_least=0)
     start = 0
     for index, stage in enumerate(stages):
         if epoch < start + stage.epochs:
@@ -276,12 +264,6 @@ def stage_at(stages: Sequence[Stage], epoch: int) -> tuple[int, int]:
         f"epoch must be below the stages' total of {start} epochs. "
         f"Received: epoch={epoch}"
     )
-
-
-def _positive_integer(value, name):
-    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not is_integer or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1. Received: {name}={value!r}")
 
 
 def _pair(bits: Bits) -> tuple[int, int]:
@@ -295,10 +277,13 @@ def _pair(bits: Bits) -> tuple[int, int]:
 
 
 def _rungs(final: tuple[int, int], ladder: Sequence[int]) -> list[tuple[int, int]]:
-    ladder = [grid.validate_bits(rung, "ladder") for rung in ladder]
-    if not ladder or sorted(ladder, reverse=True) != ladder:
-        raise ValueError(f"ladder must be falling bit-widths. Received: {ladder}")
-    pairs = [(max(rung, final[0]), max(rung, final[1])) for rung in ladder]
+    is_list = isinstance(ladder, Sequence) and not isinstance(ladder, str)
+    rungs = [grid.validate_bits(rung, "ladder") for rung in ladder] if is_list else []
+    if not rungs or sorted(rungs, reverse=True) != rungs:
+        raise ValueError(
+            f"ladder must be falling bit-widths. Received: ladder={ladder!r}"
+        )
+    pairs = [(max(rung, final[0]), max(rung, final[1])) for rung in rungs]
     return _without_repeats([*pairs, final])
 
 
@@ -311,7 +296,8 @@ def _without_repeats(pairs):
 
 
 def _each(values, count: int, name: str) -> list:
-    if values is None or isinstance(values, numbers.Number):
+    is_list = isinstance(values, Sequence) and not isinstance(values, str)
+    if not is_list:
         return [values] * count
     if len(values) != count:
         raise ValueError(
@@ -324,7 +310,7 @@ def _each(values, count: int, name: str) -> list:
 def _rising_shares(milestones) -> tuple[float, ...]:
     is_sequence = isinstance(milestones, Sequence) and not isinstance(milestones, str)
     shares = tuple(milestones) if is_sequence else ()
-    are_shares = all(isinstance(s, numbers.Real) and 0 < s < 1 for s in shares)
+    are_shares = all(checks.is_number(s) and 0 < s < 1 for s in shares)
     if not shares or not are_shares or sorted(set(shares)) != list(shares):
         raise ValueError(
             "milestones must be shares of the stage in (0, 1), strictly rising. "

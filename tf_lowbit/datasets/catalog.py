@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 
+from tf_lowbit.core import checks
 from tf_lowbit.datasets import (
     cifar,
     digits,
@@ -102,7 +103,7 @@ def load(
       ImportError: the package that the data set comes with is not installed.
       TypeError: the data set has no such source option.
     """
-    if name not in _ENTRIES:
+    if not isinstance(name, str) or name not in _ENTRIES:
         raise ValueError(
             f"The name of a data set must be one of {list(names())}. Received: {name!r}"
         )
@@ -118,7 +119,8 @@ def load(
     )
     if entry.reads_files:
         # A shell leaves the ~ of --data_dir=~/data as it is.
-        data_dir = None if data_dir is None else os.path.expanduser(data_dir)
+        if data_dir is not None:
+            data_dir = os.path.expanduser(checks.path("data_dir", data_dir))
         return entry.load(options, data_dir=data_dir, **source_options)
     if data_dir is not None:
         raise ValueError(

@@ -1,11 +1,11 @@
 """What a loaded data set is: its pipelines, its sizes, its normalisation."""
 
 import dataclasses
-import numbers
 
 import numpy as np
 
 from tf_lowbit.compat import tf
+from tf_lowbit.core import checks
 
 # Seeds enter the stateless operations as int64.
 _SEED_LIMIT = 2**63
@@ -28,8 +28,11 @@ class Normalization:
     deviation: tuple[float, ...]
 
     def __post_init__(self):
-        if not self.scale > 0.0:
-            raise ValueError(f"scale must be positive. Received: scale={self.scale}")
+        checks.number("scale", self.scale, above=0)
+        for name in ("mean", "deviation"):
+            checks.instance(name, getattr(self, name), tuple)
+            for value in getattr(self, name):
+                checks.number(name, value)
         if len(self.mean) != len(self.deviation):
             raise ValueError(
                 "mean and deviation must have a value per channel each. "
@@ -107,19 +110,16 @@ class PipelineOptions:
     limit: int | None = None
 
     def __post_init__(self):
-        _require_integer("batch_size", self.batch_size, at_least=1)
-        _require_integer("seed", self.seed, at_least=0)
-        if self.seed >= _SEED_LIMIT:
-            raise ValueError(f"seed must be below 2**63. Received: seed={self.seed}")
-        _require_integer("start_epoch", self.start_epoch, at_least=0)
-        _require_integer("start_step", self.start_step, at_least=0)
+        checks.integer("batch_size", self.batch_size, at_least=1)
+        checks.integer("seed", self.seed, at_least=0, below=_SEED_LIMIT)
+        checks.flag("augment", self.augment)
+        checks.integer("start_epoch", self.start_epoch, at_least=0)
+        checks.integer("start_step", self.start_step, at_least=0)
         if self.limit is not None:
-            _require_integer("limit", self.limit, at_least=1)
-        if not 0.0 <= self.validation_fraction < 1.0:
-            raise ValueError(
-                "validation_fraction must be in [0, 1). "
-                f"Received: validation_fraction={self.validation_fraction}"
-            )
+            checks.integer("limit", self.limit, at_least=1)
+        checks.number(
+            "validation_fraction", self.validation_fraction, at_least=0, below=1
+        )
 
     def limited(self, size: int) -> int:
         """Returns how many of `size` examples are used."""
@@ -212,11 +212,3 @@ class Dataset:
 def batches(size: int, batch_size: int) -> int:
     """Returns how many batches hold `size` examples, counting a smaller last one."""
     return -(-size // batch_size)
-
-
-def _require_integer(name: str, value, *, at_least: int) -> None:
-    if not isinstance(value, numbers.Integral) or value < at_least:
-        raise ValueError(
-            f"{name} must be an integer of at least {at_least}. "
-            f"Received: {name}={value!r}"
-        )

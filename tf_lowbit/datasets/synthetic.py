@@ -5,6 +5,7 @@ For tests and for trying things out where there is no data at all.
 
 import numpy as np
 
+from tf_lowbit.core import checks
 from tf_lowbit.datasets import augmentation
 from tf_lowbit.datasets.dataset import Normalization
 from tf_lowbit.datasets.pipeline import Examples, InMemorySource
@@ -43,21 +44,20 @@ def generate(
     Raises:
       ValueError: an argument is out of the range given above.
     """
-    if len(image_shape) != 3 or min(image_shape) < 1 or np.prod(image_shape[:2]) < 2:
+    is_shape = (
+        isinstance(image_shape, list | tuple)
+        and len(image_shape) == 3
+        and all(map(checks.is_integer, image_shape))
+    )
+    if not is_shape or min(image_shape) < 1 or np.prod(image_shape[:2]) < 2:
         raise ValueError(
             "image_shape must be (H, W, C) with at least two pixels. "
-            f"Received: image_shape={image_shape}"
+            f"Received: image_shape={image_shape!r}"
         )
-    for name, value, least in (
-        ("classes", classes, 2),
-        ("train_size", train_size, 1),
-        ("test_size", test_size, 1),
-        ("noise", noise, 0),
-    ):
-        if value < least:
-            raise ValueError(
-                f"{name} must be at least {least}. Received: {name}={value}"
-            )
+    checks.integer("classes", classes, at_least=2)
+    checks.integer("train_size", train_size, at_least=1)
+    checks.integer("test_size", test_size, at_least=1)
+    checks.number("noise", noise, at_least=0)
     # Streams of RandomState are frozen by NumPy, so the data are the same everywhere.
     patterns = _patterns(np.random.RandomState(_DATA_SEED), classes, image_shape)
     train, test = (

@@ -97,12 +97,12 @@ import io
 import json
 import math
 import zipfile
-from pathlib import Path
 
 import numpy as np
 
-from tf_lowbit.core import packing
+from tf_lowbit.core import checks, packing
 from tf_lowbit.core.files import require_plausible_zip
+from tf_lowbit.export import files
 from tf_lowbit.export.grids import Grid
 
 FORMAT = "tf_lowbit archive"
@@ -266,7 +266,7 @@ def load_archive(path) -> Archive:
             contradict one another.
         OSError: if it cannot be read.
     """
-    content = Path(path).read_bytes()
+    content = files.content_of("path", checks.path("path", path))
     try:
         header, arrays = _parts(content)
     except Exception as error:  # A torn file fails in many ways.

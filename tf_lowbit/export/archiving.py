@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from tf_lowbit.compat import keras
-from tf_lowbit.core import packing
+from tf_lowbit.core import checks, packing
 from tf_lowbit.export import archive, files, twin
 from tf_lowbit.export.grids import Grid
 from tf_lowbit.export.snapping import ExportError, Snapped
@@ -67,6 +67,10 @@ def save_archive(snapped: Snapped, path) -> Path:
         ExportError: if a layer has no form in an archive.
         OSError: if the file cannot be written. One that is there stays.
     """
+    checks.instance(
+        "snapped", snapped, Snapped, remedy="what snap returns, or an Export's .snapped"
+    )
+    checks.path("path", path)
     records, arrays, written = [], {}, {}
     for index, node in enumerate(graph.nodes(snapped.twin)):
         inputs = [graph.producer(t).layer.name for t in node.keras_inputs]

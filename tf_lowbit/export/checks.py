@@ -1,7 +1,5 @@
 """What a trained network must be to be exported."""
 
-import numpy as np
-
 from tf_lowbit import inspection
 from tf_lowbit.core import grid as core_grid
 from tf_lowbit.export.linear import ExportError
@@ -14,13 +12,7 @@ def single_network(model):
         ValueError: if it is not quantized, or a trainer has several students.
     """
     inspection.require_quantized(model)
-    networks = inspection.networks(model)
-    if len(networks) > 1:
-        raise ValueError(
-            "model must be one network: choose one of trainer.students. "
-            f"Received: a trainer of {len(networks)}"
-        )
-    return networks[0]
+    return inspection.single_network(model)
 
 
 def require_exportable(model) -> None:
@@ -50,9 +42,6 @@ def require_finite(model) -> None:
     Raises:
         ExportError: naming the weight.
     """
-    for layer in model.layers:
-        for weight in inspection.parameters(layer):
-            if weight.dtype.is_floating and not np.isfinite(weight.numpy()).all():
-                raise ExportError(
-                    f"Weights must be finite. Received: NaN or inf in {weight.name}"
-                )
+    spoilt = inspection.spoilt_weight(model)
+    if spoilt is not None:
+        raise ExportError(f"Weights must be finite. Received: NaN or inf in {spoilt}")

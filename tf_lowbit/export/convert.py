@@ -10,6 +10,7 @@ import rich.progress
 
 from tf_lowbit import batch_norm
 from tf_lowbit.compat import keras
+from tf_lowbit.core import checks as arguments
 from tf_lowbit.export import checks, files, micro, packing, tflite, twin
 from tf_lowbit.export.flatbuffer import read_metadata
 from tf_lowbit.export.options import Options
@@ -118,6 +119,7 @@ def to_tflite(
         input_type = "int8" if is_micro else "float32"
     options = Options(target, storage, first_layer, head)
     tflite.check_input_type(input_type)
+    tflite.check_info(info)
     _check_path(path)
     if isinstance(model, Snapped):
         if data is not None:
@@ -161,14 +163,12 @@ def read_info(file) -> dict:
         ValueError: if it is no file of `to_tflite`.
         OSError: if it cannot be read.
     """
-    return read_metadata(file if isinstance(file, bytes) else Path(file).read_bytes())[
-        "info"
-    ]
+    return read_metadata(files.content_of("file", file))["info"]
 
 
 def _check_path(path) -> None:
     """Says before the work that there is no such folder."""
-    folder = Path(path).parent
+    folder = Path(arguments.path("path", path)).parent
     if not folder.is_dir():
         raise FileNotFoundError(
             f"The file's folder must exist. Received: {str(path)!r}"

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from tf_lowbit.core import checks
 from tf_lowbit.export import kernels, twin
 
 TARGETS = {
@@ -45,11 +46,7 @@ class Options:
             "head": PRECISIONS,
         }
         for name, choices in allowed.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} must be one of {choices}. "
-                    f"Received: {name}={getattr(self, name)!r}"
-                )
+            checks.choice(name, getattr(self, name), choices)
         if self.target != "tflm":
             if self.storage == "packed":
                 raise ValueError(

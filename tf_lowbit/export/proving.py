@@ -1,14 +1,14 @@
 """Proving a file equal to its integer model, and measuring it against the trained."""
 
 import copy
-import itertools
-from pathlib import Path
 
 import numpy as np
 
 from tf_lowbit.compat import keras, tf
+from tf_lowbit.core import checks as arguments
 from tf_lowbit.export import (
     checks,
+    files,
     flatbuffer,
     kernels,
     micro,
@@ -27,7 +27,7 @@ from tf_lowbit.export.options import Options
 from tf_lowbit.export.report import Decisions, Report
 from tf_lowbit.export.running import Runner, runtime
 from tf_lowbit.export.snapping import Snapped, snap
-from tf_lowbit.observation import batches_of
+from tf_lowbit.observation import batches_for, require_end, validate_batches
 
 _MAX_POOLS = (keras.layers.MaxPooling1D, keras.layers.MaxPooling2D)
 _INT8 = np.arange(-128, 128, dtype=np.int8)
@@ -105,11 +105,17 @@ def verify(
         ImportError: for a file for "tflm" where `tflite-micro` is missing.
         OSError: if it cannot be read.
     """
-    _check_count("batches", batches)
-    _check_count("tensor_batches", tensor_batches)
-    _check_share("tolerance", tolerance)
-    _check_share("agreement", agreement)
-    content = file if isinstance(file, bytes) else Path(file).read_bytes()
+    if batches is None:
+        require_end(data)
+    else:
+        validate_batches(batches)
+    if tensor_batches is not None:
+        arguments.integer("tensor_batches", tensor_batches, at_least=1)
+    if trained is not None:
+        arguments.instance("trained", trained, keras.Model)
+    arguments.number("tolerance", tolerance, at_least=0, at_most=1)
+    arguments.number("agreement", agreement, at_least=0, at_most=1)
+    content = files.content_of("file", file)
     report = Report(
         "bytes" if isinstance(file, bytes) else str(file),
         runtime(),
@@ -145,7 +151,7 @@ def verify(
         check = _check_micro if is_micro else _check_delegation
         runs = check(content, snapped, report)
         if data is not None and runs:
-            batch = itertools.islice(batches_of(data), batches)
+            batch = batches_for(snapped.twin, data, batches)
             compare_on_data(
                 content,
                 about["input_type"],
@@ -161,23 +167,6 @@ def verify(
     if verbose:
         print(report)
     return report
-
-
-def _check_count(name, value) -> None:
-    is_count = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if value is not None and not (is_count and value >= 1):
-        raise ValueError(
-            f"{name} must be an integer of 1 or more, or None for all. "
-            f"Received: {name}={value!r}"
-        )
-
-
-def _check_share(name, value) -> None:
-    is_number = isinstance(value, int | float | np.number)
-    if isinstance(value, bool) or not is_number or not 0 <= value <= 1:
-        raise ValueError(
-            f"{name} must be a number from 0 to 1. Received: {name}={value!r}"
-        )
 
 
 def _written(expected, found, about) -> bytes:

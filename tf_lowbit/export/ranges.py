@@ -1,11 +1,9 @@
 """Ranges of a network's tensors on data, where its training fixed none."""
 
-import itertools
-
 import numpy as np
 
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.observation import batches_of
+from tf_lowbit.observation import batches_for, inputs_in, validate_batches
 from tf_lowbit.scheme import graph
 
 
@@ -31,6 +29,7 @@ class Ranges:
     """
 
     def __init__(self, model: keras.Model, data=None, batches: int = 8, known=None):
+        validate_batches(batches)
         self._model = model
         self._data = data
         self._batches = batches
@@ -74,8 +73,8 @@ class Ranges:
         low = np.full(len(tensors), np.inf)
         high = np.full(len(tensors), -np.inf)
         count = 0
-        for batch in itertools.islice(batches_of(self._data), self._batches):
-            least, greatest = reduced(batch[0] if isinstance(batch, tuple) else batch)
+        for batch in batches_for(self._model, self._data, self._batches):
+            least, greatest = reduced(inputs_in(batch))
             # NumPy's minimum keeps a NaN.
             low = np.minimum(low, least.numpy())
             high = np.maximum(high, greatest.numpy())

@@ -4,10 +4,12 @@ import importlib.metadata
 import platform
 import time
 import warnings
+from collections.abc import Mapping
 
 import numpy as np
 
 from tf_lowbit.compat import tf
+from tf_lowbit.core import checks
 from tf_lowbit.export import flatbuffer, kernels
 
 try:
@@ -36,7 +38,15 @@ def interpreter(data: bytes, kernel: str = kernels.XNNPACK, threads: int = 1):
     Raises:
         ValueError: if the runtime does not take the file.
     """
-    arguments = {"model_content": data, "num_threads": threads}
+    checks.instance("data", data, bytes | bytearray, remedy="the file's content")
+    if data[4:8] != flatbuffer.IDENTIFIER:
+        raise ValueError(
+            f"data must be the content of a TFLite file. Received: {len(data)} bytes "
+            "without its identifier"
+        )
+    checks.choice("kernel", kernel, (kernels.XNNPACK, kernels.BUILTIN))
+    checks.integer("threads", threads, at_least=1)
+    arguments = {"model_content": bytes(data), "num_threads": threads}
     resolvers = (
         tf.lite.experimental.OpResolverType
         if _litert is None
@@ -71,7 +81,7 @@ class Runner:
         threads: int = 1,
         intermediates: bool = False,
     ):
-        if intermediates:
+        if checks.flag("intermediates", intermediates):
             data = with_all_outputs(data)
         self._interpreter = interpreter(data, kernel, threads)
         self._shape = None
@@ -82,8 +92,13 @@ class Runner:
         """Outputs by the tensors' names in the file.
 
         Args:
-            *inputs: one array for each of the file's inputs, of its dtype.
+            *inputs: one NumPy array for each of the file's inputs, of its dtype and
+                shape, [batch, ...].
+
+        Raises:
+            ValueError: for other ones, without an example, or with NaN or infinity.
         """
+        self._check(inputs)
         shapes = [x.shape for x in inputs]
         if shapes != self._shape:
             self._shape = None  # Until the file has taken the new one.
@@ -98,6 +113,33 @@ class Runner:
             detail["name"]: self._interpreter.get_tensor(detail["index"])
             for detail in self.outputs
         }
+
+    def _check(self, inputs) -> None:
+        """Refuses what would end in an error of the runtime, or in chance."""
+        fit = len(inputs) == len(self.inputs) and all(
+            isinstance(x, np.ndarray)
+            and x.dtype == detail["dtype"]
+            and _has_shape(x.shape, detail)
+            for x, detail in zip(inputs, self.inputs, strict=True)
+        )
+        if not fit:
+            wanted = ", ".join(
+                f"{np.dtype(d['dtype'])} {['batch', *_shape_of(d)[1:]]}"
+                for d in self.inputs
+            )
+            given = ", ".join(
+                f"{x.dtype} {list(x.shape)}"
+                if isinstance(x, np.ndarray)
+                else type(x).__name__
+                for x in inputs
+            )
+            raise ValueError(
+                "Inputs must be one NumPy array for each of the file's inputs, "
+                f"{wanted}, of at least one example; -1 is any size. "
+                f"Received: {given or 'none'}"
+            )
+        if not all(np.isfinite(x).all() for x in inputs):
+            raise ValueError("Inputs must be finite. Received: NaN or infinity")
 
     def not_delegated(self) -> list[str]:
         """Names of the operators that run outside the delegate.
@@ -125,6 +167,21 @@ class Runner:
         return sorted(found)
 
 
+def _shape_of(detail) -> list[int]:
+    """The shape of a file's input; -1 for an open size."""
+    signature = detail.get("shape_signature", ())
+    return [int(n) for n in (signature if len(signature) else detail["shape"])]
+
+
+def _has_shape(shape, detail) -> bool:
+    wanted = _shape_of(detail)
+    return (
+        len(shape) == len(wanted)
+        and min(shape, default=1) >= 1
+        and all(w in (-1, n) for n, w in zip(shape[1:], wanted[1:], strict=True))
+    )
+
+
 def latencies(
     files: dict[str, bytes],
     *,
@@ -147,7 +204,16 @@ def latencies(
 
     Returns:
         Name -> the mean over each of its turns.
+
+    Raises:
+        ValueError: if an argument is not as above, or the runtime does not take a file.
     """
+    checks.instance("files", files, Mapping)
+    if not files:
+        raise ValueError("files must hold at least one file. Received: files={}")
+    checks.integer("batch", batch, at_least=1)
+    checks.integer("rounds", rounds, at_least=1)
+    checks.number("seconds", seconds, above=0)
     turns = {name: _turn(data, kernel, batch) for name, data in files.items()}
     counts = {}
     for name, turn in turns.items():

@@ -10,6 +10,7 @@ import numpy as np
 
 from tf_lowbit import inspection, quantizers
 from tf_lowbit.compat import deep_graphs, keras
+from tf_lowbit.core import checks as arguments
 from tf_lowbit.export import checks, elementwise, forms, grids, joins, pools, twin
 from tf_lowbit.export import linear as linears
 from tf_lowbit.export.building import Builder, Note, Value, copy_of
@@ -87,7 +88,9 @@ def snap(
             is not finite, or `data` is missing.
         ExportError: naming a layer that has no form in a file.
     """
-    options = options or Options()
+    options = arguments.instance(
+        "options", Options() if options is None else options, Options
+    )
     network = checks.single_network(model)
     checks.require_exportable(network)
     for problem in forms.problems(network):

@@ -5,6 +5,7 @@ import json
 import numpy as np
 
 from tf_lowbit.compat import keras, tf
+from tf_lowbit.core import checks
 from tf_lowbit.export import grids, twin
 from tf_lowbit.export.flatbuffer import schema
 from tf_lowbit.export.float_operators import FLOAT_METHODS, FloatWriter
@@ -64,6 +65,21 @@ def to_bytes(
     writer = _Writer(snapped.twin, input_type, is_micro)
     about = json.dumps(metadata(snapped, input_type, info), sort_keys=True)
     return writer.run(about.encode())
+
+
+def check_info(info) -> None:
+    """Raises a ValueError for what JSON cannot hold, or is no dict."""
+    if info is None:
+        return
+    try:
+        is_dict = isinstance(info, dict) and bool(json.dumps(info, allow_nan=False))
+    except (TypeError, ValueError):
+        is_dict = False
+    if not is_dict:
+        raise ValueError(
+            "info must be a dict that JSON can hold, of texts, finite numbers, lists "
+            f"and dicts. {checks.received('info', info)}"
+        )
 
 
 def check_input_type(input_type) -> None:

@@ -1,6 +1,7 @@
 """AlexNet with batch normalization."""
 
 from tf_lowbit.compat import keras
+from tf_lowbit.core import checks
 from tf_lowbit.models import layers
 
 # Filters, kernel size, stride, whether a maximum pooling follows.
@@ -67,8 +68,7 @@ def alexnet(
         weight_decay=weight_decay,
         min_size=63,
     )
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1). Received: dropout={dropout!r}")
+    checks.number("dropout", dropout, at_least=0, below=1)
 
     x = image = layers.image_input(input_shape)
     for index, (filters, kernel_size, strides, pooled) in enumerate(_CONVOLUTIONS):

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from tf_lowbit.compat import keras
+from tf_lowbit.core import checks
 from tf_lowbit.models import layers
 
 
@@ -44,7 +45,7 @@ def cifar_counts(depth: int) -> list[int]:
     Raises:
         ValueError: If `depth` is not 6n+2 with n >= 1.
     """
-    if not layers.is_int(depth) or depth < 8 or depth % 6 != 2:
+    if not checks.is_integer(depth) or depth < 8 or depth % 6 != 2:
         raise ValueError(
             "depth must be 6n+2 with n >= 1 (8, 14, 20, ...). "
             f"Received: depth={depth!r}"

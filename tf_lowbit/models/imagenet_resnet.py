@@ -7,6 +7,7 @@ ResNet-18, from whose pretrained weights the ImageNet recipes start.
 from collections.abc import Sequence
 
 from tf_lowbit.compat import keras
+from tf_lowbit.core import checks
 from tf_lowbit.models import blocks, layers
 
 
@@ -22,7 +23,7 @@ def _stem(input_shape: Sequence[int], width: int, weight_decay: float):
 
 
 def _check(width, classes, input_shape, weight_decay) -> None:
-    layers.check_int("width", width, 1)
+    checks.integer("width", width, at_least=1)
     layers.check_common(
         classes=classes, input_shape=input_shape, weight_decay=weight_decay
     )

@@ -5,34 +5,10 @@ settings that the networks share: torch's padding geometry, the initializers of
 the reference recipes, and weight decay on every trainable variable.
 """
 
-import numbers
 from collections.abc import Sequence
 
 from tf_lowbit.compat import keras
-
-
-def is_int(value: object) -> bool:
-    """Whether `value` is an integer, of Python or NumPy, and no bool."""
-    # bool is an Integral in Python, but width=True is a slip, not a width.
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def check_int(name: str, value: int, minimum: int) -> None:
-    """Refuses anything but an integer of at least `minimum`.
-
-    Args:
-        name: The argument's name, for the message.
-        value: The value to check.
-        minimum: The smallest accepted value.
-
-    Raises:
-        ValueError: If `value` is no integer, or is below `minimum`.
-    """
-    if not is_int(value) or value < minimum:
-        raise ValueError(
-            f"{name} must be an integer of at least {minimum}. "
-            f"Received: {name}={value!r}"
-        )
+from tf_lowbit.core import checks
 
 
 def check_common(
@@ -55,11 +31,11 @@ def check_common(
             integers with height and width of at least `min_size`, or
             `weight_decay` is negative.
     """
-    check_int("classes", classes, 2)
+    checks.integer("classes", classes, at_least=2)
     shape = tuple(input_shape) if isinstance(input_shape, Sequence) else ()
     if (
         len(shape) != 3
-        or not all(is_int(size) for size in shape)
+        or not all(checks.is_integer(size) for size in shape)
         or min(shape[:2]) < min_size
         or shape[2] < 1
     ):
@@ -68,11 +44,7 @@ def check_common(
             f"height and width of at least {min_size} and channels of at least 1. "
             f"Received: input_shape={input_shape!r}"
         )
-    # Written so that nan is refused as well.
-    if not weight_decay >= 0:
-        raise ValueError(
-            f"weight_decay must be at least 0. Received: weight_decay={weight_decay!r}"
-        )
+    checks.number("weight_decay", weight_decay, at_least=0)
 
 
 def decay(weight_decay: float):

@@ -1,6 +1,7 @@
 """A small MobileNetV2: depthwise convolutions between linear bottlenecks."""
 
 from tf_lowbit.compat import keras
+from tf_lowbit.core import checks
 from tf_lowbit.models import layers
 
 # Filters in units of the width, stride of the depthwise convolution.
@@ -59,8 +60,8 @@ def mobilenet_v2(
             `input_shape` is not three positive integers, or `weight_decay` is
             negative.
     """
-    layers.check_int("width", width, 1)
-    layers.check_int("expansion", expansion, 1)
+    checks.integer("width", width, at_least=1)
+    checks.integer("expansion", expansion, at_least=1)
     layers.check_common(
         classes=classes, input_shape=input_shape, weight_decay=weight_decay
     )

@@ -1,6 +1,7 @@
 """A plain chain of 3x3 convolutions for small images."""
 
 from tf_lowbit.compat import keras
+from tf_lowbit.core import checks
 from tf_lowbit.models import layers
 
 # Name, filters in units of the width, whether a maximum pooling follows.
@@ -52,7 +53,7 @@ def plain_cnn(
             not three positive integers or below 4 in height or width, or
             `weight_decay` is negative.
     """
-    layers.check_int("width", width, 1)
+    checks.integer("width", width, at_least=1)
     # Below 4 pixels nothing is left after the second pooling.
     layers.check_common(
         classes=classes,

@@ -1,6 +1,7 @@
 """Post-activation residual networks for images of CIFAR's size."""
 
 from tf_lowbit.compat import deep_graphs, keras
+from tf_lowbit.core import checks
 from tf_lowbit.models import blocks, layers
 
 
@@ -50,7 +51,7 @@ def postact_resnet(
             negative.
     """
     counts = blocks.cifar_counts(depth)
-    layers.check_int("width", width, 1)
+    checks.integer("width", width, at_least=1)
     layers.check_common(
         classes=classes, input_shape=input_shape, weight_decay=weight_decay
     )

@@ -61,7 +61,7 @@ def get(name: str, /, **kwargs) -> keras.Model:
         ValueError: If the name is unknown, or an argument is refused.
         TypeError: If the function has no such argument.
     """
-    if name in _NETWORKS:
+    if isinstance(name, str) and name in _NETWORKS:
         return _NETWORKS[name](**kwargs)
     match = re.fullmatch(rf"({'|'.join(_CIFAR)})([0-9]+)", str(name))
     if match:

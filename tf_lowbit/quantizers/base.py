@@ -1,12 +1,11 @@
 """What every quantizer of this library has in common."""
 
 import abc
-import numbers
 
 import numpy as np
 
 from tf_lowbit.compat import as_float32, keras, tf, tfmot
-from tf_lowbit.core import grid
+from tf_lowbit.core import checks, grid
 from tf_lowbit.quantizers import sampling
 
 # The smallest learned step or clip. A step that reaches zero would divide by zero,
@@ -385,13 +384,7 @@ def validate_gradient_factor(factor) -> float:
     Raises:
         ValueError: if it is not a number of at least 0.
     """
-    is_number = isinstance(factor, numbers.Real) and not isinstance(factor, bool)
-    if not is_number or not 0 <= factor < float("inf"):
-        raise ValueError(
-            "gradient_factor must be a finite number >= 0. "
-            f"Received: gradient_factor={factor!r}"
-        )
-    return float(factor)
+    return checks.number("gradient_factor", factor, at_least=0)
 
 
 def _list_layer_weights_first(wrapper) -> None:

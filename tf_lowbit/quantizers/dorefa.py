@@ -5,7 +5,7 @@ Zhou et al., DoReFa-Net, arXiv:1606.06160, in the form of the code released with
 """
 
 from tf_lowbit.compat import as_float32, keras, tf
-from tf_lowbit.core import grid, ste
+from tf_lowbit.core import checks, grid, ste
 from tf_lowbit.quantizers import ranges
 from tf_lowbit.quantizers.base import ActivationQuantizer, WeightQuantizer
 
@@ -29,8 +29,8 @@ class DoReFaWeightQuantizer(WeightQuantizer):
         self, bits: int = 2, max_gradient: bool = True, standardize: bool = False
     ):
         super().__init__(bits)
-        self.max_gradient = max_gradient
-        self.standardize = standardize
+        self.max_gradient = checks.flag("max_gradient", max_gradient)
+        self.standardize = checks.flag("standardize", standardize)
 
     def quantize(self, inputs, variables):
         """See `LowBitQuantizer.quantize`."""

@@ -1,6 +1,7 @@
 """Finds quantizers by name, and turns them into data and back."""
 
 from tf_lowbit.compat import keras
+from tf_lowbit.core import checks
 from tf_lowbit.quantizers.base import ACTIVATION, WEIGHT, LowBitQuantizer
 from tf_lowbit.quantizers.dorefa import (
     DoReFaActivationQuantizer,
@@ -59,7 +60,7 @@ def find(name: str, role: str) -> type[LowBitQuantizer]:
         ValueError: if the role or the name is unknown; the names are listed.
     """
     table = _role(role)
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise ValueError(
             f"{role} quantizer must be one of {names(role)}. Received: {name!r}"
         )
@@ -110,6 +111,7 @@ def serialize(quantizer: LowBitQuantizer) -> dict:
     Returns:
         JSON-ready: class name and constructor arguments.
     """
+    checks.instance("quantizer", quantizer, LowBitQuantizer)
     return keras.utils.legacy.serialize_keras_object(quantizer)
 
 
@@ -125,14 +127,17 @@ def deserialize(data: dict) -> LowBitQuantizer:
     Raises:
         ValueError: if the class is unknown.
     """
-    return keras.utils.legacy.deserialize_keras_object(
-        data, printable_module_name="quantizer"
-    )
+    checks.instance("data", data, dict)
+    try:
+        return keras.utils.legacy.deserialize_keras_object(
+            data, printable_module_name="quantizer"
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            "data must be what `serialize` returned, of a class that is registered: "
+            f"{error}. {checks.received('data', data)}"
+        ) from error
 
 
 def _role(role: str) -> dict:
-    if role not in _BY_ROLE:
-        raise ValueError(
-            f"role must be one of {tuple(_BY_ROLE)}. Received: role={role!r}"
-        )
-    return _BY_ROLE[role]
+    return _BY_ROLE[checks.choice("role", role, _BY_ROLE)]

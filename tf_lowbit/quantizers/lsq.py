@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from tf_lowbit.compat import as_float32, keras, tf
-from tf_lowbit.core import grid, ste
+from tf_lowbit.core import checks, grid, ste
 from tf_lowbit.quantizers import ranges
 from tf_lowbit.quantizers.base import (
     SMALLEST_RANGE,
@@ -134,10 +134,10 @@ class LSQWeightQuantizer(_LearnedStep, WeightQuantizer):
         super().__init__(bits)
         self.initialization = _validate_initialization(initialization)
         self.gradient_factor = validate_gradient_factor(gradient_factor)
-        self.standardize = standardize
-        self.per_axis = per_axis
-        self.narrow_range = narrow_range
-        self.channel_axes = tuple(channel_axes)
+        self.standardize = checks.flag("standardize", standardize)
+        self.per_axis = checks.flag("per_axis", per_axis)
+        self.narrow_range = checks.flag("narrow_range", narrow_range)
+        self.channel_axes = checks.integers("channel_axes", channel_axes)
 
     def build_range(self, tensor_shape, name, layer, variables):
         """See `LowBitQuantizer.build_range`."""
@@ -232,7 +232,7 @@ class LSQActivationQuantizer(_LearnedStep, ActivationQuantizer):
         super().__init__(bits)
         self.initialization = _validate_initialization(initialization)
         self.gradient_factor = validate_gradient_factor(gradient_factor)
-        self.signed = signed
+        self.signed = checks.flag("signed", signed)
         self.implementation = ste.validate_implementation(implementation)
 
     def build_range(self, tensor_shape, name, layer, variables):

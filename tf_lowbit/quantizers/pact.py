@@ -5,7 +5,7 @@ Networks, arXiv:1805.06085.
 """
 
 from tf_lowbit.compat import as_float32, keras, tf
-from tf_lowbit.core import grid, ste
+from tf_lowbit.core import checks, grid, ste
 from tf_lowbit.quantizers import ranges
 from tf_lowbit.quantizers.base import (
     SMALLEST_RANGE,
@@ -50,14 +50,8 @@ class PACTActivationQuantizer(ranges.FittedClip, ActivationQuantizer):
         gradient_factor: float = 1.0,
     ):
         super().__init__(bits)
-        if not 0 < alpha < float("inf"):
-            raise ValueError(
-                f"alpha must be positive and finite. Received: alpha={alpha!r}"
-            )
-        if not alpha_decay >= 0:
-            raise ValueError(
-                f"alpha_decay must be >= 0. Received: alpha_decay={alpha_decay!r}"
-            )
+        checks.number("alpha", alpha, above=0)
+        checks.number("alpha_decay", alpha_decay, at_least=0)
         self.alpha = alpha
         self.alpha_decay = alpha_decay
         self.gradient_factor = validate_gradient_factor(gradient_factor)

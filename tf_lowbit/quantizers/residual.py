@@ -1,9 +1,7 @@
 """The 8-bit quantizer of residual streams: what an int8 Add does, in training."""
 
-import numbers
-
 from tf_lowbit.compat import as_float32, keras, tf
-from tf_lowbit.core import grid, ste
+from tf_lowbit.core import checks, grid, ste
 from tf_lowbit.quantizers import ranges
 from tf_lowbit.quantizers.base import (
     SMALLEST_RANGE,
@@ -95,5 +93,4 @@ class ResidualQuantizer(ActivationQuantizer):
 
 def is_residual_bits(bits) -> bool:
     """Whether `bits` is the integer 8; not for bool, str and float."""
-    is_integer = isinstance(bits, numbers.Integral) and not isinstance(bits, bool)
-    return is_integer and bits == RESIDUAL_BITS
+    return checks.is_integer(bits) and bits == RESIDUAL_BITS

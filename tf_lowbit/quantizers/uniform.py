@@ -1,7 +1,7 @@
 """Uniform symmetric quantizers, without anything learned (common practice)."""
 
 from tf_lowbit.compat import as_float32, keras, tf
-from tf_lowbit.core import grid, ste
+from tf_lowbit.core import checks, grid, ste
 from tf_lowbit.quantizers import ranges
 from tf_lowbit.quantizers.base import (
     SMALLEST_RANGE,
@@ -38,9 +38,9 @@ class UniformWeightQuantizer(WeightQuantizer):
         standardize: bool = False,
     ):
         super().__init__(bits)
-        self.per_axis = per_axis
-        self.standardize = standardize
-        self.channel_axes = tuple(channel_axes)
+        self.per_axis = checks.flag("per_axis", per_axis)
+        self.channel_axes = checks.integers("channel_axes", channel_axes)
+        self.standardize = checks.flag("standardize", standardize)
 
     def quantize(self, inputs, variables):
         """See `LowBitQuantizer.quantize`."""
@@ -119,11 +119,8 @@ class UniformActivationQuantizer(ranges.FittedClip, ActivationQuantizer):
         implementation: str = "auto",
     ):
         super().__init__(bits)
-        if not 0 < clip < float("inf"):
-            raise ValueError(
-                f"clip must be positive and finite. Received: clip={clip!r}"
-            )
-        self.signed = signed
+        checks.number("clip", clip, above=0)
+        self.signed = checks.flag("signed", signed)
         self.clip = clip
         self.implementation = ste.validate_implementation(implementation)
 

@@ -110,16 +110,8 @@ def cost(model: keras.Model) -> Cost:
         ValueError: if the model is subclassed or not built, or a trainer has several
             students.
     """
-    networks = inspection.networks(model)
-    if len(networks) > 1:
-        raise ValueError(
-            "model must be one network: choose one of trainer.students. "
-            f"Received: a trainer of {len(networks)}"
-        )
-    (model,) = networks
-    if not isinstance(model, keras.Model) or not getattr(
-        model, "_is_graph_network", False
-    ):
+    model = inspection.single_network(model)
+    if not getattr(model, "_is_graph_network", False):
         raise ValueError(
             "model must be a built Sequential or Functional tf_keras model. "
             f"Received: {type(model).__name__} {getattr(model, 'name', '')!r}"

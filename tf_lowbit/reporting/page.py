@@ -7,9 +7,10 @@ from pathlib import Path
 
 from tf_lowbit import inspection, predictions
 from tf_lowbit.compat import keras, tf
+from tf_lowbit.core import checks
 from tf_lowbit.core.files import replace_file, replaced
 from tf_lowbit.core.stages import Stage
-from tf_lowbit.observation import batches_of, require_rereadable
+from tf_lowbit.observation import batches_for, require_end, require_rereadable
 from tf_lowbit.reporting import plots
 from tf_lowbit.reporting.cost import cost
 from tf_lowbit.reporting.environment import environment
@@ -81,13 +82,14 @@ def report(
             "report needs matplotlib and Jinja: pip install '.[report]'"
         ) from error
     inspection.require_quantized(model)
-    path = Path(path)
+    path = Path(checks.path("path", path))
     if not path.parent.is_dir():
         raise FileNotFoundError(
             f"The page's folder must exist. Received: {str(path.parent)!r}"
         )
     if dataset is not None:
         require_rereadable(dataset)
+        require_end(dataset)
     whole = cost(model)
     measured = statistics(model, dataset, batches)
     accuracy, examples = (None, 0) if dataset is None else _accuracy(model, dataset)
@@ -124,17 +126,10 @@ def report(
 
 def _accuracy(model, dataset) -> tuple[float | None, int]:
     """Top-1 accuracy in percent and the number of examples; None without classes."""
-    if getattr(dataset, "cardinality", None) is not None and (
-        dataset.cardinality() == tf.data.INFINITE_CARDINALITY
-    ):
-        raise ValueError(
-            "dataset must end, so that the accuracy can be measured on all of it: "
-            "dataset.take(batches). Received: an endless dataset"
-        )
     hits = examples = 0
     limit = predictions.threshold(model)
     forward = tf.function(lambda x: tf.nest.flatten(model(x, training=False))[0])
-    for batch in batches_of(dataset):
+    for batch in batches_for(model, dataset, None):
         if not isinstance(batch, tuple) or len(batch) < 2:
             return None, 0
         outputs = forward(batch[0]).numpy()

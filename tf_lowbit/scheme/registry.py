@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from tf_lowbit.compat import keras, tf, tfmot
+from tf_lowbit.core import checks
 from tf_lowbit.scheme import passing
 
 _layers = keras.layers
@@ -80,7 +81,13 @@ def register_layer(layer_class: type, kernels: Mapping | None = None) -> None:
             "kernels must be a dict of attribute names and channel axes, such as "
             f"{{'kernel': (-1,)}}, or None. Received: {kernels!r}"
         )
-    wanted = tuple(Kernel(name, tuple(axes)) for name, axes in (kernels or {}).items())
+    wanted = tuple(
+        Kernel(
+            checks.instance("A name in kernels", name, str),
+            checks.integers("The axes in kernels", axes),
+        )
+        for name, axes in (kernels or {}).items()
+    )
     is_known = layer_class in _KERNELS or passing.is_registered(layer_class)
     if is_known and _KERNELS.get(layer_class, ()) != wanted:
         raise ValueError(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from tf_lowbit import quantizers
 from tf_lowbit.compat import keras
-from tf_lowbit.core import grid
+from tf_lowbit.core import checks, grid
 
 CATCH_ALL = ".*"
 
@@ -72,6 +72,11 @@ class PrecisionRule:
                 f"pattern must be a regular expression ({error}). "
                 f"Received: pattern={self.pattern!r}"
             ) from error
+        checks.instance("pattern", self.pattern, str)
+        if self.layer_type is not None:
+            checks.instance("layer_type", self.layer_type, str, remedy="a class's name")
+        if self.edges is not None:
+            checks.flag("edges", self.edges)
         for name in ("weight_bits", "activation_bits"):
             if getattr(self, name) is not None:
                 grid.validate_bits(getattr(self, name), name)

@@ -1,6 +1,7 @@
 """Our `QuantizeScheme`, for TF-MOT's `quantize_apply`."""
 
 from tf_lowbit.compat import tfmot
+from tf_lowbit.core import checks
 from tf_lowbit.scheme import residual
 from tf_lowbit.scheme.layout import LowBitLayout
 from tf_lowbit.scheme.registry import LowBitRegistry
@@ -41,11 +42,7 @@ class LowBitScheme(tfmot.quantization.keras.QuantizeScheme):
         shortcut_bits: int | None = None,
     ):
         self.rules = as_rules(rules)
-        if not isinstance(strict, bool):
-            raise ValueError(
-                f"strict must be True or False. Received: strict={strict!r}"
-            )
-        self.strict = strict
+        self.strict = checks.flag("strict", strict)
         self.residual_bits = residual.validate_bits(residual_bits)
         self.shortcut_bits = residual.validate_shortcut_bits(shortcut_bits)
 

@@ -6,13 +6,12 @@ code; the hints are reconstructed (recalled, half seen in it).
 """
 
 import dataclasses
-import math
-import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from tf_lowbit import inspection
 from tf_lowbit.compat import keras, tf
+from tf_lowbit.core import checks
 from tf_lowbit.quantizers import ACTIVATION
 from tf_lowbit.scheme import registry
 from tf_lowbit.training.outputs import Outputs
@@ -110,8 +109,8 @@ class JointDistillation(Settings):
     hint_teacher_gradient: bool | None = None
 
     def __post_init__(self):
-        _check_choice("target", self.target, TARGETS)
-        _check_choice("teacher", self.teacher, TEACHERS)
+        checks.choice("target", self.target, TARGETS)
+        checks.choice("teacher", self.teacher, TEACHERS)
         _check_hints(self.hints)
         if self.hints is not None and not isinstance(self.hints, str):
             hints = (h if isinstance(h, str) else tuple(h) for h in self.hints)
@@ -146,9 +145,11 @@ class JointDistillation(Settings):
         if value is None:
             object.__setattr__(self, name, default)
         elif name == "hint_teacher_gradient":
-            _check_choice(name, value, (True, False))
+            checks.flag(name, value)
+        elif name == "temperature":
+            checks.number(name, value, above=0)
         else:
-            _check_number(name, value, zero_is_allowed=name != "temperature")
+            checks.number(name, value, at_least=0)
 
     @property
     def trains_teacher(self) -> bool:
@@ -461,20 +462,3 @@ def _check_hint(student, teacher, student_layer, teacher_layer):
             "The layers of a hint must put out the same shape. Received: student's "
             f"{student_layer!r} {shapes[0]}, teacher's {teacher_layer!r} {shapes[1]}"
         )
-
-
-def _check_choice(name, value, allowed):
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {allowed}. Received: {name}={value!r}")
-
-
-def _check_number(name, value, *, zero_is_allowed: bool):
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if (
-        not is_number
-        or not math.isfinite(value)
-        or value < 0
-        or (value == 0 and not zero_is_allowed)
-    ):
-        least = "at least 0" if zero_is_allowed else "above 0"
-        raise ValueError(f"{name} must be a number {least}. Received: {name}={value!r}")

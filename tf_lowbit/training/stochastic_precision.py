@@ -8,10 +8,10 @@ It is not stochastic rounding, and not Stochastic Quantization (arXiv:1708.01001
 
 import contextlib
 import dataclasses
-import numbers
 from collections.abc import Callable, Sequence
 
 from tf_lowbit.compat import keras, tf
+from tf_lowbit.core import checks
 from tf_lowbit.core.schedules import LinearRamp
 from tf_lowbit.quantizers import sampling
 from tf_lowbit.training import units
@@ -75,9 +75,10 @@ class StochasticPrecision(Settings):
         units.check_unit(self.unit)
         if isinstance(self.unit, list):
             object.__setattr__(self, "unit", tuple(self.unit))
-        _check_integer("seed", self.seed, 0)
+        checks.integer("seed", self.seed, at_least=0, below=2**63)
+        checks.flag("raw_weights", self.raw_weights)
         if self.steps is not None:
-            _check_integer("steps", self.steps, 1)
+            checks.integer("steps", self.steps, at_least=1, below=2**63)
 
     def _shape(self) -> dict:
         """What is given of the linear ramp."""
@@ -190,12 +191,3 @@ class Sampler:
             for tensor in unit.tensors
         ]
         return sampling.sampled(draws, self.precision.raw_weights)
-
-
-def _check_integer(name: str, value, least: int) -> None:
-    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not is_integer or not least <= value < 2**63:
-        raise ValueError(
-            f"{name} must be an integer of at least {least}, below 2**63. "
-            f"Received: {name}={value!r}"
-        )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from tf_lowbit import inspection
 from tf_lowbit.compat import keras, tf
+from tf_lowbit.core import checks
 from tf_lowbit.quantized_network import CheckedTraining
 from tf_lowbit.training import distillation as distilling
 from tf_lowbit.training.distillation import JointDistillation
@@ -73,6 +74,12 @@ class LowBitTrainer(CheckedTraining, keras.Model):
         named = dict(student) if isinstance(student, Mapping) else {"student": student}
         _check_names(named)
         networks = list(named.values())
+        if distillation is not None:
+            checks.instance("distillation", distillation, JointDistillation)
+        if stochastic_precision is not None:
+            checks.instance(
+                "stochastic_precision", stochastic_precision, StochasticPrecision
+            )
         plan = Plan.of(networks, teacher, distillation, stochastic_precision)
         everyone = networks if teacher is None else [*networks, teacher]
         # Inputs are cast by the networks' own layers, as without a trainer.
