@@ -85,11 +85,16 @@ def exports(env, data=None, **arguments):
     return export.to_tflite(model, path, data, **{"verbose": 0, **arguments})
 
 
+def shown(value):
+    """A short id of a value, which every process gives alike."""
+    return re.sub(r" at 0x\w+", "", repr(value))[:40]
+
+
 def table(front, call, argument, values, message):
     """Rows for some values of one argument."""
     return [
         (
-            f"{front}-{argument}={repr(value)[:40]}",
+            f"{front}-{argument}={shown(value)}",
             lambda env, v=value: call(env, v),
             message,
         )

@@ -20,7 +20,7 @@ from tests.export.networks import (
 )
 from tf_lowbit import export
 from tf_lowbit.compat import CustomScaleLayer, LayerScale, StochasticDepth, keras, tf
-from tf_lowbit.export import comparing, elementwise, twin
+from tf_lowbit.export import agreement, comparing, elementwise, twin
 from tf_lowbit.scheme import graph
 
 THREE = [1.0, -2.0, 0.5]
@@ -268,7 +268,7 @@ def test_what_comes_behind_floats_is_not_asked_to_be_the_same_to_the_bit():
     # Of the layers of floats each is one by itself, whatever stands in front.
     made = prove(model, images()).layer("spread")
     assert type(made) is layers.DepthwiseConv2D
-    assert comparing._computes_floats(made)
+    assert agreement.computes_floats(made)
     x = keras.Input((4, 4, 3))
     made = keras.Model(x, layers.DepthwiseConv2D(3, name="d")(x))
     node = next(iter(graph.calls(made)))

@@ -16,7 +16,7 @@ from tests.export.networks import (
     relative_error,
 )
 from tf_lowbit import export
-from tf_lowbit.compat import StochasticDepth, keras, tf
+from tf_lowbit.compat import keras, tf
 
 W8A8 = [Rule(".*", 8, 8, "uniform", "uniform", edges=True)]
 # Share of an output's deviation that W8A8's roundings may take. Each fault that these
@@ -127,7 +127,6 @@ TRAINING = {
     "spatial_dropout": lambda name: layers.SpatialDropout2D(0.5, name=name),
     "noise": lambda name: layers.GaussianNoise(0.5, name=name),
     "flip": lambda name: layers.RandomFlip(name=name),
-    "depth": lambda name: StochasticDepth(0.5, name=name),
 }
 
 

@@ -23,7 +23,7 @@ _FLOAT_ERROR = 1e-3
 # Behind a rounding to 8 bits: by how many of the grid's levels "far" is more (1 / 64 of
 # the range), how many may be so far, the mean difference in levels, clipped values.
 _FAR_LEVELS, _FAR_EXPLAINED, _SHIFT, _CLIPPED = 64, 0.01, 0.5, 0.01
-_FLOAT_ERROR_EXPLAINED = 0.05
+_FLOAT_ERROR_EXPLAINED = 0.15
 # A sum's step may be moved to a ratio of its terms', which clips its ends: beyond them
 # by this part of the levels a value counts as clipped.
 _OVER = 16
