@@ -861,7 +861,7 @@ def rows():
                 env.content, env.network, env.data, tensor_batches=v, verbose=0
             ),
             "tensor_batches",
-            (-1, 2.5, True, "2"),
+            (0, -1, 2.5, True, "2"),
             "tensor_batches must",
         )
     )
@@ -871,7 +871,13 @@ def rows():
                 "to_tflite",
                 lambda env, v, n=name: exports(env, **{n: v}),
                 name,
-                ("x", None, 3, ["int8"]),
+                # None is the target's own.
+                (
+                    "x",
+                    3,
+                    ["int8"],
+                    *(() if name in ("head", "input_type") else (None,)),
+                ),
                 f"{name} must",
             )
         )
