@@ -103,7 +103,8 @@ def test_is_calibrated(name, calibrated):
 
 
 def test_learned_weight_steps_start_from_the_weights():
-    rule = PrecisionRule(".*", 3, weight_quantizer="lsq")
+    paper = quantizers.LSQWeightQuantizer(initialization="paper")
+    rule = PrecisionRule(".*", 3, weight_quantizer=paper)
     model = nets.randomize(nets.perceptron())
     tensor = nets.by_name(quantize(model, rule))["mid/kernel"]
     mean = np.abs(model.get_layer("mid").kernel.numpy()).mean()
