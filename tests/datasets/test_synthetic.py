@@ -72,10 +72,10 @@ def test_can_be_learned_but_not_without_effort():
         ({"image_shape": (8, 8)}, "image_shape must"),
         ({"image_shape": (1, 1, 3)}, "image_shape must"),
         ({"image_shape": (8, 0, 3)}, "image_shape must"),
-        ({"classes": 1}, "classes must be at least 2. Received: classes=1"),
-        ({"train_size": 0}, "train_size must be at least 1. Received"),
-        ({"test_size": 0}, "test_size must be at least 1. Received"),
-        ({"noise": -0.5}, "noise must be at least 0. Received: noise=-0.5"),
+        ({"classes": 1}, "classes must be .* at least 2. Received: classes=1"),
+        ({"train_size": 0}, "train_size must be .* at least 1. Received"),
+        ({"test_size": 0}, "test_size must be .* at least 1. Received"),
+        ({"noise": -0.5}, "noise must be .* at least 0. Received: noise=-0.5"),
     ],
 )
 def test_refuses_arguments_out_of_range(arguments, message):

@@ -55,12 +55,13 @@ def test_json_and_back_is_the_same_quantizer(name, bits):
 @pytest.mark.parametrize(
     "quantizer",
     [
-        quantizers.DoReFaWeightQuantizer(3, max_gradient=False),
+        quantizers.DoReFaWeightQuantizer(3, max_gradient=False, standardize=True),
         quantizers.DoReFaActivationQuantizer(3, "composed"),
-        quantizers.LSQWeightQuantizer(3, True, True, (2, 3)),
-        quantizers.LSQActivationQuantizer(3, True, "fused"),
-        quantizers.PACTActivationQuantizer(3, 2.5, 0.01, "fused"),
-        quantizers.UniformWeightQuantizer(3, False, (0,)),
+        quantizers.LSQWeightQuantizer(3, True, True, (2, 3), "paper", 0.5, True),
+        quantizers.LSQActivationQuantizer(3, True, "fused", "paper", 0.5),
+        quantizers.PACTActivationQuantizer(3, 2.5, 0.01, "fused", 0.5),
+        quantizers.StatsQWeightQuantizer(3, (0,), True),
+        quantizers.UniformWeightQuantizer(3, False, (0,), True),
         quantizers.UniformActivationQuantizer(3, True, 2.5, "composed"),
     ],
     ids=repr,

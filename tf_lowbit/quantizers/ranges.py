@@ -75,7 +75,8 @@ def least_error_weight_clips(
 ) -> np.ndarray:
     """The clips of least squared error of a weight tensor, or of each of its channels.
 
-    Large tensors are drawn down by a fixed seed; the largest magnitude is exact.
+    Large tensors are drawn down by a fixed seed, which may miss an outlier; that the
+    clip is no larger than the largest magnitude holds for all.
 
     Args:
         weights: float array of any shape.
