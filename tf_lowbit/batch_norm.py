@@ -61,7 +61,7 @@ def fit_to_fixed_clips(model: keras.Model, batches: list) -> list[str]:
     found.reverse()
     tensors = [tensor for tensor, _ in found]
     in_front = [
-        tensor.variables
+        (tensor.variables, tensor.ceiling)
         for tensor in inspection.quantized_tensors(model)
         if tensor.is_shortcut
         and tensor.quantizer.needs_calibration

@@ -82,7 +82,10 @@ class QuantizedTensor:
         self.quantizer.assign_bits(fresh, self.bits)
         # Changing the bits rescales a step by way of other bits: that rounds.
         return not all(
-            np.allclose(self.variables[name], fresh[name], rtol=1e-5, atol=0.0)
+            # On replicas a variable is no array.
+            np.allclose(
+                self.variables[name].numpy(), fresh[name].numpy(), rtol=1e-5, atol=0.0
+            )
             for name in names
         )
 
