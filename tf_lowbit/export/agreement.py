@@ -20,9 +20,9 @@ from tf_lowbit.scheme import graph
 # be other ones, and so many more than one level away.
 _UNEQUAL, _FAR = 0.01, 0.001
 _FLOAT_ERROR = 1e-3
-# Behind a rounding to 8 bits: by how many of the grid's levels "far" is more (1 / 64 of
+# Behind a rounding to 8 bits: by how many of the grid's levels "far" is more (1 / 16 of
 # the range), how many may be so far, the mean difference in levels, clipped values.
-_FAR_LEVELS, _FAR_EXPLAINED, _SHIFT, _CLIPPED = 64, 0.01, 0.5, 0.01
+_FAR_LEVELS, _FAR_EXPLAINED, _SHIFT, _CLIPPED = 16, 0.01, 0.5, 0.01
 _FLOAT_ERROR_EXPLAINED = 0.15
 # A sum's step may be moved to a ratio of its terms', which clips its ends: beyond them
 # by this part of the levels a value counts as clipped.
