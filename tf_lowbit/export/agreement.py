@@ -20,9 +20,11 @@ from tf_lowbit.scheme import graph
 # be other ones, and so many more than one level away.
 _UNEQUAL, _FAR = 0.01, 0.001
 _FLOAT_ERROR = 1e-3
-# Behind a rounding to 8 bits: by how many of the grid's levels "far" is more (1 / 16 of
-# the range), how many may be so far, the mean difference in levels, clipped values.
-_FAR_LEVELS, _FAR_EXPLAINED, _SHIFT, _CLIPPED = 16, 0.01, 0.5, 0.01
+# Behind a rounding to 8 bits: by how many of the grid's levels "far" is more (1 / 64 of
+# the range; 1 / 16 of a sum's, whose terms have coarser steps), how many may be so far,
+# the mean difference in levels, clipped values.
+_FAR_LEVELS, _FAR_EXPLAINED, _SHIFT, _CLIPPED = 64, 0.01, 0.5, 0.01
+_FAR_LEVELS_OF_SUM = 16
 _FLOAT_ERROR_EXPLAINED = 0.15
 # A sum's step may be moved to a ratio of its terms', which clips its ends: beyond them
 # by this part of the levels a value counts as clipped.
@@ -116,7 +118,7 @@ class Agreements:
                 row.explained |= is_noted
                 if row.levels:
                     made, is_exact = _add_codes(
-                        row, grid_of(node), wanted, made.numpy(), own[name]
+                        row, node, wanted, made.numpy(), own[name]
                     )
                 else:
                     made, is_exact = _add_floats(row, wanted, made.numpy(), own[name])
@@ -152,13 +154,15 @@ def computes_floats(layer) -> bool:
     return type(layer) in (*FLOAT_METHODS, keras.layers.AveragePooling2D)
 
 
-def _add_codes(row, grid, values, within, own):
+def _add_codes(row, node, values, within, own):
     """Adds codes to a row; the trained network's, and whether its values are codes."""
+    grid, is_sum = grid_of(node), isinstance(node.layer, twin.IntegerAdd)
     levels = values.astype(np.float64) / grid.step
     codes = np.clip(np.rint(levels), grid.low, grid.high)
     is_exact = bool((np.abs(levels - codes) <= _ON_GRID).all())
     own = own.reshape(codes.shape)
-    far = max(1, grid.levels // _FAR_LEVELS) if row.explained else 1
+    parts = _FAR_LEVELS_OF_SUM if is_sum else _FAR_LEVELS
+    far = max(1, grid.levels // parts) if row.explained else 1
     row.elements += codes.size
     row.equal += int((own == codes).sum())
     row.near += int((np.abs(own - codes) <= 1).sum())
