@@ -25,7 +25,7 @@ _FLOAT_ERROR = 1e-3
 # the mean difference in levels, clipped values.
 _FAR_LEVELS, _FAR_EXPLAINED, _SHIFT, _CLIPPED = 64, 0.01, 0.5, 0.01
 _FAR_LEVELS_OF_SUM = 16
-_FLOAT_ERROR_EXPLAINED = 0.15
+_FLOAT_ERROR_EXPLAINED = 0.08
 # A sum's step may be moved to a ratio of its terms', which clips its ends: beyond them
 # by this part of the levels a value counts as clipped.
 _OVER = 16
