@@ -295,11 +295,11 @@ class ActivationQuantizer(LowBitQuantizer):
         if "signed" not in weights:
             return self.quantize(values, weights)
         # A variable, so that checkpoints hold it and nothing is traced anew.
-        unsigned = self.unsigned()
-        return tf.cond(
+        # Both are computed: on replicas a conditional cannot hold their gradients.
+        return tf.where(
             tf.cast(weights["signed"], tf.bool),
-            lambda: self.quantize(values, weights),
-            lambda: unsigned.quantize(values, weights),
+            self.quantize(values, weights),
+            self.unsigned().quantize(values, weights),
         )
 
     @property
