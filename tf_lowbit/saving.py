@@ -49,7 +49,7 @@ def load_model(path, **arguments) -> keras.Model:
         The network or the `LowBitTrainer`, compiled if it was.
 
     Raises:
-        OSError: if there is no such file.
+        FileNotFoundError: if there is no such file.
         ValueError: if it is none of these formats, damaged, holds a lambda, or would
             unpack to far more than a file of its size should hold.
     """

@@ -106,6 +106,14 @@ TABLE = {
             )
         },
     ),
+    "callbacks.BatchNormReestimation": Row(
+        CALLBACK,
+        {
+            "reestimation": lambda folder, data: tfl.callbacks.BatchNormReestimation(
+                data
+            )
+        },
+    ),
     # Trainers, and what they are told.
     "LowBitTrainer": Row(
         TRAINER,
@@ -158,6 +166,7 @@ TABLE = {
             "two_stage",
             "two_stage_progressive",
             "weight_decay_at_bits",
+            "export.check",
             "export.gzip_bytes",
             "export.latencies",
             "export.load_archive",
@@ -199,9 +208,12 @@ TABLE = {
             "datasets.Normalization",
             "export.Archive",
             "export.ArchivedLayer",
+            "export.Check",
             "export.Export",
             "export.ExportError",
+            "export.MicroRunner",
             "export.Note",
+            "export.Problem",
             "export.Report",
             "export.Runner",
             "export.Snapped",

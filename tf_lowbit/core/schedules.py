@@ -60,6 +60,9 @@ def weight_decay_at_bits(decay: float, bits: int) -> float:
         decay: of a network of 4 bits and more, at least 0.
         bits: of the weights, 1 to 8, or 16 or 32.
 
+    Returns:
+        The decay to use.
+
     Raises:
         ValueError: for a negative decay, or bits that there are not.
     """

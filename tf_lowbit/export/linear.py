@@ -37,6 +37,9 @@ class Problem:
 class ExportError(ValueError):
     """A network, or a layer of it, that has no form in a file.
 
+    Args:
+        message: text, or the `Problem` of one layer.
+
     Attributes:
         problem: the layer's `Problem`; None where it is not one layer's.
     """

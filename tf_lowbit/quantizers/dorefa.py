@@ -21,6 +21,7 @@ class DoReFaWeightQuantizer(WeightQuantizer):
     Args:
         bits: 1 to 8, or 16 or 32 for `2u - 1` unrounded.
         max_gradient: False leaves the maximum out of the gradient (ours).
+        standardize: `(w - mean) / std` in front of the grid (`prepared`).
     """
 
     narrow_range = True
