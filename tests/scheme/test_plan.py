@@ -3,7 +3,7 @@
 import pytest
 
 from tests.scheme import nets
-from tf_lowbit import PrecisionRule, quantizers
+from tf_lowbit import PrecisionRule, inspection, quantize, quantizers
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.scheme import registry
 from tf_lowbit.scheme.plan import edge_layers, make_plan
@@ -346,3 +346,12 @@ def test_an_inserted_lsq_quantizer_has_the_options_of_the_rules():
     (insertion,) = plan.insertions.values()
     expected = {**given.get_config(), "bits": 3, "signed": True}
     assert insertion.quantizer.get_config() == expected
+
+
+@pytest.mark.parametrize(("bits", "narrow"), [(2, False), (7, False), (8, True)])
+def test_8_bit_weights_by_the_name_lsq_are_what_int8_holds(bits, narrow):
+    rule = PrecisionRule(".*", bits, 2, weight_quantizer="lsq", edges=True)
+    model = quantize(nets.perceptron(), rule)
+    weights = [t for t in inspection.quantized_tensors(model) if t.role == "weight"]
+    assert {t.quantizer.narrow_range for t in weights} == {narrow}
+    assert all((min(t.quantizer.level_codes(bits)) >= -127) for t in weights)

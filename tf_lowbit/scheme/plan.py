@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from tf_lowbit import quantizers
 from tf_lowbit.compat import keras
+from tf_lowbit.core import grid
 from tf_lowbit.scheme import graph, nonnegative, passing, registry, residual
 from tf_lowbit.scheme.rules import CATCH_ALL, PrecisionRule
 
@@ -409,6 +410,8 @@ def _weight_quantizer(rule, kernel):
     arguments = {"bits": rule.weight_bits}
     if "channel_axes" in quantizer.get_config():
         arguments["channel_axes"] = kernel.channel_axes
+    if rule.weight_quantizer == "lsq" and rule.weight_bits == grid.MAX_BITS:
+        arguments["narrow_range"] = True  # int8 weights of a file have no -128.
     return quantizers.get(quantizer, quantizers.WEIGHT, **arguments)
 
 
