@@ -20,7 +20,7 @@ from tf_lowbit.scheme import graph, passing, registry
 
 _Wrapper = tfmot.quantization.keras.QuantizeWrapper
 # Quantizer variables that say how to train and are no part of the network.
-_STATE = ("bits", "calibrated", "signed")
+_STATE = ("bits", "calibrated")
 
 
 @dataclasses.dataclass(frozen=True)

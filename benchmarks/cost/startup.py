@@ -33,9 +33,8 @@ PARTS = ("import", "build", "first step", "second step")
 def once(kind: str) -> dict[str, float]:
     """CPU seconds of each part, in this process."""
     times = [time.process_time()]
-    import stepping
-
     import tf_lowbit as tfl
+    from benchmarks.cost import stepping
     from tf_lowbit import models
 
     times.append(time.process_time())
@@ -78,7 +77,8 @@ def main(argv):
     # TensorFlow is imported here only now: the processes above have both cores.
     import rich.console
     import rich.table
-    import stepping
+
+    from benchmarks.cost import stepping
 
     table = rich.table.Table(title="Start-up in CPU seconds, and relative to float")
     for column in ("network", *PARTS, "to the first step", "relative"):

@@ -125,7 +125,10 @@ def test_a_tensor_that_rounding_does_not_change():
 
 
 REFUSED = {
-    "metric": ({"metric": "loss"}, r"one of \('sqnr', 'accuracy'\)\. Received: 'loss'"),
+    "metric": (
+        {"metric": "loss"},
+        r"one of \('sqnr', 'accuracy'\)\. Received: metric='loss'",
+    ),
     "batches": ({"batches": 0}, "Received: batches=0"),
     "not rounded": ({"bits": [2, 16]}, r"from 1 to 8\. Received: bits=\[2, 16\]"),
     "no bits": ({"bits": []}, r"Received: bits=\[\]"),

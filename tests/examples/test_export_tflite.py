@@ -24,13 +24,13 @@ CHOICES = {
 # Of each kind of mistake one: its flags, and what the message must hold.
 BAD = {
     "not a flag": (["net.h5"], r"^UsageError: .*arguments that are no flags: \['net"),
-    "target": (["--target=nope"], r"--target=nope: .*one of <xnnpack\|portable>"),
+    "target": (["--target=nope"], r"--target=nope: .*one of <xnnpack\|portable\|tflm>"),
     "dataset": (["--dataset=nope"], r"--dataset=nope: .*digits"),
-    "no model": (["--model="], r"^OSError: "),
-    "missing model": (["--model=nope.h5"], r"^OSError: .*nope\.h5"),
+    "no model": (["--model="], r"^ValueError: path must be a path"),
+    "missing model": (["--model=nope.h5"], r"^FileNotFoundError: .*nope\.h5"),
     "a run's folder": (["--model=.."], r"^OSError: .*SavedModel"),
     "torn model": (["--model=../torn.h5"], r"^OSError: .*truncated file"),
-    "missing .keras": (["--model=net.keras"], r"^OSError: .*net\.keras"),
+    "missing .keras": (["--model=net.keras"], r"^FileNotFoundError: .*net\.keras"),
     "float network": (["--model=../float.h5"], r"^ValueError: .*nothing is quantized"),
     "other images": (
         ["--model=../six.h5"],
@@ -51,7 +51,7 @@ BAD = {
     ),
     "falling rate": (
         ["--finetune_epochs=1", "--learning_rate=-1"],
-        r"^ValueError: learning_rate must be a positive.*Received: learning_rate=-1",
+        r"^ValueError: learning_rate must .*above 0.*Received: learning_rate=-1",
     ),
 }
 # As a bad disk would: one bit of the first layer's weights, in a file just written.

@@ -343,7 +343,8 @@ def test_8_bits_of_the_odd_grid_are_refused_with_the_reason():
 
 
 def test_a_weight_code_of_minus_128_is_refused_with_the_reason():
-    model = quantize(_two_kinds(), [Rule("whole", 8, 8, "lsq", "lsq", edges=True)])
+    whole = tfl.quantizers.LSQWeightQuantizer(8)  # By name it has no -128.
+    model = quantize(_two_kinds(), [Rule("whole", 8, 8, whole, "lsq", edges=True)])
     (kernel,) = [t for t in inspection.quantized_tensors(model) if t.latent is not None]
     data = [normals(4, (6, 6, 3))]
     kernel.latent.assign(tf.clip_by_value(kernel.latent, -1.0, 1.0))

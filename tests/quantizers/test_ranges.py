@@ -217,7 +217,7 @@ def test_a_change_of_bits_rescales_the_range_about_as_new_data_would(
     quantizer, old, new
 ):
     x = cases.random_inputs((1 << 12,), spread=0.7)
-    (name,) = set(build(quantizer)) - {"bits", "calibrated", "signed"}
+    (name,) = set(build(quantizer)) - {"bits", "calibrated"}
     variables, fresh = build(quantizer), build(quantizer)
     quantizer.assign_bits(variables, old)
     quantizer.calibrate([x], variables)

@@ -30,7 +30,8 @@ def replaced(path) -> Iterator[Path]:
 
     Raises:
         OSError: if the folder is missing or cannot be written, or the disk is full.
-            Nothing is left behind, nor after any other error within the context.
+            Nothing is left behind, nor after any other error within the context. Only
+            a process that is killed may leave its folder, named `.partial-...`.
     """
     path = Path(path)
     folder = None

@@ -15,6 +15,10 @@ SMALLEST_RANGE = 1e-6
 _LEAST_VARIANCE = 1e-16
 WEIGHT = "weight"
 ACTIVATION = "activation"
+# Values of the variable `calibrated`, 0 before `calibrate`. The second one also says
+# that data held nothing below zero. One variable for both: files of earlier versions
+# have no other.
+_CALIBRATED, _CALIBRATED_UNSIGNED = 1, 2
 
 
 @keras.utils.register_keras_serializable(package="tf_lowbit")
@@ -250,13 +254,6 @@ class ActivationQuantizer(LowBitQuantizer):
     signed = False
     has_fixed_clip = False
 
-    def build(self, tensor_shape, name, layer):
-        """See `LowBitQuantizer.build`; adds `signed` where data can tell the sign."""
-        variables = super().build(tensor_shape, name, layer)
-        if self.unsigned() is not None:
-            variables["signed"] = self.add_state(layer, f"{name}_signed", 1, tf.int32)
-        return variables
-
     def unsigned(self) -> "ActivationQuantizer | None":
         """The same quantizer without codes below zero, on the same variables.
 
@@ -273,33 +270,46 @@ class ActivationQuantizer(LowBitQuantizer):
 
         Args:
             variables: what `build` returned. Outside of `tf.function` alone: the answer
-                is read from `signed` and may change.
+                is read from `calibrated` and may change.
         """
-        is_signed = "signed" not in variables or bool(variables["signed"].numpy())
-        return self if is_signed else self.unsigned()
+        if not self._can_lose_sign(variables):
+            return self
+        is_unsigned = int(variables["calibrated"].numpy()) == _CALIBRATED_UNSIGNED
+        return self.unsigned() if is_unsigned else self
 
     def assign_sign(self, samples, variables: dict) -> None:
         """Leaves codes below zero out where no sample is negative; else has them.
 
-        Samples without any value but zero tell nothing and change nothing.
+        Samples without any value but zero tell nothing and change nothing. Nor does a
+        quantizer change that has no variable `calibrated`.
 
         Args:
             samples: as in `calibrate`.
             variables: what `build` returned.
         """
-        if "signed" in variables and any(np.any(sample) for sample in samples):
+        if self._can_lose_sign(variables) and any(np.any(s) for s in samples):
             is_signed = any(np.min(sample, initial=0.0) < 0 for sample in samples)
-            variables["signed"].assign(int(is_signed))
+            variables["calibrated"].assign(
+                _CALIBRATED if is_signed else _CALIBRATED_UNSIGNED
+            )
+
+    @staticmethod
+    def mark_calibrated(variables: dict) -> None:
+        """Notes in `calibrated` that the range is from data; keeps the sign's note."""
+        variables["calibrated"].assign(tf.maximum(variables["calibrated"], _CALIBRATED))
+
+    def _can_lose_sign(self, variables):
+        return "calibrated" in variables and self.unsigned() is not None
 
     def _quantize_at_present(self, values, weights):
-        if "signed" not in weights:
+        if not self._can_lose_sign(weights):
             return self.quantize(values, weights)
         # A variable, so that checkpoints hold it and nothing is traced anew.
         # Both are computed: on replicas a conditional cannot hold their gradients.
         return tf.where(
-            tf.cast(weights["signed"], tf.bool),
-            self.quantize(values, weights),
+            weights["calibrated"] == _CALIBRATED_UNSIGNED,
             self.unsigned().quantize(values, weights),
+            self.quantize(values, weights),
         )
 
     @property

@@ -282,7 +282,7 @@ class LSQActivationQuantizer(_LearnedStep, ActivationQuantizer):
             lambda: ranges.mean_magnitude(samples, signed=self.signed),
             lambda bits: ranges.least_error_clip(samples, bits, signed=self.signed),
         )
-        variables["calibrated"].assign(1)
+        self.mark_calibrated(variables)
 
     def get_config(self):
         """The constructor's arguments."""

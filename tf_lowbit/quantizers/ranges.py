@@ -172,7 +172,7 @@ class FittedClip:
             narrow_range=self.narrow_range,
         )
         variables[self.clip_name].assign(clip)
-        variables["calibrated"].assign(1)
+        self.mark_calibrated(variables)
 
 
 def mean_magnitude(samples, *, signed: bool) -> float:

@@ -88,7 +88,7 @@ class ResidualQuantizer(ActivationQuantizer):
         clip = ranges.least_error_clip(samples, self.bits, signed=True)
         highest = grid.signed_limits(self.bits, narrow_range=False)[1]
         variables["step"].assign(clip / highest)
-        variables["calibrated"].assign(1)
+        self.mark_calibrated(variables)
 
 
 def is_residual_bits(bits) -> bool:
