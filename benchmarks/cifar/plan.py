@@ -22,19 +22,21 @@ class Method:
         quantizers: of weights and activations; None for a float network.
         staging: one of `examples.experiment.METHODS`.
         distill: one of `examples.experiment.DISTILLATIONS`.
+        shortcut_bits: as in `tfl.quantize`.
     """
 
     quantizers: tuple[str, str] | None = ("dorefa", "dorefa")
     staging: str = "plain"
     distill: str = "none"
+    shortcut_bits: int | None = None
 
 
+LSQ = ("lsq", "lsq")
 METHODS = {
     FLOAT: Method(quantizers=None),
     "plain": Method(),
-    "JKD": Method(distill="joint"),
-    "LSQ": Method(("lsq", "lsq")),
-    "LSQ with JKD": Method(("lsq", "lsq"), distill="joint"),
+    "LSQ": Method(LSQ),
+    "LSQ, 8-bit shortcuts, JKD": Method(LSQ, distill="joint", shortcut_bits=8),
 }
 
 
@@ -46,19 +48,17 @@ class Experiment:
         network: a key of `cifar_run.NETWORKS`.
         dataset: "cifar10" or "cifar100".
         epochs: of each run.
-        methods: keys of `METHODS`. The rate of each is tuned at each of `tuned_at`.
-        bits: pairs (weights, activations) of the low-bit rows.
-        tuned_at: pairs of bits. Other pairs take the rate of the first one with as
-            many weight bits or fewer.
+        rows: from a method, a key of `METHODS`, to its pairs of bits (weights,
+            activations); (None,) for float.
+        tuned_at: the pair of bits at which the rate of each low-bit method is tuned.
         seeds: of each row.
     """
 
     network: str
     dataset: str
     epochs: int
-    methods: tuple[str, ...]
-    bits: tuple[tuple[int, int], ...]
-    tuned_at: tuple[tuple[int, int], ...]
+    rows: dict[str, tuple[tuple[int, int] | None, ...]]
+    tuned_at: tuple[int, int]
     seeds: int
 
 
@@ -67,10 +67,14 @@ EXPERIMENTS = {
     "tiny": Experiment(
         network="mlperf_resnet8",
         dataset="cifar10",
-        epochs=20,
-        methods=(FLOAT, "plain", "JKD", "LSQ", "LSQ with JKD"),
-        bits=((8, 8), (4, 4), (3, 3), (2, 2), (1, 2)),
-        tuned_at=((4, 4), (2, 2)),
+        epochs=8,
+        rows={
+            "LSQ, 8-bit shortcuts, JKD": ((2, 2), (4, 4), (3, 3), (1, 2), (8, 8)),
+            "LSQ": ((2, 2), (4, 4)),
+            "plain": ((2, 2), (4, 4)),
+            FLOAT: (None,),
+        },
+        tuned_at=(2, 2),
         seeds=3,
     ),
 }
@@ -105,7 +109,7 @@ class Run:
     def name(self) -> str:
         """What its result is named by; a file name, too."""
         bits = "" if self.bits is None else f"-w{self.bits[0]}a{self.bits[1]}"
-        method = self.method.lower().replace(" ", "-")
+        method = self.method.lower().replace(",", "").replace(" ", "-")
         return (
             f"{self.experiment}-{method}{bits}-{self.epochs}epochs-"
             f"rate{self.learning_rate:g}-seed{self.seed}"
@@ -123,39 +127,26 @@ def next_runs(name: str, results: dict[str, dict]) -> list[Run]:
     """
     experiment = EXPERIMENTS[name]
     rows, tuned = [], []
-    for method in experiment.methods:
-        pairs = (None,) if method == FLOAT else experiment.tuned_at
-        for bits in pairs:
-            scores = _scores(name, method, bits, results)
-            rates = tuning.next_rates(scores)
-            tuned += [
-                run
-                for rate in rates
-                for run in _tuning_runs(name, method, bits, rate)
-                if run.name not in results
+    for method, pairs in experiment.rows.items():
+        bits = None if method == FLOAT else experiment.tuned_at
+        scores = _scores(name, method, bits, results)
+        rates = tuning.next_rates(scores)
+        tuned += [
+            run
+            for rate in rates
+            for run in _tuning_runs(name, method, bits, rate)
+            if run.name not in results
+        ]
+        if not rates:
+            rate = tuning.best_rate(scores)
+            rows += [
+                Run(name, method, own, seed, experiment.epochs, rate)
+                for seed in range(experiment.seeds)
+                for own in pairs
             ]
-            if not rates:
-                rate = tuning.best_rate(scores)
-                rows += [
-                    Run(name, method, own, seed, experiment.epochs, rate)
-                    for seed in range(experiment.seeds)
-                    for own in _pairs_like(experiment, bits)
-                ]
     return tuned + sorted(
         (run for run in rows if run.name not in results), key=lambda run: run.seed
     )
-
-
-def _pairs_like(experiment, bits):
-    """The bits of the rows whose rate is tuned at the given ones."""
-    if bits is None:
-        return (None,)
-    return tuple(
-        own
-        for own in experiment.bits
-        if next((t for t in experiment.tuned_at if t[0] <= own[0]),
-                experiment.tuned_at[-1]) == bits
-    )  # fmt: skip
 
 
 def _tuning_runs(name, method, bits, rate):

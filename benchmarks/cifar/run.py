@@ -131,6 +131,7 @@ def prepared(model, edges, run, data):
             tfl.PrecisionRule(".*", *run.bits, *method.quantizers),
         ],
         residual_bits=8,
+        shortcut_bits=method.shortcut_bits,
     )
     tfl.calibrate(quantized, data.train)
     trainer = experiment.trainer_for(
