@@ -106,7 +106,7 @@ def test_what_was_found_is_on_it(full, network):
         ]
     row = cells.index("0.1")
     assert cells[row - 4 : row + 2] == ["1", "2", "4", "32", "0.1", "cosine"]
-    assert ("proved" if verified.ok else "not proved") in cells
+    assert ("verified" if verified.ok else "not verified") in cells
     assert " ".join(str(exported).split()) in cells
     assert tfl.__version__ in " ".join(cells)
 
