@@ -79,7 +79,7 @@ network's tensor that comes out.
 | zero_pad | padding | [before, after] of width, or of height and of width |
 | edge_pad | padding | rows and columns at each border, mirrored: `b a a b b a` |
 | crop | cropping | [before, after] of width, or of height and of width |
-| global_max_pool, global_average_pool | keepdims | steps, or height and width |
+| upsample | size | values `size[0]` times in height, `size[1]` in width; steps `size` |
 | interpolate | size | `upsample`, bilinear between the pixels' centres; float |
 | flatten, reshape | | C order; to `shape` |
 | permute | dims | output axis i is input axis dims[i]; the batch is axis 0 |
