@@ -106,3 +106,31 @@ def test_a_sequential_model():
 def test_what_has_no_graph_is_refused(model):
     with pytest.raises(ValueError, match=r"built Sequential or Functional.*Received: "):
         tfl.split_separable(model)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"padding": "causal", "dilation_rate": 2},
+        {"padding": "same", "strides": 2},
+        {"depth_multiplier": 3, "activation": "relu"},
+    ],
+)
+def test_convolutions_of_steps_are_split_and_exported(more, tmp_path):
+    model = keras.Sequential(
+        [
+            layers.Input((12, 3)),
+            layers.SeparableConv1D(4, 3, name="conv", **more),
+            layers.Flatten(),
+            layers.Dense(2, name="head"),
+        ]
+    )
+    made = tfl.split_separable(model)
+    steps = np.random.default_rng(0).normal(size=(8, 12, 3)).astype(np.float32)
+    np.testing.assert_allclose(made(steps), model(steps), atol=1e-6)
+    rule = tfl.PrecisionRule(".*", 4, 4, "uniform", "uniform", edges=True)
+    quantized = tfl.quantize(made, rule)
+    tfl.calibrate(quantized, [steps])
+    file = tmp_path / "net.tflite"
+    tfl.export.to_tflite(quantized, file, [steps], verbose=0)
+    assert tfl.export.verify(file, quantized, [steps], verbose=0).ok

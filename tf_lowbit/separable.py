@@ -3,6 +3,11 @@
 from tf_lowbit.compat import deep_graphs, keras
 
 _layers = keras.layers
+# Separable convolutions, and what they are split into.
+_SPLIT = {
+    _layers.SeparableConv1D: (_layers.DepthwiseConv1D, _layers.Conv1D),
+    _layers.SeparableConv2D: (_layers.DepthwiseConv2D, _layers.Conv2D),
+}
 _PARTS = ("constraint", "initializer", "regularizer")
 # Of a separable convolution's settings, those of either layer.
 _DEPTHWISE = (
@@ -17,7 +22,7 @@ _POINTWISE = (
 
 @deep_graphs()
 def split_separable(model: keras.Model) -> keras.Model:
-    """Makes each `SeparableConv2D` a `DepthwiseConv2D` and a 1x1 `Conv2D` (ours).
+    """Makes each separable convolution a depthwise one and a 1x1 convolution (ours).
 
     Within a separable convolution nothing is rounded between its two kernels, so that
     it has no integer form. Of two layers `quantize` makes what is between them a
@@ -31,7 +36,8 @@ def split_separable(model: keras.Model) -> keras.Model:
     Returns:
         A model of its own, not compiled, with copies of the weights. A layer "conv"
         that was split is a model "conv" of the layers "conv_depthwise" and
-        "conv_pointwise"; all others keep their names.
+        "conv_pointwise", behind a "conv_padding" if it is causal; all others keep their
+        names.
 
     Raises:
         ValueError: if the model is not a built Sequential or Functional one.
@@ -53,7 +59,7 @@ def _copy(layer):
     """A layer of its own, without the weights; or what stands for it."""
     if isinstance(layer, keras.Model):
         return split_separable(layer)
-    if type(layer) is _layers.SeparableConv2D:
+    if type(layer) in _SPLIT:
         return _split(layer)
     return type(layer).from_config(layer.get_config())
 
@@ -61,17 +67,22 @@ def _copy(layer):
 def _split(layer) -> keras.Sequential:
     config = layer.get_config()
     common = {name: config[name] for name in ("data_format", "dtype", "trainable")}
-    depthwise = _layers.DepthwiseConv2D(
-        **common,
-        **{name: config[name] for name in _DEPTHWISE},
-        use_bias=False,
-        name=f"{layer.name}_depthwise",
+    kinds = _SPLIT[type(layer)]
+    window = {name: config[name] for name in _DEPTHWISE}
+    parts = []
+    if layer.padding == "causal":
+        count = layer.dilation_rate[0] * (layer.kernel_size[0] - 1)
+        name = f"{layer.name}_padding"
+        parts.append(_layers.ZeroPadding1D((count, 0), dtype=layer.dtype, name=name))
+        window["padding"] = "valid"
+    depthwise = kinds[0](
+        **common, **window, use_bias=False, name=f"{layer.name}_depthwise"
     )
-    pointwise = _layers.Conv2D(
+    pointwise = kinds[1](
         kernel_size=1,
         **common,
         **{name: config[name] for name in _POINTWISE},
         **{f"kernel_{part}": config[f"pointwise_{part}"] for part in _PARTS},
         name=f"{layer.name}_pointwise",
     )
-    return keras.Sequential([depthwise, pointwise], name=layer.name)
+    return keras.Sequential([*parts, depthwise, pointwise], name=layer.name)

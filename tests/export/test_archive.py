@@ -1,5 +1,6 @@
 """Archives against the quantizers, the twin, and a NumPy reading of their text."""
 
+import dataclasses
 import errno
 import io
 import json
@@ -130,6 +131,12 @@ def linear(layer, x, weights, strides, padding, dilations):
         return x * weights
     if kind == "dense":
         return x @ weights
+    if kind == "transposed":
+        return transposed(layer.settings, x, weights)
+    if x.ndim == 3:
+        ones = [(1, *numbers) for numbers in (strides, dilations)]
+        total = linear(layer, x[:, None], weights[None], ones[0], padding, ones[1])
+        return total[:, 0]
     view = windows(x, weights.shape[:2], strides, dilations, padding)
     if kind == "conv":
         groups = x.shape[-1] // weights.shape[2]
@@ -140,6 +147,28 @@ def linear(layer, x, weights, strides, padding, dilations):
         return np.concatenate(totals, axis=-1)
     total = np.einsum("bhwcij,ijcm->bhwcm", view, weights)
     return total.reshape(*total.shape[:3], -1)
+
+
+def transposed(settings, x, weights):
+    """Each product at its place, `i * stride + j - before`."""
+    (_, height, width, _), (rows, columns, channels, _) = x.shape, weights.shape
+    (down, across), (top, left) = settings["strides"], settings["before"]
+    size = [
+        s * n + more
+        for s, n, more in zip(
+            settings["strides"], (height, width), settings["excess"], strict=True
+        )
+    ]
+    made = np.zeros((len(x), *size, channels), x.dtype)
+    for y in range(height):
+        for z in range(width):
+            for row in range(rows):
+                for column in range(columns):
+                    place = y * down + row - top, z * across + column - left
+                    inside = 0 <= place[0] < size[0] and 0 <= place[1] < size[1]
+                    if inside:
+                        made[:, *place] += x[:, y, z] @ weights[row, column].T
+    return made
 
 
 def from_thresholds(layer, x):
@@ -185,23 +214,37 @@ def computed(layer, sources):
             return np.rint(np.clip(scaled, grid.low, grid.high)).astype(np.int64)
         case "to_values":
             return (x * grid_step(layer)).astype(np.float32)
+        case "max_pool" if x.ndim == 3:
+            s = {**s, **{k: (1, *s[k]) for k in ("pool_size", "strides")}}
+            flat = dataclasses.replace(layer, settings=s)
+            return computed(flat, [x[:, None]])[:, 0]
         case "max_pool":
             ones = (1,) * len(s["pool_size"])
             lowest = -(10**6)
             view = windows(x, s["pool_size"], s["strides"], ones, s["padding"], lowest)
             return view.max(axis=(-1, -2))
         case "zero_pad":
-            return np.pad(x, [(0, 0), *s["padding"], (0, 0)])
+            sides = s["padding"]
+            sides = [sides] if x.ndim == 3 else sides
+            return np.pad(x, [(0, 0), *sides, (0, 0)])
+        case "edge_pad":
+            rows, columns = s["padding"]
+            sides = [(0, 0), (rows, rows), (columns, columns), (0, 0)]
+            return np.pad(x, sides, "symmetric")
         case "crop":
             (top, bottom), (left, right) = s["cropping"]
             return x[:, top : x.shape[1] - bottom, left : x.shape[2] - right]
+        case "upsample" if x.ndim == 3:
+            return x.repeat(s["size"], axis=1)
         case "upsample":
             height, width = s["size"]
             return x.repeat(height, axis=1).repeat(width, axis=2)
-        case "flatten":
-            return x.reshape(len(x), -1)
+        case "flatten" | "reshape":
+            return x.reshape(len(x), *layer.shape)
         case "global_average_pool":
-            return x.mean(axis=(1, 2))
+            return x.mean(axis=tuple(range(1, x.ndim - 1)))
+        case "global_max_pool":
+            return x.max(axis=tuple(range(1, x.ndim - 1)))
         case "add":
             return sum(sources)
         case "relu":
@@ -277,6 +320,30 @@ def check_layers(found, twin_values):
             assert np.abs(result - expected).max() <= 1, layer.name
             ties += (result != expected).sum()
     return ties
+
+
+def test_decoders_and_sequences_are_computed_as_the_text_says(tmp_path):
+    x = image = keras.Input((6, 6, 3), name="image")
+    x = layers.Conv2D(4, 3, activation="relu", name="stem")(x)
+    for index, (size, more) in enumerate(((3, {"padding": "same"}), (4, {}))):
+        x = layers.Conv2DTranspose(3, size, strides=2, name=f"up{index}", **more)(x)
+        x = layers.ReLU(name=f"up{index}_relu")(
+            layers.BatchNormalization(name=f"up{index}_bn")(x)
+        )
+    x = layers.UpSampling2D((2, 3), interpolation="bilinear", name="between")(x)
+    x = layers.Conv2D(3, 2, strides=3, activation="relu", name="mid")(x)
+    x = layers.Reshape((-1, 6), name="rows")(x)
+    x = layers.Conv1D(4, 3, padding="causal", dilation_rate=2, name="late")(x)
+    x = layers.UpSampling1D(2, name="twice")(layers.ReLU(name="late_relu")(x))
+    x = layers.DepthwiseConv1D(3, strides=2, padding="same", name="each")(x)
+    x = layers.GlobalMaxPooling1D(name="pool")(layers.ReLU(name="each_relu")(x))
+    model = keras.Model(image, layers.Dense(2, name="head")(x))
+    data = images(2, (6, 6, 3))
+    network = quantized(model, [rule(2, 2, activations="uniform")], data)
+    snapped, found = saved(network, tmp_path, data)
+    kinds = {layer.type for layer in found.layers}
+    assert {"integer_transposed", "edge_pad", "integer_depthwise"} <= kinds
+    check_layers(found, tensors(snapped.twin, data))
 
 
 # --- codes ----------------------------------------------------------------------------

@@ -187,10 +187,10 @@ def test_what_does_nothing_at_inference_is_left_out(case):
 def test_check_lists_every_layer_with_a_remedy():
     def body(x):
         x = layers.SeparableConv2D(4, 3, name="separable")(x)
-        x = layers.Conv2DTranspose(4, 3, name="transposed")(x)
+        x = layers.Conv2DTranspose(4, 3, (1, 2), name="transposed")(x)
         x = layers.Activation("elu", name="elu")(x)
         x = layers.Conv2D(4, 1, activation="selu", name="own")(x)
-        x = layers.UpSampling2D(2, interpolation="bilinear", name="up")(x)
+        x = layers.UpSampling2D(2, interpolation="bicubic", name="up")(x)
         x = layers.Lambda(lambda t: t, name="lambda")(x)
         return conv_bn_relu(x, 4, name="inner")
 

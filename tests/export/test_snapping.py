@@ -493,8 +493,8 @@ UNKNOWN = {
     "lambda": lambda: layers.Lambda(lambda x: 2.0 * x, name="odd"),
     "layer_norm_of_rows": lambda: layers.LayerNormalization(2, name="odd"),
     "separable": lambda: layers.SeparableConv2D(4, 3, name="odd"),
-    "transposed": lambda: layers.Conv2DTranspose(4, 3, name="odd"),
-    "upsampling": lambda: layers.UpSampling2D(2, interpolation="bilinear", name="odd"),
+    "transposed": lambda: layers.Conv2DTranspose(4, 3, strides=(2, 1), name="odd"),
+    "upsampling": lambda: layers.UpSampling2D(2, interpolation="bicubic", name="odd"),
     "elu": lambda: layers.Activation("elu", name="odd"),
     "relu_of_one": lambda: layers.ReLU(1.0, name="odd"),
     "group_norm": lambda: layers.GroupNormalization(2, name="odd"),
@@ -547,15 +547,62 @@ def test_a_recurrent_layer_is_named():
         export.snap(model, [normals()])
 
 
-def test_a_causal_convolution_is_refused():
-    def body(x):
-        return layers.Conv1D(4, 3, padding="causal", name="odd")(
-            layers.Reshape((16, -1))(x)
-        )
+def sequence(layer, *more):
+    """A branch of rows of an image: `layer`, batch norm and ReLU, and what follows."""
 
-    model = quantize(network(body), [EDGE])
-    with pytest.raises(export.ExportError, match="'odd' with padding='causal'"):
-        export.snap(model, [normals()])
+    def branch(x, name):
+        x = layers.Reshape((-1, x.shape[-1]))(x)
+        x = layer(x, name)
+        for then in more:
+            x = then(x, name)
+        return x
+
+    return branch
+
+
+def steps(kind, *arguments, **options):
+    """A layer of steps with weights, batch norm and ReLU."""
+    return lambda x, name: bn_relu(kind(*arguments, name=name, **options)(x), name)
+
+
+SEQUENCES = {
+    "causal": sequence(steps(layers.Conv1D, 4, 3, padding="causal", dilation_rate=2)),
+    "strided": sequence(steps(layers.Conv1D, 4, 4, strides=3, padding="same")),
+    "each": sequence(steps(layers.DepthwiseConv1D, 3, strides=2, padding="same")),
+    "doubled": sequence(
+        lambda x, name: layers.UpSampling1D(2)(x), steps(layers.Conv1D, 4, 3)
+    ),
+    "averaged": sequence(
+        lambda x, name: layers.AveragePooling1D(3, name=f"{name}_pool")(x),
+        steps(layers.Conv1D, 4, 3),
+    ),
+    "largest": sequence(
+        steps(layers.Conv1D, 4, 3), lambda x, name: layers.GlobalMaxPooling1D()(x)
+    ),
+    "mean": sequence(
+        steps(layers.Conv1D, 4, 3), lambda x, name: layers.GlobalAveragePooling1D()(x)
+    ),
+}
+
+
+def test_layers_of_steps_are_exact():
+    model = quantize(branched(SEQUENCES, (5, 4, 3)), EVERYWHERE)
+    x = normals(8, (5, 4, 3))
+    moving = ["RESIZE_NEAREST_NEIGHBOR"]
+    proof = prove(model, x, not_delegated=moving, target="portable")
+    assert_as_trained(proof, x)
+    grid = proof.layer("averaged_pool").grid
+    assert (grid.low, grid.high) == (0, 9)
+
+
+def test_a_mean_of_steps_is_computed_in_codes_for_an_int8_head():
+    def body(x):
+        x = steps(layers.Conv1D, 4, 3)(layers.Reshape((16, -1))(x), "inner")
+        return layers.GlobalAveragePooling1D(name="mean")(x)
+
+    model = quantize(network(body), [EDGE, Rule("inner", 2, 2)])
+    proof = prove(model, images(), head="int8")
+    assert proof.layer("mean_sum").grid.levels == 256
 
 
 CHANNELS_FIRST = {

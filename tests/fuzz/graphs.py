@@ -6,12 +6,13 @@ import math
 from hypothesis import strategies as st
 
 import tf_lowbit as tfl
-from tf_lowbit.compat import keras
+from tf_lowbit.compat import keras, tf
 
 layers = keras.layers
 KINDS = (
     *("conv", "pointwise", "depthwise", "grouped"),
     *("residual", "branches", "gated", "scaled"),
+    *("transposed", "interpolated", "moved"),
 )
 ACTIVATIONS = {
     "relu": layers.ReLU,
@@ -133,6 +134,19 @@ def _block(x, block, name):
         x = layers.Concatenate(name=f"{name}_concat")([y, z])
     elif block.kind == "gated":
         x = _gated(_conv(x, block, name), block, name)
+    elif block.kind == "transposed":
+        x = layers.Conv2DTranspose(
+            block.filters, 3, block.strides, padding="same", name=name
+        )(x)
+        x = layers.BatchNormalization(name=f"{name}_bn")(x) if block.batch_norm else x
+        x = _activated(x, block, f"{name}_relu")
+    elif block.kind == "interpolated":
+        size = (block.strides, 1 + block.filters % 2)
+        up = layers.UpSampling2D(size, interpolation="bilinear", name=f"{name}_up")
+        x = _conv(up(x), block, name)
+    elif block.kind == "moved":
+        x = tf.pad(x, [[0, 0], [1, 0], [0, block.strides], [0, 0]])
+        x = _conv(tf.transpose(x[:, 1:], (0, 2, 1, 3)), block, name)
     elif block.kind == "scaled":
         x = 1.0 - _conv(0.5 * x + 0.25, block, name) / 4.0
     else:

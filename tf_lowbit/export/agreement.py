@@ -33,6 +33,7 @@ _OVER = 16
 _USED = 1 / 8
 # How far from a code a value of the trained network is still that code's.
 _ON_GRID = 1e-3
+_AVERAGES = (keras.layers.AveragePooling1D, keras.layers.AveragePooling2D)
 # So few elements may differ of any tensor.
 _FEW = 2
 # Of the notes' names: what a layer of several inputs reads, and parts of a layer.
@@ -151,7 +152,8 @@ def grid_of(node):
 
 def computes_floats(layer) -> bool:
     """Whether a layer of a twin computes with floats."""
-    return type(layer) in (*FLOAT_METHODS, keras.layers.AveragePooling2D)
+    is_bilinear = getattr(layer, "interpolation", "nearest") == "bilinear"
+    return is_bilinear or type(layer) in (*FLOAT_METHODS, *_AVERAGES)
 
 
 def _add_codes(row, node, values, within, own):

@@ -24,17 +24,22 @@ value is `code * step`. A grid of null is a tensor of float32. `scale`, `zero_po
 that scale, and the fused activation that clamps at `low`.
 
 **Integer layers** `integer_conv`, `integer_depthwise`, `integer_dense`,
-`integer_scale` add up `A = sum(input code * weight code)` and put out
+`integer_scale`, `integer_transposed` add up `A = sum(input code * weight code)` and put
+out
 
     low + (number of j with thresholds[channel, j] <= A).
 
 Weights have the shape `weight_shape`: (height, width, inputs, channels) or (width,
-inputs, channels) for conv; (height, width, inputs, multiplier) for depthwise, where
-output channel `i * multiplier + m` reads input channel i; (inputs, channels) for dense,
-over the last axis; (channels,) for scale, one factor a channel. Convolutions correlate
-(no flip), with `strides`, `dilation` and `padding`; padding is with code 0. Where a
+inputs, channels) for conv; (height, width, inputs, multiplier) or (width, inputs,
+multiplier) for depthwise, where output channel `i * multiplier + m` reads input channel
+i; (inputs, channels) for dense, over the last axis; (channels,) for scale, one factor a
+channel; (height, width, channels, inputs) for transposed. Convolutions correlate (no
+flip), with `strides`, `dilation` and `padding`; padding is with code 0. Where a
 conv's `inputs` are fewer than its input's channels, these are in consecutive groups of
-that many, and each group makes the next, equal share of the output's. The arrays:
+that many, and each group makes the next, equal share of the output's. In each axis of a
+transposed convolution output o reads input i by tap j wherever `i * stride + j = o +
+before`, and there are `stride * inputs + excess` outputs (`before` and `excess` are its
+settings, two numbers each). The arrays:
 
 | array | type, shape | what |
 |---|---|---|
@@ -70,16 +75,19 @@ network's tensor that comes out.
 | integer_add | ratios | `clip(round(a p/q + b r/s))` for [[p, q], [r, s]]; no ties |
 | max_pool | pool_size, strides, padding | borders of "same" do not count |
 | average_pool | pool_size, strides, padding | float; borders do not count |
-| global_max_pool, global_average_pool | keepdims | over height and width |
+| global_max_pool, global_average_pool | keepdims | steps, or height and width |
 | zero_pad | padding | [before, after] of width, or of height and of width |
+| edge_pad | padding | rows and columns at each border, mirrored: `b a a b b a` |
 | crop | cropping | [before, after] of width, or of height and of width |
-| upsample | size | each value `size[0]` times in height, `size[1]` times in width |
+| upsample | size | values `size[0]` times in height, `size[1]` in width; steps `size` |
+| interpolate | size | `upsample`, bilinear between the pixels' centres; float |
 | flatten, reshape | | C order; to `shape` |
 | permute | dims | output axis i is input axis dims[i]; the batch is axis 0 |
 | concatenate | axis | |
 | add, multiply | | float |
 | affine | gain, offset | `gain x + offset` of each channel, float |
 | conv, depthwise, dense | strides, padding, dilation_rate; kernel, bias | float |
+| transposed | strides, before, excess; kernel, bias | float |
 | relu | max_value | `min(max(x, 0), max_value)`; null for no upper bound |
 | leaky_relu, prelu | alpha | `alpha x` below 0; a setting, or an array |
 | layer_norm | epsilon; gamma, beta | over the last axis, variance + epsilon; float |
@@ -102,7 +110,7 @@ import numpy as np
 
 from tf_lowbit.core import checks, packing
 from tf_lowbit.core.files import require_plausible_zip
-from tf_lowbit.export import files
+from tf_lowbit.export import files, twin
 from tf_lowbit.export.grids import CLAMP_AT_ONE, CLAMP_AT_ZERO, NO_CLAMP, Grid
 
 FORMAT = "tf_lowbit archive"
@@ -125,11 +133,13 @@ FORMS = {
     "crop": (("cropping",), ()),
     "dense": ((), ("kernel", "bias")),
     "depthwise": (_WINDOW, ("kernel", "bias")),
+    "edge_pad": (("padding",), ()),
     "flatten": ((), ()),
     "global_average_pool": (("keepdims",), ()),
     "global_max_pool": (("keepdims",), ()),
     "input": ((), ()),
     "integer_add": (("ratios",), ()),
+    "interpolate": (("size",), ()),
     "layer_norm": (("epsilon",), ("gamma", "beta")),
     "leaky_relu": (("alpha",), ()),
     "max_pool": (_POOL, ()),
@@ -140,6 +150,7 @@ FORMS = {
     "reshape": ((), ()),
     "to_codes": ((), ()),
     "to_values": ((), ()),
+    "transposed": (("strides", "before", "excess"), ("kernel", "bias")),
     "upsample": (("size",), ()),
     "zero_pad": (("padding",), ()),
 }
@@ -153,7 +164,10 @@ ACTIVATIONS = (
     "swish",
     "tanh",
 )
-_INTEGER = ("integer_conv", "integer_dense", "integer_depthwise", "integer_scale")
+_INTEGER = (
+    *("integer_conv", "integer_dense", "integer_depthwise", "integer_scale"),
+    "integer_transposed",
+)
 _COMMON = ("name", "type", "inputs", "shape", "input_grid", "grid", "arrays")
 
 
@@ -192,11 +206,13 @@ _SETTINGS = {
     "activation": _one_of(*ACTIVATIONS),
     "alpha": checks.is_number,
     "axis": checks.is_integer,
+    "before": _are(checks.is_integer, 1, 2),
     "bits": lambda v: checks.is_integer(v) and 1 <= v <= 8,
     "cropping": _are_margins,
     "dilation": _are_counts,
     "dilation_rate": _are_counts,
     "dims": lambda v: _are(_is_count)(v) and sorted(v) == list(range(1, len(v) + 1)),
+    "excess": _are(checks.is_integer, 1, 2),
     "epsilon": lambda v: checks.is_number(v) and v >= 0,
     "keepdims": lambda v: isinstance(v, bool),
     "kernel": _one_of("builtin", "xnnpack"),
@@ -268,8 +284,8 @@ class ArchivedLayer:
             )
         shape = tuple(self.settings["weight_shape"])
         signs = self.arrays["signs"].astype(np.int32)
-        if self.type == "integer_depthwise":
-            signs = signs.reshape(shape[-2:])
+        kind = self.type.removeprefix("integer_")
+        signs = signs.reshape(twin.channel_shape(kind, shape))
         return _unpacked(self.settings, self.arrays["weights"]) * signs
 
 
@@ -473,8 +489,8 @@ def _check_integer_layer(layer) -> None:
     shape, arrays = layer.settings["weight_shape"], layer.arrays
     if layer.input_grid is None or layer.grid is None:
         raise ValueError(f"{layer.name} must read and put out codes")
-    kept = 2 if layer.type == "integer_depthwise" else 1
-    channels = math.prod(shape[-kept:])
+    kind = layer.type.removeprefix("integer_")
+    channels = math.prod(twin.channel_shape(kind, shape))
     expected = {
         "signs": ("int8", (channels,)),
         "thresholds": ("int32", (channels, layer.grid.high - layer.grid.low)),
@@ -490,7 +506,10 @@ def _check_integer_layer(layer) -> None:
         raise ValueError(f"{layer.name} has signs other than -1, 0 and 1")
     if (np.diff(arrays["thresholds"], axis=1) < 0).any():
         raise ValueError(f"{layer.name} has thresholds that descend")
-    missing = {"strides", "padding", "dilation", "upscale"} - set(layer.settings)
+    needed = {"strides", "padding", "dilation", "upscale"}
+    if kind == twin.TRANSPOSED:
+        needed |= {"before", "excess"}
+    missing = needed - set(layer.settings)
     if missing:
         raise ValueError(f"{layer.name} lacks {sorted(missing)}")
     _unpacked(layer.settings, arrays["weights"])

@@ -9,7 +9,7 @@ import numpy as np
 
 from tf_lowbit.compat import keras
 from tf_lowbit.core import checks, packing
-from tf_lowbit.export import archive, files, twin
+from tf_lowbit.export import archive, files, transposed, twin
 from tf_lowbit.export.grids import Grid
 from tf_lowbit.export.snapping import ExportError, Snapped
 from tf_lowbit.scheme import graph
@@ -21,20 +21,26 @@ _TYPES = {
     _layers.InputLayer: "input",
     twin.ToCodes: "to_codes",
     twin.ToValues: "to_values",
+    twin.EdgePadding: "edge_pad",
     twin.IntegerAdd: "integer_add",
     twin.Affine: "affine",
     _layers.Activation: "activation",
     _layers.Add: "add",
+    _layers.AveragePooling1D: "average_pool",
     _layers.AveragePooling2D: "average_pool",
     _layers.Concatenate: "concatenate",
     _layers.Conv1D: "conv",
     _layers.Conv2D: "conv",
+    _layers.Conv2DTranspose: "transposed",
     _layers.Cropping1D: "crop",
     _layers.Cropping2D: "crop",
     _layers.Dense: "dense",
+    _layers.DepthwiseConv1D: "depthwise",
     _layers.DepthwiseConv2D: "depthwise",
     _layers.Flatten: "flatten",
+    _layers.GlobalAveragePooling1D: "global_average_pool",
     _layers.GlobalAveragePooling2D: "global_average_pool",
+    _layers.GlobalMaxPooling1D: "global_max_pool",
     _layers.GlobalMaxPooling2D: "global_max_pool",
     _layers.LayerNormalization: "layer_norm",
     _layers.LeakyReLU: "leaky_relu",
@@ -45,6 +51,7 @@ _TYPES = {
     _layers.PReLU: "prelu",
     _layers.ReLU: "relu",
     _layers.Reshape: "reshape",
+    _layers.UpSampling1D: "upsample",
     _layers.UpSampling2D: "upsample",
     _layers.ZeroPadding1D: "zero_pad",
     _layers.ZeroPadding2D: "zero_pad",
@@ -130,14 +137,18 @@ def _of_layer(layer):
             f"Received: {layer.name!r} of type {type(layer).__name__}"
         )
     kind = _TYPES[type(layer)]
-    keys, names = archive.FORMS[kind]
     config = layer.get_config()
+    if config.get("interpolation") == "bilinear":
+        kind = "interpolate"
+    keys, names = archive.FORMS[kind]
     if config.get("data_format") == "channels_first":
         raise ExportError(
             "Layers must be channels_last. "
             f"Received: {layer.name!r} with data_format='channels_first'"
         )
     arrays = dict(zip(names, layer.get_weights(), strict=True))
+    if kind == "transposed":
+        config |= transposed.placement(layer)
     settings = {key: _plain(config[key]) for key in keys}
     return {"type": kind, **settings}, arrays
 
@@ -170,6 +181,8 @@ def _of_integer_layer(layer):
         "storage": layer.storage,
         "represents": layer.represents,
     }
+    if layer.kind == twin.TRANSPOSED:
+        settings |= {"before": list(layer.before), "excess": list(layer.excess)}
     return settings, arrays
 
 

@@ -245,6 +245,7 @@ class Builder:
                 [linear.gain.astype(np.float32), linear.offset.astype(np.float32)]
             )
         else:
+            inputs = self._padded(linear, inputs)
             layer, outputs = self._float_layer(value, linear, inputs)
         if linear.relu:
             outputs = self.relu_layer(linear.relu, f"{value.name}_relu")(outputs)
@@ -263,6 +264,8 @@ class Builder:
         }
         if linear.kind != twin.DEPTHWISE:
             del config["depthwise_regularizer"]
+        if config.get("padding") == "causal":
+            config["padding"] = "valid"
         layer = type(linear.layer).from_config(config)
         outputs = layer(inputs)
         (attribute,) = registry.kernels(linear.layer)
@@ -288,6 +291,7 @@ class Builder:
         if linear.relu and (linear.relu == "relu6" or grid.low < 0):
             grid = grids.behind_relu(grid, linear.relu, in_place=in_place)
         inputs, input_grid = self.codes(linear.source)
+        inputs = self._padded(linear, inputs)
         codes, steps, latent, quantizer, state = linears.weights(linear)
         sign = np.where(linear.gain < 0, -1.0, 1.0)
         gain = np.abs(linear.gain) * steps * input_grid.step / grid.step
@@ -338,6 +342,14 @@ class Builder:
             state,
         )
         return value.codes
+
+    def _padded(self, linear, inputs):
+        """What a layer reads, with the zeros in front that a causal one is to have."""
+        count = linears.causal_padding(linear.layer)
+        if not count:
+            return inputs
+        name = self.name(f"{linear.layer.name}_padding")
+        return _layers.ZeroPadding1D((count, 0), name=name, dtype="float32")(inputs)
 
     def _layer_name(self, value, linear) -> str:
         """The weight layer's own name where there is one."""

@@ -3,9 +3,15 @@
 import numpy as np
 
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.export import twin
+from tf_lowbit.export import transposed, twin
 from tf_lowbit.export.flatbuffer import schema
-from tf_lowbit.export.operators import OperatorWriter, four, linear_options, oriented
+from tf_lowbit.export.operators import (
+    OperatorWriter,
+    copies,
+    is_transposed,
+    linear_options,
+    oriented,
+)
 
 _layers = keras.layers
 _ACTIVATIONS = {
@@ -15,6 +21,16 @@ _ACTIVATIONS = {
     "sigmoid": "LOGISTIC",
     "softmax": "SOFTMAX",
     "tanh": "TANH",
+}
+
+
+_KINDS = {
+    _layers.Conv1D: twin.CONV,
+    _layers.Conv2D: twin.CONV,
+    _layers.Conv2DTranspose: twin.TRANSPOSED,
+    _layers.Dense: twin.DENSE,
+    _layers.DepthwiseConv1D: twin.DEPTHWISE,
+    _layers.DepthwiseConv2D: twin.DEPTHWISE,
 }
 
 
@@ -29,29 +45,23 @@ class FloatWriter(OperatorWriter):
         ((index, _),) = sources
         kernel, bias = (np.asarray(w, np.float32) for w in layer.get_weights())
         (inputs,) = node.keras_inputs
-        kind = {
-            _layers.Conv1D: twin.CONV,
-            _layers.Conv2D: twin.CONV,
-            _layers.DepthwiseConv2D: twin.DEPTHWISE,
-            _layers.Dense: twin.DENSE,
-        }[type(layer)]
+        kind = _KINDS[type(layer)]
+        if is_transposed(layer):
+            kernel = transposed.plain_kernel(kernel, *transposed.axes(layer))
         kernel, name, _ = oriented(kind, kernel)
         kernel = self.file.constant(f"{layer.name}/weights", kernel)
+        bias = np.tile(bias, copies(layer))
         bias = self.file.constant(f"{layer.name}/bias", bias)
-        shape, in_shape = tuple(node.output_shapes), tuple(inputs.shape)
-        needs_reshape = kind == twin.CONV and len(in_shape) == 3
-        if needs_reshape:
-            in_shape = four(in_shape)
-            index = self.reshaped(index, None, f"{layer.name}/in", in_shape)
-        inner = four(shape) if needs_reshape else shape
-        result = self.like(
-            f"{layer.name}/out" if needs_reshape else layer.name, inner, None
-        )
-        options = linear_options(layer, name, 0, len(in_shape))
-        self.operator(name, [index, kernel, bias], [result], options)
-        if needs_reshape:
-            result = self.reshaped(result, None, layer.name, shape)
-        return result, None
+        rank = len(inputs.shape)
+
+        def add(index, output, shape, padding):
+            result = self.like(output, shape, None)
+            options = linear_options(layer, name, 0, rank, padding)
+            self.operator(name, [index, kernel, bias], [result], options)
+            return result
+
+        shapes = inputs.shape, node.output_shapes
+        return self.around(layer, name, index, (None, None), shapes, add), None
 
     def affine(self, layer, sources, node):
         """A gain and an offset for each channel."""
@@ -97,9 +107,11 @@ class FloatWriter(OperatorWriter):
         return result
 
     def mean(self, layer, sources, node):
-        """The average over height and width."""
+        """The average over steps, or over height and width."""
         ((index, _),) = sources
-        axes = self.file.constant(f"{layer.name}/axes", np.array([1, 2], np.int32))
+        rank = len(node.keras_inputs[0].shape)
+        axes = np.arange(1, rank - 1, dtype=np.int32)
+        axes = self.file.constant(f"{layer.name}/axes", axes)
         result = self.file.activation(layer.name, node.output_shapes, np.float32)
         options = schema.ReducerOptionsT(bool(layer.keepdims))
         self.operator("MEAN", [index, axes], [result], options)
@@ -179,10 +191,8 @@ FLOAT_METHODS = {
     twin.Affine: FloatWriter.affine,
     _layers.Activation: FloatWriter.activation,
     _layers.Add: FloatWriter.add,
-    _layers.Conv1D: FloatWriter.linear,
-    _layers.Conv2D: FloatWriter.linear,
-    _layers.Dense: FloatWriter.linear,
-    _layers.DepthwiseConv2D: FloatWriter.linear,
+    **dict.fromkeys(_KINDS, FloatWriter.linear),
+    _layers.GlobalAveragePooling1D: FloatWriter.mean,
     _layers.GlobalAveragePooling2D: FloatWriter.mean,
     _layers.LayerNormalization: FloatWriter.layer_norm,
     _layers.LeakyReLU: FloatWriter.leaky_relu,

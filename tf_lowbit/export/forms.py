@@ -7,7 +7,7 @@ import numpy as np
 
 from tf_lowbit import inspection, quantizers
 from tf_lowbit.compat import keras
-from tf_lowbit.export import elementwise, twin
+from tf_lowbit.export import elementwise, stock, twin
 from tf_lowbit.export.linear import ExportError, Problem, refusal
 from tf_lowbit.scheme import graph, passing, registry
 from tf_lowbit.scheme.wrapper import LowBitWrapper
@@ -22,6 +22,7 @@ CODES = "codes"
 CONCATENATE = "concatenate"
 FLOATS = "floats"
 GLOBAL_POOL = "global pool"
+INTERPOLATE = "interpolate"
 LINEAR = "linear"
 MULTIPLY = "multiply"
 RELU = "relu"
@@ -32,11 +33,13 @@ _CODE_KEEPING = (
     _layers.Cropping1D,
     _layers.Cropping2D,
     _layers.Flatten,
+    _layers.GlobalMaxPooling1D,
     _layers.GlobalMaxPooling2D,
     _layers.MaxPooling1D,
     _layers.MaxPooling2D,
     _layers.Permute,
     _layers.Reshape,
+    _layers.UpSampling1D,
     _layers.UpSampling2D,
     _layers.ZeroPadding1D,
     _layers.ZeroPadding2D,
@@ -46,47 +49,46 @@ _FLOAT_LAYERS = (_layers.LayerNormalization, _layers.LeakyReLU, _layers.PReLU)
 _FORMS = {
     **dict.fromkeys(_CODE_KEEPING, CODES),
     **dict.fromkeys(_FLOAT_LAYERS, FLOATS),
+    _layers.AveragePooling1D: AVERAGE_POOL,
     _layers.AveragePooling2D: AVERAGE_POOL,
     _layers.Concatenate: CONCATENATE,
+    _layers.GlobalAveragePooling1D: GLOBAL_POOL,
     _layers.GlobalAveragePooling2D: GLOBAL_POOL,
 }
 KINDS = {
     _layers.Conv1D: twin.CONV,
     _layers.Conv2D: twin.CONV,
+    _layers.Conv2DTranspose: twin.TRANSPOSED,
     _layers.Dense: twin.DENSE,
+    _layers.DepthwiseConv1D: twin.DEPTHWISE,
     _layers.DepthwiseConv2D: twin.DEPTHWISE,
 }
 # Layers that write a size, which must therefore be known.
 _FIXED_SIZE = (
+    _layers.AveragePooling1D,
     _layers.AveragePooling2D,
     _layers.Conv1D,
     _layers.Cropping1D,
     _layers.Cropping2D,
+    _layers.DepthwiseConv1D,
     _layers.Flatten,
+    _layers.GlobalMaxPooling1D,
     _layers.GlobalMaxPooling2D,
     _layers.MaxPooling1D,
     _layers.Reshape,
+    _layers.UpSampling1D,
     _layers.UpSampling2D,
 )
 # What a network with layers of one type is to do about them.
 _REMEDIES = {
     _layers.SeparableConv2D: "split it before quantizing: tf_lowbit.split_separable",
-    _layers.SeparableConv1D: "reshape to an image of one row, take a SeparableConv2D "
-    "with a kernel of (1, size), and split that by tf_lowbit.split_separable",
-    _layers.Conv2DTranspose: "take UpSampling2D and a Conv2D behind it, and train them",
+    _layers.SeparableConv1D: "split it before quantizing: tf_lowbit.split_separable",
     _layers.Conv3D: "take Conv2D over images of the depth's slices as channels",
-    _layers.GlobalAveragePooling1D: "reshape to an image of one row and take "
-    "GlobalAveragePooling2D",
-    _layers.GlobalMaxPooling1D: "reshape to an image of one row and take "
-    "GlobalMaxPooling2D",
-    _layers.AveragePooling1D: "reshape to an image of one row and take "
-    "AveragePooling2D with a pool_size of (1, size)",
-    _layers.UpSampling1D: "reshape to an image of one row and take UpSampling2D with a "
-    "size of (1, size)",
+    _layers.Conv1DTranspose: "take UpSampling1D and a Conv1D behind it, and train them",
     _layers.Subtract: "write it as x - y of tensors, or as Add of x and -1.0 * y",
     _layers.Average: "write it as Add and a Rescaling behind it",
     _layers.ELU: "take ReLU, LeakyReLU or Activation('swish'), and train on",
-    _layers.Resizing: "take UpSampling2D by nearest, or resize the images in the data",
+    _layers.Resizing: "resize by a whole factor, or resize the images in the data",
     _layers.CenterCrop: "take Cropping2D",
 }
 _ELSE = (
@@ -175,7 +177,7 @@ def form(node) -> str:
     Raises:
         ExportError: with the `Problem` of a layer that has no form in a file.
     """
-    layer = inspection.wrapped_layer(node.layer)
+    layer = stock.layer_of(node)
     if len(graph.outputs_of(node)) != 1:
         raise refusal(layer, "Every layer must have one output", _ELSE)
     if getattr(layer, "data_format", "channels_last") != "channels_last":
@@ -190,7 +192,7 @@ def form(node) -> str:
     if registry.kernels(layer):
         _require_linear(layer)
         return LINEAR
-    if layer is not node.layer:
+    if inspection.wrapped_layer(node.layer) is not node.layer:
         return ALIAS  # A quantizer's wrapper; it holds an identity.
     if elementwise.scale(node) is not None:
         return SCALE
@@ -201,13 +203,16 @@ def form(node) -> str:
     joined = elementwise.join(node)
     if joined is not None:
         return ADD if joined is np.add else MULTIPLY
-    if getattr(layer, "interpolation", "nearest") != "nearest":
+    interpolation = getattr(layer, "interpolation", "nearest")
+    if interpolation not in ("nearest", "bilinear"):
         raise refusal(
             layer,
-            "Upsampling must be by interpolation='nearest', which moves codes",
-            "train the network with it",
-            f"with {layer.interpolation!r}",
+            "Upsampling must be by interpolation='nearest' or 'bilinear'",
+            "train the network with one of these",
+            f"with {interpolation!r}",
         )
+    if type(layer) is _layers.UpSampling2D and interpolation == "bilinear":
+        return INTERPOLATE
     if isinstance(layer, _layers.LayerNormalization):
         elementwise.require_last(layer, len(node.output_shapes))
     if type(layer) in _FORMS:
@@ -219,7 +224,7 @@ def form(node) -> str:
 
 def moves_codes(node) -> bool:
     """Whether a node puts out nothing but values that it reads, and zeros."""
-    return type(node.layer) in _CODE_KEEPING or passing.is_identity(node)
+    return form(node) == CODES or passing.is_identity(node)
 
 
 def _remedy(layer) -> str:
@@ -282,18 +287,20 @@ def _require_linear(layer) -> None:
     if type(layer) not in KINDS:
         raise refusal(
             layer,
-            "Weight layers must be Dense, Conv1D, Conv2D or DepthwiseConv2D",
+            "Weight layers must be Dense, Conv1D, Conv2D, Conv2DTranspose, "
+            "DepthwiseConv1D or DepthwiseConv2D",
             _remedy(layer),
             kind,
         )
-    padding = getattr(layer, "padding", "valid")
-    if padding not in ("same", "valid"):
+    if KINDS[type(layer)] != twin.TRANSPOSED:
+        return
+    if len(set(layer.strides)) > 1 or set(layer.dilation_rate) != {1}:
         raise refusal(
             layer,
-            "Convolutions must be padded 'same' or 'valid'",
-            "put a ZeroPadding1D layer in front and take 'valid', which computes the "
-            "same",
-            f"with padding={padding!r}",
+            "Transposed convolutions must have one stride for height and width, and no "
+            "dilation",
+            "train the network with such a one",
+            f"with strides={layer.strides} and dilation_rate={layer.dilation_rate}",
         )
 
 

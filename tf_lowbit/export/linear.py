@@ -5,11 +5,8 @@ import dataclasses
 import numpy as np
 
 from tf_lowbit import quantizers
-from tf_lowbit.compat import keras
-from tf_lowbit.export import twin
+from tf_lowbit.export import transposed, twin
 from tf_lowbit.scheme import registry
-
-_layers = keras.layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +65,7 @@ class Linear:
     """A linear layer whose output grid is still open.
 
     Attributes:
-        kind: of `twin`; or "pool" for global average pooling.
+        kind: of `twin`.
         layer: the trained layer, unwrapped; None where there is none of its own.
         weights: its quantizer with variables; None for float weights.
         source: what it reads.
@@ -76,6 +73,9 @@ class Linear:
         offset: float64, likewise.
         relu: None, "relu" or "relu6" behind it.
         is_integer: whether it can read and put out codes.
+        taps: the fixed integers of a pooling's or an interpolation's window, shaped as
+            the layer's weights would be; else None.
+        strides: of such a window.
     """
 
     kind: str
@@ -86,14 +86,13 @@ class Linear:
     offset: np.ndarray
     relu: str | None = None
     is_integer: bool = True
+    taps: np.ndarray | None = None
+    strides: tuple[int, ...] = (1, 1)
 
 
 def per_channel(linear, values):
     """Values of output channels, shaped to multiply the latent weights."""
-    if linear.kind == twin.DEPTHWISE:
-        kernel_shape = latent_shape(linear)
-        return values.reshape(kernel_shape[-2:])
-    return values
+    return values.reshape(twin.channel_shape(linear.kind, latent_shape(linear)))
 
 
 def latent_shape(linear) -> tuple[int, ...]:
@@ -102,10 +101,8 @@ def latent_shape(linear) -> tuple[int, ...]:
         return tuple(linear.weights.latent.shape)
     if linear.kind == twin.SCALE:
         return (len(linear.gain),)
-    if isinstance(linear.layer, _layers.GlobalAveragePooling2D):
-        return (*linear.source.tensor.shape[1:3], len(linear.gain), 1)
-    if isinstance(linear.layer, _layers.AveragePooling2D):
-        return (*linear.layer.pool_size, len(linear.gain), 1)
+    if linear.taps is not None:
+        return linear.taps.shape
     (kernel,) = registry.kernels(linear.layer)
     return tuple(getattr(linear.layer, kernel.attribute).shape)
 
@@ -113,8 +110,10 @@ def latent_shape(linear) -> tuple[int, ...]:
 def weights(linear):
     """Codes, step a channel, latent weights, quantizer and its variables' values."""
     if linear.weights is None:
-        ones = np.ones(latent_shape(linear), np.float32)
-        return ones, np.ones(len(linear.gain)), ones, None, {}
+        taps = linear.taps
+        taps = np.ones(latent_shape(linear)) if taps is None else taps
+        taps = taps.astype(np.float32)
+        return taps, np.ones(len(linear.gain)), taps, None, {}
     tensor = linear.weights
     codes = tensor.codes().numpy().astype(np.float64)
     step = np.asarray(tensor.quantizer.step(tensor.latent, tensor.variables))
@@ -123,7 +122,7 @@ def weights(linear):
             step.reshape(step.shape[-2:] if step.ndim else ()), codes.shape[-2:]
         )
     else:
-        channels = np.broadcast_to(np.ravel(step), codes.shape[-1:])
+        channels = np.broadcast_to(np.ravel(step), len(linear.gain))
     state = {
         name: np.asarray(variable)
         for name, variable in tensor.variables.items()
@@ -158,10 +157,8 @@ def bounds(kind, codes, grid):
     negative = np.minimum(codes, 0.0)
     low = positive * grid.low + negative * grid.high
     high = positive * grid.high + negative * grid.low
-    if kind == twin.DEPTHWISE:
-        axes = tuple(range(codes.ndim - 2))
-    else:
-        axes = tuple(range(codes.ndim - 1))
+    kept = twin.channel_axes(kind)
+    axes = tuple(a for a in range(codes.ndim) if a - codes.ndim not in kept)
     return (
         np.ravel(low.sum(axis=axes)).astype(np.int64),
         np.ravel(high.sum(axis=axes)).astype(np.int64),
@@ -183,16 +180,27 @@ def check_accumulator(name, smallest, largest, upscale) -> None:
 
 
 def window(linear) -> dict:
-    """Strides, padding and dilation, as arguments of the twin's layer."""
+    """Strides, padding and dilation, as arguments of the twin's layer.
+
+    A causal convolution reads codes that are padded before it: `causal_padding`.
+    """
     layer = linear.layer
     if linear.kind in (twin.SCALE, twin.DENSE):
         return {}
-    if isinstance(layer, _layers.GlobalAveragePooling2D):
-        return {"strides": (1, 1)}
-    arguments = {"strides": tuple(layer.strides), "padding": layer.padding}
-    if not isinstance(layer, _layers.AveragePooling2D):
-        arguments["dilation"] = tuple(layer.dilation_rate)
-    return arguments
+    if linear.taps is not None:
+        return {"strides": linear.strides}
+    arguments = {"strides": tuple(layer.strides)}
+    if linear.kind == twin.TRANSPOSED:
+        return arguments | transposed.placement(layer)
+    padding = "valid" if layer.padding == "causal" else layer.padding
+    return arguments | {"padding": padding, "dilation": tuple(layer.dilation_rate)}
+
+
+def causal_padding(layer) -> int:
+    """How many zeros stand before the steps that a layer reads."""
+    if getattr(layer, "padding", None) != "causal":
+        return 0
+    return layer.dilation_rate[0] * (layer.kernel_size[0] - 1)
 
 
 @dataclasses.dataclass(frozen=True)

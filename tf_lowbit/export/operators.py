@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from tf_lowbit.export import twin
+from tf_lowbit.compat import keras
+from tf_lowbit.export import transposed, twin
 from tf_lowbit.export.flatbuffer import FileBuilder, schema
 from tf_lowbit.export.grids import Grid
 from tf_lowbit.export.linear import ExportError
@@ -13,9 +14,11 @@ INTEGER_VERSIONS = {
     "CONCATENATION": 2,
     "CONV_2D": 3,
     "DEPTHWISE_CONV_2D": 3,
+    "DEPTH_TO_SPACE": 1,
     "DEQUANTIZE": 2,
     "FULLY_CONNECTED": 5,
     "MAX_POOL_2D": 2,
+    "MIRROR_PAD": 2,
     "PAD": 2,
     "QUANTIZE": 1,
     "RESHAPE": 1,
@@ -30,6 +33,7 @@ FLOAT_VERSIONS = {
     "CONCATENATION": 1,
     "CONV_2D": 1,
     "DEPTHWISE_CONV_2D": 2,
+    "DEPTH_TO_SPACE": 1,
     "FULLY_CONNECTED": 1,
     "GELU": 1,
     "LEAKY_RELU": 1,
@@ -44,6 +48,7 @@ FLOAT_VERSIONS = {
     "RELU": 1,
     "RELU6": 1,
     "RESHAPE": 1,
+    "RESIZE_BILINEAR": 3,
     "RESIZE_NEAREST_NEIGHBOR": 3,
     "RSQRT": 1,
     "SOFTMAX": 1,
@@ -100,6 +105,94 @@ class OperatorWriter:
         self.operator("RESHAPE", [index, target], [result], options, grid)
         return result
 
+    def padded(self, index, grid, name, shape, sides) -> int:
+        """Adds a tensor with zeros around it.
+
+        Args:
+            index: of the tensor.
+            grid: its grid, or None.
+            name: of the new tensor.
+            shape: of it.
+            sides: for each axis between batch and channels how many before and behind.
+        """
+        table = np.array([(0, 0), *sides, (0, 0)], np.int32)
+        table = self.file.constant(f"{name}/paddings", table)
+        result = self.like(name, shape, grid)
+        self.operator("PAD", [index, table], [result], schema.PadOptionsT(), grid)
+        return result
+
+    def around(self, layer, name, index, grids, shapes, add) -> int:
+        """Adds a linear operator, and what brings its tensors into its shape.
+
+        Args:
+            layer: of the twin.
+            name: of the operator.
+            index: of the tensor that the layer reads.
+            grids: of that and of what it puts out; or None, None.
+            shapes: of both.
+            add: adds the operator itself: (index, name, shape, padding) -> index of
+                what it puts out. A padding of None is the layer's own.
+        """
+        grid, out_grid = grids
+        in_shape, shape = map(tuple, shapes)
+        if is_transposed(layer):
+            return self._transposed(layer, index, grids, (in_shape, shape), add)
+        if name == "FULLY_CONNECTED" or len(in_shape) == 4:
+            return add(index, layer.name, shape, None)
+        index = self.reshaped(index, grid, f"{layer.name}/in", four(in_shape))
+        result = add(index, f"{layer.name}/out", four(shape), None)
+        return self.reshaped(result, out_grid, layer.name, shape)
+
+    def _transposed(self, layer, index, grids, shapes, add) -> int:
+        """A plain convolution, whose channels are then put beside one another."""
+        (batch, *sizes, inputs), shape = shapes
+        axes, channels = transposed.axes(layer), shapes[1][-1]
+        stride, padding = axes[0].stride, "same"
+        if not all(axis.is_same for axis in axes):
+            padding, sides = "valid", [axis.padding for axis in axes]
+            pairs = zip(sizes, sides, strict=True)
+            around = (batch, *(s and s + sum(side) for s, side in pairs), inputs)
+            index = self.padded(index, grids[0], f"{layer.name}/padded", around, sides)
+        if stride == 1:
+            return add(index, layer.name, shape, padding)
+        cells = [s and s + axis.more for s, axis in zip(sizes, axes, strict=True)]
+        deep = (batch, *cells, channels * stride**2)
+        index = add(index, f"{layer.name}/out", deep, padding)
+        sides = [(0, axis.rest) for axis in axes]
+        is_whole = not np.any(sides)
+        wide = (batch, *(s and s * stride for s in cells), channels)
+        name = layer.name if is_whole else f"{layer.name}/cells"
+        result = self.like(name, wide, grids[1])
+        options = schema.DepthToSpaceOptionsT(stride)
+        self.operator("DEPTH_TO_SPACE", [index], [result], options, grids[1])
+        if is_whole:
+            return result
+        return self.cropped(result, grids[1], layer.name, shape, sides)
+
+    def cropped(self, index, grid, name, shape, sides) -> int:
+        """Adds a tensor without its borders; arguments as of `padded`."""
+        begin = np.array([0, *(before for before, _ in sides), 0], np.int32)
+        end = np.array([0, *(-behind for _, behind in sides), 0], np.int32)
+        # An end of 0 is that of the whole axis, by the mask.
+        mask = sum(1 << axis for axis, stop in enumerate(end) if not stop)
+        parts = {"begin": begin, "end": end, "strides": np.ones_like(end)}
+        tables = [self.file.constant(f"{name}/{n}", t) for n, t in parts.items()]
+        result = self.like(name, shape, grid)
+        options = schema.StridedSliceOptionsT(beginMask=1, endMask=mask)
+        self.operator("STRIDED_SLICE", [index, *tables], [result], options, grid)
+        return result
+
+
+def is_transposed(layer) -> bool:
+    """Whether a twin's layer is a transposed convolution, of codes or of floats."""
+    is_float = isinstance(layer, keras.layers.Conv2DTranspose)
+    return is_float or getattr(layer, "kind", None) == twin.TRANSPOSED
+
+
+def copies(layer) -> int:
+    """How many channels of the file's operator each channel of a layer has."""
+    return layer.strides[0] * layer.strides[1] if is_transposed(layer) else 1
+
 
 def four(shape):
     """A shape of rank 2 or 3 as (batch, height, width, channels)."""
@@ -108,7 +201,10 @@ def four(shape):
 
 
 def oriented(kind, kernel):
-    """A Keras kernel in the file's order, its operator and its channels' axis."""
+    """A Keras kernel in the file's order, its operator and its channels' axis.
+
+    That of a transposed convolution is given as `transposed.plain_kernel`.
+    """
     if kind == twin.DENSE:
         return kernel.T, "FULLY_CONNECTED", 0
     if kind == twin.SCALE:
@@ -126,12 +222,13 @@ def padding_code(name: str) -> int:
     return getattr(schema.Padding, name.upper())
 
 
-def linear_options(layer, name, activation, rank):
-    """The schema's options of a linear operator."""
+def linear_options(layer, name, activation, rank, padding=None):
+    """The schema's options of a linear operator; padding: another than the layer's."""
     if name == "FULLY_CONNECTED":
         return schema.FullyConnectedOptionsT(activation, keepNumDims=rank > 2)
-    if getattr(layer, "kind", None) == twin.SCALE:
-        strides, dilation, padding = (1, 1), (1, 1), "valid"
+    is_scale = getattr(layer, "kind", None) == twin.SCALE
+    if is_scale or is_transposed(layer):
+        strides, dilation, padding = (1, 1), (1, 1), padding or "valid"
     else:
         strides = twin.window(layer.strides)
         dilation = twin.window(getattr(layer, "dilation", None) or layer.dilation_rate)

@@ -1,4 +1,4 @@
-"""Average pooling in a twin: a depthwise convolution over codes, or floats."""
+"""Means in a twin, of pooling and interpolation: depthwise sums of codes, or floats."""
 
 import math
 
@@ -46,6 +46,7 @@ def average_pool(builder, value, source, layer) -> None:
     value.linear = linears.Linear(
         twin.DEPTHWISE, layer, None, source,
         np.full(channels, 1.0 / size), np.zeros(channels),
+        taps=np.ones((*layer.pool_size, channels, 1)), strides=tuple(layer.strides),
     )  # fmt: skip
     if (grid.high - grid.low) * size < 256:
         exact = grids.grid(grid.step / size, grid.low * size, grid.high * size)
@@ -60,6 +61,51 @@ def average_pool(builder, value, source, layer) -> None:
         builder.note(value.name, _ROUNDED)
 
 
+def interpolate(builder, value, source, layer) -> None:
+    """A linear layer of codes for bilinear interpolation by whole factors, or floats.
+
+    Pixels repeated by a factor s and summed over a window are the interpolation: each
+    sum weighs the two nearest pixels by their distances. So no kernel's own rounding of
+    interpolated values counts, in which TFLite's differ.
+
+    Args:
+        builder: of the twin.
+        value: what the layer puts out; is set.
+        source: its input.
+        layer: `UpSampling2D`.
+    """
+    if not builder.can_be_codes(source):
+        made = copy_of(layer, builder.name(value.name))
+        value.values = made(builder.values(source))
+        return
+    codes, grid = builder.codes(source)
+    channels = int(value.tensor.shape[-1])
+    repeated = _layers.UpSampling2D(
+        layer.size, name=builder.name(f"{value.name}_repeated"), dtype="float32"
+    )
+    around = twin.EdgePadding(
+        [size // 2 for size in layer.size], name=builder.name(f"{value.name}_padded")
+    )
+    pixels = Value(source.tensor, around.name, codes=around(repeated(codes)), grid=grid)
+    rows, columns = (_triangle(size) for size in layer.size)
+    taps = np.repeat(np.outer(rows, columns)[..., None, None], channels, axis=2)
+    # What quantizes the values, if anything does, stands behind the layer: it decides
+    # the grid. Means of no negative codes are none, either.
+    value.linear = linears.Linear(
+        twin.DEPTHWISE, layer, None, pixels,
+        np.full(channels, channels / taps.sum()), np.zeros(channels),
+        "relu" if grid.low == 0 else None, taps=taps,
+    )  # fmt: skip
+    builder.settle(value)
+
+
+def _triangle(size: int) -> np.ndarray:
+    """Weights of repeated pixels around one of the output, for one axis."""
+    if size % 2:
+        return np.ones(size)
+    return np.array([1.0, *[2.0] * (size - 1), 1.0])
+
+
 def global_pool(builder, value, source, layer) -> None:
     """Codes of averages over an image for an int8 head, or floats.
 
@@ -71,10 +117,11 @@ def global_pool(builder, value, source, layer) -> None:
     """
 
     is_int8_head = builder.options.head == "int8" and builder.can_be_codes(source)
-    if is_int8_head and all(source.tensor.shape[1:3]):
+    sizes = source.tensor.shape[1:-1]
+    if is_int8_head and all(sizes):
         _, grid = builder.codes(source)
         channels = int(source.tensor.shape[-1])
-        size = math.prod(source.tensor.shape[1:3])
+        size = math.prod(sizes)
         pooled = Value(value.tensor, f"{value.name}_sum")
         finer = 255 // (grid.high - grid.low)
         step = grid.step * (grid.high - grid.low) / 255
@@ -86,6 +133,7 @@ def global_pool(builder, value, source, layer) -> None:
         linear = linears.Linear(
             twin.DEPTHWISE, layer, None, source,
             np.full(channels, 1.0 / size), np.full(channels, _UP * wanted.step),
+            taps=np.ones((*sizes, channels, 1)), strides=(1,) * len(sizes),
         )  # fmt: skip
         builder.emit_integer(pooled, linear, wanted)
         builder.note(value.name, _ROUNDED_HEAD)

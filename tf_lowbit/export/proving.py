@@ -29,6 +29,7 @@ from tf_lowbit.export.running import Runner, runtime
 from tf_lowbit.export.snapping import Snapped, snap
 from tf_lowbit.observation import batches_for, require_end, validate_batches
 
+_UPSAMPLINGS = (keras.layers.UpSampling1D, keras.layers.UpSampling2D)
 _MAX_POOLS = (keras.layers.MaxPooling1D, keras.layers.MaxPooling2D)
 _INT8 = np.arange(-128, 128, dtype=np.int8)
 
@@ -268,6 +269,7 @@ _OPERATOR = {
     twin.DENSE: "FULLY_CONNECTED",
     twin.DEPTHWISE: "DEPTHWISE_CONV_2D",
     twin.SCALE: "DEPTHWISE_CONV_2D",
+    twin.TRANSPOSED: "CONV_2D",
 }
 
 
@@ -282,7 +284,9 @@ def _left_out(layer) -> str | None:
         return "MAX_POOL_2D"
     if isinstance(layer, keras.layers.Concatenate) and len(layer.input) > 5:
         return "CONCATENATION"
-    if isinstance(layer, keras.layers.UpSampling2D):
+    if isinstance(layer, twin.EdgePadding):
+        return "MIRROR_PAD"
+    if isinstance(layer, _UPSAMPLINGS):
         return "RESIZE_NEAREST_NEIGHBOR"
     return None
 
@@ -308,15 +312,18 @@ def _check_decisions(snapped, tensors, expected, report) -> None:
         out_scale = tensors.scales(output)
         scales = tensors.scales(weights)
         sizes = (codes is None, bias is None, len(in_scale) != 1, len(out_scale) != 1)
-        if any(sizes) or {len(scales), bias.size} != {layer.channels} or bias.ndim > 1:
+        # A transposed convolution's channels are there once for each pixel of a cell.
+        copies = operators.copies(layer)
+        channels = copies * layer.channels
+        if any(sizes) or {len(scales), bias.size} != {channels} or bias.ndim > 1:
             continue
         axis = tensors.axis(weights)
-        total = np.moveaxis(codes.astype(np.int64), axis, 0).reshape(layer.channels, -1)
+        total = np.moveaxis(codes.astype(np.int64), axis, 0).reshape(channels, -1)
         low, high = layer.input_grid.low, layer.input_grid.high
         positive, negative = np.maximum(total, 0), np.minimum(total, 0)
         smallest = (positive * low + negative * high).sum(axis=1) // layer.upscale
         largest = (positive * high + negative * low).sum(axis=1) // layer.upscale
-        points = np.asarray(layer.thresholds, np.int64)
+        points = np.tile(np.asarray(layer.thresholds, np.int64), (copies, 1))
         points = np.clip(points, smallest[:, None], largest[:, None] + 1)
         inside = (points > smallest[:, None]) & (points <= largest[:, None])
         for kernel in snapped.options.kernels_of(
@@ -327,14 +334,15 @@ def _check_decisions(snapped, tensors, expected, report) -> None:
                 smallest, largest, points,
             )  # fmt: skip
             planned = _wrong(
-                layer, kernel, layer.input_grid.scale, layer.weight_scales.numpy(),
-                layer.grid.scale, layer.biases.numpy(), smallest, largest, points,
+                layer, kernel, layer.input_grid.scale,
+                np.tile(layer.weight_scales.numpy(), copies), layer.grid.scale,
+                np.tile(layer.biases.numpy(), copies), smallest, largest, points,
             )  # fmt: skip
             report.decisions.append(
                 Decisions(
                     layer.name,
                     kernel,
-                    layer.channels,
+                    channels,
                     int(inside.sum()),
                     tuple(int(w) for w in wrong),
                 )
@@ -352,7 +360,7 @@ def _wrong(layer, kernel, in_scale, scales, out_scale, bias, smallest, largest, 
         reached = thresholds.reached_by(
             kernel, multipliers, bias, layer.upscale,
             layer.grid.low, layer.grid.high, smallest, largest,
-            twin.rounds_away(layer.kind, layer.channels),
+            twin.rounds_away(layer.kind, len(scales)),
         )  # fmt: skip
     return thresholds.wrong_decisions(points, reached)
 

@@ -11,7 +11,16 @@ import numpy as np
 from tf_lowbit import inspection, quantizers
 from tf_lowbit.compat import deep_graphs, keras
 from tf_lowbit.core import checks as arguments
-from tf_lowbit.export import checks, elementwise, forms, grids, joins, pools, twin
+from tf_lowbit.export import (
+    checks,
+    elementwise,
+    forms,
+    grids,
+    joins,
+    pools,
+    stock,
+    twin,
+)
 from tf_lowbit.export import linear as linears
 from tf_lowbit.export.building import Builder, Note, Value, copy_of
 from tf_lowbit.export.linear import ExportError
@@ -306,7 +315,7 @@ class _Snapper(Builder):
 
     def _keep_codes(self, value, sources, node) -> None:
         (source,) = sources
-        made = copy_of(node.layer, self.name(node.layer.name))
+        made = copy_of(stock.layer_of(node), self.name(node.layer.name))
         if self.can_be_codes(source):
             codes, value.grid = self.codes(source)
             value.codes = made(codes)
@@ -328,13 +337,16 @@ class _Snapper(Builder):
         joins.multiply(self, value, sources)
 
     def _concatenate(self, value, sources, node) -> None:
-        joins.concatenate(self, value, sources, node.layer)
+        joins.concatenate(self, value, sources, stock.layer_of(node))
 
     def _average_pool(self, value, sources, node) -> None:
-        pools.average_pool(self, value, sources[0], node.layer)
+        pools.average_pool(self, value, sources[0], stock.layer_of(node))
+
+    def _interpolate(self, value, sources, node) -> None:
+        pools.interpolate(self, value, sources[0], stock.layer_of(node))
 
     def _global_pool(self, value, sources, node) -> None:
-        pools.global_pool(self, value, sources[0], node.layer)
+        pools.global_pool(self, value, sources[0], stock.layer_of(node))
 
 
 _METHODS = {
@@ -346,6 +358,7 @@ _METHODS = {
     forms.CONCATENATE: _Snapper._concatenate,
     forms.FLOATS: _Snapper._keep_floats,
     forms.GLOBAL_POOL: _Snapper._global_pool,
+    forms.INTERPOLATE: _Snapper._interpolate,
     forms.LINEAR: _Snapper._linear,
     forms.MULTIPLY: _Snapper._multiply,
     forms.RELU: _Snapper._relu,

@@ -6,7 +6,7 @@ import numpy as np
 
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.core import checks
-from tf_lowbit.export import grids, twin
+from tf_lowbit.export import grids, transposed, twin
 from tf_lowbit.export.flatbuffer import schema
 from tf_lowbit.export.float_operators import FLOAT_METHODS, FloatWriter
 from tf_lowbit.export.grids import Grid
@@ -14,7 +14,9 @@ from tf_lowbit.export.operators import (
     INT4_VERSIONS,
     INTEGER_VERSIONS,
     REQUANTIZE_VERSION,
+    copies,
     four,
+    is_transposed,
     linear_options,
     oriented,
     padding_code,
@@ -24,6 +26,7 @@ from tf_lowbit.scheme import graph
 from tf_lowbit.version import __version__
 
 _layers = keras.layers
+_GLOBAL_MAX_POOLS = (_layers.GlobalMaxPooling1D, _layers.GlobalMaxPooling2D)
 INPUT_TYPES = ("float32", "int8", "uint8")
 SIGNATURE = "serving_default"
 
@@ -219,7 +222,10 @@ class _Writer(FloatWriter):
         ((index, input_grid),) = sources
         (inputs,) = node.keras_inputs
         scales = layer.weight_scales.numpy()
+        scales = np.tile(scales, copies(layer))
         weights = np.rint(layer.codes().numpy()).astype(np.int64) * layer.upscale
+        if is_transposed(layer):
+            weights = transposed.plain_kernel(weights, *transposed.axes(layer))
         weights, name, axis = oriented(layer.kind, weights.astype(np.int8))
         is_int4 = layer.storage == "int4"
         weights = self.file.constant(
@@ -227,31 +233,24 @@ class _Writer(FloatWriter):
         )
         bias = self.file.constant(
             f"{layer.name}/bias",
-            layer.biases.numpy(),
+            np.tile(layer.biases.numpy(), copies(layer)),
             np.float32(input_grid.scale) * scales,
         )
         activation = getattr(schema.ActivationFunctionType, layer.grid.clamp)
-        shape = in_shape = tuple(node.output_shapes)
-        in_shape = tuple(inputs.shape)
-        needs_reshape = name != "FULLY_CONNECTED" and len(in_shape) != 4
-        if needs_reshape:
-            in_shape = four(in_shape)
-            index = self.reshaped(index, input_grid, f"{layer.name}/in", in_shape)
-        inner = four(shape) if needs_reshape else shape
-        result = self.integer(
-            f"{layer.name}/out" if needs_reshape else layer.name, inner, layer.grid
-        )
         versions = INT4_VERSIONS if is_int4 else INTEGER_VERSIONS
-        self.file.operator(
-            name,
-            versions[name],
-            [index, weights, bias],
-            [result],
-            linear_options(layer, name, activation, len(in_shape)),
-        )
-        if needs_reshape:
-            result = self.reshaped(result, layer.grid, layer.name, shape)
-        return result, layer.grid
+        rank = len(inputs.shape)
+
+        def add(index, output, shape, padding):
+            result = self.integer(output, shape, layer.grid)
+            options = linear_options(layer, name, activation, rank, padding)
+            tensors = [index, weights, bias]
+            self.file.operator(name, versions[name], tensors, [result], options)
+            return result
+
+        shapes = inputs.shape, node.output_shapes
+        grids_of_both = input_grid, layer.grid
+        index = self.around(layer, name, index, grids_of_both, shapes, add)
+        return index, layer.grid
 
     def _integer_add(self, layer, sources, node):
         result = self.integer(layer.name, node.output_shapes, layer.grid)
@@ -272,10 +271,16 @@ class _Writer(FloatWriter):
         sides = layer.padding
         if isinstance(layer, _layers.ZeroPadding1D):
             sides = [sides]
-        table = np.array([(0, 0), *sides, (0, 0)], np.int32)
+        shape = node.output_shapes
+        return self.padded(index, grid, layer.name, shape, sides), grid
+
+    def _edge_pad(self, layer, sources, node):
+        ((index, grid),) = sources
+        table = np.array([(n, n) for n in (0, *layer.padding, 0)], np.int32)
         table = self.file.constant(f"{layer.name}/paddings", table)
         result = self.like(layer.name, node.output_shapes, grid)
-        self.operator("PAD", [index, table], [result], schema.PadOptionsT(), grid)
+        options = schema.MirrorPadOptionsT(schema.MirrorPadMode.SYMMETRIC)
+        self.operator("MIRROR_PAD", [index, table], [result], options, grid)
         return result, grid
 
     def _crop(self, layer, sources, node):
@@ -283,25 +288,32 @@ class _Writer(FloatWriter):
         sides = layer.cropping
         if isinstance(layer, _layers.Cropping1D):
             sides = [sides]
-        begin = np.array([0, *(before for before, _ in sides), 0], np.int32)
-        # The batch is taken whole, by the masks.
-        end = begin + np.array([s or 0 for s in node.output_shapes], np.int32)
-        parts = {"begin": begin, "end": end, "strides": np.ones_like(end)}
-        tables = [self.file.constant(f"{layer.name}/{n}", t) for n, t in parts.items()]
-        result = self.like(layer.name, node.output_shapes, grid)
-        options = schema.StridedSliceOptionsT(beginMask=1, endMask=1)
-        self.operator("STRIDED_SLICE", [index, *tables], [result], options, grid)
-        return result, grid
+        shape = node.output_shapes
+        return self.cropped(index, grid, layer.name, shape, sides), grid
 
     def _upsample(self, layer, sources, node):
         ((index, grid),) = sources
-        size = np.array(node.output_shapes[1:3], np.int32)
-        size = self.file.constant(f"{layer.name}/size", size)
-        result = self.like(layer.name, node.output_shapes, grid)
+        shape = tuple(node.output_shapes)
+        is_1d = len(shape) == 3
+        if is_1d:
+            (inputs,) = node.keras_inputs
+            index = self.reshaped(index, grid, f"{layer.name}/in", four(inputs.shape))
+        inner = four(shape) if is_1d else shape
+        size = self.file.constant(f"{layer.name}/size", np.array(inner[1:3], np.int32))
+        result = self.like(f"{layer.name}/out" if is_1d else layer.name, inner, grid)
         # By centres, no position comes to lie on the border of two.
-        options = schema.ResizeNearestNeighborOptionsT(False, True)
-        name = "RESIZE_NEAREST_NEIGHBOR"
+        name, options = (
+            "RESIZE_NEAREST_NEIGHBOR",
+            schema.ResizeNearestNeighborOptionsT(False, True),
+        )
+        if getattr(layer, "interpolation", "nearest") == "bilinear":  # Of floats.
+            name, options = (
+                "RESIZE_BILINEAR",
+                schema.ResizeBilinearOptionsT(False, True),
+            )
         self.operator(name, [index, size], [result], options, grid)
+        if is_1d:
+            result = self.reshaped(result, grid, layer.name, shape)
         return result, grid
 
     def _permute(self, layer, sources, node):
@@ -320,8 +332,8 @@ class _Writer(FloatWriter):
         in_shape = tuple(inputs.shape)
         name = "MAX_POOL_2D"
         padding = "same"
-        if isinstance(layer, _layers.GlobalMaxPooling2D):
-            size = strides = in_shape[1:3]
+        if isinstance(layer, _GLOBAL_MAX_POOLS):
+            size = strides = four(in_shape)[1:3]
             if None in size:
                 raise ExportError(
                     "Global max pooling needs a fixed image size. "
@@ -330,7 +342,7 @@ class _Writer(FloatWriter):
         else:
             size, strides = twin.window(layer.pool_size), twin.window(layer.strides)
             padding = layer.padding
-        if isinstance(layer, _layers.AveragePooling2D):
+        if isinstance(layer, _layers.AveragePooling1D | _layers.AveragePooling2D):
             name = "AVERAGE_POOL_2D"
         options = schema.Pool2DOptionsT(
             padding_code(padding), strides[1], strides[0], size[1], size[0]
@@ -357,20 +369,24 @@ class _Writer(FloatWriter):
 
 _METHODS = {
     **FLOAT_METHODS,
+    twin.EdgePadding: _Writer._edge_pad,
     twin.ToCodes: _Writer._to_codes,
     twin.ToValues: _Writer._to_values,
     twin.IntegerLinear: _Writer._integer_linear,
     twin.IntegerAdd: _Writer._integer_add,
+    _layers.AveragePooling1D: _Writer._pool,
     _layers.AveragePooling2D: _Writer._pool,
     _layers.Concatenate: _Writer._concatenate,
     _layers.Cropping1D: _Writer._crop,
     _layers.Cropping2D: _Writer._crop,
     _layers.Flatten: _Writer._reshape,
+    _layers.GlobalMaxPooling1D: _Writer._pool,
     _layers.GlobalMaxPooling2D: _Writer._pool,
     _layers.MaxPooling1D: _Writer._pool,
     _layers.MaxPooling2D: _Writer._pool,
     _layers.Permute: _Writer._permute,
     _layers.Reshape: _Writer._reshape,
+    _layers.UpSampling1D: _Writer._upsample,
     _layers.UpSampling2D: _Writer._upsample,
     _layers.ZeroPadding1D: _Writer._pad,
     _layers.ZeroPadding2D: _Writer._pad,

@@ -20,6 +20,7 @@ CONV = "conv"
 DEPTHWISE = "depthwise"
 DENSE = "dense"
 SCALE = "scale"
+TRANSPOSED = "transposed"
 # Above it float32 does not hold every integer.
 EXACT_IN_FLOAT32 = 2**24
 
@@ -131,7 +132,8 @@ class IntegerLinear(_Layer):
 
     Args:
         grid: of the output.
-        kind: "conv", "depthwise", "dense" or "scale" (one weight a channel).
+        kind: "conv", "depthwise", "dense", "transposed" or "scale" (one weight a
+            channel).
         kernel_shape: of the latent weights, as Keras has it; of a convolution in groups
             with the inputs of one group.
         quantizer: of the weights, or its serialized dict; None where the latent
@@ -145,6 +147,8 @@ class IntegerLinear(_Layer):
         kernel: whose arithmetic it is, "xnnpack" or "builtin".
         storage: "int8" or "int4", how the file holds the weights.
         represents: name of the trained network's tensor that is put out here.
+        before: of a transposed convolution: rows and columns that are cut off in front.
+        excess: of one: rows and columns of the output beyond stride times input.
     """
 
     def __init__(
@@ -162,6 +166,8 @@ class IntegerLinear(_Layer):
         kernel=kernels.XNNPACK,
         storage="int8",
         represents="",
+        before=(0, 0),
+        excess=(0, 0),
         name=None,
         **arguments,
     ):
@@ -180,13 +186,13 @@ class IntegerLinear(_Layer):
         self.kernel = kernel
         self.storage = storage
         self.represents = represents
+        self.before = tuple(before)
+        self.excess = tuple(excess)
 
     @property
     def channels(self) -> int:
         """Number of output channels."""
-        if self.kind == DEPTHWISE:
-            return self.kernel_shape[-2] * self.kernel_shape[-1]
-        return self.kernel_shape[-1]
+        return int(np.prod(channel_shape(self.kind, self.kernel_shape)))
 
     def build(self, input_shape):
         """Makes the latent weights and all constants."""
@@ -235,7 +241,7 @@ class IntegerLinear(_Layer):
             step = tf.stop_gradient(self.quantizer.step(self.latent, variables))
             smooth = values / step
             codes = _straight_through(smooth, tf.round(smooth))
-        shape = self.kernel_shape[-2:] if self.kind == DEPTHWISE else (self.channels,)
+        shape = channel_shape(self.kind, self.kernel_shape)
         return codes * tf.reshape(tf.convert_to_tensor(self.signs), shape)
 
     def accumulate(self, inputs, codes):
@@ -244,11 +250,15 @@ class IntegerLinear(_Layer):
             return inputs * codes
         if self.kind == DENSE:
             return tf.linalg.matmul(inputs, codes)
+        if self.kind == TRANSPOSED:
+            return self._accumulate_transposed(inputs, codes)
         is_1d = len(inputs.shape) == 3
         if is_1d:
             inputs = inputs[:, tf.newaxis]
             codes = codes[tf.newaxis]
-        strides, dilation = window(self.strides), window(self.dilation)
+        # Of one row, any stride along the height takes that row.
+        strides = self.strides * 2 if is_1d else self.strides
+        dilation = window(self.dilation)
         padding = self.padding.upper()
         channels = inputs.shape[-1]
         is_grouped = self.kind == CONV and channels != codes.shape[-2]
@@ -267,6 +277,28 @@ class IntegerLinear(_Layer):
         else:
             result = tf.nn.conv2d(inputs, codes, strides, padding, dilations=dilation)
         return result[:, 0] if is_1d else result
+
+    def _accumulate_transposed(self, inputs, codes):
+        """All products, each at its place; cut and filled up to the output's size."""
+        batch, *open_sizes = tf.unstack(tf.shape(inputs)[:3])
+        sizes = [a or b for a, b in zip(inputs.shape[1:3], open_sizes, strict=True)]
+        places = zip(
+            sizes, self.strides, self.before, self.excess, codes.shape, strict=False
+        )
+        ends, whole = [], []
+        for size, stride, before, excess, kernel in places:
+            ends.append(before + stride * size + excess)
+            most = max if isinstance(size, int) else tf.maximum
+            whole.append(most((size - 1) * stride + kernel, ends[-1]))
+        total = tf.nn.conv2d_transpose(
+            inputs,
+            codes,
+            tf.stack([batch, *whole, self.channels]),
+            self.strides,
+            "VALID",
+        )
+        (top, left), (bottom, right) = self.before, ends
+        return total[:, top:bottom, left:right]
 
     # On CPUs only XLA has the gradient of these; Keras's own layer does so, too.
     @tf.function(jit_compile=True)
@@ -302,10 +334,7 @@ class IntegerLinear(_Layer):
 
     def largest_sum(self) -> int:
         """A bound on `|A|` that holds for any weight codes."""
-        terms = 1
-        if self.kind != SCALE:
-            kept = self.kernel_shape[: -2 if self.kind == DEPTHWISE else -1]
-            terms = int(np.prod(kept))
+        terms = int(np.prod(self.kernel_shape)) // self.channels
         most = 127 // self.upscale
         return terms * most * max(-self.input_grid.low, self.input_grid.high)
 
@@ -358,7 +387,32 @@ class IntegerLinear(_Layer):
             "kernel": self.kernel,
             "storage": self.storage,
             "represents": self.represents,
+            "before": list(self.before),
+            "excess": list(self.excess),
         }
+
+
+@keras.utils.register_keras_serializable(package="tf_lowbit")
+class EdgePadding(keras.layers.Layer):
+    """Mirrors the borders of images outwards, with the edge itself: `a b` -> `a a b b`.
+
+    Args:
+        padding: rows and columns at each border, as (rows, columns).
+    """
+
+    def __init__(self, padding, name=None, **arguments):
+        arguments["dtype"] = "float32"
+        super().__init__(name=name, **arguments)
+        self.padding = tuple(padding)
+
+    def call(self, inputs):
+        """(batch, height, width, channels), larger by twice the padding."""
+        sides = [(n, n) for n in (0, *self.padding, 0)]
+        return tf.pad(inputs, sides, "SYMMETRIC")
+
+    def get_config(self):
+        """The constructor's arguments."""
+        return {**super().get_config(), "padding": list(self.padding)}
 
 
 @keras.utils.register_keras_serializable(package="tf_lowbit")
@@ -383,6 +437,19 @@ class Affine(keras.layers.Layer):
 def rounds_away(kind: str, channels: int) -> np.ndarray:
     """`kernels.rounds_away` of a kind of layer."""
     return kernels.rounds_away(kind in (DEPTHWISE, SCALE), channels)
+
+
+def channel_axes(kind: str) -> tuple[int, ...]:
+    """The axes of a kind's weights that are output channels, from behind."""
+    return {DEPTHWISE: (-2, -1), TRANSPOSED: (-2,)}.get(kind, (-1,))
+
+
+def channel_shape(kind: str, kernel_shape) -> tuple[int, ...]:
+    """The shape in which a vector of the output channels multiplies the weights."""
+    axes = channel_axes(kind)
+    return tuple(
+        kernel_shape[axis] if axis in axes else 1 for axis in range(min(axes), 0)
+    )
 
 
 def window(sizes) -> tuple[int, int]:

@@ -23,7 +23,7 @@ class Kernel(NamedTuple):
 
 
 _KERNEL = (Kernel("kernel"),)
-# A depthwise kernel is (height, width, channels, multiplier): both last axes are
+# A depthwise kernel is ([height,] width, channels, multiplier): both last axes are
 # output channels. A transposed one is (height, width, out, in).
 _DEPTHWISE = Kernel("depthwise_kernel", (-2, -1))
 _KERNELS = {
@@ -32,6 +32,7 @@ _KERNELS = {
     _layers.Conv2D: _KERNEL,
     _layers.Conv3D: _KERNEL,
     _layers.Conv2DTranspose: (Kernel("kernel", (-2,)),),
+    _layers.DepthwiseConv1D: (_DEPTHWISE,),
     _layers.DepthwiseConv2D: (_DEPTHWISE,),
     _layers.SeparableConv1D: (_DEPTHWISE, Kernel("pointwise_kernel")),
     _layers.SeparableConv2D: (_DEPTHWISE, Kernel("pointwise_kernel")),

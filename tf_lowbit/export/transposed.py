@@ -1,0 +1,136 @@
+"""Transposed convolutions as plain ones that put out whole cells of the output.
+
+Output pixel `o` of a transposed convolution of stride s sums `x[i] * w[j]` over all
+`i * s + j = o + before`. For `o = s * q + r` these are the taps
+`j = s * t + r + before` on the inputs `x[q - t]`: for each of the s remainders r a
+convolution of its own over the same inputs. One convolution of s * s times the channels
+computes them all, and DEPTH_TO_SPACE puts each pixel in its place. So the accumulators
+are those of an ordinary convolution, whose kernels' rounding is known. TFLite's own
+TRANSPOSE_CONV would also want the batch's size in the file.
+"""
+
+import dataclasses
+
+import numpy as np
+
+
+def placement(layer) -> dict:
+    """Where a trained layer's output lies, as arguments of `twin.IntegerLinear`.
+
+    Args:
+        layer: `Conv2DTranspose` of dilation 1.
+
+    Returns:
+        "before": rows and columns that "same" cuts off in front; "excess": rows and
+        columns of the output beyond stride times input.
+    """
+    paddings = layer.output_padding or (None,) * len(layer.strides)
+    before, excess = [], []
+    for size, stride, more in zip(
+        layer.kernel_size, layer.strides, paddings, strict=True
+    ):
+        is_same = layer.padding == "same"
+        if more is None:  # As `keras.utils.conv_utils.deconv_output_length`.
+            beyond = 0 if is_same else max(size - stride, 0)
+        else:
+            beyond = size - stride + more - (2 * (size // 2) if is_same else 0)
+        excess.append(beyond)
+        before.append(max(size - stride - beyond, 0) // 2 if is_same else 0)
+    return {"before": tuple(before), "excess": tuple(excess)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """The height or the width of a transposed convolution.
+
+    Attributes:
+        size: of the kernel.
+        stride: of the output.
+        before: how many outputs are cut off in front.
+        excess: outputs beyond stride times input; may be negative.
+    """
+
+    size: int
+    stride: int
+    before: int
+    excess: int
+
+    @property
+    def first(self) -> int:
+        """The farthest input in front of a cell that it reads, as a distance."""
+        return (self.size - 1 - self.before) // self.stride
+
+    @property
+    def last(self) -> int:
+        """The farthest input behind a cell that it reads, as a distance."""
+        return (self.stride - 1 + self.before) // self.stride
+
+    @property
+    def taps(self) -> int:
+        """The size of the plain convolution's kernel."""
+        return self.first + self.last + 1
+
+    @property
+    def more(self) -> int:
+        """Cells beyond one for each input."""
+        return -(-self.excess // self.stride)
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """Zeros before and behind the inputs of a "valid" convolution."""
+        return self.first, self.last + self.more
+
+    @property
+    def rest(self) -> int:
+        """Outputs of the last cell that are cut off."""
+        return self.more * self.stride - self.excess
+
+    @property
+    def is_same(self) -> bool:
+        """Whether "same" pads as `padding` does."""
+        return self.padding == ((self.taps - 1) // 2, self.taps // 2)
+
+
+def axes(layer) -> tuple[Axis, Axis]:
+    """Height and width of a twin's transposed layer, or of a trained one."""
+    if hasattr(layer, "kernel_shape"):
+        place = {"before": layer.before, "excess": layer.excess}
+        sizes = layer.kernel_shape[:2]
+    else:
+        place, sizes = placement(layer), layer.kernel_size
+    height, width = (
+        Axis(*numbers)
+        for numbers in zip(
+            sizes, layer.strides, place["before"], place["excess"], strict=True
+        )
+    )
+    return height, width
+
+
+def plain_kernel(kernel: np.ndarray, height: Axis, width: Axis) -> np.ndarray:
+    """The kernel of the plain convolution.
+
+    Args:
+        kernel: (height, width, channels, inputs), as Keras has it.
+        height: of the layer.
+        width: likewise.
+
+    Returns:
+        (taps, taps, inputs, stride * stride * channels), where channel
+        `(row * stride + column) * channels + c` is channel c of that pixel of a cell.
+    """
+    channels, inputs = kernel.shape[2:]
+    strides = height.stride, width.stride
+    made = np.zeros((height.taps, width.taps, inputs, *strides, channels), kernel.dtype)
+    for (row, tap_row, own_row), (column, tap_column, own_column) in (
+        (a, b) for a in _places(height) for b in _places(width)
+    ):
+        made[tap_row, tap_column, :, row, column] = kernel[own_row, own_column].T
+    return made.reshape(height.taps, width.taps, inputs, -1)
+
+
+def _places(axis: Axis):
+    """(place in a cell, tap of the plain kernel, tap of the transposed kernel)."""
+    for own in range(axis.size):
+        distance, place = divmod(own - axis.before, axis.stride)
+        yield place, axis.first - distance, own
