@@ -221,7 +221,7 @@ def conv_end(x):
 
 
 def relu_end(x):
-    return conv_bn_relu(x, 3, name="head")
+    return layers.ReLU(name="head_relu")(layers.Conv2D(8, 1, name="head")(x))
 
 
 def ending(*ends, rules=EDGES):
@@ -230,7 +230,7 @@ def ending(*ends, rules=EDGES):
     x = body(image)
     model = tfl.quantize(
         randomize(keras.Model(image, [end(x) for end in ends])),
-        [Rule("head_relu", None, 4), *rules],
+        [Rule("head_relu", None, 4, "lsq", "lsq"), *rules],
     )
     tfl.calibrate(model, [inputs(UNIT)])
     return model
