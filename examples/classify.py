@@ -70,7 +70,11 @@ class Classifier:
             self._batch = len(images)
         self._interpreter.set_tensor(self._input["index"], self._fed(images))
         self._interpreter.invoke()
-        return self._interpreter.get_tensor(self._output["index"])
+        values = self._interpreter.get_tensor(self._output["index"])
+        if values.dtype == np.float32:
+            return values
+        scale, zero_point = self._output["quantization"]
+        return (values.astype(np.float32) - zero_point) * np.float32(scale)
 
     def _fed(self, images):
         dtype = self._input["dtype"]

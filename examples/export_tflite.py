@@ -10,6 +10,7 @@ archive.npz (the weights' true k-bit codes, for other hardware). With --strict t
 program ends with code 1 where the file breaks a promise.
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -25,8 +26,13 @@ import tf_lowbit as tfl
 from tf_lowbit import datasets
 from tf_lowbit.compat import tf
 from tf_lowbit.core.files import replace_file
-from tf_lowbit.export.options import PRECISIONS, STORAGES, TARGETS
-from tf_lowbit.export.tflite import INPUT_TYPES
+from tf_lowbit.export.options import (
+    END_TYPES,
+    PRECISIONS,
+    STORAGES,
+    TARGETS,
+    Options,
+)
 from tf_lowbit.reporting import environment
 
 FLAGS = flags.FLAGS
@@ -50,8 +56,15 @@ flags.DEFINE_enum("storage", "int8", STORAGES, "How the file holds low-bit weigh
 flags.DEFINE_enum(
     "first_layer", "int8", PRECISIONS, "Of a first layer that was trained in float."
 )
-flags.DEFINE_enum("head", "float", PRECISIONS, "Of the last layer.")
-flags.DEFINE_enum("input_type", "float32", INPUT_TYPES, "What the file takes.")
+flags.DEFINE_enum(
+    "head", None, PRECISIONS, "Of the last layer; by default as the other flags want."
+)
+flags.DEFINE_enum(
+    "input_type", None, END_TYPES, "What the file takes; by default the target's."
+)
+flags.DEFINE_enum(
+    "output_type", None, END_TYPES, "What the file puts out; by default the target's."
+)
 flags.DEFINE_integer(
     "finetune_epochs", 0, "Epochs of fine-tuning the twin, its scales and biases fixed."
 )
@@ -88,7 +101,7 @@ def export(model, data: datasets.Dataset, folder: Path) -> tfl.export.Report:
     """Writes the file and the archive, and checks the file."""
     options = {
         name: FLAGS[name].value
-        for name in ("target", "storage", "first_layer", "head", "input_type")
+        for name in (field.name for field in dataclasses.fields(Options))
     }
     options["info"] = experiment.deployment_info(data)
     path = folder / "network.tflite"

@@ -1,5 +1,7 @@
 """Arguments that there are not: errors that say what is wanted and what was given."""
 
+import warnings
+
 import numpy as np
 import pytest
 
@@ -133,3 +135,59 @@ def test_two_layers_are_both_edges_and_the_message_says_so(rules):
 def test_rules_without_bits_are_told_another_remedy():
     with pytest.raises(ValueError, match="weight_bits or activation_bits is not None"):
         tfl.quantize(network(), tfl.PrecisionRule("mid"))
+
+
+def with_layers(*extra):
+    """A small network with these layers in its middle."""
+    return keras.Sequential(
+        [
+            layers.Conv2D(3, 3, name="first", input_shape=(8, 8, 1)),
+            layers.ReLU(),
+            layers.Conv2D(3, 1, name="mid"),
+            *extra,
+            layers.Flatten(),
+            layers.Dense(2, name="head"),
+        ]
+    )
+
+
+def told(action):
+    """The texts of this package's warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        action()
+    mine = [w for w in caught if issubclass(w.category, tfl.QuantizationWarning)]
+    return [str(each.message) for each in mine]
+
+
+FORMLESS = {
+    "one": lambda: [layers.UnitNormalization(name="odd")],
+    "two of a kind": lambda: [
+        layers.UnitNormalization(name="odd"),
+        layers.UnitNormalization(name="odder"),
+    ],
+    "two kinds": lambda: [
+        layers.UnitNormalization(name="odd"),
+        layers.Activation("softplus", name="soft"),
+    ],
+    "a setting": lambda: [layers.UpSampling2D(interpolation="bilinear", name="up")],
+}
+
+
+@pytest.mark.parametrize("kind", FORMLESS)
+def test_layers_without_a_form_in_a_file_are_told_once(kind):
+    model = with_layers(*FORMLESS[kind]())
+    problems = tfl.export.check(model).problems
+    assert problems
+    (text,) = told(lambda: tfl.quantize(model, RULE))
+    for problem in problems:
+        assert f"{problem.layer} ({problem.type})" in text
+        assert text.count(problem.remedy) == 1
+    with pytest.raises(ValueError, match=r"strict=True.*Received:\n.*export\.check"):
+        tfl.quantize(model, RULE, strict=True)
+
+
+def test_networks_that_can_be_exported_are_told_of_nothing():
+    model = with_layers(layers.ReLU())
+    assert tfl.export.check(model).ok
+    assert told(lambda: tfl.quantize(model, RULE, strict=True)) == []

@@ -865,19 +865,15 @@ def rows():
             "tensor_batches must",
         )
     )
-    for name in ("target", "storage", "first_layer", "head", "input_type"):
+    optional = ("head", "input_type", "output_type")
+    for name in ("target", "storage", "first_layer", *optional):
         made.extend(
             table(
                 "to_tflite",
                 lambda env, v, n=name: exports(env, **{n: v}),
                 name,
                 # None is the target's own.
-                (
-                    "x",
-                    3,
-                    ["int8"],
-                    *(() if name in ("head", "input_type") else (None,)),
-                ),
+                ("x", 3, ["int8"], *(() if name in optional else (None,))),
                 f"{name} must",
             )
         )

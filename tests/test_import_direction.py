@@ -22,8 +22,10 @@ LAYERS = (
     {"observation", "predictions"},
     {"batch_norm", "tensor_statistics"},
     {"quantized_network"},
-    {"api", "calibration"},
-    {"callbacks", "training", "export", "reporting", "requantization"},
+    {"calibration"},
+    {"callbacks", "training", "export", "reporting"},
+    {"api"},  # It says what of a network will have no form in a file.
+    {"requantization"},
     {"bit_allocation"},
 )
 FOUNDATION = {"compat", "version"}  # imports itself only; everything may import it

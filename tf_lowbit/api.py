@@ -6,6 +6,7 @@ import numpy as np
 
 from tf_lowbit import inspection, keras3
 from tf_lowbit.compat import deep_graphs, keras, tf, tfmot
+from tf_lowbit.export import forms
 from tf_lowbit.quantized_network import QuantizedNetwork
 from tf_lowbit.scheme import graph, registry
 from tf_lowbit.scheme.layout import report_problems
@@ -52,8 +53,9 @@ def quantize(
             activations everywhere but at the first and the last layer.
         strict: raise where a rule matches nothing, a layer cannot be quantized, or a
             loss, metric or `train_step` of the model's own or an activity regularizer
-            is left out, or a layer has its channels first, instead of a
-            `QuantizationWarning`.
+            is left out, or a layer has no form in a TFLite file
+            (`tf_lowbit.export.check`), instead of a `QuantizationWarning`. The last
+            need not trouble who does not export.
         residual_bits: 8 puts signed 8-bit quantizers on what residual Adds read and
             put out (`<layer>_residual`, ours), so that training sees the rounding of
             an int8 residual stream. `tf_lowbit.calibrate` sets their steps. None
@@ -83,7 +85,7 @@ def quantize(
     scheme = LowBitScheme(rules, strict, residual_bits, shortcut_bits)
     _report_own_parts(model, strict)
     model = _functional(model)
-    _report_channels_first(model, strict)
+    _report_problems_of_export(model, strict)
     _require_finite(model)
     with _unmixed():
         applied = tfmot.quantization.keras.quantize_apply(
@@ -273,17 +275,18 @@ def _functional(model) -> keras.Model:
     return model
 
 
-def _report_channels_first(model, strict) -> None:
-    found = [
-        layer.name
-        for layer in model.layers
-        if getattr(layer, "data_format", None) == "channels_first"
-    ]
-    if found:
+def _report_problems_of_export(model, strict) -> None:
+    """Names, in one text, the layers that have no form in a file, with remedies."""
+    layers: dict[str, dict[str, str]] = {}
+    for problem in forms.problems(model):
+        what = layers.setdefault(f"{problem.reason}: {problem.remedy}", {})
+        what[problem.layer] = f"{problem.layer} ({problem.type})"
+    if layers:
+        lines = [f"{what}: {', '.join(who.values())}" for what, who in layers.items()]
         report_problems(
             [
-                "data_format='channels_first' has no form in a TFLite file; build the "
-                f"model with 'channels_last': {', '.join(found)}"
+                "the network can be trained, but not exported "
+                f"(tf_lowbit.export.check): {'; '.join(lines)}"
             ],
             strict,
         )

@@ -90,13 +90,21 @@ def exported(trained_for_deployment, tmp_path_factory):
     float_input = tfl.export.to_tflite(
         model, folder / "float32.tflite", info=info, verbose=0
     )
-    # With names for the classes, from the same twin.
+    # With names for the classes.
     names = {"classes": [f"digit {c}" for c in range(10)]}
     tfl.export.to_tflite(
-        float_input.snapped,
-        folder / "uint8.tflite",
-        input_type="uint8",
+        model,
+        folder / "int8.tflite",
+        input_type="int8",
         info=info | names,
+        verbose=0,
+    )
+    tfl.export.to_tflite(
+        model,
+        folder / "logits.tflite",
+        data.test,
+        output_type="int8",
+        info=info,
         verbose=0,
     )
     ((images, labels),) = data.test.as_numpy_iterator()
@@ -115,7 +123,8 @@ def runs(exported, digits, tmp_path_factory):
     content = (files / "float32.tflite").read_bytes()
     for name, data in {
         "net.tflite": content,
-        "codes.tflite": (files / "uint8.tflite").read_bytes(),
+        "codes.tflite": (files / "int8.tflite").read_bytes(),
+        "logits.tflite": (files / "logits.tflite").read_bytes(),
         "torn.tflite": content[: len(content) // 2],
         "foreign.tflite": float_file((8, 8, 1)),
         "two.tflite": float_file((8, 8, 2)),
@@ -139,6 +148,7 @@ def runs(exported, digits, tmp_path_factory):
         "one class": ["net.tflite", "digit.png", "--top=1"],
         "all classes": ["net.tflite", "digit.png", "--top=99"],
         "codes": ["codes.tflite", "digit.png", "--threads=2"],
+        "logits": ["logits.tflite", "digit.png"],
         "foreign": ["foreign.tflite", "digit.png"],
         "16 bits": ["net.tflite", "deep.png"],
     }
@@ -178,6 +188,9 @@ def expected(path, picture, normalization=None, top=3):
         pixels = (pixels - normalization.mean) / normalization.deviation
     runner = tfl.export.Runner(path.read_bytes())
     (logits,) = runner(pixels.astype(np.float32)).values()
+    if logits.dtype == np.int8:
+        scale, zero_point = runner.outputs[0]["quantization"]
+        logits = scale * (logits.astype(np.float64) - zero_point)
     exponents = np.exp(logits[0].astype(np.float64))
     shares = 100 * exponents / exponents.sum()
     best = sorted(range(10), key=lambda c: -shares[c])[:top]
@@ -218,6 +231,15 @@ def test_names_the_classes_and_feeds_codes_where_the_file_says_so(runs, digits):
     line = expected(folder / "net.tflite", folder / "digit.png", normalization)
     # The file takes codes: those that the float file makes itself.
     assert of("codes")[2] == re.sub(r"(\d) (\d+\.\d %)", r"digit \1 \2", line)
+
+
+def test_codes_that_a_file_puts_out_are_turned_into_logits(runs, digits):
+    of, folder = runs
+    *_, normalization = digits
+    path = folder / "logits.tflite"
+    assert tfl.export.Runner(path.read_bytes()).outputs[0]["dtype"] == np.int8
+    line = expected(path, folder / "digit.png", normalization)
+    assert of("logits")[2] == line
 
 
 def test_a_file_of_another_program_gets_pixels_from_0_to_1(runs):

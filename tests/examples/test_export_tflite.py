@@ -17,7 +17,8 @@ CHOICES = {
     "target": "portable",
     "storage": "int4",
     "head": "int8",
-    "input_type": "uint8",
+    "input_type": "int8",
+    "output_type": "uint8",
     "finetune_epochs": 1,
     "learning_rate": 0.01,
 }
@@ -35,6 +36,10 @@ BAD = {
     "other images": (
         ["--model=../six.h5"],
         r"^ValueError: The images of digits are \(8, 8, 1\)\. Received: .*\(6, 6, 1\)",
+    ),
+    "no pixels": (
+        ["--input_type=uint8"],
+        r"^ExportError: input_type='uint8' takes pixels.*Received: ",
     ),
     "output_dir": (
         ["--output_dir=../file/out"],
@@ -225,7 +230,8 @@ def test_all_choices_reach_the_file_and_the_twin_can_be_finetuned(exports):
     assert {n: report["settings"][n] for n in CHOICES} == CHOICES
     assert {d["kernel"] for d in report["decisions"]} == {"xnnpack", "builtin"}
     runner = tfl.export.Runner((out / "network.tflite").read_bytes())
-    assert runner.inputs[0]["dtype"] == np.uint8
+    assert runner.inputs[0]["dtype"] == np.int8
+    assert runner.outputs[0]["dtype"] == np.uint8
     assert report["operators"]["FULLY_CONNECTED"] == 1
     assert "MEAN" not in report["operators"]  # The average is a sum of codes here.
     archive = tfl.export.load_archive(out / "archive.npz")
@@ -234,6 +240,8 @@ def test_all_choices_reach_the_file_and_the_twin_can_be_finetuned(exports):
         "storage": "int4",
         "first_layer": "int8",
         "head": "int8",
+        "input_type": "int8",
+        "output_type": "uint8",
     }
     assert "val_accuracy" in shown
     # Fine-tuned: these are no longer the trained codes.

@@ -183,8 +183,9 @@ class Proof:
 
 def prove(model, data, input_type="float32", not_delegated=(), **options) -> Proof:
     """Exports in memory and verifies; anything but a full proof fails."""
-    snapped = export.snap(model, [data], options=Options(**options))
-    content = tflite.to_bytes(snapped, input_type)
+    options = Options(input_type=input_type, **options)
+    snapped = export.snap(model, [data], options=options)
+    content = tflite.to_bytes(snapped)
     report = export.verify(content, model, [data], verbose=0)
     assert report.ok, report.failures
     assert report.mismatches == 0

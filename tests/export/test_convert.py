@@ -118,11 +118,12 @@ def test_the_file_says_how_it_was_made(model, path):
         "storage": "int4",
         "first_layer": "int8",
         "head": "int8",
+        "input_type": "uint8",
+        "output_type": "int8",
     }
-    made = convert(model, path, [IMAGES], input_type="uint8", **choices)
+    made = convert(model, path, [IMAGES], **choices)
     about = flatbuffer.read_metadata(path.read_bytes())
     assert about["options"] == choices
-    assert about["input_type"] == "uint8"
     assert about["ranges"] == {k: list(v) for k, v in made.snapped.ranges.items()}
     assert about["notes"] == [str(note) for note in made.notes]
     assert about["tf_lowbit"] == tfl.__version__
@@ -191,6 +192,8 @@ def test_silence(model, path, capsys, monkeypatch):
         ({"head": "float32"}, "head must be one of"),
         ({"input_type": "float16"}, "input_type must be one of"),
         ({"input_type": ""}, "input_type must be one of"),
+        ({"output_type": "int4"}, "output_type must be one of"),
+        ({"output_type": 8}, "output_type must be one of"),
     ],
     ids=str,
 )

@@ -9,6 +9,7 @@ from tests.export.networks import (
     IMAGE,
     Rule,
     conv_bn_relu,
+    images,
     layers,
     network,
     normals,
@@ -273,7 +274,7 @@ def test_a_file_of_two_uint8_inputs_is_right(tmp_path):
     )
     model = keras.Model([a, b], layers.Dense(3, name="head")(layers.Flatten()(x)))
     model = tfl.quantize(model, W8A8)
-    x = [normals(8, (8, 8, 1), seed) for seed in (0, 1)]
+    x = [images(8, (8, 8, 1), seed) for seed in (0, 1)]
     tfl.calibrate(model, [(x,)])
     made = export.to_tflite(
         model, tmp_path / "two.tflite", [(x,)], input_type="uint8", verbose=0

@@ -177,7 +177,7 @@ def exported(name):
     model = quantize(NETWORKS[name](), RULES)
     data = images(5, model.input_shape[1:])
     snapped = export.snap(model, [data], options=Options(**PACKED))
-    plain = tflite.to_bytes(snapped, "int8")
+    plain = tflite.to_bytes(snapped)
     return model, data, snapped, plain, packing.pack(plain)
 
 
@@ -393,6 +393,7 @@ def test_other_weights_are_named_and_the_file_is_not_run():
         ({"target": "tflm", "first_layer": "float"}, "Received: first_layer='float'"),
         ({"target": "tflm", "input_type": "uint8"}, "Received: input_type='uint8'"),
         ({"target": "tflm", "input_type": "float32"}, "input_type must be 'int8'"),
+        ({"target": "tflm", "output_type": "uint8"}, "Received: output_type='uint8'"),
     ],
 )
 def test_options_that_do_not_go_together(options, words, tmp_path):

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHAPE = (8, 8, 1)
 IMAGES = networks.images(12, SHAPE)
 LABELS = np.random.default_rng(1).integers(10, size=12)
+OTHER_ENDS = {"input_type": "uint8", "output_type": "float32"}
 CHOICES = {
     "xnnpack": {},
     "portable": {"target": "portable"},
@@ -539,12 +540,11 @@ def put(**entries):
         b"null",
         drop("options"),
         drop("ranges"),
-        drop("input_type"),
         put(options=None),
         put(options={"target": "gpu"}),
         put(options={"unknown": 1}),
-        put(input_type="float16"),
-        put(input_type=None),
+        put(options={"input_type": "float16"}),
+        put(options={"output_type": "int4"}),
         put(ranges=3),
     ],
 )
@@ -591,9 +591,12 @@ def test_changed_options_are_not_those_of_the_snapped(snapped, file):
     assert not verify(damaged, snapped).ok
 
 
-def test_changed_input_type_makes_another_plan(snapped, file):
-    report = verify(with_metadata(file, put(input_type="uint8")), snapped)
+def test_changed_ends_make_another_plan(trained, snapped, file):
+    change = put(options=OTHER_ENDS)
+    report = verify(with_metadata(file, change), snapped)
     assert not report.ok
+    report = verify(with_metadata(file, change), trained)
+    assert any("shape or type" in failure for failure in report.failures)
 
 
 def test_notes_and_description_do_not_matter(snapped, file):
@@ -1060,8 +1063,10 @@ def test_trained_beside_the_trained_model(trained, file):
 
 
 @pytest.mark.parametrize("input_type", ["int8", "uint8"])
-def test_inputs_of_codes(snapped, input_type):
-    content = tflite.to_bytes(snapped, input_type)
+def test_inputs_of_codes(trained, input_type):
+    options = Options(input_type=input_type)
+    snapped = export.snap(trained, [IMAGES], options=options)
+    content = tflite.to_bytes(snapped)
     report = verify(content, snapped, [(IMAGES, LABELS)])
     assert report.ok, report.failures
     assert report.not_delegated in ([], ["QUANTIZE"])

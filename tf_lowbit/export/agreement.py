@@ -9,7 +9,7 @@ import re
 import numpy as np
 
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.export import forms, twin
+from tf_lowbit.export import forms, grids, twin
 from tf_lowbit.export.float_operators import FLOAT_METHODS
 from tf_lowbit.export.ranges import key
 from tf_lowbit.export.report import Agreement, Report
@@ -85,6 +85,8 @@ class Agreements:
             name = made[node.layer.name]._keras_history.layer.name
             levels = 0 if grid is None else grid.levels
             is_measured = key(made[node.layer.name]) in snapped.ranges
+            # Of pixels the range is known, whatever the data reach.
+            is_measured &= not _are_pixels(node, snapped.options)
             self._rows[node.layer.name] = Agreement(name, levels, is_measured)
 
     def add(self, argument, inputs, own: dict) -> None:
@@ -148,6 +150,14 @@ def grid_of(node):
         return None
     source = graph.producer(node.keras_inputs[0])
     return None if source.is_input else grid_of(source)
+
+
+def _are_pixels(node, options) -> bool:
+    """Whether a node of the twin puts out the pixels that its file takes."""
+    takes_codes = options.input_type != "float32"
+    is_first = isinstance(node.layer, twin.ToCodes)
+    is_first = is_first and graph.producer(node.keras_inputs[0]).is_input
+    return takes_codes and is_first and node.layer.grid in grids.PIXELS
 
 
 def computes_floats(layer) -> bool:

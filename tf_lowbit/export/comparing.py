@@ -18,7 +18,6 @@ FLOAT_TOLERANCE = 1e-4
 
 def compare_on_data(
     content: bytes,
-    input_type: str,
     snapped,
     trained,
     batches,
@@ -30,7 +29,6 @@ def compare_on_data(
 
     Args:
         content: the file.
-        input_type: what it takes.
         snapped: the twin.
         trained: the trained model, or None.
         batches: iterable of batches.
@@ -53,7 +51,7 @@ def compare_on_data(
     result = None
     for count, batch in enumerate(batches):
         values, labels = _split(batch, twin.input_names(model))
-        fed = [_fed(model, input_type, index, v) for index, v in enumerate(values)]
+        fed = [_fed(snapped, index, v) for index, v in enumerate(values)]
         argument = values if len(values) > 1 else values[0]
         if tensor_batches is None or count < tensor_batches:
             found = {d["name"]: x for d, x in zip(everything.inputs, fed, strict=True)}
@@ -137,14 +135,15 @@ def _split(batch, names):
     return values, labels
 
 
-def _fed(model, input_type, index, values):
+def _fed(snapped, index, values):
     """What the file's input wants."""
+    input_type = snapped.options.input_type
     if input_type == "float32":
         return values
-    tensor = model.inputs[index]
+    tensor = snapped.twin.inputs[index]
     (reader,) = [
         node.layer
-        for node in graph.calls(model)
+        for node in graph.calls(snapped.twin)
         if any(t is tensor for t in node.keras_inputs)
     ]
     return tflite.input_codes(reader, values, input_type)

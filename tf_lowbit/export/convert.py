@@ -62,6 +62,7 @@ def to_tflite(
     first_layer: str = "int8",
     head: str | None = None,
     input_type: str | None = None,
+    output_type: str | None = None,
     batches: int = 8,
     info: dict | None = None,
     verbose: int = 1,
@@ -82,9 +83,10 @@ def to_tflite(
         path: where the file goes; written under a temporary name, then renamed.
         data: iterable of batches, `x` or `(x, y)`, to measure ranges on that the
             training did not fix: the input of a first layer that was trained in float,
-            sums of residual branches without `residual_bits`. Not needed else. Where
-            moving statistics of batch normalisation lag on them, a
-            `QuantizationWarning` says so (`tf_lowbit.batch_norm.lag`).
+            or of a file that takes pixels; sums of residual branches without
+            `residual_bits`; an int8 head's outputs. Not needed else. Where moving
+            statistics of batch normalisation lag on them, a `QuantizationWarning` says
+            so (`tf_lowbit.batch_norm.lag`).
         target: "xnnpack": right under XNNPACK, to which TFLite delegates; "portable":
             right under XNNPACK and TFLite's builtin kernels on x86, wherever both can
             be; "tflm": right under TFLite Micro's reference kernels, with int8 inputs
@@ -94,9 +96,15 @@ def to_tflite(
             "packed", for "tflm": weights take their 1 to 7 bits and a table of values.
         first_layer: "int8" or "float": a first layer that was trained in float.
         head: "float" or "int8": the last layer. Int8 logits tie now and then. None for
-            "float", or "int8" for "tflm".
-        input_type: "float32"; or "int8", "uint8": the file takes the input's codes.
-            None for "float32", or "int8" for "tflm".
+            "float", or "int8" for "tflm" or where `output_type` is of codes.
+        input_type: "float32"; "uint8": the file takes pixels 0..255 as a camera gives
+            them, if the network's input lies in [0, 1] or [0, 255] on `data`, also in
+            front of Rescaling or Normalization layers; or "int8": the codes of the
+            first quantizer, by the input tensor's scale and zero point, and pixels
+            less 128 in front of such layers. None for "float32", or "int8" for "tflm".
+        output_type: "float32"; or "int8", "uint8": the file puts out codes, by the
+            output tensor's scale and zero point. None for "float32"; for "tflm" for
+            "int8" wherever an end is quantized.
         batches: how many batches of `data` to measure on.
         info: JSON-ready facts to be kept in the file, such as how its input is
             normalised; `read_info` gives them back.
@@ -109,16 +117,11 @@ def to_tflite(
         ValueError: for a model that is not quantized, options that there are not, or
             missing `data`.
         ExportError: (a ValueError) naming a layer that has no form in a file or for
-            the target, weights or ranges that are not ready.
+            the target, weights or ranges that are not ready, an input that is no
+            pixels, or an end that has no codes.
         OSError: if the file cannot be written. No half file is left.
     """
-    is_micro = target == "tflm"
-    if head is None:
-        head = "int8" if is_micro else "float"
-    if input_type is None:
-        input_type = "int8" if is_micro else "float32"
-    options = Options(target, storage, first_layer, head)
-    tflite.check_input_type(input_type)
+    options = Options(target, storage, first_layer, head, input_type, output_type)
     tflite.check_info(info)
     _check_path(path)
     if isinstance(model, Snapped):
@@ -141,8 +144,8 @@ def to_tflite(
             snapped = snap(
                 model, data, options=options, batches=batches, progress=progress
             )
-    content = tflite.to_bytes(snapped, input_type, info)
-    if is_micro:
+    content = tflite.to_bytes(snapped, info)
+    if target == "tflm":
         micro.require_runnable(content)
     if storage == "packed":
         content = packing.pack(content)

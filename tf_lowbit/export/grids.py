@@ -125,3 +125,9 @@ def _check(step, low, high):
             "An int8 tensor needs at most 256 codes, zero among them, and a positive "
             f"step. Received: codes {low}..{high}, step {step}"
         )
+
+
+# Pixels of 8 bits, as they are and divided by 255.
+RAW_PIXELS = float_grid(1.0, 0, 255)
+UNIT_PIXELS = float_grid(_float32(1 / 255), 0, 255)
+PIXELS = (RAW_PIXELS, UNIT_PIXELS)

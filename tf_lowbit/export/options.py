@@ -13,6 +13,7 @@ TARGETS = {
 }
 STORAGES = ("int8", "int4", "packed")
 PRECISIONS = ("int8", "float")
+END_TYPES = ("float32", "int8", "uint8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,13 @@ class Options:
         first_layer: what becomes of a first layer that was trained in float: "int8", or
             "float".
         head: what becomes of a last layer behind global pooling: "float", or "int8".
+            None for "float"; for "int8" where `target` is "tflm" or the file puts out
+            codes.
+        input_type: "float32"; "int8", codes of the first quantizer; or "uint8", pixels.
+            None for "float32", or "int8" for "tflm".
+        output_type: "float32"; or "int8", "uint8": codes, wherever the network ends.
+            None for "float32"; for "tflm" it stays None: codes where an end is
+            quantized, floats behind a softmax or the like.
 
     Raises:
         ValueError: for any other choice.
@@ -36,7 +44,9 @@ class Options:
     target: str = "xnnpack"
     storage: str = "int8"
     first_layer: str = "int8"
-    head: str = "float"
+    head: str | None = None
+    input_type: str | None = None
+    output_type: str | None = None
 
     def __post_init__(self):
         allowed = {
@@ -44,10 +54,23 @@ class Options:
             "storage": STORAGES,
             "first_layer": PRECISIONS,
             "head": PRECISIONS,
+            "input_type": END_TYPES,
+            "output_type": END_TYPES,
         }
+        optional = ("head", "input_type", "output_type")
         for name, choices in allowed.items():
-            checks.choice(name, getattr(self, name), choices)
-        if self.target != "tflm":
+            if name not in optional or getattr(self, name) is not None:
+                checks.choice(name, getattr(self, name), choices)
+        is_micro = self.target == "tflm"
+        defaults = {
+            "head": "int8" if is_micro or self.output_is_codes else "float",
+            "input_type": "int8" if is_micro else "float32",
+            "output_type": None if is_micro else "float32",
+        }
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if not is_micro:
             if self.storage == "packed":
                 raise ValueError(
                     "storage='packed' needs target='tflm': only TFLite Micro decodes "
@@ -59,12 +82,22 @@ class Options:
                 "target='tflm' takes storage='int8' or 'packed', which holds 4 bits as "
                 "well. Received: storage='int4'"
             )
-        for name in ("first_layer", "head"):
+        for name in ("first_layer", "head", "input_type"):
             if getattr(self, name) != "int8":
                 raise ValueError(
                     f"target='tflm' computes in int8: {name} must be 'int8'. "
                     f"Received: {name}={getattr(self, name)!r}"
                 )
+        if self.output_type == "uint8":
+            raise ValueError(
+                "target='tflm' computes in int8: output_type must be 'int8' or "
+                "'float32'. Received: output_type='uint8'"
+            )
+
+    @property
+    def output_is_codes(self) -> bool:
+        """Whether every output must be codes."""
+        return self.output_type in ("int8", "uint8")
 
     @property
     def kernels(self) -> tuple[str, ...]:

@@ -54,7 +54,7 @@ def verify(
        which is made anew from the model; so are the file's bytes. A file that differs
        in any of them has failed, and is not run: kernels end the process on some.
     2. Operators are of the allowed kinds and versions, and XNNPACK runs all of them;
-       INT4 layers and the conversion of uint8 pixels apart; or TFLite Micro does, with
+       INT4 layers and the conversion of uint8 ends apart; or TFLite Micro does, with
        target="tflm". Packed weights are decoded for (1), and are what the plan's
        weights are packed to.
     3. Over all accumulators, no more are off by one than in the plan: accumulator
@@ -132,7 +132,7 @@ def verify(
     snapped, trained = _plan(model, about, trained, report)
     report.notes = [str(note) for note in snapped.notes]
     report.is_tuned = snapped.is_tuned
-    expected = flatbuffer.unpack(tflite.to_bytes(snapped, about["input_type"]))
+    expected = flatbuffer.unpack(tflite.to_bytes(snapped))
     compare_plan(found, expected, report)
     check_operators(found, report)
     differences = structure.differences(found, expected)
@@ -155,7 +155,6 @@ def verify(
             batch = batches_for(snapped.twin, data, batches)
             compare_on_data(
                 content,
-                about["input_type"],
                 snapped,
                 trained,
                 batch,
@@ -193,18 +192,12 @@ def _read(content, report):
     about = flatbuffer.read_metadata(content)
     try:
         Options(**about["options"])
-        is_known = about["input_type"] in tflite.INPUT_TYPES
         dict(about["ranges"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             "The file's metadata must be those of tf_lowbit.export.to_tflite. "
             f"Received: {error}"
         ) from error
-    if not is_known:
-        raise ValueError(
-            f"The file's input_type must be one of {tflite.INPUT_TYPES}. "
-            f"Received: {about['input_type']!r}"
-        )
     if Options(**about["options"]).storage == "packed":
         plain = packing.unpack(content)
         report.widths = packing.widths(content)
@@ -256,7 +249,8 @@ def _check_delegation(content, snapped, report) -> bool:
         )
         return False
     expected = [name for layer in snapped.twin.layers if (name := _left_out(layer))]
-    expected += ["QUANTIZE" for d in runner.inputs if d["dtype"] == np.uint8]
+    ends = (*runner.inputs, *runner.outputs)
+    expected += ["QUANTIZE" for d in ends if d["dtype"] == np.uint8]
     for name in set(report.not_delegated):
         extra = report.not_delegated.count(name) - expected.count(name)
         if extra > 0:

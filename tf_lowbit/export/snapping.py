@@ -122,7 +122,10 @@ class _Snapper(Builder):
             )
             self._names.add(_layer_name(tensor))
             inputs.append(made)
-            self._values[id(tensor)] = Value(tensor, _layer_name(tensor), values=made)
+            value = Value(tensor, _layer_name(tensor), values=made)
+            self._values[id(tensor)] = value
+            if self._takes_pixels(tensor):
+                self._pixel_codes(value)
         nodes = list(graph.calls(self.model))
         for done, node in enumerate(nodes, start=1):
             self._visit(node)
@@ -140,6 +143,43 @@ class _Snapper(Builder):
             self._tensors(made),
             fingerprint(made),
         )
+
+    def _takes_pixels(self, tensor) -> bool:
+        """Whether the file is to take an input's pixels: "int8" less 128, if scaled."""
+        if self.options.input_type != "int8":
+            return self.options.input_type == "uint8"
+        readers = self._readers.get(id(tensor), [])
+        return any(elementwise.scale(node) is not None for node in readers)
+
+    def _pixel_codes(self, value) -> None:
+        """Codes 0..255 of an input: its values are the pixels, or these over 255."""
+        low, high = self.ranges(value.tensor)
+        # Half a pixel over, as of images that were resized.
+        is_unit = high <= 255.5 / 255
+        is_pixels = low >= 0.0 and (is_unit or 2.0 <= high <= 255.5)
+        if not is_pixels or self._has_signed_reader(value.tensor):
+            raise ExportError(
+                f"input_type={self.options.input_type!r} takes pixels here, so the "
+                "network's input must lie in [0, 1] or [0, 255]: build the network "
+                "with a Rescaling or Normalization layer in front, which does what is "
+                "done to the pixels, and train it so; or take 'float32', or 'int8' for "
+                "the codes of an 8-bit first layer that reads the input itself. "
+                f"Received: {value.name!r} in [{low:g}, {high:g}]"
+                + (" by data, below 0 when calibrated" if is_pixels else " by data")
+            )
+        value.grid = grids.UNIT_PIXELS if is_unit else grids.RAW_PIXELS
+        layer = twin.ToCodes(value.grid, name=self.name(f"{value.name}_codes"))
+        value.codes, value.values = layer(value.values), None
+
+    def _has_signed_reader(self, tensor) -> bool:
+        """Whether a quantizer that can be unsigned reads a tensor and is not."""
+        found = (
+            self._by_layer.get(node.layer.name, {}).get(
+                (quantizers.ACTIVATION, "output")
+            )
+            for node in self._readers.get(id(tensor), [])
+        )
+        return any(q is not None and q.quantizer.unsigned() is not None for q in found)
 
     def _tensors(self, made) -> dict[str, str]:
         """Which tensors of the trained network the twin's layers put out."""
@@ -217,7 +257,6 @@ class _Snapper(Builder):
         integer = weights is not None and self.can_be_codes(source)
         if not integer and self._wants_int8_edge(outer, source):
             integer = True
-            self._input_codes(source)
             if weights is None:
                 weights = linears.eight_bits(layer, kernel)
                 self.note(
@@ -225,6 +264,8 @@ class _Snapper(Builder):
                     "was trained in float; its weights have 8 bits here: train it so "
                     "by a rule that names it",
                 )
+        if integer and self._is_input(source.tensor):
+            self._input_codes(source)
         value.linear = linears.Linear(
             kind, layer, weights, source, np.ones(channels), bias, None, integer
         )
@@ -240,7 +281,7 @@ class _Snapper(Builder):
     def _wants_int8_edge(self, outer, source) -> bool:
         """Whether a layer that was trained to read floats is to read codes."""
         if outer.name in self._first and self.options.first_layer == "int8":
-            return not self.can_be_codes(source) and self._is_input(source.tensor)
+            return self._is_input(source.tensor)
         if outer.name in self._last and self.options.head == "int8":
             return self.can_be_codes(source)
         return False
@@ -254,8 +295,8 @@ class _Snapper(Builder):
         return kept and self._is_input(node.keras_inputs[0])
 
     def _input_codes(self, source) -> None:
-        """Codes of a float input, on the int8 grid over its measured range."""
-        if self.can_be_codes(source):
+        """Codes of an input, scaled or not, on the int8 grid over its range."""
+        if source.codes is not None:
             return
         node = graph.producer(source.tensor)
         if not node.is_input and elementwise.scale(node) is None:
@@ -271,8 +312,11 @@ class _Snapper(Builder):
         step = (high - low) / 255 or 1.0
         lowest = max(round(low / step), -255)
         wanted = grids.float_grid(float(np.float32(step)), lowest, lowest + 255)
-        layer = twin.ToCodes(wanted, name=self.name(f"{source.name}_codes"))
-        source.codes, source.grid = layer(self.values(source)), wanted
+        if self.can_be_codes(source):  # Scaled pixels.
+            self.emit_integer(source, source.linear, wanted)
+        else:
+            layer = twin.ToCodes(wanted, name=self.name(f"{source.name}_codes"))
+            source.codes, source.grid = layer(self.values(source)), wanted
         self.note(
             source.name,
             f"is quantized to 8 bits over [{low:g}, {high:g}]; train it so "
@@ -282,8 +326,30 @@ class _Snapper(Builder):
     def _scale(self, value, sources, node) -> None:
         (source,) = sources
         gain, offset = elementwise.scale(node)
+        if self._are_pixels(source):
+            is_plain = gain.size == 1 and gain > 0 and not np.any(offset)
+            if is_plain and self.may_consume(source):
+                self._scale_pixels(value, source, gain.item())
+                return
         value.linear = self.scaled(source, gain, offset)
+        if self.reader_count(value.tensor) > 1 and self._are_scaled_pixels(value):
+            self._input_codes(value)
         self.settle(value)
+
+    def _are_pixels(self, value) -> bool:
+        return value.codes is not None and graph.producer(value.tensor).is_input
+
+    def _are_scaled_pixels(self, value) -> bool:
+        """Whether a tensor is an input's codes, scaled or not."""
+        return self.can_be_codes(value) and self._is_input(value.tensor)
+
+    def _scale_pixels(self, value, source, gain) -> None:
+        """Codes of pixels as they are, of another step."""
+        (pixels,) = graph.producer(source.codes).keras_inputs
+        step = float(np.float32(source.grid.step * gain))
+        value.grid = dataclasses.replace(source.grid, step=step)
+        layer = twin.ToCodes(value.grid, name=self.name(f"{value.name}_codes"))
+        value.codes = layer(pixels)
 
     def _relu(self, value, sources, node) -> None:
         (source,) = sources
@@ -316,6 +382,8 @@ class _Snapper(Builder):
     def _keep_codes(self, value, sources, node) -> None:
         (source,) = sources
         made = copy_of(stock.layer_of(node), self.name(node.layer.name))
+        if self._are_scaled_pixels(source):
+            self._input_codes(source)
         if self.can_be_codes(source):
             codes, value.grid = self.codes(source)
             value.codes = made(codes)

@@ -27,46 +27,34 @@ from tf_lowbit.version import __version__
 
 _layers = keras.layers
 _GLOBAL_MAX_POOLS = (_layers.GlobalMaxPooling1D, _layers.GlobalMaxPooling2D)
-INPUT_TYPES = ("float32", "int8", "uint8")
 SIGNATURE = "serving_default"
 
 
-def metadata(snapped: Snapped, input_type: str, info: dict | None) -> dict:
+def metadata(snapped: Snapped, info: dict | None) -> dict:
     """What a file says of its own making: enough to make its plan again."""
     options = snapped.options
     return {
         "tf_lowbit": __version__,
         "options": {name: getattr(options, name) for name in options.__match_args__},
-        "input_type": input_type,
         "ranges": {name: list(pair) for name, pair in snapped.ranges.items()},
         "notes": [str(note) for note in snapped.notes],
         "info": info or {},
     }
 
 
-def to_bytes(
-    snapped: Snapped, input_type: str = "float32", info: dict | None = None
-) -> bytes:
+def to_bytes(snapped: Snapped, info: dict | None = None) -> bytes:
     """The file of a twin, with the weights that the twin has now.
 
     Args:
         snapped: of `snap`.
-        input_type: "float32"; or "int8", "uint8": the input takes codes.
         info: JSON-ready, kept in the file as it is.
 
     Raises:
-        ExportError: if the input is not quantized and `input_type` is not float32.
-        ValueError: if the target is "tflm" and `input_type` is not int8.
+        ExportError: if an input is to take codes and is not quantized, or an output is
+            to put out codes and has none.
     """
-    check_input_type(input_type)
-    is_micro = snapped.options.target == "tflm"
-    if is_micro and input_type != "int8":
-        raise ValueError(
-            "target='tflm' takes int8 codes: input_type must be 'int8'. "
-            f"Received: input_type={input_type!r}"
-        )
-    writer = _Writer(snapped.twin, input_type, is_micro)
-    about = json.dumps(metadata(snapped, input_type, info), sort_keys=True)
+    writer = _Writer(snapped.twin, snapped.options)
+    about = json.dumps(metadata(snapped, info), sort_keys=True)
     return writer.run(about.encode())
 
 
@@ -85,23 +73,14 @@ def check_info(info) -> None:
         )
 
 
-def check_input_type(input_type) -> None:
-    """Raises a ValueError for a type that there is not."""
-    if input_type not in INPUT_TYPES:
-        raise ValueError(
-            f"input_type must be one of {INPUT_TYPES}. "
-            f"Received: input_type={input_type!r}"
-        )
-
-
 class _Writer(FloatWriter):
     """One walk over one twin. A tensor is (index in the file, its grid or None)."""
 
-    def __init__(self, model, input_type, puts_out_codes=False):
+    def __init__(self, model, options):
         super().__init__()
         self.model = model
-        self.input_type = input_type
-        self.puts_out_codes = puts_out_codes
+        self.input_type = options.input_type
+        self.output_type = options.output_type
         self._tensors: dict[int, tuple[int, Grid | None]] = {}
         self._inputs: dict[str, int] = {}
 
@@ -113,7 +92,7 @@ class _Writer(FloatWriter):
             else:
                 self._visit(node)
         outputs = {
-            name: self._tensors[id(tensor)][0]
+            name: self._output(name, tensor)
             for name, tensor in zip(
                 self.model.output_names, self.model.outputs, strict=True
             )
@@ -151,17 +130,42 @@ class _Writer(FloatWriter):
                 name, tensor.shape, np.uint8, (grid.scale, zero_point)
             )
             index = self.integer(f"{name}/int8", tensor.shape, grid)
-            self.file.operator(
-                "QUANTIZE",
-                REQUANTIZE_VERSION,
-                [pixels],
-                [index],
-                schema.QuantizeOptionsT(),
-            )
+            self._requantize(pixels, index)
             self._inputs[name] = pixels
         self._inputs.setdefault(name, index)
         # The layer that would make the codes finds them here.
         self._tensors[id(tensor)] = (index, grid)
+
+    def _output(self, name, tensor) -> int:
+        """The tensor that the file puts out for one of the twin."""
+        index, grid = self._tensors[id(tensor)]
+        if self.output_type == "float32":
+            return index
+        node = graph.producer(tensor)
+        if grid is None and _ends_in_codes(node):
+            # Something else reads the values.
+            index, grid = self._tensors[id(node.keras_inputs[0])]
+        if grid is None and self.output_type is not None:
+            raise ExportError(
+                f"output_type={self.output_type!r} needs a network that ends in codes: "
+                "a weight layer with 8-bit weights that reads codes (head='int8'), or "
+                "a quantized ReLU. End the network in logits, without softmax or "
+                "sigmoid, which keep their order, or take output_type='float32'. "
+                f"Received: {name!r}, floats of {node.layer.name!r}"
+            )
+        if self.output_type != "uint8":
+            return index
+        zero_point = grid.zero_point + 128
+        result = self.file.activation(
+            f"{name}/uint8", tensor.shape, np.uint8, (grid.scale, zero_point)
+        )
+        self._requantize(index, result)
+        return result
+
+    def _requantize(self, source, result) -> None:
+        """Adds the operator between int8 and uint8 codes of one scale."""
+        options = schema.QuantizeOptionsT()
+        self.file.operator("QUANTIZE", REQUANTIZE_VERSION, [source], [result], options)
 
     def _visit(self, node) -> None:
         layer = node.layer
@@ -197,7 +201,8 @@ class _Writer(FloatWriter):
         shape = node.output_shapes
         # The layer's name is that of what it puts out.
         is_scaled = layer.factor is not None
-        if self.puts_out_codes and not is_scaled and self._is_end(node):
+        is_needed = self.output_type == "float32" or self._is_read(node)
+        if not is_needed and _ends_in_codes(node):
             return index, grid
         name = f"{layer.name}/dequantized" if is_scaled else layer.name
         result = self.file.activation(name, shape, np.float32)
@@ -212,11 +217,11 @@ class _Writer(FloatWriter):
             result = scaled
         return result, None
 
-    def _is_end(self, node) -> bool:
-        """Whether a node's output is the model's, and nothing else reads it."""
+    def _is_read(self, node) -> bool:
+        """Whether a layer reads a node's output, the model's or not."""
         (output,) = graph.outputs_of(node)
         inputs = [t for reader in graph.calls(self.model) for t in reader.keras_inputs]
-        return all(t is not output for t in inputs)
+        return any(t is output for t in inputs)
 
     def _integer_linear(self, layer, sources, node):
         ((index, input_grid),) = sources
@@ -365,6 +370,11 @@ class _Writer(FloatWriter):
         indices = [index for index, _ in sources]
         self.operator("CONCATENATION", indices, [result], options, grid)
         return result, grid
+
+
+def _ends_in_codes(node) -> bool:
+    """Whether a node gives values of codes whose scale is their step."""
+    return isinstance(node.layer, twin.ToValues) and node.layer.factor is None
 
 
 _METHODS = {

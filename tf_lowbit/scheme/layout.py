@@ -17,7 +17,7 @@ from tf_lowbit.scheme.rules import CATCH_ALL
 
 
 class QuantizationWarning(UserWarning):
-    """Something that the rules ask for was not done."""
+    """Something was not done as asked, or will not work later."""
 
 
 def report_problems(problems: list[str], strict: bool) -> None:
@@ -32,8 +32,8 @@ def report_problems(problems: list[str], strict: bool) -> None:
     """
     if problems and strict:
         raise ValueError(
-            "strict=True and the rules cannot be followed as given. Received:\n- "
-            + "\n- ".join(problems)
+            "strict=True wants every rule followed, nothing left out, and a form in a "
+            "file for every layer. Received:\n- " + "\n- ".join(problems)
         )
     for problem in problems:
         warnings.warn(problem, QuantizationWarning, stacklevel=3)
