@@ -290,7 +290,10 @@ def test_files_of_keras3_that_cannot_be_loaded_are_refused_briefly(tmp_path):
     with pytest.raises(ValueError, match=r"whole file.*own\.keras") as caught:
         tfl.load_model(tmp_path / "own.keras")
     assert len(str(caught.value)) < 1000
-    on_an_input(layers.Dense(2)).export(tmp_path / "exported", verbose=False)
+    image = keras3.Input((4,), name="image")
+    keras3.Model(image, layers.Dense(2)(image)).export(
+        tmp_path / "exported", verbose=False
+    )
     with pytest.raises(ValueError, match=r"one of Keras 3.*as a \.keras file"):
         tfl.load_model(tmp_path / "exported")
 

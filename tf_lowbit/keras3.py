@@ -204,9 +204,9 @@ def require_callbacks(callbacks) -> None:
     for callback in tf.nest.flatten(callbacks or []):
         if is_keras3(callback, "callbacks.Callback"):
             name = type(callback).__name__
+            own = name if hasattr(keras.callbacks, name) else "Callback"
             raise ValueError(
-                "callbacks must be of tf_keras: make it of "
-                f"tf_keras.callbacks.{name if hasattr(keras.callbacks, name) else 'Callback'}. "
+                f"callbacks must be of tf_keras: make it of tf_keras.callbacks.{own}. "
                 f"Received: {name} of Keras 3"
             )
 

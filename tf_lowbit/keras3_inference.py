@@ -116,9 +116,12 @@ class _Conversion:
     def call(self, node, args, kwargs):
         args, kwargs = tf.nest.map_structure(_constant, (args, kwargs))
         function = self._function(node)
-        kwargs = {n: v for n, v in kwargs.items() if n != "name" and v is not None}
-        if kwargs.get("training") is False:
-            del kwargs["training"]
+        kwargs = {
+            name: value
+            for name, value in kwargs.items()
+            # What is off is off by default, `training` among them.
+            if name != "name" and value is not None and value is not False
+        }
         try:
             outputs = function(*args, **kwargs)
         except (TypeError, ValueError, KeyError, AttributeError) as error:

@@ -54,8 +54,9 @@ def load_model(path, **arguments) -> keras.Model:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is none of these formats, a SavedModel of Keras 3, damaged, holds a lambda, or would
-            unpack to far more than a file of its size should hold.
+        ValueError: if it is none of these formats, a SavedModel of Keras 3, damaged,
+            holds a lambda, or would unpack to far more than a file of its size should
+            hold.
     """
     checks.path("path", path)
     if not tf.io.gfile.exists(path):
@@ -97,7 +98,7 @@ def _refuse_exported(path) -> None:
     }
     if has["saved_model.pb"] and not has["keras_metadata.pb"]:
         raise ValueError(
-            "A SavedModel must be one that tf_keras wrote: one of Keras 3 holds a graph "
-            "and no layers. Save the Keras 3 model as a .keras file. "
+            "A SavedModel must be one that tf_keras wrote: one of Keras 3 holds a "
+            "graph and no layers. Save the Keras 3 model as a .keras file. "
             f"Received: {folder!r}"
         )
