@@ -1,5 +1,6 @@
 """Keras 3 models come over whole, or are refused with a reason."""
 
+import os
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 
 import tf_lowbit as tfl
 from tests.scheme import nets
+from tf_lowbit import keras3 as keras3_code
 from tf_lowbit.compat import keras
 
 layers = keras3.layers
@@ -213,9 +215,12 @@ REFUSED = {
     ),
     "no model": (
         lambda: "net",
-        r"must be a model of Keras 3\. Received: builtins\.str",
+        r"must be a model of Keras 3, or a .*\. Received: builtins\.str",
     ),
-    "tf_keras": (nets.chain, r"must be a model of Keras 3\. Received: tf_keras\."),
+    "tf_keras": (
+        nets.chain,
+        r"must be a model of Keras 3, or a .*\. Received: tf_keras\.",
+    ),
 }
 
 
@@ -264,3 +269,196 @@ def test_layers_without_a_counterpart_are_refused_by_name():
     ):
         with pytest.raises(ValueError, match=f"must have a counterpart.*'{name}'"):
             tfl.from_keras3(model)
+
+
+@pytest.mark.parametrize("name", ["net.keras", "net.h5"])
+def test_files_of_keras3_are_loaded(name, tmp_path):
+    model = on_an_input(layers.Dense(3, "relu", name="dense"))
+    randomize(model).save(tmp_path / name)
+    images = nets.images(shape=(4,))
+    for loaded in (
+        tfl.load_model(tmp_path / name),
+        tfl.from_keras3(tmp_path / name),
+        tfl.from_keras3(str(tmp_path / name)),
+    ):
+        assert isinstance(loaded, keras.Model)
+        assert_same(loaded, model, images)
+
+
+def test_files_of_keras3_that_cannot_be_loaded_are_refused_briefly(tmp_path):
+    on_an_input(Own(name="mine")).save(tmp_path / "own.keras")
+    with pytest.raises(ValueError, match=r"whole file.*own\.keras") as caught:
+        tfl.load_model(tmp_path / "own.keras")
+    assert len(str(caught.value)) < 1000
+    image = keras3.Input((4,), name="image")
+    keras3.Model(image, layers.Dense(2)(image)).export(
+        tmp_path / "exported", verbose=False
+    )
+    with pytest.raises(ValueError, match=r"one of Keras 3.*as a \.keras file"):
+        tfl.load_model(tmp_path / "exported")
+
+
+TRAINING = """
+import keras as keras3
+import numpy as np
+import tf_lowbit as tfl
+
+model = keras3.Sequential(
+    [
+        keras3.layers.Input((6, 6, 1)),
+        keras3.layers.Conv2D(2, 3, name="conv"),
+        keras3.layers.Flatten(),
+        keras3.layers.Dense(3, name="head"),
+    ]
+)
+model.save("net.keras")
+rule = tfl.PrecisionRule(".*", 4, 32, edges=True)
+low_bit = tfl.quantize(tfl.load_model("net.keras"), rule)
+low_bit.compile(
+    keras3.optimizers.SGD(0.1),
+    keras3.losses.SparseCategoricalCrossentropy(from_logits=True),
+)
+low_bit.fit(np.ones((4, 6, 6, 1)), np.zeros(4), verbose=0)
+print("trained")
+"""
+
+
+@pytest.mark.parametrize("legacy", ["0", "1", None])
+def test_either_keras_may_be_on(legacy, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TF_USE_LEGACY_KERAS"}
+    if legacy is not None:
+        environment["TF_USE_LEGACY_KERAS"] = legacy
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    done = subprocess.run(
+        [sys.executable, "-c", TRAINING],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "trained" in done.stdout, done.stderr[-2000:]
+
+
+def quantized():
+    return tfl.quantize(nets.chain(), tfl.PrecisionRule(".*", 2, 2))
+
+
+CONVERTED = {
+    "sgd": (
+        lambda: keras3.optimizers.SGD(0.25, momentum=0.75, nesterov=True, clipnorm=2.0),
+        keras.optimizers.SGD,
+        {"learning_rate": 0.25, "momentum": 0.75, "nesterov": True, "clipnorm": 2.0},
+    ),
+    "adamw": (
+        lambda: keras3.optimizers.AdamW(0.5, weight_decay=0.25, beta_1=0.5),
+        keras.optimizers.AdamW,
+        {"learning_rate": 0.5, "weight_decay": 0.25, "beta_1": 0.5},
+    ),
+    "schedule": (
+        lambda: keras3.optimizers.schedules.CosineDecay(0.5, 9, alpha=0.25),
+        keras.optimizers.schedules.CosineDecay,
+        {"initial_learning_rate": 0.5, "decay_steps": 9, "alpha": 0.25},
+    ),
+    "loss": (
+        lambda: keras3.losses.SparseCategoricalCrossentropy(from_logits=True),
+        keras.losses.SparseCategoricalCrossentropy,
+        {"from_logits": True, "reduction": "sum_over_batch_size"},
+    ),
+    "metric": (
+        lambda: keras3.metrics.SparseTopKCategoricalAccuracy(k=2, name="top2"),
+        keras.metrics.SparseTopKCategoricalAccuracy,
+        {"k": 2, "name": "top2"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_what_trains_is_made_anew(name):
+    make, kind, settings = CONVERTED[name]
+    made = keras3_code.as_tf_keras(make())
+    assert type(made) is kind
+    assert made.get_config().items() >= settings.items()
+
+
+def test_a_scheduled_optimizer_keeps_its_schedule():
+    schedule = keras3.optimizers.schedules.ExponentialDecay(0.5, 3, 0.5)
+    made = keras3_code.as_tf_keras(keras3.optimizers.Adam(schedule))
+    assert isinstance(made._learning_rate, keras.optimizers.schedules.ExponentialDecay)
+    assert made._learning_rate.get_config()["initial_learning_rate"] == 0.5
+
+
+def test_networks_train_with_what_is_of_keras3():
+    network = quantized()
+    network.compile(
+        keras3.optimizers.Adam(1e-3),
+        keras3.losses.SparseCategoricalCrossentropy(from_logits=True),
+        [keras3.metrics.SparseCategoricalAccuracy(), "accuracy"],
+    )
+    assert isinstance(network.optimizer, keras.optimizers.Adam)
+    logs = network.fit(nets.images(), nets.labels(), verbose=0).history
+    assert {"sparse_categorical_accuracy", "accuracy"} <= logs.keys()
+    image = keras3.Input(nets.IMAGE)
+    teacher = layers.GlobalAveragePooling2D()(image)
+    teacher = keras3.Model(image, layers.Dense(nets.CLASSES)(teacher))
+    trainer = tfl.LowBitTrainer(quantized(), teacher)
+    trainer.compile(
+        keras3.optimizers.SGD(0.1),
+        keras3.losses.SparseCategoricalCrossentropy(from_logits=True),
+        teacher_optimizer=keras3.optimizers.SGD(0.1),
+    )
+    logs = trainer.fit(nets.images(), nets.labels(), verbose=0).history
+    assert np.isfinite(logs["teacher_loss"]).all()
+
+
+class OwnLoss(keras3.losses.Loss):
+    def call(self, y_true, y_pred):
+        return y_pred
+
+
+OF_KERAS3 = {
+    "optimizer": (
+        lambda n: n.compile(keras3.optimizers.Muon(), "mse"),
+        "use one of tf_keras.optimizers. Received: Muon of Keras 3",
+    ),
+    "loss": (
+        lambda n: n.compile("sgd", OwnLoss()),
+        "use one of tf_keras.losses. Received: OwnLoss of Keras 3",
+    ),
+    "option": (
+        lambda n: n.compile(
+            keras3.optimizers.SGD(gradient_accumulation_steps=2), "mse"
+        ),
+        "tf_keras has no gradient_accumulation_steps=2",
+    ),
+    "fit": (
+        lambda n: n.fit(callbacks=[keras3.callbacks.EarlyStopping()]),
+        "tf_keras.callbacks.EarlyStopping. Received: EarlyStopping of Keras 3",
+    ),
+    "evaluate": (
+        lambda n: n.evaluate(callbacks=keras3.callbacks.Callback()),
+        "tf_keras.callbacks.Callback. Received: Callback of Keras 3",
+    ),
+    "report": (
+        lambda n: tfl.report(on_an_input(layers.Dense(2)), "page.html"),
+        "tf_lowbit.from_keras3 make one.*Received: Functional of Keras 3",
+    ),
+    "strip": (
+        lambda n: tfl.strip(on_an_input(layers.Dense(2))),
+        "tf_lowbit.from_keras3 make one.*Received: Functional of Keras 3",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_KERAS3)
+def test_what_stays_of_keras3_is_refused_in_a_line(name):
+    call, message = OF_KERAS3[name]
+    with pytest.raises(ValueError, match=message) as caught:
+        call(quantized())
+    assert len(str(caught.value)) < 500
+
+
+def test_costs_of_a_keras3_model():
+    model = on_an_input(layers.Dense(3, name="dense"))
+    assert tfl.cost(model).parameters == 15
+    assert "dense" in str(tfl.summary(model))

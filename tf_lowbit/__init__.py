@@ -14,6 +14,7 @@ from tf_lowbit.core.stages import (
     two_stage_progressive,
 )
 from tf_lowbit.keras3 import from_keras3
+from tf_lowbit.keras3_inference import to_keras3
 from tf_lowbit.reporting import Cost, Summary, cost, report, summary
 from tf_lowbit.requantization import requantize, strip
 from tf_lowbit.saving import load_model
@@ -66,6 +67,7 @@ __all__ = [
     "strip",
     "summary",
     "tie_residuals",
+    "to_keras3",
     "two_stage",
     "two_stage_progressive",
     "weight_decay_at_bits",

@@ -34,6 +34,7 @@ __all__ = [
     "as_float32",
     "deep_graphs",
     "in_xla_context",
+    "is_keras3",
     "keras",
     "keras_safe_mode",
     "logits_in_front",
@@ -84,6 +85,20 @@ def in_xla_context() -> bool:
     return control_flow_util.GraphOrParentsInXlaContext(
         tf.compat.v1.get_default_graph()
     )
+
+
+def is_keras3(value, kind: str = "Model") -> bool:
+    """Whether a value is a model, or another object, of Keras 3.
+
+    Args:
+        value: of any type.
+        kind: the public name of the class, such as "optimizers.Optimizer".
+    """
+    # Who has such an object has imported it.
+    found = sys.modules.get("keras")
+    for name in kind.split("."):
+        found = getattr(found, name, None)
+    return isinstance(found, type) and isinstance(value, found)
 
 
 def keras_safe_mode(is_safe: bool) -> contextlib.AbstractContextManager:

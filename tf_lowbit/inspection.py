@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tf_lowbit.compat import keras, tf, tfmot
+from tf_lowbit.compat import is_keras3, keras, tf, tfmot
 from tf_lowbit.quantizers import (
     ACTIVATION,
     WEIGHT,
@@ -139,6 +139,12 @@ def networks(model: keras.Model) -> list[keras.Model]:
     Raises:
         ValueError: if it is no model of `tf_keras`.
     """
+    if is_keras3(model):
+        raise ValueError(
+            "model must be a tf_keras Model: tf_lowbit.quantize and "
+            "tf_lowbit.from_keras3 make one of a Keras 3 model. "
+            f"Received: {type(model).__name__} of Keras 3"
+        )
     if not isinstance(model, keras.Model):
         raise ValueError(
             f"model must be a tf_keras Model. Received: {type(model).__name__}"

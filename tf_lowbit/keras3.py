@@ -1,12 +1,18 @@
 """Keras 3 models as models of `tf_keras`, on which TF-MOT and this library work."""
 
+import importlib
 import inspect
+import json
 import operator
+import os
 import sys
+import types
+import zipfile
 
+import h5py
 import numpy as np
 
-from tf_lowbit.compat import deep_graphs, keras, tf
+from tf_lowbit.compat import deep_graphs, is_keras3, keras, tf
 from tf_lowbit.scheme.activations import hard_sigmoid, hard_silu
 
 # What layers call otherwise there: class -> {name in Keras 3: name in tf_keras}.
@@ -26,16 +32,9 @@ _OPERATORS = {
 _RELUS = {"Relu": None, "Relu6": 6.0}
 # Float32 sums of another order.
 _TOLERANCE = 1e-4
+_MOST_EXPLAINED = 300
 # Tried in turn, until the network takes one.
 _SIZES_OF_OPEN_DIMENSIONS = (32, 64, 128, 256)
-
-
-def is_keras3(model) -> bool:
-    """Whether an object is a model of Keras 3."""
-    module = sys.modules.get("keras")
-    base = getattr(module, "Model", None)
-    is_other = base is not None and base is not keras.Model
-    return is_other and isinstance(model, base)
 
 
 @deep_graphs()
@@ -47,8 +46,9 @@ def from_keras3(model) -> keras.Model:
     compared on random inputs before the new one is handed out.
 
     Args:
-        model: built Sequential or Functional model of Keras 3, of any backend. It is
-            not changed. Models among its layers are converted likewise.
+        model: built Sequential or Functional model of Keras 3, of any backend, or the
+            path of a `.keras` or `.h5` file with one. It is not changed. Models among
+            its layers are converted likewise.
 
     Returns:
         A Functional model of `tf_keras`, not compiled, of the same function.
@@ -58,14 +58,162 @@ def from_keras3(model) -> keras.Model:
             or an operation has no counterpart in `tf_keras`, which is named with the
             reason; or if the outputs differ.
     """
+    if isinstance(model, str | os.PathLike) and is_keras3_file(model):
+        model = load_file(model)
     if not is_keras3(model):
         raise ValueError(
-            "model must be a model of Keras 3. "
+            "model must be a model of Keras 3, or a .keras or .h5 file with one. "
             f"Received: {type(model).__module__}.{type(model).__name__}"
         )
     converted = _Conversion().of(model)
     _check_outputs(model, converted)
     return converted
+
+
+def is_keras3_file(path) -> bool:
+    """Whether a path is a `.keras` or `.h5` file that Keras 3 wrote."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                version = json.loads(archive.read("metadata.json"))["keras_version"]
+        elif os.path.isfile(path) and h5py.is_hdf5(path):
+            with h5py.File(path) as file:
+                version = file.attrs["keras_version"]
+        else:
+            return False
+    except (zipfile.BadZipFile, OSError, KeyError, TypeError, ValueError):
+        return False  # Damaged, or no model: `tf_keras` says what it misses.
+    version = version.decode() if isinstance(version, bytes) else str(version)
+    return version.partition(".")[0] == "3"
+
+
+def load_file(path, safe_mode: bool = True):
+    """Loads a Keras 3 model from a file that `is_keras3_file` knows.
+
+    Args:
+        path: of the file.
+        safe_mode: whether to refuse a Python lambda.
+
+    Returns:
+        The model of Keras 3, not compiled.
+
+    Raises:
+        ValueError: if Keras 3 cannot load it.
+    """
+    saving = importlib.import_module("keras").saving
+    try:
+        return saving.load_model(path, compile=False, safe_mode=safe_mode)
+    except Exception as error:  # Of many kinds, with whole configurations in them.
+        raise ValueError(
+            "path must be a whole file of a Keras 3 model, made of Keras's own layers; "
+            "register layers of your own with Keras 3 and load the model there. "
+            f"Received: {os.fspath(path)!r} ({_short(error)})"
+        ) from error
+
+
+# What a trainer may be given: its class, where its kinds are, and what to do instead.
+_FAMILIES = {
+    "optimizers.schedules.LearningRateSchedule": "optimizers.schedules",
+    "optimizers.Optimizer": "optimizers",
+    "losses.Loss": "losses",
+    "metrics.Metric": "metrics",
+}
+
+
+def as_tf_keras(value):
+    """Optimizers, losses, metrics and schedules of Keras 3 as those of `tf_keras`.
+
+    They are made anew by their configuration: state, such as moments, starts anew.
+
+    Args:
+        value: one, or a list, tuple or dict of them. What is not of Keras 3 stays.
+
+    Returns:
+        The same structure.
+
+    Raises:
+        ValueError: if there is no counterpart in `tf_keras`.
+    """
+    if type(value) in (list, tuple, dict):
+        return _map(as_tf_keras, value)
+    for base, family in _FAMILIES.items():
+        if is_keras3(value, base):
+            return _made_anew(value, family)
+    module = getattr(value, "__module__", None) or ""
+    if isinstance(value, types.FunctionType) and module.startswith("keras."):
+        name = value.__name__
+        found = getattr(keras.losses, name, None) or getattr(keras.metrics, name, None)
+        if found is None:
+            raise ValueError(
+                f"A function must be one of tf_keras: write it with TensorFlow's "
+                f"operations. Received: {name} of Keras 3"
+            )
+        return found
+    return value
+
+
+def _made_anew(value, family: str):
+    name = type(value).__name__
+    source = _public(sys.modules["keras"], family, name)
+    kind = _public(keras, family, name)
+
+    def refusal(reason):
+        return ValueError(
+            f"What trains a low-bit network must be of tf_keras, or have a counterpart "
+            f"there: use one of tf_keras.{family}. Received: {name} of Keras 3: "
+            f"{reason}"
+        )
+
+    if kind is None or type(value) is not source:
+        raise refusal("tf_keras has none of that class")
+    config = value.get_config()
+    if "learning_rate" in config and family == "optimizers":
+        # A schedule's configuration would be that of Keras 3.
+        rate = getattr(value, "_learning_rate", None)
+        is_schedule = is_keras3(rate, "optimizers.schedules.LearningRateSchedule")
+        config["learning_rate"] = (
+            as_tf_keras(rate) if is_schedule else float(config["learning_rate"])
+        )
+    if config.get("dtype") is not None:
+        config["dtype"] = str(value.dtype)
+    known = set(inspect.signature(kind.__init__).parameters)
+    defaults = inspect.signature(type(value).__init__).parameters
+    for key in [key for key in config if key not in known]:
+        setting = config.pop(key)
+        default = defaults[key].default if key in defaults else None
+        if setting is not None and setting not in (default, False, "float32"):
+            raise refusal(f"tf_keras has no {key}={setting!r}")
+    try:
+        return kind(**config)
+    except (TypeError, ValueError) as error:
+        raise refusal(_short(error)) from error
+
+
+def _public(module, family: str, name: str):
+    for part in (*family.split("."), name):
+        module = getattr(module, part, None)
+    return module
+
+
+def require_callbacks(callbacks) -> None:
+    """Refuses Keras 3's callbacks, which reach for a Keras 3 model's insides.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    for callback in tf.nest.flatten(callbacks or []):
+        if is_keras3(callback, "callbacks.Callback"):
+            name = type(callback).__name__
+            own = name if hasattr(keras.callbacks, name) else "Callback"
+            raise ValueError(
+                f"callbacks must be of tf_keras: make it of tf_keras.callbacks.{own}. "
+                f"Received: {name} of Keras 3"
+            )
+
+
+def _short(error) -> str:
+    """An error's text in one line of fair length."""
+    return " ".join(str(error).split())[:_MOST_EXPLAINED]
 
 
 class _Conversion:
@@ -184,7 +332,7 @@ def _converted_layer(layer) -> keras.layers.Layer:
     try:
         return kind.from_config(_without_none(config))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise _no_counterpart(layer, str(error)) from error
+        raise _no_counterpart(layer, _short(error)) from error
 
 
 def _without_none(config: dict) -> dict:
@@ -209,7 +357,8 @@ def _arguments(kind) -> set[str]:
 
 def _no_counterpart(layer, reason: str) -> ValueError:
     return ValueError(
-        "A Keras 3 layer must have a counterpart in tf_keras. Received: layer "
+        "A Keras 3 layer must have a counterpart in tf_keras: put layers in its place "
+        "that tf_keras has. Received: layer "
         f"{layer.name!r}, {type(layer).__name__}: {reason}"
     )
 

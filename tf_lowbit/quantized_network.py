@@ -5,7 +5,7 @@ import functools
 import inspect
 import warnings
 
-from tf_lowbit import batch_norm, inspection
+from tf_lowbit import batch_norm, inspection, keras3
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.scheme.layout import QuantizationWarning
 from tf_lowbit.scheme.output_names import NamedOutputs
@@ -28,15 +28,23 @@ class CheckedTraining:
       the second when the last `on_train_end` is done.
     """
 
+    @functools.wraps(keras.Model.compile)
+    def compile(self, *args, **kwargs):  # noqa: D102 (Keras's own)
+        with self.distribute_strategy.scope():
+            args, kwargs = keras3.as_tf_keras((args, kwargs))
+        super().compile(*args, **kwargs)
+
     @functools.wraps(keras.Model.fit)
     def fit(self, *args, **kwargs):  # noqa: D102 (Keras's own)
         given = inspect.signature(super().fit).bind(*args, **kwargs)
         callbacks = given.arguments.get("callbacks")
+        keras3.require_callbacks(callbacks)
         with _watched(self, callbacks) as given.arguments["callbacks"]:
             return super().fit(*given.args, **given.kwargs)
 
     @functools.wraps(keras.Model.evaluate)
     def evaluate(self, *args, **kwargs):  # noqa: D102 (Keras's own)
+        keras3.require_callbacks(kwargs.get("callbacks"))
         warn_of_open_ranges(self)
         return super().evaluate(*args, **kwargs)
 

@@ -4,6 +4,7 @@ import os
 import zipfile
 import zlib
 
+from tf_lowbit import keras3
 from tf_lowbit.compat import (
     LayerScale,
     StochasticDepth,
@@ -40,6 +41,9 @@ def load_model(path, **arguments) -> keras.Model:
     that a file names. A SavedModel holds a TensorFlow graph, which can read and write
     files when it runs.
 
+    A `.keras` or `.h5` file of Keras 3 is converted, as by `from_keras3`: what comes
+    back is the float model, not compiled.
+
     Args:
         path: `.keras` file, `.h5` file or SavedModel folder.
         **arguments: of `keras.models.load_model`, such as `compile=False`.
@@ -50,8 +54,9 @@ def load_model(path, **arguments) -> keras.Model:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is none of these formats, damaged, holds a lambda, or would
-            unpack to far more than a file of its size should hold.
+        ValueError: if it is none of these formats, a SavedModel of Keras 3, damaged,
+            holds a lambda, or would unpack to far more than a file of its size should
+            hold.
     """
     checks.path("path", path)
     if not tf.io.gfile.exists(path):
@@ -59,6 +64,12 @@ def load_model(path, **arguments) -> keras.Model:
             "path must be a .keras or .h5 file or a SavedModel folder that exists. "
             f"Received: {os.fspath(path)!r}"
         )
+    if keras3.is_keras3_file(path):
+        if zipfile.is_zipfile(path):
+            require_plausible_zip(path)
+        safe_mode = arguments.get("safe_mode", True)
+        return keras3.from_keras3(keras3.load_file(path, safe_mode))
+    _refuse_exported(path)
     # A network within another one is read without its package's name in HDF5.
     own = {LowBitWrapper.__name__: LowBitWrapper}
     if zipfile.is_zipfile(path):
@@ -76,3 +87,18 @@ def load_model(path, **arguments) -> keras.Model:
                 "path must be a whole .keras file: save or copy it again. "
                 f"Received: {os.fspath(path)!r} ({error})"
             ) from error
+
+
+def _refuse_exported(path) -> None:
+    """Refuses a SavedModel without what `tf_keras` writes beside the graph."""
+    folder = os.fspath(path)
+    has = {
+        name: tf.io.gfile.exists(os.path.join(folder, name))
+        for name in ("saved_model.pb", "keras_metadata.pb")
+    }
+    if has["saved_model.pb"] and not has["keras_metadata.pb"]:
+        raise ValueError(
+            "A SavedModel must be one that tf_keras wrote: one of Keras 3 holds a "
+            "graph and no layers. Save the Keras 3 model as a .keras file. "
+            f"Received: {folder!r}"
+        )

@@ -163,6 +163,7 @@ TABLE = {
             "strip",
             "summary",
             "tie_residuals",
+            "to_keras3",
             "two_stage",
             "two_stage_progressive",
             "weight_decay_at_bits",

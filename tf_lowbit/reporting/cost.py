@@ -3,8 +3,8 @@
 import dataclasses
 import math
 
-from tf_lowbit import inspection
-from tf_lowbit.compat import keras
+from tf_lowbit import inspection, keras3
+from tf_lowbit.compat import is_keras3, keras
 from tf_lowbit.quantizers import WEIGHT
 from tf_lowbit.scheme import graph, registry
 
@@ -110,6 +110,8 @@ def cost(model: keras.Model) -> Cost:
         ValueError: if the model is subclassed or not built, or a trainer has several
             students.
     """
+    if is_keras3(model):
+        model = keras3.from_keras3(model)
     model = inspection.single_network(model)
     if not getattr(model, "_is_graph_network", False):
         raise ValueError(

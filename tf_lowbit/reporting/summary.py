@@ -9,8 +9,8 @@ import rich.console
 import rich.table
 import rich.text
 
-from tf_lowbit import inspection
-from tf_lowbit.compat import keras
+from tf_lowbit import inspection, keras3
+from tf_lowbit.compat import is_keras3, keras
 from tf_lowbit.reporting.cost import Cost, LayerCost, cost
 
 _COLUMNS = (
@@ -74,6 +74,8 @@ def summary(model: keras.Model) -> Summary:
     Raises:
         ValueError: if the model is subclassed or not built.
     """
+    if is_keras3(model):
+        model = keras3.from_keras3(model)
     tensors = inspection.quantized_tensors(model)
     waiting = tuple(tensor.name for tensor in tensors if not tensor.is_calibrated)
     return Summary(cost(model), waiting)

@@ -113,11 +113,11 @@ def rebuild(
         return new
 
     inputs = tf.nest.map_structure(new_input, model._nested_inputs)
-    outputs = _run(model, made, call, put_out, edge)
+    outputs = run(model, made, call, put_out, edge)
     return keras.Model(inputs, outputs, name=model.name)
 
 
-def _run(model, made, call, put_out, edge=None):
+def run(model, made, call, put_out, edge=None):
     """Calls something at each node; gives what then stands for the model's outputs.
 
     Args:
@@ -205,7 +205,7 @@ def flatten(model: keras.Model) -> keras.Model:
         news = within._flatten_to_reference_inputs(inputs)
         made = dict(zip(map(id, within.inputs), news, strict=True))
         call = caller(within.name, training, is_frozen)
-        return _run(within, made, call, lambda old, new: made.update({id(old): new}))
+        return run(within, made, call, lambda old, new: made.update({id(old): new}))
 
     flat = rebuild(model, caller(None, None, False))
     for key, (layer, copy) in copies.items():

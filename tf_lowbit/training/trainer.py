@@ -4,8 +4,8 @@ import inspect
 import os
 from collections.abc import Mapping
 
-from tf_lowbit import inspection
-from tf_lowbit.compat import keras, tf
+from tf_lowbit import inspection, keras3
+from tf_lowbit.compat import is_keras3, keras, tf
 from tf_lowbit.core import checks
 from tf_lowbit.quantized_network import CheckedTraining
 from tf_lowbit.training import distillation as distilling
@@ -44,7 +44,8 @@ class LowBitTrainer(CheckedTraining, keras.Model):
             learn from one teacher, with one optimizer. The first is the one that
             `predict` means; the others' logs have `<name>_` in front.
         teacher: a built Sequential or Functional float model; where only outputs are
-            matched it may be of any architecture.
+            matched it may be of any architecture. One of Keras 3 is converted
+            (`from_keras3`): `trainer.teacher` is then a copy.
         distillation: the losses; None for `JointDistillation()` if there is a teacher.
         stochastic_precision: None quantizes the whole network at every step.
         name: of the model.
@@ -80,6 +81,8 @@ class LowBitTrainer(CheckedTraining, keras.Model):
             checks.instance(
                 "stochastic_precision", stochastic_precision, StochasticPrecision
             )
+        if is_keras3(teacher):
+            teacher = keras3.from_keras3(teacher)
         plan = Plan.of(networks, teacher, distillation, stochastic_precision)
         everyone = networks if teacher is None else [*networks, teacher]
         # Inputs are cast by the networks' own layers, as without a trainer.
@@ -165,6 +168,13 @@ class LowBitTrainer(CheckedTraining, keras.Model):
             raise ValueError(
                 "teacher_optimizer must be None where no teacher is trained. "
                 f"Received: {teacher_optimizer}"
+            )
+        with self.distribute_strategy.scope():
+            optimizer, teacher_optimizer = keras3.as_tf_keras(
+                (optimizer, teacher_optimizer)
+            )
+            loss, metrics, weighted_metrics = keras3.as_tf_keras(
+                (loss, metrics, weighted_metrics)
             )
         averaging = [o for o in (optimizer, teacher_optimizer) if _averages(o)]
         if self.teacher is not None and averaging:
