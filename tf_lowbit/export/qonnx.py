@@ -14,11 +14,11 @@ where Keras's order of the elements shows: in front of Flatten, and around Resha
 | codes | operator |
 |---|---|
 | 0 .. 2^k - 1 | Relu, and Quant of k bits, signed=0 |
-| -2^(k-1) (+ 1 if narrow) .. 2^(k-1) - 1 | Quant of k bits, signed=1, narrow as the grid |
-| -n, -n + 2, ..., n = 2^k - 1 (DoReFa, StatsQ) | Quant of k + 1 bits, signed=1, narrow=1 |
+| -2^(k-1) (+ 1 if narrow) .. 2^(k-1) - 1 | Quant of k bits, signed=1, narrow as it |
+| -n, -n + 2, ..., n = 2^k - 1 (odd) | Quant of k + 1 bits, signed=1, narrow=1 |
 | -1, 1 | BipolarQuant |
 
-The odd grid of k bits has no zero, and k-bit codes of it would need a zero point of
+The odd grid of k bits (DoReFa, StatsQ) has no zero, and k-bit codes of it would need a zero point of
 one half, which no tool takes. Its odd codes need k + 1 bits.
 
 Names: each layer's result has the layer's name. A weight `conv_kernel` is a constant
