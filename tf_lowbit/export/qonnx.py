@@ -18,8 +18,9 @@ where Keras's order of the elements shows: in front of Flatten, and around Resha
 | -n, -n + 2, ..., n = 2^k - 1 (odd) | Quant of k + 1 bits, signed=1, narrow=1 |
 | -1, 1 | BipolarQuant |
 
-The odd grid of k bits (DoReFa, StatsQ) has no zero, and k-bit codes of it would need a zero point of
-one half, which no tool takes. Its odd codes need k + 1 bits.
+The odd grid of k bits (DoReFa, StatsQ) has no zero. In k bits it would need a zero
+point of one half, which qonnx's type inference does not take. Its odd codes are written
+in k + 1 bits.
 
 Names: each layer's result has the layer's name. A weight `conv_kernel` is a constant
 with values on its grid, and `conv_kernel_quant` is what its quantizer puts out.
@@ -74,10 +75,9 @@ def to_qonnx(
     """Writes a trained low-bitwidth network as a QONNX file.
 
     Weight codes, steps and activation grids are those of the trained quantizers; what
-    was trained in float stays float. Weights that share no quantizer with activations,
-    such as biases and batch normalisation, are float32. Images are (batch, channels,
-    height, width) in the file. `tf_lowbit.export.compare_qonnx` runs a file against the
-    network.
+    was trained in float stays float, and biases and batch normalisation are float32.
+    Images are (batch, channels, height, width) in the file.
+    `tf_lowbit.export.compare_qonnx` runs a file against the network.
 
     Args:
         model: what `tf_lowbit.quantize` made, trained and calibrated, of fixed input
