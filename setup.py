@@ -32,6 +32,8 @@ EXTRAS = {
     "datasets": ["scikit-learn>=1.5,<2", "tensorflow-datasets>=4.9.9,<5"],
     # Runs files for TFLite Micro; it is released by the day, as versions of 0.dev.
     "micro": ["tflite-micro>=0.dev20261023,<1"],
+    # Writes QONNX files, and runs them.
+    "qonnx": ["onnx>=1.19,<2", "onnxruntime>=1.23,<2", "qonnx>=1.0,<2"],
     # The page of `report`.
     "report": ["jinja2>=3.1,<4", "matplotlib>=3.9,<4"],
     # The solver of `allocate_bits`.

@@ -83,7 +83,7 @@ def test_requirements_have_two_bounds(arguments):
     extras = arguments["extras_require"]
     assert extras.keys() == {
         *("all", "benchmarks", "datasets", "dev", "docs"),
-        *("examples", "litert", "micro", "report", "search"),
+        *("examples", "litert", "micro", "qonnx", "report", "search"),
     }
     parts = (extras[name] for name in extras if name != "all")
     assert set(extras["all"]) == set().union(*parts)
@@ -130,6 +130,7 @@ def test_library_imports_only_what_setup_py_declares(arguments):
         allowed = runtime | (extra if path.parent.name == "datasets" else set())
         allowed |= {"ai-edge-litert"} if path.name == "running.py" else set()
         allowed |= {"tflite-micro"} if path.name == "micro.py" else set()
+        allowed |= {"onnx", "qonnx"} if path.name.startswith("qonnx") else set()
         is_report = path.parent.name == "reporting"
         allowed |= {"jinja2", "matplotlib"} if is_report else set()
         allowed |= {"scipy"} if path.parent.name == "bit_allocation" else set()

@@ -1,4 +1,4 @@
-"""From a trained network to an integer TFLite file, and the proof of it."""
+"""From a trained network to a file: TFLite, QONNX or an archive; and its proof."""
 
 from tf_lowbit.export.archive import (
     Archive,
@@ -12,6 +12,8 @@ from tf_lowbit.export.forms import Check, check
 from tf_lowbit.export.linear import Problem
 from tf_lowbit.export.micro import MicroRunner
 from tf_lowbit.export.proving import verify
+from tf_lowbit.export.qonnx import to_qonnx
+from tf_lowbit.export.qonnx_agreement import QonnxAgreement, compare_qonnx
 from tf_lowbit.export.report import Report
 from tf_lowbit.export.running import Runner, latencies
 from tf_lowbit.export.snapping import ExportError, Note, Snapped, snap
@@ -25,16 +27,19 @@ __all__ = [
     "MicroRunner",
     "Note",
     "Problem",
+    "QonnxAgreement",
     "Report",
     "Runner",
     "Snapped",
     "check",
+    "compare_qonnx",
     "gzip_bytes",
     "latencies",
     "load_archive",
     "read_info",
     "save_archive",
     "snap",
+    "to_qonnx",
     "to_tflite",
     "verify",
 ]

@@ -187,7 +187,7 @@ def form(node) -> str:
             "build the network with it; kernels are the same in both",
             f"with {layer.data_format!r}",
         )
-    _require_inference(node, layer)
+    require_inference(node, layer)
     _require_fixed_size(node, layer)
     if registry.kernels(layer):
         _require_linear(layer)
@@ -238,7 +238,7 @@ def _remedy(layer) -> str:
     return _REMEDIES.get(type(layer), _ELSE)
 
 
-def _require_inference(node, layer) -> None:
+def require_inference(node, layer) -> None:
     """Refuses a layer that is called to do at inference what it does in training."""
     is_frozen_norm = isinstance(layer, registry.BATCH_NORMS) and not layer.trainable
     if not _is_training(node, layer) or is_frozen_norm:
