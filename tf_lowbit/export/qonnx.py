@@ -26,6 +26,7 @@ Names: each layer's result has the layer's name. A weight `conv_kernel` is a con
 with values on its grid, and `conv_kernel_quant` is what its quantizer puts out.
 """
 
+import importlib
 import math
 from pathlib import Path
 
@@ -39,10 +40,8 @@ from tf_lowbit.export.linear import refusal
 from tf_lowbit.scheme import graph, passing, registry
 from tf_lowbit.version import __version__
 
-try:
-    import onnx
-except ImportError:
-    onnx = None
+# Imported by `require_onnx`: it takes its time, and few need it.
+onnx = None
 
 _layers = keras.layers
 QUANT, MULTI_THRESHOLD = "quant", "multithreshold"
@@ -114,11 +113,14 @@ def to_qonnx(
 
 
 def require_onnx() -> None:
-    """Raises an ImportError where `onnx` is missing."""
-    if onnx is None:
+    """Imports `onnx` for this module, or raises an ImportError that says how to."""
+    global onnx
+    try:
+        onnx = importlib.import_module("onnx")
+    except ImportError as error:
         raise ImportError(
             "QONNX files are written with the package onnx: pip install '.[qonnx]'"
-        )
+        ) from error
 
 
 def channels_first(rank: int) -> list[int]:

@@ -10,13 +10,6 @@ from tf_lowbit.export import checks, files
 from tf_lowbit.export.qonnx import channels_first
 from tf_lowbit.quantizers import ACTIVATION
 
-try:
-    import onnx
-    from qonnx.core.modelwrapper import ModelWrapper
-    from qonnx.core.onnx_exec import execute_onnx
-except ImportError:
-    execute_onnx = None
-
 
 @dataclasses.dataclass(frozen=True)
 class QonnxAgreement:
@@ -63,13 +56,19 @@ def compare_qonnx(file, model, x) -> QonnxAgreement:
         ValueError: if the file has other inputs, or lacks a tensor of the network.
         OSError: if the file cannot be read.
     """
-    if execute_onnx is None:
+    try:
+        # Here, for importing them takes its time and few need it.
+        import onnx
+        from qonnx.core import modelwrapper, onnx_exec
+    except ImportError as error:
         raise ImportError(
             "QONNX files run in the executor of the package qonnx: pip install "
             "'.[qonnx]'"
-        )
+        ) from error
     model = checks.single_network(model)
-    wrapper = ModelWrapper(onnx.load_from_string(files.content_of("file", file)))
+    wrapper = modelwrapper.ModelWrapper(
+        onnx.load_from_string(files.content_of("file", file))
+    )
     quantizers = [
         tensor
         for tensor in inspection.quantized_tensors(model)
@@ -83,7 +82,9 @@ def compare_qonnx(file, model, x) -> QonnxAgreement:
         _channels_first(v.numpy()) for v in tf.nest.flatten(wanted(x, training=False))
     ]
     names = [*(t.layer.name for t in quantizers), *model.output_names]
-    found = _run(wrapper, [_channels_first(part) for part in x], names)
+    found = _run(
+        onnx_exec.execute_onnx, wrapper, [_channels_first(part) for part in x], names
+    )
     different, codes = {}, 0
     for tensor, want, have in zip(quantizers, wanted, found, strict=False):
         step = float(tensor.quantizer.step(None, tensor.variables))
@@ -99,7 +100,7 @@ def _channels_first(values):
     return np.ascontiguousarray(values.transpose(channels_first(values.ndim)))
 
 
-def _run(wrapper, x, names) -> list[np.ndarray]:
+def _run(execute, wrapper, x, names) -> list[np.ndarray]:
     """The tensors of the names, from as many runs as the batch needs."""
     inputs = list(wrapper.graph.input)
     shapes = [tuple(wrapper.get_tensor_shape(entry.name)) for entry in inputs]
@@ -123,6 +124,6 @@ def _run(wrapper, x, names) -> list[np.ndarray]:
             entry.name: part[start : start + size]
             for entry, part in zip(inputs, x, strict=True)
         }
-        context = execute_onnx(wrapper, feeds, return_full_exec_context=True)
+        context = execute(wrapper, feeds, return_full_exec_context=True)
         rows.append([context[name] for name in names])
     return [np.concatenate(parts) for parts in zip(*rows, strict=True)]
