@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent
 INSTALL_REQUIRES = [
     "absl-py>=1.2,<2",
     "flatbuffers>=24,<26",
+    "h5py>=3.11,<4",
     "numpy>=2.0,<3",
     "rich>=13,<16",
     "tensorflow>=2.21,<2.22",

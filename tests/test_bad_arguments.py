@@ -170,7 +170,7 @@ FORMLESS = {
         layers.UnitNormalization(name="odd"),
         layers.Activation("softplus", name="soft"),
     ],
-    "a setting": lambda: [layers.UpSampling2D(interpolation="bilinear", name="up")],
+    "a setting": lambda: [layers.UpSampling2D(interpolation="bicubic", name="up")],
 }
 
 
