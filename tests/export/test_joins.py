@@ -20,7 +20,7 @@ from tests.export.networks import (
     prove,
     quantize,
 )
-from tf_lowbit import export
+from tf_lowbit import export, inspection
 from tf_lowbit.compat import CustomScaleLayer, keras
 from tf_lowbit.export import twin
 
@@ -263,3 +263,34 @@ def test_a_concatenation_of_different_grids_is_noted():
     made = keras.Model(proof.snapped.twin.inputs, proof.layer("both").output)(x)
     trained = keras.Model(model.inputs, model.get_layer("both").output)(x).numpy()
     np.testing.assert_allclose(made.numpy() / 127, trained, atol=0.51 / 127)
+
+
+def test_steps_that_drifted_are_noted_and_tied_ones_leave_as_trained():
+    def body(x, name):
+        x = layers.Add(name=f"{name}_add")([_branch(x, f"{name}_{i}") for i in "ab"])
+        x = conv(3)(layers.ReLU(name=f"{name}_relu")(x), f"{name}_end")
+        return layers.Dense(3, name=f"{name}_head")(layers.Flatten()(x))
+
+    model = branched({"sum": body}, (6, 6, 3))
+    rules = [Rule(".*", 4, 4, "lsq", "lsq", edges=True)]
+    model = quantize(model, rules, residual_bits=8)
+    x = normals(64, (6, 6, 3))
+    tfl.calibrate(model, [x])
+    (step,) = (
+        tensor.variables["step"]
+        for tensor in inspection.quantized_tensors(model)
+        if tensor.name == "sum_relu/output"
+    )
+    step.assign(1.0137 * step)
+
+    def as_in_the_file():
+        proof = prove(model, x)
+        found = differing_codes(model, proof.snapped, x).values()
+        return " ".join(proof.notes.values()), sum(count for count, _ in found)
+
+    notes, drifted = as_in_the_file()
+    assert "tie_residuals" in notes
+    tfl.tie_residuals(model)
+    notes, tied = as_in_the_file()
+    assert "tie_residuals" not in notes
+    assert tied < drifted

@@ -138,8 +138,9 @@ def _term(builder, source, wanted, name):
     builder.emit_integer(moved, builder.rescale(source), grid)
     builder.note(
         name,
-        f"{source.name} is rounded to a step that is {ratio} of the sum's; "
-        "its step drifted from such a ratio: tie the steps around sums "
-        "(calibration.tie_residuals) before the last epochs",
+        f"{source.name} is rounded to a step that is {ratio} of the sum's: an int8 Add "
+        "does not take its own exactly. If it is a residual quantizer that drifted in "
+        "training, tie the steps around sums (tf_lowbit.tie_residuals) before the last "
+        "epochs; the steps of quantized ReLUs are never tied",
     )
     return moved.codes, ratio
