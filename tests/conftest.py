@@ -2,12 +2,14 @@
 
 import functools
 import os
+import warnings
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # It is on by default where a CPU has VNNI: TensorFlow 2.21 then computes other last
 # bits, and corrupts its memory when it trains as few channels as the tests' networks.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
+import absl.logging
 import pytest
 
 from tf_lowbit.compat import keras, tf
@@ -54,3 +56,17 @@ def mirrored():
         )
 
     return strategy
+
+
+@pytest.fixture
+def _loud_again():
+    """Undoes what `examples.experiment.quiet` does to the process."""
+    logger = tf.get_logger()
+    level, filters = logger.level, list(logger.filters)
+    logger.filters.clear()
+    verbosity = absl.logging.get_verbosity()
+    with warnings.catch_warnings():
+        yield
+    logger.setLevel(level)
+    logger.filters[:] = filters
+    absl.logging.set_verbosity(verbosity)

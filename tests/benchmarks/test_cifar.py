@@ -8,6 +8,8 @@ from benchmarks.common import store
 from tests.datasets import tfds_files
 from tf_lowbit.compat import keras
 
+# What a run says to nobody must be heard by other tests.
+pytestmark = pytest.mark.usefixtures("_loud_again")
 TINY = cifar_plan.EXPERIMENTS["tiny"]
 
 

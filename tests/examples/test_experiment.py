@@ -6,7 +6,6 @@ import os
 import shutil
 import warnings
 
-import absl.logging
 import numpy as np
 import pytest
 
@@ -469,19 +468,6 @@ def test_a_teacher_follows_its_rate_over_the_stages(decay):
 
 
 # quiet
-
-
-@pytest.fixture
-def _loud_again():
-    """Undoes what `quiet` does to the process."""
-    logger = tf.get_logger()
-    level, filters = logger.level, list(logger.filters)
-    verbosity = absl.logging.get_verbosity()
-    with warnings.catch_warnings():
-        yield
-    logger.setLevel(level)
-    logger.filters[:] = filters
-    absl.logging.set_verbosity(verbosity)
 
 
 class Kept(logging.Handler):

@@ -221,7 +221,7 @@ _SETTINGS = {
     "pool_size": _are_counts,
     "ratios": _are(_are(_is_count, 2), 2),
     "represents": lambda v: v is None or isinstance(v, str),
-    "size": _are_counts,
+    "size": lambda v: _is_count(v) or _are_counts(v),  # Steps have one number.
     "storage": lambda v: isinstance(v, str),
     "strides": _are_counts,
     "upscale": _is_count,
