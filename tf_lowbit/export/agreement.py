@@ -217,7 +217,7 @@ def _problem(row) -> str | None:
     # Rounded inputs move more codes of a finer grid.
     share = _UNEQUAL + row.levels / 2560  # Ties and off-by-one accumulators.
     if row.explained:
-        share = min(1.0, 0.05 + row.levels / 32)
+        share = min(1.0, 0.15 + row.levels / 32)
     unequal = count - row.equal_within
     if unequal > _FEW + share * count:
         return (
