@@ -121,7 +121,8 @@ def test_the_new_relu_takes_a_free_name():
 
 
 def test_every_kind_of_layer_is_quantized():
-    quantized = quantize(nets.randomize(nets.every_layer()), W2A2)
+    with pytest.warns(QuantizationWarning, match="separable"):
+        quantized = quantize(nets.randomize(nets.every_layer()), W2A2)
     used = nets.used_weights(quantized, nets.images())
     assert set(used) == {
         "conv/kernel",
@@ -140,9 +141,11 @@ def test_every_kind_of_layer_is_quantized():
 def test_steps_for_each_channel_have_the_channels_shape(name):
     quantizer = quantizers.get(name, "weight", per_axis=True)
     rule = PrecisionRule(".*", weight_bits=3, weight_quantizer=quantizer)
+    with pytest.warns(QuantizationWarning, match="separable"):
+        quantized = quantize(nets.every_layer(), rule)
     steps = {
         name: tuple(t.quantizer.step(t.latent, t.variables).shape)
-        for name, t in nets.by_name(quantize(nets.every_layer(), rule)).items()
+        for name, t in nets.by_name(quantized).items()
     }
     assert steps == {
         "conv/kernel": (1, 1, 1, 4),

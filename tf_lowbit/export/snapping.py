@@ -289,10 +289,12 @@ class _Snapper(Builder):
     def _is_input(self, tensor) -> bool:
         """Whether a tensor is the model's input, padding and scaling apart."""
         node = graph.producer(tensor)
-        if node.is_input:
-            return True
-        kept = forms.moves_codes(node) or elementwise.scale(node) is not None
-        return kept and self._is_input(node.keras_inputs[0])
+        # A loop: networks are deeper than Python's recursion limit.
+        while not node.is_input:
+            if not forms.moves_codes(node) and elementwise.scale(node) is None:
+                return False
+            node = graph.producer(node.keras_inputs[0])
+        return True
 
     def _input_codes(self, source) -> None:
         """Codes of an input, scaled or not, on the int8 grid over its range."""
