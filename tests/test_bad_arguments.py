@@ -1,7 +1,5 @@
 """Arguments that there are not: errors that say what is wanted and what was given."""
 
-import warnings
-
 import numpy as np
 import pytest
 
@@ -151,15 +149,6 @@ def with_layers(*extra):
     )
 
 
-def told(action):
-    """The texts of this package's warnings."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        action()
-    mine = [w for w in caught if issubclass(w.category, tfl.QuantizationWarning)]
-    return [str(each.message) for each in mine]
-
-
 FORMLESS = {
     "one": lambda: [layers.UnitNormalization(name="odd")],
     "two of a kind": lambda: [
@@ -179,7 +168,7 @@ def test_layers_without_a_form_in_a_file_are_told_once(kind):
     model = with_layers(*FORMLESS[kind]())
     problems = tfl.export.check(model).problems
     assert problems
-    (text,) = told(lambda: tfl.quantize(model, RULE))
+    (text,) = nets.told(lambda: tfl.quantize(model, RULE))
     for problem in problems:
         assert f"{problem.layer} ({problem.type})" in text
         assert text.count(problem.remedy) == 1
@@ -190,4 +179,4 @@ def test_layers_without_a_form_in_a_file_are_told_once(kind):
 def test_networks_that_can_be_exported_are_told_of_nothing():
     model = with_layers(layers.ReLU())
     assert tfl.export.check(model).ok
-    assert told(lambda: tfl.quantize(model, RULE, strict=True)) == []
+    assert nets.told(lambda: tfl.quantize(model, RULE, strict=True)) == []

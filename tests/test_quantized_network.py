@@ -1,7 +1,6 @@
 """What `fit` and `evaluate` of a quantized network warn of, and nothing else."""
 
 import re
-import warnings
 
 import numpy as np
 import pytest
@@ -51,15 +50,6 @@ def fit(model, *callbacks, steps=1, **options):
     )
 
 
-def told(action):
-    """The texts of the warnings of this package."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        action()
-    mine = [w for w in caught if issubclass(w.category, tfl.QuantizationWarning)]
-    return [str(each.message) for each in mine]
-
-
 def staged(is_staged, epochs=2):
     return [StagedPrecision([tfl.Stage(epochs)])] if is_staged else []
 
@@ -74,22 +64,22 @@ def test_ranges_that_wait_are_told_once(is_trainer, is_staged):
         options = {"epochs": 2, "validation_data": (X, Y)}
         fit(model, *staged(is_staged), **options)
 
-    (message,) = told(train)
+    (message,) = nets.told(train)
     assert re.search(r"Call tf_lowbit.calibrate.*\['relu/output'\]", message)
-    assert told(train) == []
-    assert told(lambda: model.evaluate(X, Y, verbose=0)) == []
+    assert nets.told(train) == []
+    assert nets.told(lambda: model.evaluate(X, Y, verbose=0)) == []
     tfl.calibrate(model, [X])
-    assert told(train) == []
+    assert nets.told(train) == []
 
 
 @pytest.mark.parametrize("is_trainer", [False, True], ids=["network", "trainer"])
 def test_evaluate_tells_of_ranges_that_wait(is_trainer):
     network = tfl.quantize(float_net(), RULE)
     model = compiled(tfl.LowBitTrainer(network) if is_trainer else network)
-    (message,) = told(lambda: model.evaluate(X, Y, verbose=0))
+    (message,) = nets.told(lambda: model.evaluate(X, Y, verbose=0))
     assert "Call tf_lowbit.calibrate" in message
     tfl.calibrate(model, [X])
-    assert told(lambda: model.evaluate(X, Y, verbose=0)) == []
+    assert nets.told(lambda: model.evaluate(X, Y, verbose=0)) == []
 
 
 class Restore(keras.callbacks.Callback):
@@ -106,7 +96,7 @@ class Restore(keras.callbacks.Callback):
 def test_ranges_that_a_callback_brings_are_set():
     values = ready().get_weights()
     model = compiled(tfl.quantize(float_net(), RULE))
-    assert told(lambda: fit(model, Restore(values))) == []
+    assert nets.told(lambda: fit(model, Restore(values))) == []
 
 
 class Score(keras.callbacks.Callback):
@@ -138,7 +128,7 @@ def test_the_best_epoch_of_an_earlier_stage_is_told(tmp_path, kind, is_first):
             other = kinds.ModelCheckpoint(path, "score", mode="max", **options)
         both = [StagedPrecision(STAGES), other]
         score = Score(factor)
-        return told(
+        return nets.told(
             lambda: fit(model, score, *both[:: -1 if is_first else 1], epochs=2)
         )
 
@@ -166,7 +156,7 @@ def test_a_learning_rate_that_a_stage_overrules_is_told(
         kinds.LearningRateScheduler(lambda epoch: 0.1),
         kinds.ReduceLROnPlateau("loss"),
     ]
-    found = told(lambda: fit(model, *rates, StagedPrecision([stage])))
+    found = nets.told(lambda: fit(model, *rates, StagedPrecision([stage])))
     assert len(found) == is_overruled
     if is_overruled:
         assert "Received: LearningRateScheduler, ReduceLROnPlateau beside" in found[0]
@@ -198,7 +188,7 @@ def test_statistics_that_lag_are_told(is_trainer, steps):
     network = late(ready(momentum=0.99))
     model = compiled(tfl.LowBitTrainer(network)) if is_trainer else network
     options = {"steps": steps, "epochs": 60 // steps, "validation_data": (X, Y)}
-    (message,) = told(lambda: fit(model, **options))
+    (message,) = nets.told(lambda: fit(model, **options))
     assert "recalibrate_batch_norm" in message
     assert "momentum, such as 0.9." in message
     found = re.search(r"by their last (\d+) steps.*: norm by (\S+)$", message)
@@ -211,7 +201,7 @@ def test_statistics_that_lag_are_told(is_trainer, steps):
 def test_statistics_that_lag_are_told_on_two_replicas(mirrored):
     with mirrored(2).scope():
         model = late(ready(momentum=0.99))
-    (message,) = told(lambda: fit(model, steps=20))
+    (message,) = nets.told(lambda: fit(model, steps=20))
     assert "norm by" in message
 
 
@@ -226,7 +216,7 @@ def test_statistics_that_lag_are_told_on_two_replicas(mirrored):
 )
 def test_statistics_that_follow_are_not_told(momentum, steps, callbacks):
     model = late(ready(momentum))
-    assert told(lambda: fit(model, *callbacks, steps=steps)) == []
+    assert nets.told(lambda: fit(model, *callbacks, steps=steps)) == []
 
 
 def test_a_callback_list_is_left_as_it_was():
@@ -234,7 +224,7 @@ def test_a_callback_list_is_left_as_it_was():
     mine = kinds.CallbackList([], add_history=True, model=late(model), epochs=1)
     data = tf.data.Dataset.from_tensors((X, Y)).repeat(20)
     before = list(mine.callbacks)
-    found = told(lambda: model.fit(data, callbacks=mine, verbose=0))
+    found = nets.told(lambda: model.fit(data, callbacks=mine, verbose=0))
     assert len(found) == 2
     assert mine.callbacks == before
 
@@ -262,5 +252,5 @@ def test_copies_warn_too(tmp_path, how):
         model.save(tmp_path / how)
         again = tfl.load_model(tmp_path / how)
     assert isinstance(again, QuantizedNetwork)
-    (message,) = told(lambda: compiled(again).evaluate(X, Y, verbose=0))
+    (message,) = nets.told(lambda: compiled(again).evaluate(X, Y, verbose=0))
     assert "Call tf_lowbit.calibrate" in message

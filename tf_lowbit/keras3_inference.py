@@ -305,8 +305,8 @@ def _converted_layer(layer):
             config[key] = _activation(layer, getattr(layer, key, config[key]))
     if is_norm and len(layer.axis) == 1:
         (config["axis"],) = layer.axis
-    for ours, theirs in _RENAMED.get(name, {}).items():
-        config[theirs] = float(config.pop(ours))
+    for old, new in _RENAMED.get(name, {}).items():
+        config[new] = float(config.pop(old))
     known = _arguments(kind, layers.Layer)
     defaults = _arguments(type(layer), keras.layers.Layer)
     for key in [key for key in config if key not in known]:

@@ -22,7 +22,7 @@ _POINTWISE = (
 
 @deep_graphs()
 def split_separable(model: keras.Model) -> keras.Model:
-    """Makes each separable convolution a depthwise one and a 1x1 convolution (ours).
+    """Replaces each separable convolution by a depthwise and a 1x1 convolution.
 
     Within a separable convolution nothing is rounded between its two kernels, so that
     it has no integer form. Of two layers `quantize` makes what is between them a

@@ -85,7 +85,12 @@ def write(path: str, figures: dict, module: str) -> None:
         module: the program's `__name__`, whose flags are written.
     """
     own = flags.FLAGS.get_key_flags_for_module(module)
-    settings = {flag.name: flag.value for flag in own if flag.name != "output"}
+    # Folders are of the machine, not of what was measured.
+    settings = {
+        flag.name: flag.value
+        for flag in own
+        if flag.name != "output" and not flag.name.endswith("_dir")
+    }
     result = {**figures, "settings": settings, **environment()}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, json.dumps(result, indent=2) + "\n")

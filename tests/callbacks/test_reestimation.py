@@ -143,7 +143,9 @@ def test_export_is_silent_where_nothing_lags(tmp_path):
     model = network()
     tfl.calibrate(model, BATCHES)
     tfl.recalibrate_batch_norm(model, BATCHES)
-    tfl.export.to_tflite(model, tmp_path / "net.tflite", BATCHES, verbose=0)
+    made = tfl.export.to_tflite(model, tmp_path / "net.tflite", BATCHES, verbose=0)
+    assert made.path.exists()
+    assert max(tfl.batch_norm.lag(model, BATCHES).values()) < 1e-3
 
 
 def test_export_warns_of_statistics_that_lag(tmp_path):

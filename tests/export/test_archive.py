@@ -14,7 +14,7 @@ import pytest
 import tf_lowbit as tfl
 from tf_lowbit import inspection, models
 from tf_lowbit.compat import keras
-from tf_lowbit.export import archive, archiving, snapping, twin
+from tf_lowbit.export import archive, archiving, grids, snapping, twin
 from tf_lowbit.export.options import Options
 
 layers = keras.layers
@@ -946,6 +946,18 @@ def test_a_grid_that_no_tensor_has(key, value, example, tmp_path):
 
     with pytest.raises(ValueError, match="must fit together"):
         archive.load_archive(altered(example[3], tmp_path, change))
+
+
+@pytest.mark.parametrize("clamp", grids.CLAMPS)
+def test_every_clamp_of_a_file_is_read(clamp, example, tmp_path):
+    def change(header, arrays):
+        for record in header["layers"]:
+            for grid in (record["input_grid"], record["grid"]):
+                if grid is not None:
+                    grid["clamp"] = clamp
+
+    loaded = archive.load_archive(altered(example[3], tmp_path, change))
+    assert {layer.grid.clamp for layer in loaded.layers if layer.grid} == {clamp}
 
 
 @pytest.mark.parametrize("key", ["library", "notes", "inputs", "outputs"])

@@ -1,7 +1,10 @@
 """Small networks, data and readings that the scheme's tests share."""
 
+import warnings
+
 import numpy as np
 
+import tf_lowbit as tfl
 from tf_lowbit import inspection
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.models import blocks
@@ -188,3 +191,12 @@ def assert_all_equal(actual, expected):
     assert len(actual) == len(expected)
     for a, e in zip(actual, expected, strict=True):
         np.testing.assert_array_equal(a, e)
+
+
+def told(action):
+    """The texts of this package's warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        action()
+    mine = [w for w in caught if issubclass(w.category, tfl.QuantizationWarning)]
+    return [str(each.message) for each in mine]

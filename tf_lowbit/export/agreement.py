@@ -87,7 +87,9 @@ class Agreements:
             is_measured = key(made[node.layer.name]) in snapped.ranges
             # Of pixels the range is known, whatever the data reach.
             is_measured &= not _are_pixels(node, snapped.options)
-            self._rows[node.layer.name] = Agreement(name, levels, is_measured)
+            self._rows[node.layer.name] = Agreement(
+                name, levels, is_measured, coarseness=_coarseness(node)
+            )
 
     def add(self, argument, inputs, own: dict) -> None:
         """Adds one batch.
@@ -150,6 +152,14 @@ def grid_of(node):
         return None
     source = graph.producer(node.keras_inputs[0])
     return None if source.is_input else grid_of(source)
+
+
+def _coarseness(node) -> float:
+    """The steps of a sum's terms together, in levels of its grid; 0 of other nodes."""
+    if not isinstance(node.layer, twin.IntegerAdd):
+        return 0.0
+    terms = [grid_of(graph.producer(tensor)) for tensor in node.keras_inputs]
+    return sum(term.step for term in terms) / node.layer.grid.step
 
 
 def _are_pixels(node, options) -> bool:
@@ -217,7 +227,9 @@ def _problem(row) -> str | None:
     # Rounded inputs move more codes of a finer grid.
     share = _UNEQUAL + row.levels / 2560  # Ties and off-by-one accumulators.
     if row.explained:
-        share = min(1.0, 0.15 + row.levels / 32)
+        # Terms that are rounded to a step move a sum by a level as often as they are
+        # coarse beside its levels.
+        share = min(1.0, 0.05 + max(row.levels / 32, row.coarseness))
     unequal = count - row.equal_within
     if unequal > _FEW + share * count:
         return (

@@ -110,8 +110,9 @@ import numpy as np
 
 from tf_lowbit.core import checks, packing
 from tf_lowbit.core.files import require_plausible_zip
+from tf_lowbit.export import archive_fields as fields
 from tf_lowbit.export import files, twin
-from tf_lowbit.export.grids import CLAMP_AT_ONE, CLAMP_AT_ZERO, NO_CLAMP, Grid
+from tf_lowbit.export.grids import Grid
 
 FORMAT = "tf_lowbit archive"
 FORMAT_VERSION = 1
@@ -154,82 +155,10 @@ FORMS = {
     "upsample": (("size",), ()),
     "zero_pad": (("padding",), ()),
 }
-ACTIVATIONS = (
-    "gelu",
-    "linear",
-    "relu",
-    "relu6",
-    "sigmoid",
-    "softmax",
-    "swish",
-    "tanh",
-)
 _INTEGER = (
     *("integer_conv", "integer_dense", "integer_depthwise", "integer_scale"),
     "integer_transposed",
 )
-_COMMON = ("name", "type", "inputs", "shape", "input_grid", "grid", "arrays")
-
-
-def _are(check, *counts):
-    """Whether a value is a list of things that pass `check`, of one of the lengths."""
-    return lambda value: (
-        isinstance(value, list)
-        and (not counts or len(value) in counts)
-        and all(map(check, value))
-    )
-
-
-def _is_count(value) -> bool:
-    return checks.is_integer(value) and value > 0
-
-
-def _is_margin(value) -> bool:
-    return checks.is_integer(value) and value >= 0
-
-
-def _one_of(*values):
-    return lambda value: isinstance(value, str) and value in values
-
-
-_is_window = _one_of("valid", "same")
-_are_pair = _are(_is_margin, 2)
-
-
-def _are_margins(value) -> bool:
-    return _are_pair(value) or _are(_are_pair, 2)(value)
-
-
-_are_counts = _are(_is_count, 0, 1, 2)
-# Setting -> whether it can hold a value.
-_SETTINGS = {
-    "activation": _one_of(*ACTIVATIONS),
-    "alpha": checks.is_number,
-    "axis": checks.is_integer,
-    "before": _are(checks.is_integer, 1, 2),
-    "bits": lambda v: checks.is_integer(v) and 1 <= v <= 8,
-    "cropping": _are_margins,
-    "dilation": _are_counts,
-    "dilation_rate": _are_counts,
-    "dims": lambda v: _are(_is_count)(v) and sorted(v) == list(range(1, len(v) + 1)),
-    "excess": _are(checks.is_integer, 1, 2),
-    "epsilon": lambda v: checks.is_number(v) and v >= 0,
-    "keepdims": lambda v: isinstance(v, bool),
-    "kernel": _one_of("builtin", "xnnpack"),
-    "max_value": lambda v: v is None or (checks.is_number(v) and v >= 0),
-    "padding": lambda v: _is_window(v) or _are_margins(v),
-    "pool_size": _are_counts,
-    "ratios": _are(_are(_is_count, 2), 2),
-    "represents": lambda v: v is None or isinstance(v, str),
-    "size": lambda v: _is_count(v) or _are_counts(v),  # Steps have one number.
-    "storage": lambda v: isinstance(v, str),
-    "strides": _are_counts,
-    "upscale": _is_count,
-    "weight_grid": lambda v: isinstance(v, str),
-    "weight_high": checks.is_integer,
-    "weight_low": checks.is_integer,
-    "weight_shape": _are(_is_count),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -404,7 +333,7 @@ def _archive(header, arrays) -> Archive:
     if arrays:
         raise ValueError(f"arrays {sorted(arrays)} belong to no layer")
     names = (*header["inputs"], *header["outputs"], *header["notes"])
-    if not _are(lambda v: isinstance(v, str))([header["library"], *names]):
+    if not fields.are_texts([header["library"], *names]):
         raise ValueError("library, inputs, outputs and notes must be texts")
     result = Archive(
         header["library"],
@@ -432,45 +361,16 @@ def _array(arrays, key, dtype, shape) -> np.ndarray:
     return array
 
 
-def _grid(record) -> Grid | None:
-    """The grid of a record, which must be one that a tensor can have."""
-    if record is None:
-        return None
-    made = Grid(**record)
-    is_whole = all(map(checks.is_integer, (made.low, made.high, made.zero_point)))
-    if not (
-        is_whole
-        and made.low <= 0 <= made.high < made.low + 256
-        and all(checks.is_number(v) and v > 0 for v in (made.step, made.scale))
-        and made.clamp in (NO_CLAMP, CLAMP_AT_ZERO, CLAMP_AT_ONE)
-    ):
-        raise ValueError(f"no tensor can have the grid {record}")
-    return made
-
-
-def _check_record(record) -> None:
-    """Refuses what no layer can have."""
-    if not _are(lambda v: isinstance(v, str) and v)([record["name"], record["type"]]):
-        raise ValueError(f"name and type must be texts: {record['name']!r}")
-    if not _are(lambda v: isinstance(v, str))(record["inputs"]):
-        raise ValueError(f"{record['name']} must read layers by name")
-    if not _are(lambda v: v is None or _is_count(v))(record["shape"]):
-        raise ValueError(f"{record['name']} has the shape {record['shape']}")
-    for key, value in record.items():
-        if key not in _COMMON and not _SETTINGS.get(key, lambda v: False)(value):
-            raise ValueError(f"{record['name']} has {key}={value!r}")
-
-
 def _layer(record, arrays) -> ArchivedLayer:
-    _check_record(record)
+    fields.check_record(record)
     layer = ArchivedLayer(
         record["name"],
         record["type"],
         tuple(record["inputs"]),
         tuple(record["shape"]),
-        _grid(record["input_grid"]),
-        _grid(record["grid"]),
-        {key: value for key, value in record.items() if key not in _COMMON},
+        fields.grid(record["input_grid"]),
+        fields.grid(record["grid"]),
+        {key: value for key, value in record.items() if key not in fields.COMMON},
         arrays,
     )
     if layer.is_integer:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.export import transposed, twin
+from tf_lowbit.export import forms, transposed, twin
 from tf_lowbit.export.flatbuffer import schema
 from tf_lowbit.export.operators import (
     OperatorWriter,
@@ -24,16 +24,6 @@ _ACTIVATIONS = {
 }
 
 
-_KINDS = {
-    _layers.Conv1D: twin.CONV,
-    _layers.Conv2D: twin.CONV,
-    _layers.Conv2DTranspose: twin.TRANSPOSED,
-    _layers.Dense: twin.DENSE,
-    _layers.DepthwiseConv1D: twin.DEPTHWISE,
-    _layers.DepthwiseConv2D: twin.DEPTHWISE,
-}
-
-
 class FloatWriter(OperatorWriter):
     """Writes float layers: each method takes (layer, sources, node).
 
@@ -45,7 +35,7 @@ class FloatWriter(OperatorWriter):
         ((index, _),) = sources
         kernel, bias = (np.asarray(w, np.float32) for w in layer.get_weights())
         (inputs,) = node.keras_inputs
-        kind = _KINDS[type(layer)]
+        kind = forms.KINDS[type(layer)]
         if is_transposed(layer):
             kernel = transposed.plain_kernel(kernel, *transposed.axes(layer))
         kernel, name, _ = oriented(kind, kernel)
@@ -191,7 +181,7 @@ FLOAT_METHODS = {
     twin.Affine: FloatWriter.affine,
     _layers.Activation: FloatWriter.activation,
     _layers.Add: FloatWriter.add,
-    **dict.fromkeys(_KINDS, FloatWriter.linear),
+    **dict.fromkeys(forms.KINDS, FloatWriter.linear),
     _layers.GlobalAveragePooling1D: FloatWriter.mean,
     _layers.GlobalAveragePooling2D: FloatWriter.mean,
     _layers.LayerNormalization: FloatWriter.layer_norm,

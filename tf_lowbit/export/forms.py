@@ -180,13 +180,7 @@ def form(node) -> str:
     layer = stock.layer_of(node)
     if len(graph.outputs_of(node)) != 1:
         raise refusal(layer, "Every layer must have one output", _ELSE)
-    if getattr(layer, "data_format", "channels_last") != "channels_last":
-        raise refusal(
-            layer,
-            "Layers must have data_format='channels_last'",
-            "build the network with it; kernels are the same in both",
-            f"with {layer.data_format!r}",
-        )
+    require_channels_last(layer)
     require_inference(node, layer)
     _require_fixed_size(node, layer)
     if registry.kernels(layer):
@@ -236,6 +230,21 @@ def _remedy(layer) -> str:
             "docs/how_to/deployment.md's table, or compute it outside of the network"
         )
     return _REMEDIES.get(type(layer), _ELSE)
+
+
+def require_channels_last(layer) -> None:
+    """Refuses a layer that takes channels first.
+
+    Raises:
+        ExportError: naming it.
+    """
+    if getattr(layer, "data_format", "channels_last") != "channels_last":
+        raise refusal(
+            layer,
+            "Layers must have data_format='channels_last'",
+            "build the network with it; kernels are the same in both",
+            f"with {layer.data_format!r}",
+        )
 
 
 def require_inference(node, layer) -> None:

@@ -13,6 +13,7 @@ NO_CLAMP = "NONE"
 CLAMP_AT_ZERO = "RELU"
 CLAMP_AT_ONE = "RELU_N1_TO_1"
 CLAMP_AT_SIX = "RELU6"
+CLAMPS = (NO_CLAMP, CLAMP_AT_ZERO, CLAMP_AT_ONE, CLAMP_AT_SIX)
 
 
 @keras.utils.register_keras_serializable(package="tf_lowbit")
@@ -80,7 +81,7 @@ def grid(step: float, low: int, high: int) -> Grid:
     Raises:
         ValueError: if there are more than 256 codes, or zero is none of them.
     """
-    _check(step, low, high)
+    check(step, low, high)
     zero_point = INT8[1] - high
     if low == 0 or low + zero_point == INT8[0]:
         clamp = CLAMP_AT_ZERO if low + zero_point > INT8[0] else NO_CLAMP
@@ -90,7 +91,7 @@ def grid(step: float, low: int, high: int) -> Grid:
 
 def float_grid(step: float, low: int, high: int) -> Grid:
     """The grid that floats are quantized to: its scale must be the step."""
-    _check(step, low, high)
+    check(step, low, high)
     zero_point = INT8[1] - high
     return Grid(float(step), low, high, _float32(step), zero_point, NO_CLAMP)
 
@@ -118,7 +119,13 @@ def _float32(value) -> float:
     return float(np.float32(value))
 
 
-def _check(step, low, high):
+def check(step: float, low: int, high: int) -> None:
+    """Refuses a grid that no int8 tensor has.
+
+    Raises:
+        ValueError: if there are more than 256 codes, zero is none of them, or the step
+            is no positive float32.
+    """
     is_step = step > 0 and 0 < np.float32(step) < np.inf
     if not (low <= 0 <= high and high - low < 256 and is_step):
         raise ValueError(

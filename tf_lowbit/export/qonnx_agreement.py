@@ -7,7 +7,7 @@ import numpy as np
 from tf_lowbit import inspection
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.export import checks, files
-from tf_lowbit.export.qonnx import channels_first
+from tf_lowbit.export.qonnx_layers import channels_first
 from tf_lowbit.quantizers import ACTIVATION
 
 

@@ -67,6 +67,7 @@ class Agreement:
         levels: of the twin's grid; 0 for floats.
         is_measured: whether the grid is 8 bits over a range that was measured on data.
         explained: whether a note says that it, or what it reads, is rounded.
+        coarseness: of a sum, the steps of its terms together, in levels of its grid.
         elements: how many were compared.
         equal: codes that are the trained network's, from the input on.
         near: codes that are at most one level away, from the input on.
@@ -85,6 +86,7 @@ class Agreement:
     levels: int
     is_measured: bool = False
     explained: bool = False
+    coarseness: float = 0.0
     elements: int = 0
     equal: int = 0
     near: int = 0

@@ -111,7 +111,7 @@ def plain_kernel(kernel: np.ndarray, height: Axis, width: Axis) -> np.ndarray:
     """The kernel of the plain convolution.
 
     Args:
-        kernel: (height, width, channels, inputs), as Keras has it.
+        kernel: (height, width, channels, inputs), the shape in Keras.
         height: of the layer.
         width: likewise.
 
