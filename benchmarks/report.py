@@ -34,11 +34,15 @@ def texts(results: Path = RESULTS) -> dict[Path, dict[str, str]]:
         results: the folder of all results.
     """
     applications = applications_plan.table(results / "applications.jsonl")
-    short = {"accuracy, in short": accuracy_report.short_table(results / "accuracy")}
+
+    def short(methods):
+        table = accuracy_report.short_table(results / "accuracy", methods)
+        return {"accuracy, in short": table}
+
     return {
         README: tables(results),
-        FRONT: short,
-        CHOOSING: short,
+        FRONT: short(accuracy_report.FRONT),
+        CHOOSING: short(accuracy_report.SHORT),
         SUPPORTED: {"applications": applications},
         MICRO: {"tiny": deployment_report.tiny_table(results / "tiny.json")},
     }

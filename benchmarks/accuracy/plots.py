@@ -8,7 +8,15 @@ import matplotlib.figure
 import matplotlib.ticker
 
 from benchmarks.accuracy import plan as sweep
-from benchmarks.accuracy.rows import BITS, SMALL, cost_ratio, rows, settings_of
+from benchmarks.accuracy.rows import (
+    BITS,
+    LARGE,
+    SMALL,
+    cost_ratio,
+    label,
+    rows,
+    settings_of,
+)
 
 
 def plots(folder: Path) -> dict:
@@ -20,7 +28,13 @@ def plots(folder: Path) -> dict:
     _plot_cost(cost.subplots(), found, settings)
     bits = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
     _plot_bits(bits.subplots(), found, settings)
-    figures = {"accuracy_cost.svg": cost, "accuracy_bits.svg": bits}
+    size = matplotlib.figure.Figure(figsize=(8, 4), layout="constrained")
+    _plot_bytes(size.subplots(), found, settings)
+    figures = {
+        "accuracy_cost.svg": cost,
+        "accuracy_bits.svg": bits,
+        "accuracy_bytes.svg": size,
+    }
     return {name: made for name, made in figures.items() if made.axes[0].has_data()}
 
 
@@ -98,3 +112,50 @@ def _plot_bits(axes, found, settings):
     axes.set_title("ResNet-8 by bit-width: mean and standard error over seeds")
     if axes.has_data():
         axes.legend(fontsize=8, ncols=2)
+
+
+def _plot_bytes(axes, found, settings):
+    """Plain training of three networks: what bytes cost and bring."""
+    networks = {
+        SMALL: "ResNet-8",
+        sweep.at_width(SMALL, 2 * settings.width): "ResNet-8, twice as wide",
+        LARGE: "ResNet-20",
+    }
+    for network, title in networks.items():
+        here = {
+            bits: found[key]
+            for method, bits in [(sweep.FLOAT, None), *(("plain", b) for b in BITS)]
+            if (key := ("equal", network, method, bits, settings.epochs)) in found
+        }
+        if len(here) < 2:
+            continue
+        line = axes.errorbar(
+            [row.weight_bytes / 1000 for row in here.values()],
+            [row.mean for row in here.values()],
+            yerr=[0 if math.isnan(r.error) else r.error for r in here.values()],
+            marker="o",
+            markersize=5,
+            capsize=3,
+            linewidth=1,
+            label=title,
+        )
+        for bits, row in here.items():
+            axes.annotate(
+                label(bits),
+                (row.weight_bytes / 1000, row.mean),
+                xytext=(6, -11),
+                textcoords="offset points",
+                color=line[0].get_color(),
+                fontsize=9,
+            )
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+    axes.set_xlabel("weights, kB, packed at their bits (first and last layer float)")
+    axes.set_ylabel("test accuracy, %")
+    axes.set_title(
+        "Fashion-MNIST, plain training: mean and standard error (3 to 5 seeds)"
+    )
+    if axes.has_data():
+        axes.grid(alpha=0.3)
+        axes.margins(x=0.1)  # Room for the labels.
+        axes.legend(fontsize=9, loc="lower right")

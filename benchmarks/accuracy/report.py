@@ -19,8 +19,9 @@ from benchmarks.accuracy.rows import (
 )
 from benchmarks.common.tables import NOTHING, table
 
-# What the project's own README shows beside plain training.
-SHORT = ("TS+PQ", "SP", "JKD", "LSQ", "LSQ with JKD")
+# What the short tables show: of the project's own README, and of the page on methods.
+FRONT = (sweep.FLOAT, "plain", "JKD", "LSQ")
+SHORT = (sweep.FLOAT, "plain", "TS+PQ", "SP", "JKD", "LSQ", "LSQ with JKD")
 
 
 def tables(folder: Path) -> dict[str, str]:
@@ -127,11 +128,12 @@ def _accuracy_of(row: Row | None) -> str:
     return NOTHING if row is None else f"{_accuracy(row)} ({len(row.accuracies)})"
 
 
-def short_table(folder: Path) -> str:
-    """What the project's own README shows: leading methods at 4 and 2 bits.
+def short_table(folder: Path, methods: tuple[str, ...]) -> str:
+    """Methods at 4 and 2 bits.
 
     Args:
         folder: of the results.
+        methods: the rows, such as `FRONT` or `SHORT`.
     """
     found, settings = rows(folder), settings_of(folder)
     longest = max(sweep.STAGES.values())
@@ -142,7 +144,7 @@ def short_table(folder: Path) -> str:
         return _accuracy_of(found.get(Trained(method, bits, stages).key(settings)))
 
     lines = [[method, *(cell(method, *column) for column in columns)]
-             for method in (sweep.FLOAT, "plain", *SHORT)]  # fmt: skip
+             for method in methods]  # fmt: skip
     headers = [
         f"{label(bits)}, {stages * settings.epochs} epochs" for bits, stages in columns
     ]

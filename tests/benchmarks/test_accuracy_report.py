@@ -234,6 +234,10 @@ def test_plots_show_every_row(made_up):
     assert legend(found) == ["plain", "SP", "4 epochs in total"]
     assert len(cost.containers) == 2
     assert [c.get_label() for c in bits.containers] == ["plain", "SP"]
+    # Plain training alone: by bytes, two points of one network.
+    size = found["accuracy_bytes.svg"].axes[0]
+    assert [c.get_label() for c in size.containers] == ["ResNet-8"]
+    assert [text.get_text() for text in size.texts] == ["W2A2", "W1A2"]
 
 
 def test_bit_widths_stand_beside_plain_training_of_the_same_bits(made_up):
@@ -258,13 +262,17 @@ def test_bit_widths_stand_beside_plain_training_of_the_same_bits(made_up):
     ]
 
 
-def test_the_front_page_has_the_leading_methods(made_up):
+def test_short_tables_have_the_methods_that_are_asked_for(made_up):
     put(made_up, low_bit("float", 0, None), 0.9)
     put(made_up, low_bit("LSQ", 0, (4, 4)), 0.89)
     put(made_up, low_bit("JKD", 0, purpose="per_stage", epochs=16), 0.87)
     put(made_up, low_bit("LSQ with JKD", 0, purpose="ablation"), 0.86)
-    lines = accuracy_report.short_table(made_up).splitlines()[2:]
-    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in lines]
+
+    def cells_of(methods):
+        lines = accuracy_report.short_table(made_up, methods).splitlines()[2:]
+        return [[c.strip() for c in line.split("|")[1:-1]] for line in lines]
+
+    cells = cells_of(accuracy_report.SHORT)
     assert cells == [
         ["float", "90.00 (1)", "90.00 (1)", "—"],
         ["plain", "—", "81.00 ± 0.58 (3)", "—"],
@@ -274,6 +282,9 @@ def test_the_front_page_has_the_leading_methods(made_up):
         ["LSQ", "89.00 (1)", "—", "—"],
         ["LSQ with JKD", "—", "86.00 (1)", "—"],
     ]
+    front = {row[0]: row for row in cells_of(accuracy_report.FRONT)}
+    assert list(front) == list(accuracy_report.FRONT)
+    assert all(row in cells for row in front.values())
 
 
 def test_repeats_stand_beside_the_runs_of_the_same_seed(made_up, tmp_path):
