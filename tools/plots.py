@@ -1,0 +1,234 @@
+"""Draws the figures of the methods' pages: `python -m tools.plots` writes docs/figures.
+
+Every value and gradient is what the library's own quantizer gives, and every schedule
+what the library's own functions return.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+import tf_lowbit as tfl
+from tf_lowbit import quantizers as q
+from tf_lowbit.compat import keras, tf
+from tf_lowbit.core.schedules import LinearRamp
+
+FOLDER = Path(__file__).resolve().parent.parent / "docs" / "figures"
+BITS = (2, 4)
+# All three can be read on white and on dark ground.
+COLORS = ("#3b82c4", "#e07b39")
+GRAY = "#808080"
+_STYLE = {
+    "svg.hashsalt": "tf_lowbit",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GRAY,
+    "axes.labelcolor": GRAY,
+    "axes.titlecolor": GRAY,
+    "text.color": GRAY,
+    "xtick.color": GRAY,
+    "ytick.color": GRAY,
+    "legend.framealpha": 0.0,
+}
+
+
+def curve(quantizer, inputs, others=(), **ranges):
+    """What a quantizer makes of numbers, and the gradient that training uses.
+
+    Args:
+        quantizer: of weights or activations, at its bits.
+        inputs: floats of shape (n,).
+        others: further floats of the same tensor, which are not returned: scales that
+            are a statistic of the tensor see them.
+        **ranges: values of the quantizer's variables, such as `step` or `alpha`.
+
+    Returns:
+        `(values, gradients)`, float32 of shape (n,). The gradient at a number is the
+        derivative of the sum of all values to it.
+    """
+    whole = np.concatenate([np.asarray(inputs), np.asarray(others)])
+    tensor = tf.constant(whole[:, None], tf.float32)
+    variables = quantizer.build(tensor.shape, "plot", keras.layers.Layer())
+    for name, value in ranges.items():
+        variables[name].assign(value)
+    with tf.GradientTape() as tape:
+        tape.watch(tensor)
+        values = quantizer(tensor, training=True, weights=variables)
+    gradients = tape.gradient(values, tensor)
+    return tuple(a.numpy()[: len(inputs), 0] for a in (values, gradients))
+
+
+# Page -> (title, whether x may be negative, curve of bits k and of x) of each panel.
+PANELS = {
+    "dorefa": [
+        ("weights", True, lambda k, x: curve(q.DoReFaWeightQuantizer(k), x)),
+        ("activations", False, lambda k, x: curve(q.DoReFaActivationQuantizer(k), x)),
+    ],
+    "lsq": [
+        (
+            "weights, signed inputs (s = 1 / Q_N)",
+            True,
+            lambda k, x: curve(q.LSQWeightQuantizer(k), x, step=2.0 ** (1 - k)),
+        ),
+        (
+            "activations (s = 1 / Q_P)",
+            False,
+            lambda k, x: curve(q.LSQActivationQuantizer(k), x, step=1 / (2**k - 1)),
+        ),
+    ],
+    "pact": [
+        (
+            "activations (alpha = 1)",
+            False,
+            lambda k, x: curve(q.PACTActivationQuantizer(k), x, alpha=1.0),
+        )
+    ],
+    "statsq": [
+        # As many zeros halve the mean magnitude, which is 1 on [-2, 2].
+        (
+            "weights (mean|w| = 0.5)",
+            True,
+            lambda k, x: curve(q.StatsQWeightQuantizer(k), x, 0 * x),
+        )
+    ],
+    "uniform": [
+        (
+            "weights (max|w| = 2)",
+            True,
+            lambda k, x: curve(q.UniformWeightQuantizer(k, per_axis=False), x),
+        ),
+        (
+            "activations (clip = 1)",
+            False,
+            lambda k, x: curve(q.UniformActivationQuantizer(k), x, clip=1.0),
+        ),
+        (
+            "signed activations (clip = 1)",
+            True,
+            lambda k, x: curve(
+                q.UniformActivationQuantizer(k, signed=True), x, clip=1.0
+            ),
+        ),
+    ],
+}
+
+
+def _quantizer_figure(panels):
+    figure = _figure(3.2 * len(panels) + 0.4, 3.8)
+    grid = figure.subplots(2, len(panels), squeeze=False, sharex="col")
+    for (top, bottom), (title, is_signed, evaluate) in zip(grid.T, panels, strict=True):
+        # Activations: a little of what the ReLU cuts off, and of what the clip does.
+        x = np.linspace(*((-2, 2) if is_signed else (-0.5, 1.5)), 1601)
+        exact = x if is_signed else np.maximum(x, 0)
+        top.plot(x, exact, ":", color=GRAY, linewidth=0.9)
+        for bits, color in zip(BITS, COLORS, strict=True):
+            values, gradients = evaluate(bits, x)
+            top.plot(x, values, color=color, linewidth=1.5, label=f"{bits} bits")
+            # Where both are the same, the other one is seen through the gaps.
+            style = "-" if bits == BITS[0] else (0, (2, 2))
+            bottom.plot(x, gradients, color=color, linewidth=1.5, linestyle=style)
+        top.set_title(title, fontsize=9)
+        bottom.set_ylim(-0.1, max(1.2, 1.1 * bottom.get_ylim()[1]))
+        bottom.set_xlabel("w" if "weights" in title else "x")
+    grid[0, 0].set_ylabel("quantized")
+    grid[1, 0].set_ylabel("gradient to the input")
+    grid[0, 0].legend(fontsize=8, loc="upper left")
+    return figure
+
+
+def _stages_figure():
+    schedules = {
+        "two_stage(2, 10)": tfl.two_stage(2, 10),
+        "progressive(2, 4)": tfl.progressive(2, 4),
+        "two_stage_progressive(2, 4, (8, 4, 2))": tfl.two_stage_progressive(
+            2, 4, (8, 4, 2)
+        ),
+    }
+    figure = _figure(9.6, 2.6)
+    panels = figure.subplots(1, len(schedules), sharey=True)
+    for axes, (title, stages) in zip(panels, schedules.items(), strict=True):
+        ends = np.cumsum([0, *(stage.epochs for stage in stages)])
+        for name, color, style in zip(
+            ("weight", "activation"), COLORS, ("-", (0, (3, 2))), strict=True
+        ):
+            bits = [getattr(stage, f"{name}_bits") for stage in stages]
+            axes.stairs(
+                bits,
+                ends,
+                baseline=None,
+                color=color,
+                linewidth=1.8,
+                linestyle=style,
+                label=f"{name}s",
+            )
+        axes.set_yscale("log", base=2)
+        axes.set_yticks([2, 4, 8, 16, 32], ["2", "4", "8", "16", "32"])
+        axes.minorticks_off()
+        axes.set_xlabel("epoch")
+        axes.set_title(title, fontsize=9)
+    panels[0].set_ylabel("bits")
+    panels[0].legend(fontsize=8, loc="center right", bbox_to_anchor=(1.0, 0.65))
+    return figure
+
+
+def _probability_figure():
+    figure = _figure(4.6, 2.6)
+    axes = figure.subplots()
+    steps = 1000
+    for (start, tail), color in zip(((0.5, 0.2), (0.0, 0.5)), COLORS, strict=True):
+        ramp = LinearRamp(start, tail)
+        values = [float(ramp(step / steps)) for step in range(0, steps + 1, 5)]
+        label = f"start={start}, tail={tail}" + (" (default)" if start else "")
+        axes.plot(range(0, steps + 1, 5), values, color=color, label=label)
+    axes.set_ylim(-0.05, 1.08)
+    axes.set_xlabel(f"step, of {steps}")
+    axes.set_ylabel("probability of being\nquantized")
+    axes.legend(fontsize=8, loc="lower right")
+    return figure
+
+
+def _figure(width, height):
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
+    figure.patch.set_alpha(0.0)
+    return figure
+
+
+def figures() -> dict:
+    """Name -> function that draws the figure of that name, without its ending."""
+    drawn = {
+        page: lambda panels=panels: _quantizer_figure(panels)
+        for page, panels in PANELS.items()
+    }
+    return {
+        **drawn,
+        "stages": _stages_figure,
+        "stochastic_precision": _probability_figure,
+    }
+
+
+def main(folder=FOLDER, ending="svg") -> None:
+    """Writes all figures; without dates and versions, so that the same stay the same.
+
+    Args:
+        folder: that exists.
+        ending: "svg", or "png" to look at them.
+    """
+    import matplotlib
+
+    metadata = {"Date": None, "Creator": None} if ending == "svg" else None
+    with matplotlib.rc_context(_STYLE):
+        for name, draw in figures().items():
+            figure = draw()
+            for axes in figure.axes:
+                axes.patch.set_alpha(0.0)
+            path = Path(folder) / f"{name}.{ending}"
+            figure.savefig(path, format=ending, metadata=metadata)
+
+
+if __name__ == "__main__":
+    main()
