@@ -11,27 +11,27 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz docs lint bench format build-files clean
+.PHONY: help demo test test-slow fuzz docs lint bench format clean
 
 help:
 	@echo "make demo         train 2-bit networks on real digits and print a table"
-	@echo "make test         run the tests"
+	@echo "make test         run the tests of the library"
+	@echo "make test-slow    run the others: programs, several processes, long trainings"
 	@echo "make fuzz         200 random networks through training, files and their proof"
 	@echo "make docs         write the pages of docs/ to docs/_build"
-	@echo "make lint         check style and format"
+	@echo "make lint         check style, format and types"
 	@echo "make bench        list the benchmarks; NAME=<one> ARGS='...' runs it"
 	@echo "make format       rewrite the sources in the checked format"
-	@echo "make build-files  write the Bazel BUILD files anew"
 	@echo "make clean        remove .venv, caches and build output"
 
 # The stamp is written last: an interrupted build leaves none and is started over.
-$(STAMP): requirements.lock setup.py pyproject.toml
+$(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c "import sys; ok = (3, 11) <= sys.version_info[:2] <= (3, 13); \
 	  sys.exit(None if ok else 'Python 3.11 to 3.13 is needed (3.11 is tested). ' \
 	  'Received: ' + sys.version.split()[0] + '. Try: make PYTHON=python3.11')"
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet -r requirements.lock
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip install -qq -r requirements.lock
+	$(BIN)/python -m pip install -qq --no-deps --no-build-isolation -e .
 	@touch $@
 
 demo: $(STAMP)
@@ -40,9 +40,15 @@ demo: $(STAMP)
 # A worker takes up to 6 GB; a file's tests stay together, for they share networks.
 # In the order of the files: by their number of tests, long files of one come last.
 WORKERS ?= 2
+PYTEST := -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
+# A worker for each core, so one thread for each worker.
+test: export TF_NUM_INTRAOP_THREADS ?= 1
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile \
-	  --no-loadscope-reorder tests
+	$(BIN)/python $(PYTEST) -m "not slow" tests
+
+# With the number of threads that users have.
+test-slow: $(STAMP)
+	$(BIN)/python $(PYTEST) -m slow tests
 
 # The tests take 20, always the same; here they are others each time.
 COUNT ?= 200
@@ -55,6 +61,7 @@ docs: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
@@ -72,10 +79,6 @@ bench:
 	done
 endif
 
-# Needs the standard library only, so it does not wait for .venv.
-build-files:
-	$(PYTHON) tools/build_files.py
-
 clean:
-	rm -rf $(VENV) docs/_build build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) docs/_build build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

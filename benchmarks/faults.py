@@ -26,9 +26,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import numpy as np
 from absl import app, flags
 
+from tf_lowbit.analysis import environment
 from tf_lowbit.callbacks import Recovery
 from tf_lowbit.compat import tf
-from tf_lowbit.reporting import environment
 
 FLAGS = flags.FLAGS
 

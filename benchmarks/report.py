@@ -14,6 +14,7 @@ from benchmarks.accuracy import claims as accuracy_claims
 from benchmarks.accuracy import plots as accuracy_plots
 from benchmarks.accuracy import report as accuracy_report
 from benchmarks.applications import plan as applications_plan
+from benchmarks.cifar import report as cifar_report
 from benchmarks.cost import report as costs_report
 from benchmarks.deployment import report as deployment_report
 from benchmarks.peers import report as peers_report
@@ -35,14 +36,16 @@ def texts(results: Path = RESULTS) -> dict[Path, dict[str, str]]:
     """
     applications = applications_plan.table(results / "applications.jsonl")
 
-    def short(methods):
-        table = accuracy_report.short_table(results / "accuracy", methods)
-        return {"accuracy, in short": table}
-
     return {
         README: tables(results),
-        FRONT: short(accuracy_report.FRONT),
-        CHOOSING: short(accuracy_report.SHORT),
+        FRONT: {
+            "cifar, in short": cifar_report.short_table(
+                results / "cifar.jsonl", results / "tiny.json"
+            )
+        },
+        CHOOSING: {
+            "accuracy, in short": accuracy_report.short_table(results / "accuracy")
+        },
         SUPPORTED: {"applications": applications},
         MICRO: {"tiny": deployment_report.tiny_table(results / "tiny.json")},
     }
@@ -61,8 +64,12 @@ def tables(results: Path = RESULTS) -> dict[str, str]:
         "accuracy, repeats": accuracy_report.repeats_table(
             results / "accuracy", results / "accuracy_repeats"
         ),
+        "accuracy, LSQ's start": accuracy_report.lsq_start_table(
+            results / "accuracy" / "lsq_start.json"
+        ),
         "accuracy, claims": accuracy_claims.claims_table(results / "accuracy"),
         **{f"peers, {name}": table for name, table in peers.items()},
+        **cifar_report.tables(results / "cifar.jsonl"),
         **costs_report.tables(results),
         **deployment_report.tables(results),
     }
@@ -102,6 +109,8 @@ def main(argv):
         temporary.replace(path)
     for name, figure in accuracy_plots.plots(RESULTS / "accuracy").items():
         figure.savefig(RESULTS / "accuracy" / name, metadata={"Date": None})
+    for name, figure in cifar_report.plots(RESULTS / "cifar.jsonl").items():
+        figure.savefig(RESULTS / name, metadata={"Date": None})
 
 
 if __name__ == "__main__":

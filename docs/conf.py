@@ -8,10 +8,18 @@ from tf_lowbit.version import __version__
 project = "tf_lowbit"
 author = "the tf_lowbit authors"
 release = __version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"tf_lowbit {release}"
+html_static_path = ["_static"]
+html_css_files = ["cards.css"]
+myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 napoleon_use_ivar = True
 autodoc_typehints = "none"

@@ -10,16 +10,15 @@ compared with the float network's file.
   python examples/demo.py
 """
 
-import os
-from pathlib import Path
-
-# Before TensorFlow is imported: its start-up notes would bury the progress bars.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
 import json
 import shutil
 import statistics
+from pathlib import Path
 
+import quiet_start  # noqa: F401 (before TensorFlow)
+
+# isort: split
+import command_line
 import experiment
 import rich.console
 import rich.table
@@ -53,7 +52,7 @@ flags.DEFINE_string(
 MARK = ".demo"
 # All that the demo writes to a folder.
 WRITTEN = (
-    *("checkpoints", "tensorboard", "log.csv", "model.h5", "result.json"),
+    *("checkpoints", "tensorboard", "log.csv", "model.keras", "result.json"),
     *("network.tflite", "float.tflite", "deployment.json"),
 )
 LADDER = (8, 4, 2)
@@ -169,7 +168,7 @@ def deploy(float_model: keras.Model, folder: Path, console) -> dict:
         What the table of files shows, JSON-ready.
     """
     data = load_data()
-    model = tfl.load_model(folder / "model.h5", compile=False)
+    model = tfl.load_model(folder / "model.keras", compile=False)
     info = experiment.deployment_info(data)
     result = tfl.export.to_tflite(
         model, folder / "network.tflite", data.train, info=info
@@ -257,7 +256,7 @@ def main(argv):
         rows.append((label, f"{bits[0]} / {bits[1]}", outcome, folder))
     console = rich.console.Console()
     console.print(results_table(rows))
-    console.print("Each folder holds model.h5, log.csv, result.json and tensorboard/:")
+    console.print("Each holds model.keras, log.csv, result.json and tensorboard/:")
     for *_, folder in rows:
         console.print(f"  {folder}", highlight=False)
     deploy(model, rows[-1][-1], console)
@@ -314,4 +313,4 @@ def fresh(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

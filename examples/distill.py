@@ -8,12 +8,12 @@ labels and from one another. On the digits that scikit-learn holds:
 `train.py` has all methods, checkpoints and records.
 """
 
-import os
 from pathlib import Path
 
-# Before TensorFlow is imported: its start-up notes would bury the progress bar.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+import quiet_start  # noqa: F401 (before TensorFlow)
 
+# isort: split
+import command_line
 import experiment
 from absl import app, flags
 
@@ -40,7 +40,7 @@ flags.DEFINE_integer(
     lower_bound=0,
     upper_bound=experiment.LARGEST_SEED,
 )
-flags.DEFINE_string("output", "student.h5", "File for the student, .h5 or .keras.")
+flags.DEFINE_string("output_dir", "runs/distill", "Where student.keras goes.")
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
@@ -58,12 +58,7 @@ def main(argv):
     experiment.quiet()
     # Made first: what is wrong with them is said before any training.
     rule = tfl.PrecisionRule(".*", weight_bits=FLAGS.bits, activation_bits=FLAGS.bits)
-    output = Path(FLAGS.output)
-    if output.suffix not in (".h5", ".keras") or output.is_dir():
-        raise ValueError(
-            f"--output must be a file that ends in .h5 or .keras. Received: {output}"
-        )
-    experiment.require_writable(output.parent)
+    output = experiment.require_writable(Path(FLAGS.output_dir)) / "student.keras"
     keras.utils.set_random_seed(FLAGS.seed)
     data = datasets.load(FLAGS.dataset, batch_size=FLAGS.batch_size, seed=FLAGS.seed)
     epoch = {"steps_per_epoch": data.steps_per_epoch, "validation_data": data.test}
@@ -92,4 +87,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

@@ -2,7 +2,7 @@
 
 A run lives in a folder: `settings.json` (what must stay the same when it goes on),
 `checkpoints/` (networks, optimizers, stage, epoch and step), `log.csv`, `tensorboard/`,
-and at the end `model.h5` and `result.json`.
+and at the end `model.keras` and `result.json`.
 """
 
 import contextlib
@@ -13,19 +13,19 @@ import json
 import math
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import rich.progress
+import rich.table
 from absl import flags, logging
 
 import tf_lowbit as tfl
 from tf_lowbit import datasets
+from tf_lowbit.analysis import environment
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.core.files import replace_file, replaced
-from tf_lowbit.core.stages import STEP_MILESTONES
-from tf_lowbit.reporting import environment
+from tf_lowbit.training.stages import STEP_MILESTONES
 
 SETTINGS = "settings.json"
 METHODS = ("plain", "ts", "pq", "ts+pq", "sp")
@@ -70,13 +70,7 @@ def flag_settings(module: str) -> dict:
 def quiet() -> None:
     """Keeps the notes of TensorFlow and Keras off the screen; warnings stay."""
     tf.get_logger().setLevel("WARNING")
-    # Said of any model that is saved without having been compiled, as a student is.
-    tf.get_logger().addFilter(
-        lambda record: "compiled metrics have yet" not in record.getMessage()
-    )
     logging.set_verbosity(logging.WARNING)
-    # Keras finds HDF5 old; TF-MOT's wrapped layers do not reload from .keras.
-    warnings.filterwarnings("ignore", message="You are saving your model as an HDF5")
 
 
 def stages_for(
@@ -181,17 +175,20 @@ def sgd(learning_rate) -> keras.optimizers.Optimizer:
     return keras.optimizers.SGD(learning_rate, momentum=0.9, nesterov=True)
 
 
-def compile_model(model: keras.Model, learning_rate: float, **arguments) -> None:
-    """Compiles for classification from logits, with `sgd`.
+def compile_model(
+    model: keras.Model, learning_rate: float, *, from_logits: bool = True, **arguments
+) -> None:
+    """Compiles for classification, with `sgd`.
 
     Args:
         model: a network or a `LowBitTrainer`.
         learning_rate: of the network, or of the student.
+        from_logits: False for a network that ends in a softmax.
         **arguments: others of `compile`, such as `teacher_optimizer`.
     """
     model.compile(
         optimizer=sgd(learning_rate),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=from_logits),
         metrics=["accuracy"],
         **arguments,
     )
@@ -380,10 +377,10 @@ def train(
 
     Raises:
         FileExistsError: if the folder holds a run already and `resume` is False.
-        ValueError: if the run there began with other settings, the model has fewer
-            outputs than the data set has classes, or the training diverges. The
-            checkpoints then end with the last good epoch; with `save_every` one within
-            an epoch may hold weights that are finite still.
+        ValueError: if the run there began with other settings, the model does not fit
+            the data (`require_fitting`), or the training diverges. The checkpoints then
+            end with the last good epoch; with `save_every` one within an epoch may hold
+            weights that are finite still.
     """
     epochs = sum(stage.epochs for stage in stages)
     recovery = tfl.callbacks.Recovery(folder / "checkpoints", every=save_every)
@@ -391,7 +388,7 @@ def train(
     first_epoch, first_step = recovery.position
     data = load_data(first_epoch, first_step)
     network = model.student if isinstance(model, tfl.LowBitTrainer) else model
-    _check_labels(network, data)
+    require_fitting(network, data)
     is_quantized = any(tfl.inspection.quantized_tensors(model))
     with _records(model, folder) as records:
         # What an earlier version began has none: nobody knows now how it began.
@@ -420,8 +417,8 @@ def train(
             )
         seconds = time.perf_counter() - start
         loss, accuracy = model.evaluate(data.test, verbose=0)
-        with replaced(records / "model.h5") as path:
-            network.save(path, include_optimizer=False)
+        with replaced(records / "model.keras") as path:
+            network.save(path)
     cost = tfl.summary(network).cost
     new_epochs = max(epochs - first_epoch, 0)
     return Outcome(accuracy, loss, epochs, new_epochs, seconds, cost)
@@ -463,6 +460,36 @@ def write_result(folder: Path, outcome: Outcome, settings: dict) -> Path:
     path = folder / "result.json"
     replace_file(path, json.dumps(result, indent=2, sort_keys=True) + "\n")
     return path
+
+
+def comparison(rows) -> rich.table.Table:
+    """A table of a float network beside low-bit ones.
+
+    Args:
+        rows: (label, bits of weights and activations as text, accuracy in [0, 1] or
+            None where it was not measured, `tfl.Cost`) of each network.
+    """
+    table = rich.table.Table()
+    for column in ("network", "W / A bits"):
+        table.add_column(column, no_wrap=True)
+    for column in ("test accuracy", "weight bytes", "BOPs"):
+        table.add_column(column, justify="right")
+    for label, bits, accuracy, cost in rows:
+        table.add_row(
+            label,
+            bits,
+            "-" if accuracy is None else f"{100 * accuracy:.2f} %",
+            f"{cost.weight_bytes:,}",
+            "-" if cost.bops is None else f"{cost.bops:,}",
+        )
+    return table
+
+
+def read_history(folder: Path) -> dict[str, list[float]]:
+    """The log of a run as `fit(...).history` has it: name -> value at each epoch."""
+    with (folder / "log.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {n: [float(row[n]) for row in rows] for n in rows[0] if n != "epoch"}
 
 
 def deployment_info(data: datasets.Dataset) -> dict:
@@ -527,7 +554,17 @@ class StayFinite(keras.callbacks.Callback):
         )
 
 
-def _check_labels(model, data):
+def require_fitting(model: keras.Model, data: datasets.Dataset) -> None:
+    """Refuses a network that cannot take a data set's images or tell its classes apart.
+
+    Raises:
+        ValueError: naming the shapes, or the number of outputs.
+    """
+    if not tf.TensorShape(model.input_shape[1:]).is_compatible_with(data.input_shape):
+        raise ValueError(
+            f"The images of {data.name} are {data.input_shape}. "
+            f"Received: a network that takes {model.input_shape[1:]}"
+        )
     outputs = model.output_shape[-1]
     if outputs < data.classes:
         raise ValueError(

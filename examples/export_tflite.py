@@ -1,8 +1,8 @@
-"""Writes a trained low-bitwidth network as an integer TFLite file, and verifies it.
+r"""Writes a trained low-bitwidth network as an integer TFLite file, and verifies it.
 
   python examples/train.py --first_last_bits=8 --residual_bits=8 \
       --weight_quantizer=lsq --activation_quantizer=lsq --output_dir=runs/w2a2
-  python examples/export_tflite.py --model=runs/w2a2/quantized/model.h5 \
+  python examples/export_tflite.py --model=runs/w2a2/quantized/model.keras \
       --dataset=digits --output_dir=runs/w2a2/tflite
 
 The output folder gets network.tflite, report.txt and report.json (what was checked) and
@@ -12,35 +12,29 @@ program ends with code 1 where the file breaks a promise.
 
 import dataclasses
 import json
-import os
 import sys
 from pathlib import Path
 
-# Before TensorFlow is imported: its start-up notes would bury the progress bars.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+import quiet_start  # noqa: F401 (before TensorFlow)
 
+# isort: split
+import command_line
 import experiment
 from absl import app, flags
 
 import tf_lowbit as tfl
 from tf_lowbit import datasets
-from tf_lowbit.compat import tf
+from tf_lowbit.analysis import environment
 from tf_lowbit.core.files import replace_file
-from tf_lowbit.export.options import (
-    END_TYPES,
-    PRECISIONS,
-    STORAGES,
-    TARGETS,
-    Options,
-)
-from tf_lowbit.reporting import environment
+from tf_lowbit.export.options import Options
+from tf_lowbit.export.targets import END_TYPES, PRECISIONS, STORAGES, TARGETS
 
 FLAGS = flags.FLAGS
 
 REPORTS = ("report.txt", "report.json")
 
 flags.DEFINE_string(
-    "model", None, "The trained network: model.h5, .keras or a SavedModel."
+    "model", None, "The trained network: a .keras or .h5 file or a SavedModel."
 )
 flags.DEFINE_enum("dataset", "digits", datasets.names(), "What it was trained on.")
 flags.DEFINE_string("data_dir", None, "Folder of the data, as in train.py.")
@@ -50,7 +44,7 @@ flags.DEFINE_enum(
     "target",
     "xnnpack",
     tuple(TARGETS),
-    "Kernels to decide right under: XNNPACK, or TFLite's builtin ones as well.",
+    "Where the file is to run: docs/how_to/deployment.md has the table.",
 )
 flags.DEFINE_enum("storage", "int8", STORAGES, "How the file holds low-bit weights.")
 flags.DEFINE_enum(
@@ -137,11 +131,7 @@ def main(argv):
     folder = experiment.require_writable(Path(FLAGS.output_dir))
     model = tfl.load_model(FLAGS.model, compile=False)
     data = load_data()
-    if not tf.TensorShape(model.input_shape[1:]).is_compatible_with(data.input_shape):
-        raise ValueError(
-            f"The images of {data.name} are {data.input_shape}. "
-            f"Received: a network that takes {model.input_shape[1:]}"
-        )
+    experiment.require_fitting(model, data)
     report = export(model, data, folder)
     table = {
         **report.as_dict(),
@@ -158,4 +148,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

@@ -18,6 +18,11 @@ import dataclasses
 import functools
 from pathlib import Path
 
+import quiet_start  # noqa: F401 (before TensorFlow)
+
+# isort: split
+import command_line
+import recipe
 import train
 from absl import app, flags
 
@@ -114,7 +119,7 @@ def training_flops(
 def _network_cost(model: str, width: int | None, source: Source) -> tfl.Cost:
     """The cost of the network of the flags that are set, of which these are two."""
     del model, width  # Read from the flags: many recipes have the same.
-    return tfl.cost(train.build_float_model(source))
+    return tfl.cost(recipe.build_model(source))
 
 
 def recipe_cost(path: Path) -> RecipeCost:
@@ -205,4 +210,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

@@ -1,7 +1,7 @@
-"""Trains a low-bitwidth network, from a float one or from scratch.
+r"""Trains a low-bitwidth network, from a float one or from scratch.
 
-First a float network is trained (or read with --float_checkpoint), then it is
-quantized and trained by one of the methods:
+First a float network is trained, or read from a file, then it is quantized and trained
+by one of the methods:
 
   plain  quantized weights and activations from the first step
   ts     two stages: quantized weights first, then activations too
@@ -26,73 +26,134 @@ Stochastic precision and joint distillation together, on all GPUs of the machine
 
   python examples/train.py --method=sp --distill=joint --output_dir=runs/sp-jkd
 
+A network of your own, from a file that either Keras wrote, and a page about the result:
+
+  python examples/train.py --float_model=mine.keras --dataset=cifar10 --report
+
 The settings of a published recipe, from a file (examples/configs/ has more):
 
   python examples/train.py --flagfile=examples/configs/cifar100_resnet20_jkd.flags
 
 The output folder gets float/ and quantized/, each with settings.json, checkpoints,
-log.csv, tensorboard/, model.h5 and result.json. The same command with --resume goes on
-where a stopped run was.
+log.csv, tensorboard/, model.keras and result.json. The same command with --resume goes
+on where a stopped run was.
 """
 
-import fractions
-import os
+import importlib.util
+import re
 from pathlib import Path
 
-# Before TensorFlow is imported: its start-up notes would bury the progress bars.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
-import devices
-import experiment
+import command_line
 from absl import app, flags
-
-import tf_lowbit as tfl
-from tf_lowbit import datasets, models, quantizers
-from tf_lowbit.compat import keras, tf
-from tf_lowbit.core.stages import DECAYS, STEP_MILESTONES
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_enum("dataset", "digits", datasets.names(), "What to train on.")
+# What the library has, known before it is imported.
+DATASETS = (
+    *("cifar10", "cifar100", "digits", "fashion_mnist", "imagenet2012", "synthetic"),
+)
+MODELS = (
+    *("preact_resnet8", "preact_resnet14", "preact_resnet20", "preact_resnet32"),
+    *("preact_resnet44", "preact_resnet56", "preact_resnet110", "postact_resnet20"),
+    *("preact_resnet18", "resnet18", "resnet50", "alexnet", "plain_cnn"),
+    "mobilenet_v2",
+)
+WEIGHT_QUANTIZERS = ("dorefa", "lsq", "statsq", "uniform")
+ACTIVATION_QUANTIZERS = ("dorefa", "lsq", "pact", "uniform")
+METHODS = ("plain", "ts", "pq", "ts+pq", "sp")
+DISTILLATIONS = ("none", "joint", "task", "frozen")
+DECAYS = ("constant", "cosine", "step")
+STRATEGIES = ("auto", "one", "mirrored", "multi_worker")
+
+# Title -> the first flag of the group, for --help.
+GROUPS = {
+    "Data": "dataset",
+    "Network": "model",
+    "Bits": "weight_bits",
+    "Method": "method",
+    "Distillation": "distill",
+    "Quantized training": "epochs",
+    "Float training": "float_epochs",
+    "Output": "output_dir",
+    "Devices": "strategy",
+}
+
+flags.DEFINE_enum("dataset", "digits", DATASETS, "What to train on.")
 flags.DEFINE_string(
     "data_dir",
     None,
     "Folder of the data: IDX files for fashion_mnist, a TFDS folder for cifar10, "
-    "cifar100 and imagenet2012. Empty for each data set's default.",
+    "cifar100 and imagenet2012. Each data set has a default.",
 )
-flags.DEFINE_integer("limit", None, "Use only so many examples, for a quick try.")
+flags.DEFINE_integer(
+    "limit", None, "Use only so many examples, for a quick try.", lower_bound=1
+)
+flags.DEFINE_integer(
+    "batch_size",
+    128,
+    "Images in a batch, over all devices together.",
+    lower_bound=1,
+)
+flags.DEFINE_bool("augment", True, "Whether to augment the training images.")
+
 flags.DEFINE_string(
     "model",
     "preact_resnet8",
-    f"The network: one of {', '.join(models.names())}.",
+    f"The network: {', '.join(MODELS)}, or another depth of preact_resnet<depth> and "
+    "postact_resnet<depth>.",
 )
 flags.DEFINE_integer(
     "width",
     None,
     "Channels of the network's first stage; 16, or 64 for ImageNet's, without it.",
+    lower_bound=1,
 )
-flags.DEFINE_enum("method", "plain", experiment.METHODS, "How to lower the precision.")
-flags.DEFINE_integer("weight_bits", 2, "Bits of the weights, 1 to 8.")
-flags.DEFINE_integer("activation_bits", 2, "Bits of the activations, 1 to 8.")
-flags.DEFINE_enum(
-    "weight_quantizer", "dorefa", quantizers.names("weight"), "Weight quantizer."
+flags.DEFINE_float("weight_decay", 1e-4, "Coupled L2 decay, as torch counts it.")
+flags.DEFINE_string(
+    "float_model",
+    None,
+    "A float network of your own in place of --model: a .keras or .h5 file of Keras 2 "
+    "or 3, or a SavedModel of Keras 2. It must take the data set's images and put out "
+    "logits; a softmax is taken too, but for --distill. It is quantized as it is, "
+    "unless --float_epochs trains it before.",
+)
+flags.DEFINE_string(
+    "float_checkpoint",
+    None,
+    "Weights of --model to start from, instead of training it: a float run's "
+    "model.keras, or an .h5 or .weights.h5 file.",
 )
 flags.DEFINE_enum(
-    "activation_quantizer",
-    "dorefa",
-    quantizers.names("activation"),
-    "Activation quantizer.",
+    "policy",
+    "float32",
+    ("float32", "mixed_float16", "mixed_bfloat16"),
+    "Keras's precision policy of convolutions; quantizers compute in float32.",
+)
+
+flags.DEFINE_integer(
+    "weight_bits", 2, "Bits of the weights.", lower_bound=1, upper_bound=8
+)
+flags.DEFINE_integer(
+    "activation_bits", 2, "Bits of the activations.", lower_bound=1, upper_bound=8
 )
 flags.DEFINE_integer(
     "first_last_bits",
     None,
     "Bits of the first and the last layer; they stay float without this flag.",
+    lower_bound=1,
+    upper_bound=8,
 )
 flags.DEFINE_integer(
     "residual_bits",
     None,
     "8 trains residual sums as the integer file will compute them; float without it.",
 )
+flags.DEFINE_enum("weight_quantizer", "dorefa", WEIGHT_QUANTIZERS, "Weight quantizer.")
+flags.DEFINE_enum(
+    "activation_quantizer", "dorefa", ACTIVATION_QUANTIZERS, "Activation quantizer."
+)
+
+flags.DEFINE_enum("method", "plain", METHODS, "How to lower the precision.")
 flags.DEFINE_list(
     "ladder",
     ["8", "4", "2"],
@@ -110,30 +171,33 @@ flags.DEFINE_enum(
 flags.DEFINE_float(
     "sp_start", 0.5, "Probability of quantization at the start of the method sp."
 )
+
 flags.DEFINE_enum(
     "distill",
     "none",
-    experiment.DISTILLATIONS,
+    DISTILLATIONS,
     "Whether the float network teaches the low-bit one, and learns itself.",
 )
 flags.DEFINE_enum(
     "distill_target", "posteriors", ("posteriors", "logits"), "What is matched."
 )
 flags.DEFINE_float(
-    "task_weight", None, "Of the labels in the student's loss; 0.7, or 0.3 for logits."
+    "task_weight",
+    None,
+    "Weight of the labels in the student's loss; 0.7, or 0.3 for logits.",
 )
 flags.DEFINE_float(
     "distillation_weight",
     None,
-    "Of the teacher's outputs in the student's loss; 0.7, or 0.1 for logits.",
+    "Weight of the teacher's outputs in the student's loss; 0.7, or 0.1 for logits.",
 )
 flags.DEFINE_float(
-    "teacher_task_weight", None, "Of the labels in the teacher's loss; 1."
+    "teacher_task_weight", None, "Weight of the labels in the teacher's loss; 1."
 )
 flags.DEFINE_float(
     "teacher_distillation_weight",
     None,
-    "Of the student's outputs in the teacher's loss; 0.5, or 0.1 for logits.",
+    "Weight of the student's outputs in the teacher's loss; 0.5, or 0.1 for logits.",
 )
 flags.DEFINE_bool(
     "hints", False, "Whether features of the last two stages are matched too."
@@ -143,16 +207,20 @@ flags.DEFINE_float(
     None,
     "At the start, decaying by --schedule over all epochs; --learning_rate without it.",
 )
+
 flags.DEFINE_integer(
     "epochs",
     20,
     "Epochs of the quantized training, in total; 0 trains the float network alone.",
+    lower_bound=0,
 )
-flags.DEFINE_float("learning_rate", 0.1, "At the start of each quantized stage.")
+flags.DEFINE_float(
+    "learning_rate", 0.1, "Learning rate at the start of each quantized stage."
+)
 flags.DEFINE_enum("schedule", "cosine", DECAYS, "Learning rate within a stage.")
 flags.DEFINE_list(
     "milestones",
-    [str(share) for share in STEP_MILESTONES],
+    ["0.3", "0.6"],
     "Where --schedule=step takes the learning rate x 0.1: rising shares of each stage, "
     "such as 0.3,0.6 or 15/30,25/30.",
 )
@@ -163,258 +231,74 @@ flags.DEFINE_float(
     "whole training for the teacher's.",
 )
 flags.DEFINE_integer(
-    "float_epochs",
-    20,
-    "Epochs of the float training before it; 0 quantizes an untrained network.",
-)
-flags.DEFINE_float("float_learning_rate", 0.1, "Of the float training.")
-flags.DEFINE_string(
-    "float_checkpoint",
-    None,
-    "A float network's model.h5 or .weights.h5 to start from, instead of training one.",
-)
-flags.DEFINE_integer("batch_size", 128, "Images in a batch, over all devices together.")
-flags.DEFINE_float("weight_decay", 1e-4, "Coupled L2 decay, as torch counts it.")
-flags.DEFINE_bool("augment", True, "Whether to augment the training images.")
-flags.DEFINE_integer(
     "seed",
     0,
-    "Of the initial weights, the order of the data and its augmentation.",
+    "Seed of the initial weights, the order of the data and its augmentation.",
     lower_bound=0,
-    upper_bound=experiment.LARGEST_SEED,
+    upper_bound=2**32 - 1,  # What NumPy takes.
 )
-flags.DEFINE_string("output_dir", "runs/train", "Where everything goes.")
+
+flags.DEFINE_integer(
+    "float_epochs",
+    20,
+    "Epochs of the float training before the quantized one; 0 quantizes an untrained "
+    "network, or that of --float_model as it is, which is its default.",
+    lower_bound=0,
+)
+flags.DEFINE_float(
+    "float_learning_rate", 0.1, "Learning rate at the start of the float training."
+)
+
+flags.DEFINE_string("output_dir", "runs/train", "Folder of all that is written.")
 flags.DEFINE_bool("resume", False, "Go on with a run that was stopped.")
 flags.DEFINE_integer(
-    "save_every", None, "Steps between checkpoints; without it one an epoch."
+    "save_every",
+    None,
+    "Steps between checkpoints; without it one an epoch.",
+    lower_bound=1,
 )
+flags.DEFINE_bool(
+    "report", False, "Write report.html: a page about the low-bit network."
+)
+
 flags.DEFINE_enum(
     "strategy",
     "auto",
-    devices.STRATEGIES,
+    STRATEGIES,
     "Devices: one, mirrored over all GPUs of the machine, or multi_worker through "
     "TF_CONFIG; auto takes what there is.",
 )
 flags.DEFINE_integer(
-    "logical_cpus", 1, "Devices to split the CPU into, to try mirrored without GPUs."
-)
-flags.DEFINE_enum(
-    "policy",
-    "float32",
-    ("float32", "mixed_float16", "mixed_bfloat16"),
-    "Keras's precision policy of convolutions; quantizers compute in float32.",
+    "logical_cpus",
+    1,
+    "Devices to split the CPU into, to try mirrored without GPUs.",
+    lower_bound=1,
 )
 flags.DEFINE_bool("jit_compile", False, "Compile the training steps with XLA.")
 
-
-# Where the data are, and how the work is done, not what: a run may go on with others.
-_FREE = ("data_dir", "save_every", "strategy", "logical_cpus", "jit_compile")
-# All that the float training depends on; the quantized one depends on all flags.
-_FLOAT_TRAINING = (
-    *("dataset", "limit", "augment", "batch_size", "seed", "policy"),
-    *("model", "width", "weight_decay", "schedule", "milestones"),
-    *("float_epochs", "float_learning_rate"),
+flags.register_validator(
+    "model",
+    lambda name: name in MODELS or re.fullmatch(r"(pre|post)act_resnet\d+", name),
+    f"--model must be one of {', '.join(MODELS)}, or another preact_resnet<depth> or "
+    "postact_resnet<depth>",
 )
+flags.register_validator(
+    "residual_bits", lambda bits: bits in (None, 8), "--residual_bits must be 8"
+)
+flags.register_validator(
+    "ladder",
+    lambda rungs: all(rung.strip().isdigit() for rung in rungs),
+    "--ladder must be falling bit-widths, such as 8,4,2",
+)
+
 # With --epochs=0 none of them has an effect; flags that depend on these do not either.
 _QUANTIZED_TRAINING = (
-    *("method", "distill", "learning_rate", "warmup"),
+    *("method", "distill", "learning_rate", "warmup", "report"),
     *("first_last_bits", "residual_bits"),
     *("weight_bits", "activation_bits", "weight_quantizer", "activation_quantizer"),
 )
-# Of the losses of teacher and student, with their defaults in `JointDistillation`.
-_LOSS_WEIGHTS = (
-    *("task_weight", "distillation_weight"),
-    *("teacher_task_weight", "teacher_distillation_weight"),
-)
-
-
-def load_data(first_epoch: int = 0, first_step: int = 0) -> datasets.Dataset:
-    """The flags' data set, its training part starting at an epoch and a step."""
-    return datasets.load(
-        FLAGS.dataset,
-        batch_size=FLAGS.batch_size,
-        seed=FLAGS.seed,
-        augment=FLAGS.augment,
-        data_dir=FLAGS.data_dir or None,
-        limit=FLAGS.limit,
-        start_epoch=first_epoch,
-        start_step=first_step,
-    )
-
-
-def build_float_model(data: datasets.Dataset) -> keras.Model:
-    """The flags' network, untrained."""
-    arguments = {} if FLAGS.width is None else {"width": FLAGS.width}
-    if arguments and FLAGS.model == "alexnet":
-        raise ValueError(f"--width is not for alexnet. Received: --model={FLAGS.model}")
-    return models.get(
-        FLAGS.model,
-        classes=data.classes,
-        input_shape=data.input_shape,
-        weight_decay=FLAGS.weight_decay,
-        **arguments,
-    )
-
-
-def rules() -> list[tfl.PrecisionRule]:
-    """The flags' precision rules."""
-    chosen = {
-        "weight_quantizer": FLAGS.weight_quantizer,
-        "activation_quantizer": FLAGS.activation_quantizer,
-    }
-    inner = tfl.PrecisionRule(".*", FLAGS.weight_bits, FLAGS.activation_bits, **chosen)
-    if FLAGS.first_last_bits is None:
-        return [inner]
-    edge = FLAGS.first_last_bits
-    return [tfl.PrecisionRule("stem|head", edge, edge, **chosen), inner]
-
-
-def binding_settings(part: str) -> dict:
-    """The flags that must be the same in all sittings of a training, by name.
-
-    Args:
-        part: "float" or "quantized".
-    """
-    return {
-        name: value
-        for name, value in experiment.flag_settings(__name__).items()
-        if name in _FLOAT_TRAINING or (part == "quantized" and name not in _FREE)
-    }
-
-
-def run(model: keras.Model, schedule: list[tfl.Stage], folder: Path):
-    """Trains what was compiled, as the flags have it."""
-    return experiment.train(
-        model,
-        load_data,
-        schedule,
-        folder,
-        resume=FLAGS.resume,
-        save_every=FLAGS.save_every,
-        settings=binding_settings(folder.name),
-    )
-
-
-def write_result(folder: Path, outcome: experiment.Outcome) -> None:
-    """Writes the result, on one of the workers; that of an earlier sitting stays."""
-    if not outcome.new_epochs and (folder / "result.json").exists():
-        print(f"Finished before: {folder / 'result.json'}")
-    elif tf.distribute.get_strategy().extended.should_save_summary:
-        settings = experiment.flag_settings(__name__)
-        path = experiment.write_result(folder, outcome, settings)
-        print(f"Written: {path}")
-
-
-def train_float(model: keras.Model, folder: Path) -> None:
-    """Gives the float model its weights, from a file or by training."""
-    if FLAGS.float_checkpoint:
-        model.load_weights(FLAGS.float_checkpoint)
-        return
-    if not FLAGS.float_epochs:
-        return
-    experiment.compile_model(
-        model, FLAGS.float_learning_rate, jit_compile=FLAGS.jit_compile
-    )
-    outcome = run(model, [float_stage(FLAGS.float_epochs)], folder)
-    print(f"Float network: test accuracy {outcome.accuracy:.4f}")
-    write_result(folder, outcome)
-
-
-def train_quantized(
-    model: keras.Model,
-    precision: list[tfl.PrecisionRule],
-    schedule: list[tfl.Stage],
-    folder: Path,
-) -> None:
-    """Quantizes the float model, trains the result and writes what came out."""
-    trainer = make_trainer(model, precision)
-    outcome = run(trainer, schedule, folder)
-    print(tfl.summary(trainer.student))
-    print(f"Quantized network: test accuracy {outcome.accuracy:.4f}")
-    write_result(folder, outcome)
-
-
-def milestones() -> tuple[float, ...]:
-    """The flags' milestones; a fraction becomes the float that is nearest to it.
-
-    Raises:
-        ValueError: if one is no number. Their order and range are `Stage`'s affair.
-    """
-    try:
-        return tuple(float(fractions.Fraction(share)) for share in FLAGS.milestones)
-    except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(
-            "--milestones must be shares, such as 0.3,0.6 or 15/30,25/30. "
-            f"Received: {','.join(FLAGS.milestones)!r}"
-        ) from error
-
-
-def float_stage(epochs: int) -> tfl.Stage:
-    """The flags' single stage of the float training."""
-    return tfl.Stage(
-        epochs,
-        learning_rate=FLAGS.float_learning_rate,
-        decay=FLAGS.schedule,
-        milestones=milestones(),
-    )
-
-
-def stages() -> list[tfl.Stage]:
-    """The flags' stages of the quantized training; none with --epochs=0."""
-    if not FLAGS.epochs:
-        return []
-    if not all(rung.strip().isdigit() for rung in FLAGS.ladder):
-        raise ValueError(
-            "--ladder must be falling bit-widths, such as 8,4,2. "
-            f"Received: {','.join(FLAGS.ladder)!r}"
-        )
-    return experiment.stages_for(
-        FLAGS.method,
-        (FLAGS.weight_bits, FLAGS.activation_bits),
-        FLAGS.epochs,
-        FLAGS.learning_rate,
-        FLAGS.schedule,
-        tuple(int(rung) for rung in FLAGS.ladder),
-        last_only=FLAGS.last_only,
-        milestones=milestones(),
-        warmup=FLAGS.warmup,
-    )
-
-
-def make_trainer(
-    model: keras.Model, precision: list[tfl.PrecisionRule]
-) -> tfl.LowBitTrainer:
-    """Quantizes the float model, and compiles what trains the result."""
-    quantized = tfl.quantize(model, precision, residual_bits=FLAGS.residual_bits)
-    data = load_data()
-    tfl.calibrate(quantized, data.train)
-    trainer = experiment.trainer_for(
-        quantized,
-        model,
-        FLAGS.method,
-        FLAGS.distill,
-        target=FLAGS.distill_target,
-        hints=FLAGS.hints,
-        weights={name: FLAGS[name].value for name in _LOSS_WEIGHTS},
-        unit=FLAGS.sp_unit,
-        start=FLAGS.sp_start,
-        seed=FLAGS.seed,
-    )
-    rate = FLAGS.teacher_learning_rate
-    experiment.compile_model(
-        trainer,
-        FLAGS.learning_rate,
-        teacher_optimizer=experiment.teacher_optimizer(
-            FLAGS.distill,
-            FLAGS.learning_rate if rate is None else rate,
-            FLAGS.schedule,
-            FLAGS.epochs * data.steps_per_epoch,
-            milestones(),
-            FLAGS.warmup,
-        ),
-        jit_compile=FLAGS.jit_compile,
-    )
-    return trainer
+# A network of one's own has them already.
+_OF_A_MODEL = ("model", "width", "weight_decay", "policy", "float_checkpoint")
 
 
 def has_float_training() -> bool:
@@ -423,24 +307,30 @@ def has_float_training() -> bool:
 
 
 def check_flags() -> None:
-    """Refuses flags that would have no effect, or a wrong one late.
+    """Refuses files that are missing, and flags that would have no effect.
 
     Raises:
-        ValueError: naming the flag or the setting.
+        ValueError: naming the flag.
+        FileNotFoundError: naming flag and file.
     """
-    tfl.StochasticPrecision(start=FLAGS.sp_start, seed=FLAGS.seed)
-    tfl.Stage(1, learning_rate=FLAGS.teacher_learning_rate)
-    tfl.LowBitScheme(residual_bits=FLAGS.residual_bits)
-    float_stage(1)
-    tfl.JointDistillation(
-        target=FLAGS.distill_target,
-        **{name: FLAGS[name].value for name in _LOSS_WEIGHTS},
-    )
     if FLAGS.float_checkpoint == "":
         raise ValueError(
             "--float_checkpoint must name the file of a float network; a recipe that "
             "leaves it empty starts from a pretrained one. Received: ''"
         )
+    for name in ("data_dir", "float_model", "float_checkpoint"):
+        path = FLAGS[name].value
+        is_local = path is not None and "://" not in path
+        if is_local and path and not Path(path).expanduser().exists():
+            raise FileNotFoundError(f"--{name} must exist. Received: {path!r}")
+    needed = ("jinja2", "matplotlib")
+    if FLAGS.report and not all(map(importlib.util.find_spec, needed)):
+        raise ValueError(
+            "--report needs matplotlib and Jinja: pip install '.[report]'. "
+            "Received: an environment without them"
+        )
+    if FLAGS.float_model is not None and not FLAGS["float_epochs"].present:
+        FLAGS.float_epochs = 0
     if not (has_float_training() or FLAGS.epochs):
         raise ValueError(
             "There must be something to train. Received: --epochs=0 with "
@@ -465,6 +355,7 @@ def check_flags() -> None:
         "logical_cpus": FLAGS.strategy != "mirrored",
         "float_epochs": FLAGS.float_checkpoint is not None,
         "float_learning_rate": not has_float_training(),
+        **dict.fromkeys(_OF_A_MODEL, FLAGS.float_model is not None),
     }
     given = [n for n, is_idle in idle.items() if is_idle and FLAGS[n].present]
     if given:
@@ -474,33 +365,25 @@ def check_flags() -> None:
             f"--method={FLAGS.method}, --distill={FLAGS.distill}, "
             f"--strategy={FLAGS.strategy}, --schedule={FLAGS.schedule}, "
             f"--epochs={FLAGS.epochs}, --float_epochs={FLAGS.float_epochs}, "
-            f"--float_checkpoint={FLAGS.float_checkpoint}"
+            f"--float_checkpoint={FLAGS.float_checkpoint}, "
+            f"--float_model={FLAGS.float_model}"
         )
 
 
 def main(argv):
-    """Trains a float network, quantizes it, trains that, and writes the results."""
+    """Checks the flags, and trains as they say."""
     if len(argv) > 1:
         raise app.UsageError(f"Received: arguments that are no flags: {argv[1:]}")
-    experiment.quiet()
-    # Made first: what is wrong with the flags is said before any training.
     check_flags()
-    precision, schedule = rules(), stages()
-    output = Path(FLAGS.output_dir)
-    for part, is_trained in (("float", has_float_training()), ("quantized", schedule)):
-        if is_trained:
-            settings = binding_settings(part)
-            experiment.check_folder(output / part, settings, FLAGS.resume)
-    experiment.require_writable(output)
-    strategy = devices.strategy(FLAGS.strategy, FLAGS.logical_cpus)
-    keras.mixed_precision.set_global_policy(FLAGS.policy)
-    keras.utils.set_random_seed(FLAGS.seed)
-    with strategy.scope():
-        model = build_float_model(load_data())
-        train_float(model, output / "float")
-        if schedule:
-            train_quantized(model, precision, schedule, output / "quantized")
+    # Imported late: TensorFlow takes ten seconds.
+    import quiet_start  # noqa: F401 (before TensorFlow)
+
+    # isort: split
+    import experiment
+    import recipe
+
+    recipe.run(experiment.flag_settings(__name__))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main, GROUPS)

@@ -3,6 +3,7 @@
 import functools
 import os
 import warnings
+from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # It is on by default where a CPU has VNNI: TensorFlow 2.21 then computes other last
@@ -20,6 +21,28 @@ tf.config.set_logical_device_configuration(
     [tf.config.LogicalDeviceConfiguration()] * 4,
 )
 tf.get_logger().setLevel("ERROR")
+
+
+# Folders of tests that are slow by their kind: programs, and random networks.
+SLOW = {"benchmarks", "examples", "fuzz"}
+
+
+def pytest_collection_modifyitems(items):
+    """Marks as slow: all tests in some folders, and cases that `quick` leaves out."""
+    cases = {}
+    for item in items:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        if SLOW & set(item.path.relative_to(Path(__file__).parent).parts):
+            item.add_marker(pytest.mark.slow)
+    for every in cases.values():
+        if (mark := every[0].get_closest_marker("quick")) is not None:
+            (count,) = mark.args
+            # Spread evenly, the first and the last among them.
+            last, gaps = len(every) - 1, max(count - 1, 1)
+            quick = {i * last // gaps for i in range(count)}
+            for index, item in enumerate(every):
+                if index not in quick:
+                    item.add_marker(pytest.mark.slow)
 
 
 @pytest.hookimpl(tryfirst=True)

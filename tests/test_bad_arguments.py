@@ -107,6 +107,7 @@ def test_channels_first_is_told(strict):
             tfl.quantize(model, RULE)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("rules", [None, RULE, tfl.PrecisionRule(".*", 8, 8)])
 def test_two_layers_are_both_edges_and_the_message_says_so(rules):
     """The network of TF-MOT's tutorial."""
@@ -163,6 +164,7 @@ FORMLESS = {
 }
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", FORMLESS)
 def test_layers_without_a_form_in_a_file_are_told_once(kind):
     model = with_layers(*FORMLESS[kind]())

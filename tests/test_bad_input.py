@@ -47,7 +47,16 @@ def env(tmp_path_factory):
     students = {name: tfl.quantize(float_network(name)) for name in ("a", "b")}
     folder = tmp_path_factory.mktemp("files")
     made = export.to_tflite(network, folder / "network.tflite", data, verbose=0)
+    other = tmp_path_factory.mktemp("others")
+    for name, content in {
+        "text.keras": b"text",
+        "torn.h5": b"\x89HDF\r\n\x1a\n" + 50 * b"x",
+        "net.tflite": made.path.read_bytes(),
+    }.items():
+        (other / name).write_bytes(content)
     return SimpleNamespace(
+        other=other,
+        onnx=export.to_qonnx(network, other / "network.onnx").read_bytes(),
         x=x,
         y=y,
         data=data,
@@ -116,6 +125,7 @@ def constructor(kind, argument, values, message, **others):
 COUNTS = (0, -1, 2.5, True, "2", None, NAN)
 NUMBERS = ("0.5", True, NAN, float("inf"), -0.5, [0.5], 1j)
 FLAGS = ("yes", 1, None)
+RUNNERS = (export.Runner, export.MicroRunner)
 NO_MODELS = (None, 3, "model.keras", keras.layers.Dense(2), {"a": 1})
 
 
@@ -736,12 +746,12 @@ def rows():
         (
             "verify-endless",
             lambda env: export.verify(env.content, env.network, env.endless, verbose=0),
-            "must end .*take.*batches=",
+            "must be finite .*take.*batches=",
         ),
         (
             "report-endless",
             lambda env: tfl.report(env.network, env.endless, env.folder / "never.html"),
-            "must end .*take",
+            "must be finite .*take",
         ),
     ]
 
@@ -865,8 +875,8 @@ def rows():
             "tensor_batches must",
         )
     )
-    optional = ("head", "input_type", "output_type")
-    for name in ("target", "storage", "first_layer", *optional):
+    optional = ("storage", "first_layer", "head", "input_type", "output_type")
+    for name in ("target", *optional):
         made.extend(
             table(
                 "to_tflite",
@@ -906,15 +916,16 @@ def rows():
     )
 
     # Running a file.
-    made.extend(
-        table(
-            "Runner",
-            lambda env, v: export.Runner(v),
-            "data",
-            (None, 3, "a.tflite", b"", b"junk"),
-            "must",
+    for runner in RUNNERS:
+        made.extend(
+            table(
+                runner.__name__,
+                lambda env, v, r=runner: r(v),
+                "data",
+                (None, 3, "a.tflite", b"", b"junk"),
+                "must",
+            )
         )
-    )
     made.extend(
         table(
             "Runner",
@@ -958,13 +969,14 @@ def rows():
         "infinite": lambda env: (np.full_like(env.x, np.inf),),
     }
     for kind, make in runs.items():
-        made.append(
+        made += [
             (
-                f"Runner-{kind}",
-                lambda env, m=make: export.Runner(env.content)(*m(env)),
+                f"{runner.__name__}-{kind}",
+                lambda env, r=runner, m=make: r(env.content)(*m(env)),
                 "nputs? .*must",
             )
-        )
+            for runner in RUNNERS
+        ]
     made.extend(
         table(
             "latencies",
@@ -1002,12 +1014,204 @@ def rows():
             "kernel must",
         )
     )
+    made += more_rows(readers)
+    return made
+
+
+def more_rows(readers):
+    """Calls that were found after the others."""
+    made = []
+    made.extend(
+        table(
+            "MicroRunner",
+            lambda env, v: export.MicroRunner(env.content, v),
+            "intermediates",
+            FLAGS,
+            "intermediates must",
+        )
+    )
+    made += [
+        (
+            "Runner-torn",
+            lambda env: export.Runner(env.content[:500]),
+            "data must be the content of a whole",
+        ),
+        (
+            "Runner-zeros",
+            lambda env: export.Runner(env.content[:8] + bytes(1000)),
+            "data must be the content of a whole",
+        ),
+    ]
+    # An executor of its own.
+    examples = {
+        "text": lambda env: "x",
+        "none": lambda env: None,
+        "height": lambda env: env.x[:, :3],
+        "no-examples": lambda env: env.x[:0],
+        "NaN": lambda env: with_nan(env.x),
+        "two-inputs": lambda env: (env.x, env.x),
+    }
+    for kind, make in examples.items():
+        made.append(
+            (
+                f"compare_qonnx-x-{kind}",
+                lambda env, m=make: export.compare_qonnx(env.onnx, env.network, m(env)),
+                "must",
+            )
+        )
+    made.extend(
+        table(
+            "compare_qonnx",
+            lambda env, v: export.compare_qonnx(v, env.network, env.x),
+            "file",
+            (None, 3, b"junk", "/no/file.onnx"),
+            "must",
+        )
+    )
+    # Arguments of functions that have rows above.
+    made.extend(
+        table(
+            "snap",
+            lambda env, v: export.snap(env.network, env.data, ranges=v),
+            "ranges",
+            (3, [], {"a": "b"}, {"a": (0,)}, {"a": (0, NAN)}, {3: (0, 1)}),
+            "ranges must",
+        )
+    )
+    made.extend(
+        table(
+            "snap",
+            lambda env, v: export.snap(env.network, env.data, progress=v),
+            "progress",
+            (3, True),
+            "progress must",
+        )
+    )
+    for name, call in {
+        "quantize": lambda env, v: tfl.quantize(env.plain, verbose=v),
+        "calibrate": lambda env, v: tfl.calibrate(env.network, env.data, verbose=v),
+        "to_tflite": lambda env, v: exports(env, verbose=v),
+        "verify": lambda env, v: export.verify(env.content, env.network, verbose=v),
+    }.items():
+        made.extend(table(name, call, "verbose", ("no", None, 3), "verbose must"))
+    made.append(
+        (
+            "verify-trained-of-another-file",
+            lambda env: export.verify(env.content, env.made, trained=env.two),
+            "trained must be the network that the file was made of",
+        )
+    )
+    made += [
+        (
+            f"{name}-labels-text",
+            lambda env, r=reader, k=arguments: r(env, [(env.x, ["a"] * 16)], **k),
+            "abels must be numbers",
+        )
+        for name, reader, arguments in (
+            ("sensitivity", readers["sensitivity"], {"metric": "accuracy"}),
+            ("report", readers["report"], {}),
+            ("verify", readers["verify"], {}),
+        )
+    ]
+    for name, reader in readers.items():
+        made.append(
+            (
+                f"{name}-data-dict-of-another-name",
+                lambda env, r=reader: r(env, [({"picture": env.x}, env.y)]),
+                "entry for each input.*image0",
+            )
+        )
+        ragged = tf.ragged.constant([[1.0], [2.0, 3.0]])
+        made.append(
+            (
+                f"{name}-data-ragged",
+                lambda env, r=reader, x=ragged: r(env, [(x, env.y[:2])]),
+                "batch must",
+            )
+        )
+    for name, values in {
+        "history": (3, "loss", [1]),
+        "stages": (3, tfl.Stage(1), [3], "ab"),
+        "exported": ("network.tflite", True),
+        "verified": ("ok", True),
+        "float_model": ("net", 3),
+        "figures": (3, b"x", ""),
+    }.items():
+        made.extend(
+            table(
+                "report",
+                lambda env, v, n=name: tfl.report(
+                    env.network, path=env.folder / "never.html", **{n: v}
+                ),
+                name,
+                values,
+                f"{name} must",
+            )
+        )
+    made += [
+        (
+            f"Sensitivity.loss-{name}-{bits}",
+            lambda env, n=name, b=bits: env.sensitivity.loss(n, b),
+            "must be one of",
+        )
+        for name, bits in (("absent", 2), ("conv/kernel", 7), (3, 2))
+    ]
+    made.append(
+        ("Normalization-empty", lambda env: datasets.Normalization(1.0, (), ()), "mean")
+    )
+    for name, message in {
+        "text.keras": "path must",
+        "torn.h5": "path must be a whole",
+        "net.tflite": "path must",
+        "": "path must",
+    }.items():
+        made.append(
+            (
+                f"load_model-{name or 'empty-folder'}",
+                lambda env, n=name: tfl.load_model(env.other / n if n else env.folder),
+                message,
+            )
+        )
+    for name, values in {
+        "compile": ("no", 1),
+        "safe_mode": (0, None),
+        "custom_objects": (3, [object]),
+        "weights": (None,),
+    }.items():
+        made.extend(
+            table(
+                "load_model",
+                lambda env, v, n=name: tfl.load_model(
+                    env.other / "text.keras", **{n: v}
+                ),
+                name,
+                values,
+                f"{name} must|argument must",
+            )
+        )
+    for name, values in {
+        "loss": (3, "crossentropi", [], "", {}),
+        "metrics": (3, "accuracy", None),
+        "model": (None, 3, "net"),
+    }.items():
+        made.extend(
+            table(
+                "low_bit",
+                lambda env, v, n=name: tfl.recipes.low_bit(
+                    **{"model": env.plain, "data": env.data, n: v}
+                ),
+                name,
+                values,
+                f"{name} must",
+            )
+        )
     return made
 
 
 ROWS = rows()
 
 
+@pytest.mark.quick(50)
 @pytest.mark.parametrize(
     ("call", "message"),
     [pytest.param(call, message, id=name) for name, call, message in ROWS],

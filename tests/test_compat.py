@@ -7,7 +7,7 @@ import pytest
 import tf_lowbit as tfl
 from tf_lowbit import models
 from tf_lowbit.compat import deep_graphs, keras
-from tf_lowbit.training.plan import _observer
+from tf_lowbit.training.participant import Participant
 
 layers = keras.layers
 # Python's limit for these tests, and layers one behind the other: more than that.
@@ -53,6 +53,7 @@ def test_the_limit_is_what_it_was_behind_an_error_too():
     assert sys.getrecursionlimit() == before
 
 
+@pytest.mark.slow
 def test_a_deep_network_goes_all_the_way(tmp_path):
     x = np.random.default_rng(0).normal(size=(8, 4, 4, 1)).astype(np.float32)
     model = deep_network()
@@ -67,7 +68,7 @@ def test_a_deep_network_goes_all_the_way(tmp_path):
         np.testing.assert_array_equal(again(x), wanted)
         other = tfl.requantize(again, [tfl.PrecisionRule("last", 2, 2, edges=True)])
         assert len(tfl.strip(other).layers) > DEEP
-        _observer(again, ("relu",))(x, training=False)
+        Participant(again, "", {}, ("relu",), is_trained=False).see(x)
         result = tfl.export.to_tflite(again, tmp_path / "net.tflite", [x], verbose=0)
     assert tfl.export.verify(tmp_path / "net.tflite", result, [x], verbose=0).ok
 

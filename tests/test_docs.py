@@ -11,7 +11,7 @@ import pytest
 
 import tf_lowbit as tfl
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.scheme import registry
+from tf_lowbit.network import layer_registry
 
 ROOT = Path(__file__).resolve().parent.parent
 # Those that tell of the programs' flags.
@@ -31,7 +31,7 @@ PROGRAMS = {path.name: path for path in (ROOT / "examples").glob("*.py")} | {
     for path in (ROOT / "benchmarks").rglob("*.py")
 }
 # absl's own, and those of other tools.
-OTHER_FLAGS = {"helpshort", "flagfile", "check"}
+OTHER_FLAGS = {"help", "helpshort", "flagfile", "check"}
 
 
 def flags_of(path):
@@ -161,13 +161,14 @@ def test_the_tutorial_gives_the_numbers_that_were_measured():
 
 
 # `tests/test_guide.py` runs the guide, block by block.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [page for page in PAGES if page != "docs/guide.md"])
 def test_the_code_of_a_page_runs(name, names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if name == "docs/tutorial.md":
         names = {}  # It stands for itself.
     if name.endswith("own_layer.md"):
-        monkeypatch.setattr(registry, "_KERNELS", dict(registry._KERNELS))
+        monkeypatch.setattr(layer_registry, "_KERNELS", dict(layer_registry._KERNELS))
     before = names.get("float_model") and names["float_model"].get_weights()
     for code in code_of(name):
         exec(compile(code, name, "exec"), names)
@@ -193,12 +194,13 @@ def test_every_page_is_reached_and_has_code():
     assert listed == pages - {"index"}
     with_code = {page.removeprefix("docs/").removesuffix(".md") for page in PAGES}
     without = {
-        *("api", "comparison", "provenance", "supported_models"),
-        *("how_to/deployment", "status", "troubleshooting"),
+        *("comparison", "provenance", "supported_models"),
+        *("status", "troubleshooting"),
     }
     assert listed - with_code == without
 
 
+@pytest.mark.slow
 def test_the_pages_are_built_without_a_warning(tmp_path):
     """All public names have docstrings that Sphinx can read."""
     done = subprocess.run(
@@ -209,7 +211,8 @@ def test_the_pages_are_built_without_a_warning(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    reference = (tmp_path / "api.html").read_text()
+    pages = sorted((tmp_path / "reference").glob("*.html"))
+    reference = "".join(page.read_text() for page in pages)
     for name in tfl.__all__:
         if name not in (
             "__version__",
@@ -217,6 +220,7 @@ def test_the_pages_are_built_without_a_warning(tmp_path):
             "export",
             "inspection",
             "quantizers",
+            "recipes",
         ):
             assert f'id="tf_lowbit.{name}"' in reference, name
     # Nothing is fetched when a page is read.

@@ -1,10 +1,11 @@
-"""setup.py, the lock, the Makefile and the README agree."""
+"""pyproject.toml, the lock, the Makefile and the README agree."""
 
 import ast
 import re
 import subprocess
 import sys
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -17,16 +18,19 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
-def arguments() -> dict:
-    """What setup.py hands to setuptools.setup."""
-    received = {}
+def project() -> dict:
+    """The `[project]` table of pyproject.toml."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+
+
+@pytest.fixture(scope="module")
+def distribution() -> setuptools.Distribution:
+    """What setuptools reads from pyproject.toml."""
+    read = setuptools.Distribution()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setuptools, "setup", lambda **kwargs: received.update(kwargs))
         patch.chdir(ROOT)
-        path = ROOT / "setup.py"
-        code = compile(path.read_text(encoding="utf-8"), str(path), "exec")
-        exec(code, {"__name__": "__main__", "__file__": str(path)})
-    return received
+        read.parse_config_files()
+    return read
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +44,15 @@ def pins() -> dict[str, str]:
     return {canonicalize_name(name): version for name, version in pairs}
 
 
-def test_version_is_that_of_version_py(arguments):
+def test_version_is_that_of_version_py_everywhere(distribution):
     source = (ROOT / "tf_lowbit" / "version.py").read_text(encoding="utf-8")
     version = re.search(r'^__version__ = "(.+)"$', source, re.MULTILINE).group(1)
-    assert arguments["version"] == version
+    assert distribution.metadata.version == version
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {version}\n" in citation
 
 
-def test_setup_py_runs_and_does_not_import_the_library(arguments):
+def test_setup_py_runs_and_does_not_import_the_library(distribution):
     script = (
         "import runpy, sys; sys.argv = ['setup.py', '--version'];"
         "runpy.run_path('setup.py', run_name='__main__');"
@@ -56,49 +62,73 @@ def test_setup_py_runs_and_does_not_import_the_library(arguments):
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-1] == arguments["version"]
+    assert done.stdout.split()[-1] == distribution.metadata.version
 
 
-def test_metadata(arguments):
-    assert arguments["name"] == "tf_lowbit"
-    assert arguments["license"] == "Apache-2.0"
+def test_metadata(project):
+    assert project["name"] == "tf_lowbit"
+    assert project["license"] == "Apache-2.0"
     assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
-    supported = SpecifierSet(arguments["python_requires"])
-    assert [minor for minor in range(8, 20) if f"3.{minor}.1" in supported] == [
-        11,
-        12,
-        13,
-    ]
+    supported = SpecifierSet(project["requires-python"])
+    minors = [minor for minor in range(8, 20) if f"3.{minor}.1" in supported]
+    assert minors == [11, 12, 13]
+    versions = [f"Programming Language :: Python :: 3.{minor}" for minor in minors]
+    assert set(versions) <= set(project["classifiers"])
 
 
-def test_every_package_of_the_library_is_packaged_and_nothing_else(arguments):
+def test_every_package_of_the_library_is_packaged_and_nothing_else(distribution):
     folders = {
         path.parent.relative_to(ROOT).as_posix().replace("/", ".")
         for path in (ROOT / "tf_lowbit").rglob("*.py")
     }
-    assert set(arguments["packages"]) == folders
+    assert set(distribution.packages) == folders
 
 
-def test_requirements_have_two_bounds(arguments):
-    extras = arguments["extras_require"]
+def test_files_that_are_no_modules_are_packaged(distribution):
+    packaged = {
+        path
+        for package, patterns in distribution.package_data.items()
+        for pattern in patterns
+        for path in (ROOT / package.replace(".", "/")).glob(pattern)
+    }
+    present = {
+        path
+        for path in (ROOT / "tf_lowbit").rglob("*")
+        if path.is_file()
+        and path.name != "BUILD"
+        and path.suffix not in (".py", ".pyc")
+    }
+    assert packaged == present
+    assert {path.suffix for path in packaged} == {".typed", ".jinja"}
+
+
+def requirements(project: dict) -> list[str]:
+    """Returns what the library and its extras need, but for `all`, which names them."""
+    extras = project["optional-dependencies"]
+    parts = (extras[name] for name in extras if name != "all")
+    return [*project["dependencies"], *chain.from_iterable(parts)]
+
+
+def test_all_has_every_other_extra(project):
+    extras = project["optional-dependencies"]
     assert extras.keys() == {
         *("all", "benchmarks", "datasets", "dev", "docs"),
         *("examples", "litert", "micro", "qonnx", "report", "search"),
     }
-    parts = (extras[name] for name in extras if name != "all")
-    assert set(extras["all"]) == set().union(*parts)
-    for text in [*arguments["install_requires"], *extras["all"]]:
+    (requirement,) = map(Requirement, extras["all"])
+    assert requirement.name == "tf_lowbit"
+    assert requirement.extras == extras.keys() - {"all"}
+
+
+def test_requirements_have_two_bounds(project):
+    for text in requirements(project):
         operators = {spec.operator for spec in Requirement(text).specifier}
         assert operators in ({">=", "<"}, {"=="}), text
 
 
-def test_lock_pins_every_dependency_within_its_bounds(arguments, pins):
-    build = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    texts = [
-        *arguments["install_requires"],
-        *arguments["extras_require"]["all"],
-        *build["build-system"]["requires"],
-    ]
+def test_lock_pins_every_dependency_within_its_bounds(project, pins):
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["build-system"]
+    texts = [*requirements(project), *build["requires"]]
     assert len(texts) > 10
     for requirement in map(Requirement, texts):
         name = canonicalize_name(requirement.name)
@@ -111,29 +141,35 @@ def test_lock_has_one_tensorflow_only(pins):
     assert copies & pins.keys() == {"tensorflow"}
 
 
-def test_library_imports_only_what_setup_py_declares(arguments):
+def test_library_imports_only_what_is_declared(project):
     """Extras may be imported by `datasets` alone, the interpreters by what runs files,
-    SciPy by the search for bits, and what draws and fills a page by `reporting`.
+    what solves, draws and fills a page by `analysis`.
     """
     distributions = {
         "ai_edge_litert": "ai-edge-litert",
         "absl": "absl-py",
+        "google": "protobuf",
         "sklearn": "scikit-learn",
         "tflite_micro": "tflite-micro",
         "tensorflow_datasets": "tensorflow-datasets",
         "tensorflow_model_optimization": "tensorflow-model-optimization",
         "tf_keras": "tf-keras",
     }
-    runtime = {Requirement(text).name for text in arguments["install_requires"]}
-    extra = {Requirement(text).name for text in arguments["extras_require"]["datasets"]}
+    runtime = {Requirement(text).name for text in project["dependencies"]}
+    extra = {
+        Requirement(text).name for text in project["optional-dependencies"]["datasets"]
+    }
+    qonnx = {
+        Requirement(text).name for text in project["optional-dependencies"]["qonnx"]
+    }
     for path in (ROOT / "tf_lowbit").rglob("*.py"):
         allowed = runtime | (extra if path.parent.name == "datasets" else set())
-        allowed |= {"ai-edge-litert"} if path.name == "running.py" else set()
+        allowed |= {"ai-edge-litert"} if path.name == "runner.py" else set()
         allowed |= {"tflite-micro"} if path.name == "micro.py" else set()
-        allowed |= {"onnx", "qonnx"} if path.name.startswith("qonnx") else set()
-        is_report = path.parent.name == "reporting"
+        allowed |= qonnx if path.parent.name == "qonnx" else set()
+        is_report = path.parent.name == "analysis"
         allowed |= {"jinja2", "matplotlib"} if is_report else set()
-        allowed |= {"scipy"} if path.parent.name == "bit_allocation" else set()
+        allowed |= {"scipy"} if path.parent.name == "analysis" else set()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]

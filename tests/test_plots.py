@@ -76,3 +76,35 @@ def test_the_figures_of_quantizers_are_those_that_are_drawn():
         drawn = (plots.FOLDER / f"{page}.svg").read_text()
         for title, _, _ in panels:
             assert f">{title}</text>" in drawn, page
+
+
+def test_the_diagram_shows_the_graphs():
+    """By hand: what each layer reads, and the bits of its quantizer."""
+    before, after = map(plots.drawn_nodes, plots.networks_of_the_diagram())
+    assert {name: read for name, (_, _, read) in before.items()} == {
+        "image": [],
+        "conv1": ["image"],
+        "conv2": ["conv1"],
+        "norm": ["conv2"],
+        "add": ["norm", "conv1"],
+        "relu": ["add"],
+        "pool": ["relu"],
+        "head": ["pool"],
+    }
+    assert before["conv1"][:2] == ("conv1: Conv2D with ReLU", None)
+    changed = {
+        "image_quantizer": ("values at 8 bits", "activation", ["image"]),
+        "conv1": ("Conv2D, weights at 8 bits", "weight", ["image_quantizer"]),
+        "conv1_relu": ("values at 2 bits", "activation", ["conv1"]),
+        "conv2": ("Conv2D, weights at 2 bits", "weight", ["conv1_relu"]),
+        "add": ("Add", None, ["norm", "conv1_relu"]),
+        "relu": ("values at 8 bits", "activation", ["add"]),
+        "head": ("Dense, weights at 8 bits", "weight", ["pool"]),
+    }
+    assert after == before | {
+        name: (f"{name}: {what}", role, read)
+        for name, (what, role, read) in changed.items()
+    }
+    drawn = (plots.FOLDER / "quantize.svg").read_text()
+    for label, _, _ in (*before.values(), *after.values()):
+        assert f">{label}</text>" in drawn

@@ -5,7 +5,9 @@ import io
 import re
 from pathlib import Path
 
-from tf_lowbit import inspection
+import pytest
+
+from tf_lowbit.network import inspection
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
@@ -14,6 +16,7 @@ def test_is_read_in_a_minute():
     assert len(README.read_text().splitlines()) <= 120
 
 
+@pytest.mark.slow
 def test_its_lines_run_as_pasted(tmp_path):
     """They import, load and train by themselves, and end with a verified file."""
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)

@@ -1,33 +1,45 @@
 """Train Keras networks with 1- to 8-bit weights and activations."""
 
-from tf_lowbit import callbacks, export, inspection, quantizers
-from tf_lowbit.api import quantize
-from tf_lowbit.batch_norm import recalibrate_batch_norm
-from tf_lowbit.bit_allocation import Sensitivity, allocate_bits, sensitivity
-from tf_lowbit.calibration import calibrate, tie_residuals
-from tf_lowbit.core.schedules import LinearRamp, weight_decay_at_bits
-from tf_lowbit.core.stages import (
-    Stage,
-    progressive,
-    split_epochs,
-    two_stage,
-    two_stage_progressive,
+from tf_lowbit import callbacks, export, quantizers, recipes
+from tf_lowbit.analysis import (
+    Cost,
+    Sensitivity,
+    Summary,
+    allocate_bits,
+    cost,
+    report,
+    sensitivity,
+    summary,
 )
-from tf_lowbit.keras3 import from_keras3
-from tf_lowbit.keras3_inference import to_keras3
-from tf_lowbit.reporting import Cost, Summary, cost, report, summary
-from tf_lowbit.requantization import requantize, strip
-from tf_lowbit.saving import load_model
+from tf_lowbit.calibration import batch_norm  # noqa: F401 (batch_norm.lag)
+from tf_lowbit.calibration.activation_ranges import calibrate
+from tf_lowbit.calibration.batch_norm import recalibrate_batch_norm
+from tf_lowbit.calibration.residual_steps import tie_residuals
+from tf_lowbit.conversion.keras3_inference import to_keras3
+from tf_lowbit.conversion.quantization import quantize
+from tf_lowbit.conversion.requantization import requantize, strip
+from tf_lowbit.conversion.saving import load_model
+from tf_lowbit.network import inspection
+from tf_lowbit.network.keras3 import from_keras3
+from tf_lowbit.network.layer_registry import register_layer
+from tf_lowbit.network.separable import split_separable
+from tf_lowbit.network.tensor_statistics import TensorStatistics, statistics
 from tf_lowbit.scheme.layout import QuantizationWarning
-from tf_lowbit.scheme.registry import register_layer
 from tf_lowbit.scheme.rules import PrecisionRule
 from tf_lowbit.scheme.scheme import LowBitScheme
-from tf_lowbit.separable import split_separable
-from tf_lowbit.tensor_statistics import TensorStatistics, statistics
 from tf_lowbit.training import (
     JointDistillation,
     LowBitTrainer,
     StochasticPrecision,
+)
+from tf_lowbit.training.schedules import LinearRamp, weight_decay_at_bits
+from tf_lowbit.training.stages import (
+    Stage,
+    progressive,
+    split_epochs,
+    three_phase,
+    two_stage,
+    two_stage_progressive,
 )
 from tf_lowbit.version import __version__
 
@@ -57,6 +69,7 @@ __all__ = [
     "quantize",
     "quantizers",
     "recalibrate_batch_norm",
+    "recipes",
     "register_layer",
     "report",
     "requantize",
@@ -66,6 +79,7 @@ __all__ = [
     "statistics",
     "strip",
     "summary",
+    "three_phase",
     "tie_residuals",
     "to_keras3",
     "two_stage",

@@ -1,9 +1,8 @@
-"""The one place that picks the Keras of this library, and meets its internals.
+"""The one module that chooses Keras and reaches into TensorFlow and Keras internals.
 
-TF-MOT works on Keras 2 (the `tf_keras` package) and picks it with the
-environment variable `TF_USE_LEGACY_KERAS`. Everything here imports `keras` from
-this module, so that there is one answer to "which Keras". What has no public
-name in TensorFlow or Keras is reached here and nowhere else.
+TF-MOT works on Keras 2 (the `tf_keras` package) and selects it by the environment
+variable `TF_USE_LEGACY_KERAS`. The library imports `keras` only from here. What has no
+public name in TensorFlow or Keras is reached here and nowhere else.
 """
 
 import contextlib
@@ -12,6 +11,8 @@ import shutil
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
+from typing import Any
 
 os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
 
@@ -22,16 +23,21 @@ from tensorflow.python.ops import control_flow_util
 from tf_keras.src.applications.convnext import LayerScale, StochasticDepth
 from tf_keras.src.applications.inception_resnet_v2 import CustomScaleLayer
 from tf_keras.src.engine.compile_utils import LossesContainer, MetricsContainer
+from tf_keras.src.engine.keras_tensor import KerasTensor, keras_tensor_to_placeholder
+from tf_keras.src.engine.node import Node
 from tf_keras.src.mixed_precision import autocast_variable
 from tf_keras.src.saving import saving_lib, serialization_lib
 
 __all__ = [
     "CustomScaleLayer",
+    "KerasTensor",
     "LayerScale",
     "LossesContainer",
     "MetricsContainer",
+    "Node",
     "StochasticDepth",
     "as_float32",
+    "call_untraced",
     "deep_graphs",
     "in_xla_context",
     "is_keras3",
@@ -44,19 +50,19 @@ __all__ = [
 ]
 _UNPACKING = threading.RLock()
 _DEEPENING = threading.RLock()
-# Layers, one behind the other, that a network may have.
+# The recursion limit while Keras builds a model.
 _DEEPEST = 20_000
 
 
-def as_float32(value):
+def as_float32(value: tf.Tensor | tf.Variable) -> tf.Tensor:
     """Reads a tensor or variable in float32, whatever the precision policy.
 
-    Under `mixed_float16` and `mixed_bfloat16` a Keras variable is cast when it is
-    read inside a layer. A quantizer must see the float32 value: a weight rounded
-    to 16 bits first can fall on the other side of a decision threshold.
+    Under `mixed_float16` and `mixed_bfloat16` Keras casts a variable when a layer reads
+    it. A quantizer must see the float32 value: rounding a weight to 16 bits first can
+    move it across a decision threshold.
 
     Args:
-        value: tensor or variable of any floating dtype and any shape.
+        value: Tensor or variable of any floating dtype and any shape.
 
     Returns:
         A float32 tensor of the same shape. The gradient is the identity.
@@ -66,20 +72,20 @@ def as_float32(value):
     return tf.cast(tensor, tf.float32)
 
 
-def logits_in_front(probabilities):
-    """What a sigmoid or softmax has read, where Keras has kept it for its losses.
+def logits_in_front(probabilities: tf.Tensor) -> tf.Tensor | None:
+    """Returns the logits that Keras keeps beside the output of a sigmoid or softmax.
 
     Args:
-        probabilities: tensor that a network put out.
+        probabilities: Output tensor of a network.
 
     Returns:
-        Tensor of the same shape and dtype, or None.
+        Tensor of the same shape and dtype; None where Keras kept none.
     """
     return getattr(probabilities, "_keras_logits", None)
 
 
 def in_xla_context() -> bool:
-    """Whether the ops built now will be compiled by XLA (`jit_compile=True`)."""
+    """Tells whether XLA will compile the ops built now (`jit_compile=True`)."""
     if tf.executing_eagerly():
         return False
     return control_flow_util.GraphOrParentsInXlaContext(
@@ -87,14 +93,14 @@ def in_xla_context() -> bool:
     )
 
 
-def is_keras3(value, kind: str = "Model") -> bool:
-    """Whether a value is a model, or another object, of Keras 3.
+def is_keras3(value: Any, kind: str = "Model") -> bool:
+    """Tells whether a value is a Keras 3 model, or another Keras 3 object.
 
     Args:
-        value: of any type.
-        kind: the public name of the class, such as "optimizers.Optimizer".
+        value: Any value.
+        kind: Public name of the class, such as "optimizers.Optimizer".
     """
-    # Who has such an object has imported it.
+    # A Keras 3 object exists only if Keras 3 was imported.
     found = sys.modules.get("keras")
     for name in kind.split("."):
         found = getattr(found, name, None)
@@ -102,21 +108,21 @@ def is_keras3(value, kind: str = "Model") -> bool:
 
 
 def keras_safe_mode(is_safe: bool) -> contextlib.AbstractContextManager:
-    """Within it, whether Keras refuses to load a Python lambda from a file.
+    """A context that sets whether Keras refuses to load a Python lambda from a file.
 
-    `keras.models.load_model` sets it for `.keras` files alone: it runs the code in a
+    `keras.models.load_model` sets it for `.keras` files alone. It runs the code in a
     `.h5` file whatever its argument `safe_mode` says.
     """
     return serialization_lib.SafeModeScope(is_safe)
 
 
 @contextlib.contextmanager
-def deep_graphs():
-    """Within it, Keras makes models that are deeper than Python's recursion limit.
+def deep_graphs() -> Iterator[None]:
+    """A context in which Keras builds models deeper than Python's recursion limit.
 
-    Keras walks from a model's outputs to its inputs by a call within a call for each
-    layer on the way. A network of a few hundred layers, with quantizers between them,
-    is deeper than the 1,000 calls that Python allows.
+    Keras walks from a model's outputs to its inputs with a nested call for each layer.
+    A network of a few hundred layers, with quantizers between them, exceeds the 1,000
+    nested calls that Python allows.
     """
     with _DEEPENING:
         before = sys.getrecursionlimit()
@@ -127,12 +133,41 @@ def deep_graphs():
             sys.setrecursionlimit(before)
 
 
-@contextlib.contextmanager
-def unpacked_archives():
-    """Within it, Keras unpacks the weights of a `.keras` file before it reads them.
+def call_untraced(
+    layer: keras.layers.Layer, outputs: Any, args: tuple, kwargs: dict[str, Any]
+) -> Any:
+    """Calls a layer on Keras tensors as if it put out tensors like some others.
 
-    By itself it reads HDF5 within the ZIP, where Python goes back by reading from the
-    start again: the larger the file, the longer each of many steps back takes.
+    Keras traces what a layer computes, to learn shapes and dtypes of its outputs. That
+    takes most of the time of building a model.
+
+    Args:
+        layer: Layer whose weights are all made by `build`.
+        outputs: Keras tensors of the shapes and dtypes that it puts out.
+        args: Of the call.
+        kwargs: Of the call.
+
+    Returns:
+        New Keras tensors, structured as `outputs`.
+    """
+
+    def call(*args, **kwargs):
+        del args, kwargs
+        return tf.nest.map_structure(keras_tensor_to_placeholder, outputs)
+
+    layer.call = call
+    try:
+        return layer(*args, **kwargs)
+    finally:
+        del layer.call
+
+
+@contextlib.contextmanager
+def unpacked_archives() -> Iterator[None]:
+    """A context in which Keras unpacks the weights of a `.keras` file before reading.
+
+    Keras reads HDF5 inside the ZIP. There every step backwards reads the file again
+    from its start, so that loading time grows quickly with the file's size.
     """
     with _UNPACKING:
         original = saving_lib.H5IOStore

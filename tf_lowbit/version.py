@@ -1,3 +1,3 @@
-"""The version of the library; setup.py reads it without importing anything."""
+"""The version of the library; packaging reads it without an import."""
 
 __version__ = "0.1.0"

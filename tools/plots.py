@@ -1,7 +1,7 @@
 """Draws the figures of the methods' pages: `python -m tools.plots` writes docs/figures.
 
-Every value and gradient is what the library's own quantizer gives, and every schedule
-what the library's own functions return.
+Every value and gradient is what the library's own quantizer gives, every schedule what
+the library's own functions return, and the diagram is read from a quantized network.
 """
 
 from pathlib import Path
@@ -11,7 +11,8 @@ import numpy as np
 import tf_lowbit as tfl
 from tf_lowbit import quantizers as q
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.core.schedules import LinearRamp
+from tf_lowbit.network import graph, layer_registry
+from tf_lowbit.training.schedules import LinearRamp
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "figures"
 BITS = (2, 4)
@@ -190,6 +191,77 @@ def _probability_figure():
     return figure
 
 
+def networks_of_the_diagram():
+    """Returns a float network with a shortcut, and what `quantize` makes of it."""
+    layers = keras.layers
+    image = keras.Input((8, 8, 1), name="image")
+    first = layers.Conv2D(8, 3, padding="same", activation="relu", name="conv1")(image)
+    x = layers.Conv2D(8, 3, padding="same", name="conv2")(first)
+    x = layers.BatchNormalization(name="norm")(x)
+    x = layers.ReLU(name="relu")(layers.Add(name="add")([x, first]))
+    x = layers.GlobalAveragePooling2D(name="pool")(x)
+    network = keras.Model(image, layers.Dense(10, name="head")(x))
+    rules = [tfl.PrecisionRule("conv1|head", 8, 8), tfl.PrecisionRule(".*", 2, 2)]
+    return network, tfl.quantize(network, rules)
+
+
+def drawn_nodes(model):
+    """Returns what the diagram says of a network's layers.
+
+    Args:
+        model: Functional model, float or quantized.
+
+    Returns:
+        Name of each layer -> `(label, role, names of the layers that it reads)`. The
+        role is that of the layer's quantizer: "weight", "activation" or None.
+    """
+    tensors = {t.layer.name: t for t in tfl.inspection.quantized_tensors(model)}
+    found = {}
+    for node in graph.nodes(model):
+        name = node.layer.name
+        layer = tfl.inspection.wrapped_layer(node.layer)
+        kind = "input" if node.is_input else type(layer).__name__
+        kind += " with ReLU" if layer_registry.own_relu(layer) else ""
+        tensor = tensors.get(name)
+        role = tensor.role if tensor else None
+        what = {None: kind, "weight": f"{kind}, weights", "activation": "values"}[role]
+        label = f"{name}: {what}" + (f" at {tensor.bits} bits" if tensor else "")
+        read = [graph.producer(t).layer.name for t in node.keras_inputs]
+        found[name] = (label, role, read)
+    return found
+
+
+def _graph_figure():
+    both = [drawn_nodes(model) for model in networks_of_the_diagram()]
+    # A layer stands on the same line in both.
+    lines = {name: -index for index, name in enumerate(both[1])}
+    figure = _figure(7.2, 0.42 * len(lines) + 0.4)
+    axes = figure.subplots()
+    axes.set_axis_off()
+    axes.set_xlim(-0.45, 2.0)
+    axes.set_ylim(-len(lines) + 0.4, 1.2)
+    colors = {None: GRAY, "weight": COLORS[0], "activation": COLORS[1]}
+    arrow = {"arrowstyle": "->", "color": GRAY}
+    titles = ("float network", "after quantize")
+    for x, nodes, title in zip((0.0, 1.4), both, titles, strict=True):
+        axes.text(x, 0.9, title, ha="center", fontsize=10)
+        for name, (label, role, read) in nodes.items():
+            y = lines[name]
+            box = {"boxstyle": "round", "fc": "none", "ec": colors[role]}
+            axes.text(x, y, label, ha="center", va="center", fontsize=8.5, bbox=box)
+            for source in read:
+                top = lines[source]
+                if any(y < lines[other] < top for other in nodes):
+                    # A shortcut, beside the boxes; a letter is so wide.
+                    left, aside = (x + 0.03 + 0.0108 * len(nodes[source][0]), x + 0.5)
+                    axes.plot([left, aside, aside], [top, top, y], color=GRAY, lw=1)
+                    end = x + 0.03 + 0.0108 * len(label)
+                    axes.annotate("", (end, y), (aside, y), arrowprops=arrow)
+                else:
+                    axes.annotate("", (x, y + 0.3), (x, top - 0.3), arrowprops=arrow)
+    return figure
+
+
 def _figure(width, height):
     import matplotlib.figure
 
@@ -206,6 +278,7 @@ def figures() -> dict:
     }
     return {
         **drawn,
+        "quantize": _graph_figure,
         "stages": _stages_figure,
         "stochastic_precision": _probability_figure,
     }

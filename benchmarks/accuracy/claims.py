@@ -42,7 +42,7 @@ class Claim:
             return "one seed"
         if mean - half > self.margin:
             return "yes"
-        return "no" if mean + half < self.margin else "not told apart"
+        return "no" if mean + half < self.margin else "not significant"
 
 
 _PLAIN, _FLOAT = Trained("plain"), Trained(sweep.FLOAT, None)

@@ -28,6 +28,7 @@ class Method:
         staging: one of `examples.experiment.METHODS`.
         distill: one of `examples.experiment.DISTILLATIONS`.
         quantizers: of weights and activations.
+        lsq_start: of LSQ, the `initialization` of its steps.
         teacher_rate: the teacher's learning rate relative to the student's.
         start: of stochastic precision, the probability at the start.
         mixed: bits for each layer, at no more of these costs than uniform ones have.
@@ -35,18 +36,25 @@ class Method:
             others.
         learning_rate: where it is not what the tuning chose for the method.
         from_float: whether it starts from the float weights of its seed.
+        freezing: whether weights that oscillate are frozen.
+        phases: whether the epochs are QKD's: the student alone, both, a frozen teacher.
+        task_weight: of the labels in the student's loss; None for the default.
         is_gentle: whether ranges are calibrated first, and every stage warms up.
     """
 
     staging: str = "plain"
     distill: str = "none"
     quantizers: tuple[str, str] = ("dorefa", "dorefa")
+    lsq_start: str = "paper"
     teacher_rate: float = 1.0
     start: float = 0.5
     mixed: tuple[str, ...] = ()
     edges: str = "float"
     learning_rate: float | None = None
     from_float: bool = True
+    freezing: bool = False
+    phases: bool = False
+    task_weight: float | None = None
     is_gentle: bool = True
 
 
@@ -68,10 +76,22 @@ ABLATIONS = {
     "JKD, slow teacher": ("JKD", Method(distill="joint", teacher_rate=0.2)),
     "JKD, teacher by labels": ("JKD", Method(distill="task")),
     "JKD, frozen teacher": ("JKD", Method(distill="frozen")),
+    "JKD, frozen teacher, no labels": (
+        "JKD",
+        Method(distill="frozen", task_weight=0.0),
+    ),
+    "JKD in three phases": ("JKD", Method(distill="joint", phases=True)),
     "JKD, rate 0.1": ("JKD", Method(distill="joint", learning_rate=0.1)),
     "SP+JKD, rate 0.1": ("SP+JKD", Method("sp", "joint", learning_rate=0.1)),
     "SP from 0.8": ("SP", Method("sp", start=0.8)),
-    "LSQ with PQ": ("LSQ", Method("pq", quantizers=("lsq", "lsq"))),
+    "LSQ, least error": (
+        "LSQ",
+        Method(quantizers=("lsq", "lsq"), lsq_start="least_error"),
+    ),
+    "LSQ with PQ, least error": (
+        "LSQ",
+        Method("pq", quantizers=("lsq", "lsq"), lsq_start="least_error"),
+    ),
     "LSQ with SP": ("LSQ", Method("sp", quantizers=("lsq", "lsq"))),
     # At LSQ's rate by an earlier rule, at which it was run; it is JKD's too.
     "LSQ with JKD": (
@@ -82,6 +102,7 @@ ABLATIONS = {
         "LSQ",
         Method(distill="joint", quantizers=("lsq", "lsq"), learning_rate=0.1),
     ),
+    "LSQ with freezing": ("LSQ", Method(quantizers=("lsq", "lsq"), freezing=True)),
 }
 # What starts otherwise: progressive training leads gently to few bits, and so do float
 # weights, calibrated ranges and a warmup, which plain training has here, too.

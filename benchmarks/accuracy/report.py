@@ -1,7 +1,10 @@
 """Tables of the accuracy sweep, drawn from its files alone."""
 
+import json
 import math
 from pathlib import Path
+
+import numpy as np
 
 from benchmarks.accuracy import plan as sweep
 from benchmarks.accuracy import tuning
@@ -16,11 +19,11 @@ from benchmarks.accuracy.rows import (
     paired,
     rows,
     settings_of,
+    standard_error,
 )
 from benchmarks.common.tables import NOTHING, table
 
-# What the short tables show: of the project's own README, and of the page on methods.
-FRONT = (sweep.FLOAT, "plain", "JKD", "LSQ")
+# What the short table shows.
 SHORT = (sweep.FLOAT, "plain", "TS+PQ", "SP", "JKD", "LSQ", "LSQ with JKD")
 
 
@@ -43,6 +46,48 @@ def tables(folder: Path) -> dict[str, str]:
         "all layers": all_layers_table(found, settings),
         "tuning": tuning_table(folder, settings),
     }
+
+
+def lsq_start_table(path: Path) -> str:
+    """What the first step of LSQ changes, over the seeds.
+
+    Args:
+        path: JSON file of `benchmarks.accuracy.lsq_start`.
+    """
+    runs = json.loads(path.read_text())["runs"]
+
+    def of(bits, start, pick):
+        return {
+            run["seed"]: pick(run)
+            for run in runs
+            if (run["bits"], run["start"]) == (bits, start)
+        }
+
+    def decibels(bits, start, role):
+        ends = (
+            of(bits, start, lambda run: run["sqnr_at_start"][role]),
+            of(bits, start, lambda run: run["sqnr_at_end"][role]),
+        )
+        return " to ".join(f"{np.mean(list(end.values())):.1f}" for end in ends)
+
+    lines = []
+    for bits in sorted({run["bits"] for run in runs}):
+        papers = of(bits, "paper", lambda run: run["accuracy"])
+        for start in ("paper", "least_error"):
+            own = of(bits, start, lambda run: run["accuracy"])
+            values = list(own.values())
+            lines.append(
+                [
+                    f"W{bits}A{bits}, {start}",
+                    str(len(own)),
+                    f"{np.mean(values):.2f} ± {standard_error(values):.2f}",
+                    NOTHING if start == "paper" else shown(*paired(own, papers)),
+                    decibels(bits, start, "weight"),
+                    decibels(bits, start, "activation"),
+                ]
+            )
+    headers = ["bits, start", "seeds", "accuracy, %", "minus the paper's start"]
+    return table([*headers, "dB, weights", "dB, activations"], lines)
 
 
 def _accuracy(row: Row | None) -> str:
@@ -128,12 +173,11 @@ def _accuracy_of(row: Row | None) -> str:
     return NOTHING if row is None else f"{_accuracy(row)} ({len(row.accuracies)})"
 
 
-def short_table(folder: Path, methods: tuple[str, ...]) -> str:
-    """Methods at 4 and 2 bits.
+def short_table(folder: Path) -> str:
+    """The methods of `SHORT` at 4 and 2 bits.
 
     Args:
         folder: of the results.
-        methods: the rows, such as `FRONT` or `SHORT`.
     """
     found, settings = rows(folder), settings_of(folder)
     longest = max(sweep.STAGES.values())
@@ -144,7 +188,7 @@ def short_table(folder: Path, methods: tuple[str, ...]) -> str:
         return _accuracy_of(found.get(Trained(method, bits, stages).key(settings)))
 
     lines = [[method, *(cell(method, *column) for column in columns)]
-             for method in methods]  # fmt: skip
+             for method in SHORT]  # fmt: skip
     headers = [
         f"{label(bits)}, {stages * settings.epochs} epochs" for bits, stages in columns
     ]

@@ -56,6 +56,15 @@ def standard_error(values: list[float]) -> float:
     return float(np.std(values, ddof=1) / math.sqrt(len(values)))
 
 
+def mean_interval(values: list[float]) -> tuple[float, float]:
+    """The mean, and the half width of its 95 % interval after Student's t.
+
+    The half width of one value is NaN.
+    """
+    quantile = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, max(1, len(values) - 1))
+    return float(np.mean(values)), float(quantile * standard_error(values))
+
+
 def paired(values: dict[int, float], other: dict[int, float]) -> tuple[float, float]:
     """Difference of two rows' accuracies, seed by seed.
 
@@ -71,9 +80,7 @@ def paired(values: dict[int, float], other: dict[int, float]) -> tuple[float, fl
     seeds = sorted(set(values) & set(other))
     if not seeds:
         return math.nan, math.nan
-    differences = [values[seed] - other[seed] for seed in seeds]
-    quantile = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(seeds) - 1)
-    return float(np.mean(differences)), float(quantile * standard_error(differences))
+    return mean_interval([values[seed] - other[seed] for seed in seeds])
 
 
 def cost_ratio(row: Row, other: Row) -> float:

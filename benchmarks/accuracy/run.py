@@ -19,8 +19,9 @@ import tf_lowbit as tfl
 from benchmarks.accuracy import plan as sweep
 from examples import experiment
 from tf_lowbit import datasets, models
+from tf_lowbit.analysis import environment
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.reporting import environment
+from tf_lowbit.quantizers import lsq
 
 
 def perform(
@@ -165,16 +166,7 @@ def prepared(model, run, settings, data):
     if method.mixed:
         rules = mixed_rules(model, rules, data, method.mixed)
         bits = lowest_bits(rules)  # A stage has no quantizer at fewer than its own.
-    stages = experiment.stages_for(
-        method.staging,
-        bits,
-        run.epochs,
-        rate,
-        "cosine",
-        settings.ladder,
-        last_only=True,
-        warmup=sweep.warmup_of(run),
-    )
+    stages = stages_of(run, bits, settings)
     quantized = tfl.quantize(model, rules)
     if method.is_gentle:
         tfl.calibrate(quantized, data.train)
@@ -183,10 +175,13 @@ def prepared(model, run, settings, data):
         model,
         method.staging,
         method.distill,
+        weights={"task_weight": method.task_weight},
         start=method.start,
         seed=run.seed,
     )
-    steps = run.epochs * data.steps_per_epoch
+    # Those in which the teacher is trained.
+    epochs = sum(stage.epochs for stage in stages if stage.teacher is None)
+    steps = epochs * data.steps_per_epoch
     experiment.compile_model(
         trainer,
         rate,
@@ -198,17 +193,48 @@ def prepared(model, run, settings, data):
             warmup=sweep.warmup_of(run),
         ),
     )
-    return trainer, stages, [tfl.callbacks.StagedPrecision(stages)]
+    callbacks: list = [tfl.callbacks.StagedPrecision(stages)]
+    if method.freezing:
+        callbacks.append(tfl.callbacks.OscillationFreezing())
+    return trainer, stages, callbacks
+
+
+def stages_of(run, bits, settings) -> list[tfl.Stage]:
+    """The stages of a low-bit run."""
+    method, warmup = sweep.method_of(run), sweep.warmup_of(run)
+    if method.phases:
+        epochs = tfl.split_epochs(run.epochs, 3)
+        stages = tfl.three_phase(bits, epochs, run.learning_rate, "cosine")
+        return [dataclasses.replace(stage, warmup=warmup) for stage in stages]
+    return experiment.stages_for(
+        method.staging,
+        bits,
+        run.epochs,
+        run.learning_rate,
+        "cosine",
+        settings.ladder,
+        last_only=True,
+        warmup=warmup,
+    )
 
 
 def uniform_rules(bits, method) -> list[tfl.PrecisionRule]:
     """The same bits for all layers but, perhaps, the first and the last one."""
-    few = tfl.PrecisionRule(
-        ".*", *bits, *method.quantizers, edges=method.edges == "few"
-    )
+    pair = quantizers_of(method)
+    few = tfl.PrecisionRule(".*", *bits, *pair, edges=method.edges == "few")
     if method.edges != "8 bits":
         return [few]
-    return [tfl.PrecisionRule("stem|head", 8, 8, *method.quantizers), few]
+    return [tfl.PrecisionRule("stem|head", 8, 8, *pair), few]
+
+
+def quantizers_of(method) -> list:
+    """The quantizers of weights and activations."""
+    if method.quantizers != ("lsq", "lsq"):
+        return list(method.quantizers)
+    return [
+        kind(initialization=method.lsq_start)
+        for kind in (lsq.LSQWeightQuantizer, lsq.LSQActivationQuantizer)
+    ]
 
 
 def mixed_rules(model, uniform, data, costs) -> list[tfl.PrecisionRule]:

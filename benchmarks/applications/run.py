@@ -22,8 +22,8 @@ import numpy as np
 import tf_lowbit as tfl
 from benchmarks.applications import plan
 from benchmarks.common import store
+from tf_lowbit.analysis import environment
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.reporting import environment
 
 
 class StepError(Exception):

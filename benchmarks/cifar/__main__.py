@@ -50,7 +50,9 @@ def main(argv):
     for name in FLAGS.experiments:
         while left := cifar_plan.next_runs(name, store.read(results)):
             print(f"{name}: {len(left)} runs, and perhaps more", flush=True)
-            tasks = {r.name: functools.partial(perform, r, results) for r in left}
+            # What is left may change with each result.
+            now = left[: FLAGS.workers]
+            tasks = {r.name: functools.partial(perform, r, results) for r in now}
             processes.perform(tasks, FLAGS.workers)
 
 

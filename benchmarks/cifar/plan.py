@@ -20,23 +20,20 @@ class Method:
 
     Attributes:
         quantizers: of weights and activations; None for a float network.
-        staging: one of `examples.experiment.METHODS`.
-        distill: one of `examples.experiment.DISTILLATIONS`.
-        shortcut_bits: as in `tfl.quantize`.
+        is_recipe: whether `tfl.recipes.low_bit` sets all.
     """
 
     quantizers: tuple[str, str] | None = ("dorefa", "dorefa")
-    staging: str = "plain"
-    distill: str = "none"
-    shortcut_bits: int | None = None
+    is_recipe: bool = False
 
 
 LSQ = ("lsq", "lsq")
+RECIPE = "recipes.low_bit"
 METHODS = {
     FLOAT: Method(quantizers=None),
     "plain": Method(),
     "LSQ": Method(LSQ),
-    "LSQ, 8-bit shortcuts, JKD": Method(LSQ, distill="joint", shortcut_bits=8),
+    RECIPE: Method(LSQ, is_recipe=True),
 }
 
 
@@ -48,8 +45,8 @@ class Experiment:
         network: a key of `cifar_run.NETWORKS`.
         dataset: "cifar10" or "cifar100".
         epochs: of each run.
-        rows: from a method, a key of `METHODS`, to its pairs of bits (weights,
-            activations); (None,) for float.
+        rows: pairs of a method, a key of `METHODS`, and its bits (weights,
+            activations), None for float; what matters most comes first.
         tuned_at: the pair of bits at which the rate of each low-bit method is tuned.
         seeds: of each row.
     """
@@ -57,7 +54,7 @@ class Experiment:
     network: str
     dataset: str
     epochs: int
-    rows: dict[str, tuple[tuple[int, int] | None, ...]]
+    rows: tuple[tuple[str, tuple[int, int] | None], ...]
     tuned_at: tuple[int, int]
     seeds: int
 
@@ -68,12 +65,19 @@ EXPERIMENTS = {
         network="mlperf_resnet8",
         dataset="cifar10",
         epochs=8,
-        rows={
-            "LSQ, 8-bit shortcuts, JKD": ((2, 2), (4, 4), (3, 3), (1, 2), (8, 8)),
-            "LSQ": ((2, 2), (4, 4)),
-            "plain": ((2, 2), (4, 4)),
-            FLOAT: (None,),
-        },
+        rows=(
+            ("LSQ", (2, 2)),
+            ("LSQ", (4, 4)),
+            ("LSQ", (3, 3)),
+            (RECIPE, (2, 2)),
+            (FLOAT, None),
+            ("plain", (2, 2)),
+            (RECIPE, (4, 4)),
+            (RECIPE, (3, 3)),
+            ("plain", (4, 4)),
+            (RECIPE, (1, 2)),
+            (RECIPE, (8, 8)),
+        ),
         tuned_at=(2, 2),
         seeds=3,
     ),
@@ -117,36 +121,30 @@ class Run:
 
 
 def next_runs(name: str, results: dict[str, dict]) -> list[Run]:
-    """The runs that an experiment still needs, as far as is known.
+    """The runs that an experiment still needs, as far as is known, the first one first.
 
-    While rates are being tuned these are runs of the tuning; then those of the rows.
+    A row whose method is not tuned yet needs the runs of the tuning.
 
     Args:
         name: of the experiment.
         results: of the runs that are done, by name.
     """
     experiment = EXPERIMENTS[name]
-    rows, tuned = [], []
-    for method, pairs in experiment.rows.items():
-        bits = None if method == FLOAT else experiment.tuned_at
-        scores = _scores(name, method, bits, results)
+    runs: dict[str, Run] = {}
+    for method, bits in experiment.rows:
+        tuned_bits = None if method == FLOAT else experiment.tuned_at
+        scores = _scores(name, method, tuned_bits, results)
         rates = tuning.next_rates(scores)
-        tuned += [
+        own = [
             run
             for rate in rates
-            for run in _tuning_runs(name, method, bits, rate)
-            if run.name not in results
+            for run in _tuning_runs(name, method, tuned_bits, rate)
+        ] or [
+            Run(name, method, bits, seed, experiment.epochs, tuning.best_rate(scores))
+            for seed in range(experiment.seeds)
         ]
-        if not rates:
-            rate = tuning.best_rate(scores)
-            rows += [
-                Run(name, method, own, seed, experiment.epochs, rate)
-                for seed in range(experiment.seeds)
-                for own in pairs
-            ]
-    return tuned + sorted(
-        (run for run in rows if run.name not in results), key=lambda run: run.seed
-    )
+        runs |= {run.name: run for run in own if run.name not in results}
+    return list(runs.values())
 
 
 def _tuning_runs(name, method, bits, rate):

@@ -21,10 +21,10 @@ import tf_lowbit as tfl
 from benchmarks.cifar import plan as cifar_plan
 from benchmarks.common import store
 from examples import experiment
+from tf_lowbit.analysis import environment
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.datasets import cifar, pipeline
 from tf_lowbit.datasets.dataset import Normalization, PipelineOptions
-from tf_lowbit.reporting import environment
 
 # Pixels go in as they are, from 0 to 255.
 _PIXELS = Normalization(1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -51,10 +51,12 @@ def perform(
     epoch, step = recovery.position
     data = load_data(plan.dataset, run, data_dir, epoch, step)
     load, edges = NETWORKS[plan.network]
-    trained, callbacks = prepared(load(models_dir), edges, run, data)
+    given = load(models_dir)
+    measured = data.validation if run.is_held_out else data.test
+    float_accuracy = accuracy_of(given, measured)
+    trained, callbacks = prepared(given, edges, run, data)
     clock = EpochClock()
     callbacks += [clock, experiment.StayFinite(), recovery]
-    measured = data.validation if run.is_held_out else data.test
     accuracy = loss = recalibrated = diverged = None
     try:
         trained.fit(
@@ -74,6 +76,7 @@ def perform(
     found = {
         **dataclasses.asdict(run),
         "measured_on": "held-out" if run.is_held_out else "test",
+        "float_accuracy": float_accuracy,
         "accuracy": accuracy,
         "loss": loss,
         "recalibrated_accuracy": recalibrated,
@@ -84,6 +87,14 @@ def perform(
     }
     store.write(results, run.name, found)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def accuracy_of(model: keras.Model, measured: tf.data.Dataset) -> float:
+    """The share of right predictions of a network that is not compiled."""
+    found = keras.metrics.SparseCategoricalAccuracy()
+    for images, labels in measured:
+        found.update_state(labels, model.predict_on_batch(images))
+    return float(found.result())
 
 
 def load_data(name, run, data_dir, epoch, step):
@@ -117,9 +128,23 @@ NETWORKS = {"mlperf_resnet8": (mlperf_resnet8, "conv2d|dense")}
 def prepared(model, edges, run, data):
     """What is to be trained, compiled, and the callbacks that it needs."""
     rate, method = run.learning_rate, cifar_plan.METHODS[run.method]
+    if method.is_recipe:
+        recipe = tfl.recipes.low_bit(
+            model,
+            data.train,
+            run.bits,
+            run.epochs,
+            learning_rate=rate,
+            steps_per_epoch=data.steps_per_epoch,
+        )
+        return recipe.trainer, recipe.callbacks
     bits = run.bits or (None, None)
-    (stage,) = stages = experiment.stages_for(
-        method.staging, bits, run.epochs, rate, "cosine", (), warmup=cifar_plan.WARMUP
+    stage = tfl.Stage(
+        run.epochs,
+        *bits,
+        learning_rate=rate,
+        decay="cosine",
+        warmup=cifar_plan.WARMUP,
     )
     if run.bits is None:
         experiment.compile_model(model, rate)
@@ -131,24 +156,11 @@ def prepared(model, edges, run, data):
             tfl.PrecisionRule(".*", *run.bits, *method.quantizers),
         ],
         residual_bits=8,
-        shortcut_bits=method.shortcut_bits,
     )
     tfl.calibrate(quantized, data.train)
-    trainer = experiment.trainer_for(
-        quantized, model, method.staging, method.distill, seed=run.seed
-    )
-    experiment.compile_model(
-        trainer,
-        rate,
-        teacher_optimizer=experiment.teacher_optimizer(
-            method.distill,
-            rate,
-            "cosine",
-            run.epochs * data.steps_per_epoch,
-            warmup=cifar_plan.WARMUP,
-        ),
-    )
-    return trainer, [tfl.callbacks.StagedPrecision(stages)]
+    trainer = tfl.LowBitTrainer(quantized)
+    experiment.compile_model(trainer, rate)
+    return trainer, [tfl.callbacks.StagedPrecision([stage])]
 
 
 def costs(trained) -> dict:

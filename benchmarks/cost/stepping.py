@@ -9,9 +9,9 @@ import numpy as np
 from absl import flags
 
 import tf_lowbit as tfl
+from tf_lowbit.analysis import environment
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.core.files import replace_file
-from tf_lowbit.reporting import environment
 
 
 def step_function(

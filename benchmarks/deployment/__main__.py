@@ -21,9 +21,9 @@ from absl import app, flags
 
 import tf_lowbit as tfl
 from tf_lowbit import datasets, models
+from tf_lowbit.analysis import environment
 from tf_lowbit.compat import keras, tf, tfmot
 from tf_lowbit.core.files import replace_file, replaced
-from tf_lowbit.reporting import environment
 
 FLAGS = flags.FLAGS
 

@@ -73,12 +73,15 @@ def tiny_table(path: Path) -> str:
     lines = [
         [
             f"{name}, {bits}",
-            f"{row['float_weight_bytes']:,}",
+            f"{found['float']:,}",
             *(f"{row['bytes'][storage]:,}" for storage in ("int8", "packed")),
             *(f"{row['arena'][storage]:,}" for storage in ("int8", "packed")),
+            f"{row['bops'] / 1e6:,.0f}",
+            "yes" if row["verified"] else "no",
         ]
-        for name, rows in networks.items()
-        for bits, row in rows.items()
+        for name, found in networks.items()
+        for bits, row in found["bits"].items()
     ]
-    headers = ["network", "float weights, bytes", "file, int8", "file, packed"]
-    return table([*headers, "arena, int8", "arena, packed"], lines)
+    headers = ["network", "float file, bytes", "file, int8", "file, packed"]
+    headers += ["arena, int8", "arena, packed", "bit operations, millions"]
+    return table([*headers, "passes verify"], lines)

@@ -21,8 +21,8 @@ from benchmarks.cost import stepping
 from benchmarks.peers import networks as peers_networks
 from benchmarks.peers import plan as peers_plan
 from tf_lowbit import models
+from tf_lowbit.analysis import environment
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.reporting import environment
 
 BITS = (2, 2)
 # Modules that a variant imports when it is built; for memory they must be there before.

@@ -8,7 +8,7 @@ import numpy as np
 import tf_lowbit as tfl
 from tf_lowbit import datasets
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.export import flatbuffer
+from tf_lowbit.export.tflite import flatbuffer
 
 _TYPES = {
     number: name.lower()

@@ -12,7 +12,7 @@ import numpy as np
 
 import tf_lowbit as tfl
 from tf_lowbit.compat import keras, tf, tfmot
-from tf_lowbit.scheme import graph
+from tf_lowbit.network import graph
 
 _LayerFactory = Callable[[keras.layers.Layer], keras.layers.Layer]
 

@@ -48,11 +48,15 @@ def test_the_tuning_goes_on_until_the_best_rate_stands_between_others(tmp_path):
             "JKD, slow teacher": 0.01,
             "JKD, teacher by labels": 0.01,
             "JKD, frozen teacher": 0.01,
+            "JKD, frozen teacher, no labels": 0.01,
+            "JKD in three phases": 0.01,
             "SP from 0.8": 0.3,
-            "LSQ with PQ": 0.003,
+            "LSQ, least error": 0.003,
+            "LSQ with PQ, least error": 0.003,
             "LSQ with SP": 0.003,
             "LSQ with JKD": 0.3,
             "LSQ with JKD, rate 0.1": 0.1,
+            "LSQ with freezing": 0.003,
             "plain, from scratch": 0.1,
             "plain, abrupt": 0.1,
             "TS+PQ, abrupt": 0.1,
@@ -244,10 +248,13 @@ for purpose, method, bits in (("equal", "plain", (2, 2)), ("float", "float", Non
         print(f"{purpose}: {error}")
 """
     loaded = tmp_path / "loaded.npz"
+    # A few steps take less time than tracing them.
+    eagerly = programs.WITHOUT_TRACING
     # One for each thing that a method can change.
     changed = ("JKD, slow teacher", "JKD, frozen teacher", "SP from 0.8")
+    changed += ("JKD in three phases",)
     done = subprocess.run(
-        [sys.executable, "-c", script, str(folder), str(loaded), *changed],
+        [sys.executable, "-c", eagerly + script, str(folder), str(loaded), *changed],
         env=programs.environment(),
         capture_output=True,
         text=True,
@@ -277,6 +284,8 @@ for purpose, method, bits in (("equal", "plain", (2, 2)), ("float", "float", Non
     # The teacher, its rate and steps of warmup; where stochastic precision starts.
     assert "JKD, slow teacher: True (0.006, 0.4) None\n" in done.stdout
     assert "JKD, frozen teacher: True None None\n" in done.stdout
+    # One of its four epochs, of one step each.
+    assert "JKD in three phases: True (0.03, 0.1) None\n" in done.stdout
     assert "SP from 0.8: False None 0.8\n" in done.stdout
     # From the float weights; the warmup; whether the normalisations are as they were.
     assert "plain: True {0.1} False\n" in done.stdout

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.examples import programs
-from tf_lowbit.reporting import environment
+from tf_lowbit.analysis import environment
 
 # In place of a ResNet-20 on batches of 64.
 # With oneDNN, on by default where a CPU has VNNI, narrower ones corrupt memory.

@@ -8,7 +8,7 @@ import pytest
 import tf_lowbit as tfl
 from benchmarks.deployment import report as deployment_report
 from tests.examples import programs
-from tf_lowbit.reporting import environment
+from tf_lowbit.analysis import environment
 
 RESULTS = programs.ROOT / "benchmarks" / "results"
 SETTINGS = {
@@ -209,3 +209,18 @@ def test_what_the_readme_says_of_the_time_is_in_the_committed_json(committed):
         *extremes(residual, "post-training int8"),
         *extremes(mobile, "post-training int8"),
     ]
+
+
+def test_packed_files_of_tiny_networks_are_small_and_equal():
+    networks = json.loads((RESULTS / "tiny.json").read_text())["networks"]
+    assert list(networks) == ["ResNet-8", "DS-CNN", "MobileNetV1 0.25"]
+    for found in networks.values():
+        assert list(found["bits"]) == ["W8A8", "W4A4", "W2A2"]
+        sizes = [found["float"]]
+        for row in found["bits"].values():
+            assert row["equal"]
+            assert row["codes"] > 100_000
+            assert row["mismatches"] == 0
+            sizes.append(row["bytes"]["packed"])
+        assert sizes == sorted(sizes, reverse=True)
+    assert networks["ResNet-8"]["bits"]["W2A2"]["bytes"]["packed"] <= 40_000

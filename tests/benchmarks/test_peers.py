@@ -17,6 +17,7 @@ from benchmarks.peers import networks as peers_networks
 from benchmarks.peers import plan as peers_plan
 from benchmarks.peers import report as peers_report
 from benchmarks.peers import setup as peers_setup
+from benchmarks.peers import trials
 from tests.examples import programs
 from tf_lowbit.compat import keras, tf, tfmot
 
@@ -373,3 +374,25 @@ def test_the_environment_is_complete_only_when_all_is_installed(tmp_path, monkey
     assert own[-1].endswith("requirements-peers.txt")
     for command in (own, library):
         assert "--no-deps" in command
+
+
+def test_the_comparison_says_what_a_trial_of_keras3_shows():
+    """The other trials need packages that the lock does not have."""
+    lines = trials.keras()
+    for mode in ("int8", "int4", "float8"):
+        # The convolution stays float.
+        assert any(line.startswith(f"{mode}: Dense; outputs differ") for line in lines)
+    assert "int8: kernels that fit trains: 1 of 2" in lines
+
+
+def test_the_comparison_has_the_versions_of_the_trials():
+    text = (programs.ROOT / "docs/comparison.md").read_text()
+    pins = (programs.ROOT / "benchmarks/requirements-trials.txt").read_text()
+    versions = dict(re.findall(r"^([\w-]+)==(\S+)$", pins, re.M))
+    for name, shown in {
+        "hgq2": "HGQ2",
+        "nncf": "NNCF",
+        "model-compression-toolkit": "MCT",
+        "qkeras-v3": "`qkeras-v3`",
+    }.items():
+        assert f"{shown} {versions[name]}" in text

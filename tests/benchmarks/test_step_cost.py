@@ -4,7 +4,7 @@ import math
 import pytest
 
 from tests.examples import programs
-from tf_lowbit.reporting import environment
+from tf_lowbit.analysis import environment
 
 SUM = "float + DoReFa W2A2, each for itself"
 # Step -> the steps that it is compared with.

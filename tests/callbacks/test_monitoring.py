@@ -58,6 +58,7 @@ def test_every_tensor_and_every_part_of_the_loss(tmp_path):
     history = fit(
         trainer,
         tfl.callbacks.StagedPrecision(stages),
+        tfl.callbacks.OscillationFreezing(),
         tfl.callbacks.QuantizationMonitor(tmp_path, data),
     ).history
     found = written(tmp_path)
@@ -66,6 +67,8 @@ def test_every_tensor_and_every_part_of_the_loss(tmp_path):
             steps = found[f"{what}/{tensor.name}"]
             assert set(steps) == {0, 1}
             np.testing.assert_allclose(steps[1], getattr(tensor, what), rtol=1e-6)
+        for what in ("oscillating", "frozen"):
+            assert (f"{what}/{tensor.name}" in found) == (tensor.role == "weight")
         assert list(found[f"bits/{tensor.name}"].values()) == [4, 2]
         # The histogram's buckets: left, right, count.
         counts = found[f"levels/{tensor.name}"][1][:, 2]
@@ -74,6 +77,15 @@ def test_every_tensor_and_every_part_of_the_loss(tmp_path):
             [share for share in tensor.occupancy if share >= 5e-4],
             atol=1e-3,
         )
+    measured = tfl.statistics(student, data)
+    for what, expected in (
+        ("sqnr", np.mean([tensor.sqnr for tensor in measured])),
+        ("lowest_sqnr", min(tensor.sqnr for tensor in measured)),
+        ("clip_rate", np.mean([tensor.clip_rate for tensor in measured])),
+    ):
+        np.testing.assert_allclose(found[f"overview/{what}"][1], expected, rtol=1e-6)
+    # Codes of 4 bits are not compared with those of 2.
+    assert "overview/changed_codes" not in found
     for name, values in history.items():
         logged = found[f"training/{name}"]
         np.testing.assert_allclose([logged[0], logged[1]], values, rtol=1e-6)
@@ -83,6 +95,25 @@ def test_every_tensor_and_every_part_of_the_loss(tmp_path):
         "training/teacher_loss",
         "training/weight_bits",
     } <= set(found)
+
+
+def test_the_share_of_weights_whose_codes_have_changed(tmp_path):
+    model = compiled(tfl.quantize(nets.randomize(nets.chain()), RULE))
+    weights = [t for t in tfl.inspection.quantized_tensors(model) if t.role == "weight"]
+    seen = []
+
+    class Look(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            codes = [t.quantizer.codes(t.latent, t.variables) for t in weights]
+            seen.append(np.concatenate([np.ravel(own) for own in codes]))
+
+    fit(model, Look(), tfl.callbacks.QuantizationMonitor(tmp_path), epochs=3)
+    found = written(tmp_path)["overview/changed_codes"]
+    assert set(found) == {1, 2}
+    for epoch in (1, 2):
+        changed = np.mean(seen[epoch] != seen[epoch - 1])
+        np.testing.assert_allclose(found[epoch], changed, rtol=1e-6)
+    assert max(found.values()) > 0
 
 
 def test_weights_alone_every_other_epoch(tmp_path):
@@ -102,7 +133,9 @@ def test_several_students_are_told_apart(tmp_path):
     trainer = compiled(tfl.LowBitTrainer(students))
     assert trainer.student_names == ["a", "b"]
     fit(trainer, tfl.callbacks.QuantizationMonitor(tmp_path), epochs=1)
-    assert {"a/sqnr/mid/kernel", "b/sqnr/mid/kernel"} <= set(written(tmp_path))
+    tags = set(written(tmp_path))
+    assert {"a/sqnr/mid/kernel", "b/sqnr/mid/kernel"} <= tags
+    assert {"a/overview/sqnr", "b/overview/sqnr"} <= tags
 
 
 def test_values_that_are_not_finite_are_left_out_and_end_no_training(tmp_path):
@@ -122,6 +155,7 @@ def test_values_that_are_not_finite_are_left_out_and_end_no_training(tmp_path):
     assert set(found["bits/mid/kernel"]) == set(found["bits/relu1/output"]) == {1}
 
 
+@pytest.mark.slow
 def test_other_errors_of_a_measurement_are_not_swallowed(tmp_path):
     model = compiled(tfl.quantize(nets.randomize(nets.chain()), RULE))
     with pytest.raises(ValueError, match="at least one batch"):
@@ -148,6 +182,7 @@ def test_refuses_before_training_what_it_cannot_read(tmp_path, options, message)
         tfl.callbacks.QuantizationMonitor(tmp_path, **options)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_watched(tmp_path):
     with pytest.raises(ValueError, match="nothing is quantized"):
         fit(compiled(nets.chain()), tfl.callbacks.QuantizationMonitor(tmp_path))

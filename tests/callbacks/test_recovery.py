@@ -158,6 +158,7 @@ def uninterrupted(optimizer="sgd", **options):
     return state(model)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, optimizer, seed):
@@ -185,6 +186,7 @@ def staging(model):
     return [model.staging.stage.numpy(), model.staging.epochs_done.numpy()]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("where", "is_last"),
     [((0, 5), True), ((1, 3), True), ((2, 2), False)],
@@ -206,6 +208,7 @@ def test_a_resumed_run_of_stages(tmp_path, where, is_last):
     assert_same_state([*state(resumed), *staging(resumed)], uninterrupted_stages())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", [(0, 4), (1, 5)])
 def test_several_steps_per_execution(tmp_path, where):
     expected = uninterrupted(steps_per_execution=2)
@@ -216,6 +219,7 @@ def test_several_steps_per_execution(tmp_path, where):
     assert {batch for _, batch in seen.batches} == {0, 2, 4}
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(
     ("every", "execution", "steps"),
     [
@@ -252,16 +256,18 @@ def test_keeps_the_newest(tmp_path, keep):
     assert saved(tmp_path) == [name(epoch, 0) for epoch in range(4 - keep, 4)]
 
 
+@pytest.mark.slow
 def test_prints_nothing_unless_asked(tmp_path, capsys):
     fit_until((1, 3), dense_net(), Recovery(tmp_path, every=1, verbose=1))
     fit_until((1, 4), dense_net(), Recovery(tmp_path, every=1))
     assert capsys.readouterr().out == ""
     fit(dense_net(), Recovery(tmp_path, verbose=1))
-    assert capsys.readouterr().out == "Going on at epoch 1, step 4\n"
+    assert capsys.readouterr().out == "Continuing at epoch 1, step 4\n"
     fit(dense_net(), Recovery(tmp_path, verbose=1))
-    assert capsys.readouterr().out == f"Nothing is trained: {EPOCHS} epochs are done\n"
+    assert capsys.readouterr().out == f"Nothing to train: {EPOCHS} epochs are done\n"
 
 
+@pytest.mark.slow
 def test_what_is_made_later_is_restored_later(tmp_path):
     fit_until((1, 3), dense_net(built=False), Recovery(tmp_path, every=1))
     resumed = dense_net(built=False)
@@ -292,6 +298,7 @@ class Alternating(keras.Model):
         return {"loss": loss}
 
 
+@pytest.mark.slow
 def test_a_model_with_a_train_step_of_its_own(tmp_path):
     whole, stopped, resumed = (Alternating() for _ in range(3))
     fit(whole)
@@ -302,6 +309,7 @@ def test_a_model_with_a_train_step_of_its_own(tmp_path):
         assert_same_state(*([v.numpy() for v in o.variables] for o in (one, other)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epochs", [EPOCHS, EPOCHS - 1])
 def test_a_finished_training_is_restored_and_not_trained(tmp_path, epochs):
     fit(dense_net(), Recovery(tmp_path))
@@ -310,6 +318,7 @@ def test_a_finished_training_is_restored_and_not_trained(tmp_path, epochs):
     assert_same_state(state(finished), uninterrupted())
 
 
+@pytest.mark.slow
 def test_a_second_fit_goes_on_from_the_first(tmp_path):
     model = dense_net()
     fit(model, Recovery(tmp_path), epochs=2)
@@ -317,6 +326,7 @@ def test_a_second_fit_goes_on_from_the_first(tmp_path):
     assert_same_state(state(model), uninterrupted())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_start_of_a_later_fit_is_not_moved(tmp_path, fails):
     model, seen = dense_net(), Recorder()
@@ -329,6 +339,7 @@ def test_the_start_of_a_later_fit_is_not_moved(tmp_path, fails):
     assert seen.epochs == [0]
 
 
+@pytest.mark.slow
 def test_a_start_that_fails_does_not_move_a_later_one(tmp_path):
     class Fail(keras.callbacks.Callback):
         def on_train_begin(self, logs=None):
@@ -346,6 +357,7 @@ def test_a_start_that_fails_does_not_move_a_later_one(tmp_path):
     assert seen.epochs == [0, 1, 2]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_weights_that_are_not_finite_replace_no_checkpoint(tmp_path, value):
     recovery = Recovery(tmp_path, every=2)
@@ -371,6 +383,7 @@ def test_weights_that_are_not_finite_replace_no_checkpoint(tmp_path, value):
     assert_same_state(state(resumed), uninterrupted())
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("what", ["moving statistics", "optimizer state"])
 def test_state_that_is_not_finite_replaces_no_checkpoint(tmp_path, what):
     """As a batch that overflows in mixed_float16 leaves it: the weights are finite."""
@@ -406,6 +419,7 @@ def test_state_that_is_not_finite_replaces_no_checkpoint(tmp_path, what):
     assert all(np.isfinite(v).all() for v in model.trainable_variables)
 
 
+@pytest.mark.slow
 def test_an_epoch_that_is_cut_short_is_not_taken_for_whole(tmp_path):
     fit(dense_net(), StopTraining(), Recovery(tmp_path / "epochs"))
     assert saved(tmp_path / "epochs") == []
@@ -416,6 +430,7 @@ def test_an_epoch_that_is_cut_short_is_not_taken_for_whole(tmp_path):
     assert_same_state(state(resumed), uninterrupted())
 
 
+@pytest.mark.slow
 def test_an_epoch_without_enough_data_is_not_taken_for_whole(tmp_path):
     dense_net().fit(
         data().take(STEPS + 2),
@@ -427,6 +442,7 @@ def test_an_epoch_without_enough_data_is_not_taken_for_whole(tmp_path):
     assert saved(tmp_path) == [name(1, 0)]
 
 
+@pytest.mark.slow
 def test_steps_per_epoch_may_be_unknown_without_every(tmp_path):
     unknown = data().take(STEPS).filter(lambda x, y: True)
     callbacks = [Recovery(tmp_path)]
@@ -436,6 +452,7 @@ def test_steps_per_epoch_may_be_unknown_without_every(tmp_path):
         dense_net().fit(unknown, epochs=3, callbacks=[Recovery(tmp_path, 2)])
 
 
+@pytest.mark.slow
 def test_runs_on_two_replicas(tmp_path, mirrored):
     strategy = mirrored(2)
 
@@ -457,6 +474,7 @@ def test_runs_on_two_replicas(tmp_path, mirrored):
     )
 
 
+@pytest.mark.slow
 def test_workers_that_are_not_the_chief_leave_nothing(tmp_path, monkeypatch):
     written = []
     write = tf.train.Checkpoint.write
@@ -509,20 +527,24 @@ TORN = {
     "flipped signature": (flip, "signature.json", "json is not what was written"),
     "missing data": (Path.unlink, DATA, f"{DATA} cannot be read"),
     "missing manifest": (Path.unlink, "manifest.json", "manifest.json cannot be read"),
-    "empty manifest": (write(b""), "manifest.json", "manifest.json is not one"),
-    "binary manifest": (write(b"\xff\0"), "manifest.json", "manifest.json is not one"),
-    "a list": (write(b"[1]"), "manifest.json", "manifest.json is not one"),
-    "lacking keys": (write(b'{"format": 1}'), "manifest.json", "is not one"),
+    "empty manifest": (write(b""), "manifest.json", "manifest.json is not a manifest"),
+    "binary manifest": (
+        write(b"\xff\0"),
+        "manifest.json",
+        "manifest.json is not a manifest",
+    ),
+    "a list": (write(b"[1]"), "manifest.json", "manifest.json is not a manifest"),
+    "lacking keys": (write(b'{"format": 1}'), "manifest.json", "is not a manifest"),
     "no files": (
         write(b'{"format": 1, "epoch": 1, "step": 3, "files": 3}'),
         "manifest.json",
-        "manifest.json is not one",
+        "manifest.json is not a manifest",
     ),
-    "later format": (write(b'{"format": 2}'), "manifest.json", "of format 2, not 1"),
+    "later format": (write(b'{"format": 2}'), "manifest.json", "has format 2, not 1"),
     "other position": (
         write(b'{"format": 1, "epoch": 1, "step": 2, "files": {}}'),
         "manifest.json",
-        "manifest.json is of another position",
+        "manifest.json names another position",
     ),
     "no folder": (lambda path: path.rename(path.parent / "x"), DATA, "cannot be read"),
 }
@@ -560,11 +582,12 @@ def test_a_checkpoint_that_a_disk_does_not_read_is_skipped(
         assert Recovery(folder).position == (1, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [1, 2])
 def test_a_torn_checkpoint_gives_way_to_the_one_made_again(folder, keep):
     flip(folder / name(1, 3) / DATA)
     resumed = dense_net()
-    with pytest.warns(UserWarning, match="not intact"):
+    with pytest.warns(UserWarning, match="damaged checkpoint"):
         fit_until((1, 5), resumed, Recovery(folder, every=1, keep=keep))
     kept = [(1, 3), (1, 4), (1, 5)][2 - keep : 2]
     assert saved(folder) == [name(*position) for position in kept]
@@ -573,14 +596,16 @@ def test_a_torn_checkpoint_gives_way_to_the_one_made_again(folder, keep):
     assert_same_state(state(resumed), uninterrupted())
 
 
+@pytest.mark.slow
 def test_torn_checkpoints_do_not_count_among_the_kept(folder):
     flip(folder / name(1, 3) / DATA)
-    with pytest.warns(UserWarning, match="not intact"):
+    with pytest.warns(UserWarning, match="damaged checkpoint"):
         # The torn one is passed by, at (2, 0), and not made again.
         fit(dense_net(), Recovery(folder), epochs=2)
     assert saved(folder) == [name(1, 0), name(2, 0)]
 
 
+@pytest.mark.slow
 def test_a_torn_checkpoint_ahead_stays_out_of_the_count(folder):
     shutil.copytree(folder / name(1, 3), folder / name(3, 0))
     with pytest.warns(UserWarning, match=f"{name(3, 0)}: .*another position"):
@@ -588,16 +613,21 @@ def test_a_torn_checkpoint_ahead_stays_out_of_the_count(folder):
     assert saved(folder) == [name(2, 0), name(3, 0)]
 
 
+@pytest.mark.slow
 def test_without_an_intact_checkpoint_training_starts_over(folder):
     for position in ((1, 0), (1, 3)):
         truncate(folder / name(*position) / DATA)
     resumed = dense_net()
-    with pytest.warns(UserWarning, match="not intact") as reported:
+    with pytest.warns(UserWarning, match="damaged checkpoint") as reported:
         fit(resumed, Recovery(folder))
-    assert len([each for each in reported if "not intact" in str(each.message)]) == 2
+    assert (
+        len([each for each in reported if "damaged checkpoint" in str(each.message)])
+        == 2
+    )
     assert_same_state(state(resumed), uninterrupted())
 
 
+@pytest.mark.slow
 def test_leftovers_are_no_checkpoints_and_are_removed(folder):
     shutil.copytree(folder / name(1, 3), folder / ".partial-0123")
     shutil.copytree(folder / name(1, 3), folder / "epoch-2-step-0")
@@ -609,6 +639,7 @@ def test_leftovers_are_no_checkpoints_and_are_removed(folder):
     assert "epoch-2-step-0" in saved(folder)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("units", "optimizer", "message"),
     [
@@ -627,11 +658,12 @@ def test_leftovers_are_no_checkpoints_and_are_removed(folder):
 def test_refuses_another_networks_checkpoint(folder, units, optimizer, message):
     model = dense_net(optimizer(0.1) if optimizer else None, units)
     before = model.get_weights()
-    with pytest.raises(ValueError, match=rf"of the network.*{name(1, 3)}: {message}"):
+    with pytest.raises(ValueError, match=rf"have the network.*{name(1, 3)}: {message}"):
         fit(model, Recovery(folder))
     assert_same_state(model.get_weights(), before)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("bits", "quantizers", "message"),
     [
@@ -660,7 +692,7 @@ def test_refuses_the_checkpoint_of_other_quantizers(
     fit(quantized_net(2, "dorefa"), Recovery(tmp_path), epochs=1)
     model = quantized_net(bits, **{"weight_quantizer": "dorefa", **quantizers})
     before = model.get_weights()
-    with pytest.raises(ValueError, match=rf"of the network.*{name(1, 0)}: {message}"):
+    with pytest.raises(ValueError, match=rf"have the network.*{name(1, 0)}: {message}"):
         fit(model, Recovery(tmp_path))
     assert_same_state(model.get_weights(), before)
 
@@ -674,6 +706,7 @@ def as_an_earlier_version(checkpoint):
     (checkpoint / "quantizers.json").unlink()
 
 
+@pytest.mark.slow
 def test_restores_what_an_earlier_version_wrote(tmp_path):
     fit_until((1, 3), quantized_net(), Recovery(tmp_path, every=1, keep=1))
     as_an_earlier_version(tmp_path / name(1, 3))
@@ -683,17 +716,20 @@ def test_restores_what_an_earlier_version_wrote(tmp_path):
     assert seen.batches == [(1, 3)]
 
 
+@pytest.mark.slow
 def test_refuses_an_initial_epoch_past_the_checkpoint(folder):
     with pytest.raises(ValueError, match=r"Received: initial_epoch=2, .* at 1"):
         fit(dense_net(), Recovery(folder), initial_epoch=2)
 
 
+@pytest.mark.slow
 def test_refuses_fewer_steps_than_are_done(folder):
     as_an_earlier_version(folder / name(1, 3))
     with pytest.raises(ValueError, match="Received: 3 steps, a checkpoint at step 3"):
         fit(dense_net(), Recovery(folder), steps_per_epoch=3)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("steps", [3, 4, 6])
 def test_refuses_other_steps_within_an_epoch(folder, steps):
     message = f"Received: {steps} steps, a checkpoint at step 3 of {STEPS}$"
@@ -701,6 +737,7 @@ def test_refuses_other_steps_within_an_epoch(folder, steps):
         fit(dense_net(), Recovery(folder), steps_per_epoch=steps)
 
 
+@pytest.mark.slow
 def test_other_steps_may_follow_a_whole_epoch(folder):
     shutil.rmtree(folder / name(1, 3))
     seen = Recorder()
@@ -708,6 +745,7 @@ def test_other_steps_may_follow_a_whole_epoch(folder):
     assert seen.batches == [(1, 0), (1, 1)]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("is_last", [True, False])
 def test_refuses_to_share_the_start_with_keras(tmp_path, is_last):
     both = [keras.callbacks.BackupAndRestore(tmp_path / "b"), Recovery(tmp_path / "r")]
@@ -730,6 +768,7 @@ def test_refuses_arguments_out_of_range(arguments, message):
         Recovery(**{"folder": "checkpoints", **arguments})
 
 
+@pytest.mark.slow
 def test_an_unwritable_folder_is_found_before_training(tmp_path):
     (tmp_path / "file").write_text("")
     folder, seen = tmp_path / "file" / "checkpoints", Recorder()
@@ -739,6 +778,7 @@ def test_an_unwritable_folder_is_found_before_training(tmp_path):
     assert seen.epochs == []
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("owner", "function"),
     [(checkpoint_files.os, "fsync"), (tf.train.Checkpoint, "write")],
@@ -766,6 +806,7 @@ def train_large(folder):
     fit(model, Recovery(folder, every=1), epochs=1000)
 
 
+@pytest.mark.slow
 def test_a_kill_in_mid_write_leaves_the_newest_checkpoint_intact(tmp_path):
     program = (
         "import sys\n"

@@ -7,7 +7,7 @@ import pytest
 
 import tf_lowbit as tfl
 from tests.scheme import nets
-from tf_lowbit.batch_norm import lag
+from tf_lowbit.calibration.batch_norm import lag
 from tf_lowbit.callbacks import BatchNormReestimation, Recovery
 from tf_lowbit.compat import keras, tf
 
@@ -63,6 +63,7 @@ class Lags(keras.callbacks.Callback):
         self._look()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("is_trainer", [False, True])
 @pytest.mark.parametrize("validates", [False, True])
 def test_no_evaluation_and_no_checkpoint_lags(validates, is_trainer):
@@ -90,6 +91,7 @@ def test_training_itself_does_not_change():
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_exactly(tmp_path):
     whole, first, second = (compiled(network()) for _ in range(3))
     fit(whole, BatchNormReestimation(dataset()), epochs=4)
@@ -101,6 +103,7 @@ def test_a_resumed_run_goes_on_exactly(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_on_two_replicas(mirrored):
     strategy = mirrored(2)
     with strategy.scope():
@@ -109,6 +112,7 @@ def test_on_two_replicas(mirrored):
     assert max(lag(model, dataset()).values()) < 1e-3
 
 
+@pytest.mark.slow
 def test_values_that_are_not_finite_end_no_training():
     model = compiled(network())
     broken = [np.full((16, 5), np.nan, np.float32)]
@@ -138,6 +142,7 @@ def _no_warnings():
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_warnings")
 def test_export_is_silent_where_nothing_lags(tmp_path):
     model = network()

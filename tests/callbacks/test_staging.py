@@ -1,4 +1,5 @@
 import fractions
+import functools
 import re
 import warnings
 
@@ -7,7 +8,7 @@ import pytest
 
 import tf_lowbit as tfl
 from tf_lowbit.callbacks import Recovery, StagedPrecision
-from tf_lowbit.callbacks.staging import reset_optimizer
+from tf_lowbit.callbacks.optimizer_state import reset_optimizer
 from tf_lowbit.compat import keras, tf
 
 STEPS = 3
@@ -29,9 +30,18 @@ def float_net():
     )
 
 
+@functools.cache
+def parts(rules):
+    """Class, configuration and weights: copying is quicker than quantizing."""
+    model = tfl.quantize(float_net(), list(rules))
+    return type(model), model.get_config(), model.get_weights()
+
+
 def quantized_net(bits=(2, 2), rules=None, optimizer=None, loss="mse", **options):
     rules = rules or [tfl.PrecisionRule(".*", *bits, **options)]
-    model = tfl.quantize(float_net(), rules)
+    kind, config, weights = parts(tuple(rules))
+    model = kind.from_config(config)
+    model.set_weights(weights)
     model.compile(optimizer or keras.optimizers.SGD(0.05, momentum=0.9), loss)
     return model
 
@@ -186,6 +196,7 @@ def test_latent_weights_carry_over_between_stages():
     assert len(np.unique(kernel.quantized())) <= 4
 
 
+@pytest.mark.slow
 def test_a_new_stage_resets_momentum_and_step_count():
     seen = Recorder()
     fit(quantized_net(), tfl.two_stage(2, (2, 2)), [seen])
@@ -195,6 +206,7 @@ def test_a_new_stage_resets_momentum_and_step_count():
     assert seen.iterations == [STEPS, 2 * STEPS, 3 * STEPS, 4 * STEPS]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "optimizer",
     [
@@ -235,6 +247,7 @@ def test_steps_fall_on_the_milestones_of_each_stage():
     np.testing.assert_allclose(used, np.repeat(epochs, STEPS), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{"decay": "cosine"}, {"decay": "step", "milestones": (0.5,)}], ids=str
 )
@@ -263,6 +276,7 @@ class Lower(keras.callbacks.Callback):
         optimizer.learning_rate = optimizer.learning_rate.numpy() / 2
 
 
+@pytest.mark.slow
 def test_a_constant_rate_is_set_once_a_stage_and_may_be_lowered():
     model, seen = quantized_net(), Recorder()
     stages = tfl.two_stage(2, (2, 2), learning_rate=(0.2, 0.1))
@@ -271,6 +285,7 @@ def test_a_constant_rate_is_set_once_a_stage_and_may_be_lowered():
     np.testing.assert_allclose(seen.rates, [0.2, 0.1, 0.1, 0.05] * 2, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_no_step_reads_the_bits_back(monkeypatch):
     """Only epochs do: on an accelerator each reading waits for the device."""
     read = tfl.inspection.QuantizedTensor.bits.fget
@@ -308,11 +323,29 @@ def test_no_step_reads_the_bits_back(monkeypatch):
     assert within["seen"] == 0
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3], ids="epoch{}".format)
+LOWERED = tfl.two_stage(2, (2, 2), learning_rate=(0.2, 0.1))
+
+
+@functools.cache
+def lowered():
+    model = quantized_net()
+    fit(model, LOWERED, [Lower()])
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "stop",
+    [
+        1,
+        2,
+        3,
+    ],
+    ids="epoch{}".format,
+)
 def test_a_resumed_run_keeps_a_lowered_rate(tmp_path, stop):
-    stages = tfl.two_stage(2, (2, 2), learning_rate=(0.2, 0.1))
-    whole, resumed, seen = quantized_net(), quantized_net(), Recorder()
-    fit(whole, stages, [Lower()])
+    stages, whole = LOWERED, lowered()
+    resumed, seen = quantized_net(), Recorder()
 
     class Stop(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
@@ -333,6 +366,7 @@ def test_a_resumed_run_keeps_a_lowered_rate(tmp_path, stop):
     assert_same_optimizers(whole, resumed)
 
 
+@pytest.mark.slow
 def test_a_fresh_optimizer_in_mid_stage_gets_the_stages_rate():
     model, seen = quantized_net(), Recorder()
     stages = [tfl.Stage(3, learning_rate=0.1)]
@@ -375,6 +409,7 @@ def test_a_warmup_is_refused_where_steps_are_unknown():
         )
 
 
+@pytest.mark.slow
 def test_cosine_decays_within_each_stage_and_starts_anew():
     stages = tfl.two_stage(2, (2, 1), learning_rate=(0.2, 0.1), decay="cosine")
     rates = rates_of(stages)
@@ -383,6 +418,7 @@ def test_cosine_decays_within_each_stage_and_starts_anew():
     np.testing.assert_allclose(rates, first + second, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_bits_are_in_the_progress_bar(capsys):
     model = quantized_net()
     staged = StagedPrecision([tfl.Stage(1, 2, 4)], verbose=1)
@@ -393,15 +429,24 @@ def test_bits_are_in_the_progress_bar(capsys):
     assert "Stage 1/1: weights at 2 bits, activations at 4 bits, 1 epochs" in printed
 
 
+RESUMED = tfl.two_stage(2, (2, 3), learning_rate=(0.05, 0.02), decay="cosine")
+
+
+@functools.cache
+def uninterrupted(quantizer):
+    model = quantized_net(weight_quantizer=quantizer, activation_quantizer=quantizer)
+    tfl.calibrate(model, data())
+    fit(model, RESUMED)
+    return model
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 2, 3, 4], ids="epoch{}".format)
 @pytest.mark.parametrize("quantizer", ["dorefa", "lsq"])
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, stop, quantizer):
     """Stops inside stages (1, 3, 4) and on the edge between two (2)."""
     options = {"weight_quantizer": quantizer, "activation_quantizer": quantizer}
-    stages = tfl.two_stage(2, (2, 3), learning_rate=(0.05, 0.02), decay="cosine")
-    whole = quantized_net(**options)
-    tfl.calibrate(whole, data())
-    fit(whole, stages)
+    stages, whole = RESUMED, uninterrupted(quantizer)
 
     class Stop(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
@@ -428,6 +473,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, stop, quantizer):
     assert_same_optimizers(whole, resumed)
 
 
+@pytest.mark.slow
 def test_a_stop_within_a_stages_first_epoch_is_not_reset_again(tmp_path):
     stages = tfl.two_stage(2, (1, 2), learning_rate=0.05)
     whole = quantized_net()
@@ -463,6 +509,7 @@ def test_a_stop_within_a_stages_first_epoch_is_not_reset_again(tmp_path):
     assert_same_optimizers(whole, resumed)
 
 
+@pytest.mark.slow
 def test_a_second_training_starts_over():
     model, seen = quantized_net(), Recorder()
     stages = [tfl.Stage(2, 2, 2)]
@@ -479,6 +526,7 @@ class Interrupt(keras.callbacks.Callback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_other_stages_bring_their_bits_and_a_fresh_optimizer():
     model = quantized_net()
     with pytest.raises(KeyboardInterrupt):
@@ -493,6 +541,7 @@ def test_other_stages_bring_their_bits_and_a_fresh_optimizer():
     assert seen.iterations == [STEPS, 2 * STEPS, STEPS, 2 * STEPS]
 
 
+@pytest.mark.slow
 def test_a_list_in_whose_earlier_stage_it_goes_on_resets_the_optimizer():
     model, seen = quantized_net(), Recorder()
     fit(model, [tfl.Stage(2, 8, 8), tfl.Stage(2, 2, 2)])
@@ -502,6 +551,7 @@ def test_a_list_in_whose_earlier_stage_it_goes_on_resets_the_optimizer():
     assert seen.iterations == [STEPS]
 
 
+@pytest.mark.slow
 def test_a_longer_list_goes_by_its_own_bits():
     model = quantized_net()
     fit(model, [tfl.Stage(2, 8, 8), tfl.Stage(2, 8, 4)])
@@ -519,6 +569,7 @@ class StopEarly(keras.callbacks.Callback):
         self.model.stop_training = True
 
 
+@pytest.mark.slow
 def test_warns_where_the_training_ends_before_its_last_stage():
     model = quantized_net()
     message = r"reach its last stage.*Received: \S+ at 8 bits, and \d+ other quantizers"
@@ -526,12 +577,11 @@ def test_warns_where_the_training_ends_before_its_last_stage():
         fit(model, [tfl.Stage(2, 8, 8), tfl.Stage(2, 2, 2)], [StopEarly()])
 
 
+@pytest.mark.slow
 def test_warns_where_the_last_stage_raises_some_of_several_bits():
     rules = [tfl.PrecisionRule("middle", 1, 2), tfl.PrecisionRule("late", 2, 3)]
     model = quantized_net(rules=rules)
-    message = (
-        r"weights are quantized.*Received: 2 bits, and quantizers of \[1, 2\] bits"
-    )
+    message = r"any weight quantizer.*Received: 2 bits, and quantizers of \[1, 2\] bits"
     with pytest.warns(tfl.QuantizationWarning, match=message):
         fit(model, [tfl.Stage(1, 2, 2)])
     with warnings.catch_warnings():
@@ -540,6 +590,7 @@ def test_warns_where_the_last_stage_raises_some_of_several_bits():
     assert {t.bits for t in tfl.inspection.quantized_tensors(model)} == {1, 2, 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("others", "message"),
     [
@@ -563,6 +614,7 @@ def test_warns_where_nothing_is_left_to_train_by_other_stages(
     assert re.search(f"Nothing was trained: .* Received: .*{message}", told)
 
 
+@pytest.mark.slow
 def test_runs_on_two_replicas(mirrored):
     strategy = mirrored(2)
     assert strategy.num_replicas_in_sync == 2
@@ -574,6 +626,7 @@ def test_runs_on_two_replicas(mirrored):
     assert seen.bits[-1]["relu/output"] == 2
 
 
+@pytest.mark.slow
 def test_warns_of_ranges_that_were_never_calibrated():
     model = quantized_net(activation_quantizer="pact")
     with pytest.warns(tfl.QuantizationWarning, match=r"first_relu/output.*relu/output"):
@@ -602,11 +655,13 @@ def test_refuses_a_float_model():
         fit(model, [tfl.Stage(1)])
 
 
+@pytest.mark.slow
 def test_refuses_bits_that_no_quantizer_was_made_for():
     with pytest.raises(ValueError, match=r"2-bit weights.*Received.*\[4\]"):
         fit(quantized_net((4, 4)), tfl.progressive(2, 1, (4,)))
 
 
+@pytest.mark.slow
 def test_refuses_a_rate_where_the_optimizer_has_a_schedule():
     schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9)
     model = quantized_net(optimizer=keras.optimizers.SGD(schedule))
@@ -622,6 +677,7 @@ class Special(keras.optimizers.SGD):
         super().__init__(**options)
 
 
+@pytest.mark.slow
 def test_refuses_before_training_an_optimizer_that_cannot_be_reset():
     stages, seen = [tfl.Stage(1, 8, 8), tfl.Stage(1, 2, 2)], Recorder()
     model = quantized_net(optimizer=Special(3))
@@ -677,6 +733,7 @@ def batches(count=3):
     return [batch for batch in data().take(count)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activations", ["lsq", "pact", "uniform"])
 def test_a_stage_measures_the_ranges_whose_bits_it_changes(activations):
     model = quantized_net(weight_quantizer="lsq", activation_quantizer=activations)
@@ -694,6 +751,7 @@ def test_a_stage_measures_the_ranges_whose_bits_it_changes(activations):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [False, True])
 def test_without_data_ranges_of_activations_are_rescaled(keep):
     model = quantized_net(weight_quantizer="lsq", activation_quantizer="lsq")
@@ -733,11 +791,20 @@ def test_refuses_data_that_it_cannot_measure_on(options, message):
         StagedPrecision([tfl.Stage(1)], **options)
 
 
+LSQ = {"weight_quantizer": "lsq", "activation_quantizer": "lsq"}
+
+
+@functools.cache
+def measuring():
+    model = quantized_net(**LSQ)
+    fit(model, LADDER, data=batches())
+    return model
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 2])
 def test_a_resumed_run_measures_as_the_uninterrupted_one(tmp_path, stop):
-    options = {"weight_quantizer": "lsq", "activation_quantizer": "lsq"}
-    whole, resumed = quantized_net(**options), quantized_net(**options)
-    fit(whole, LADDER, data=batches())
+    whole, resumed = measuring(), quantized_net(**LSQ)
 
     class Stop(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
@@ -746,7 +813,7 @@ def test_a_resumed_run_measures_as_the_uninterrupted_one(tmp_path, stop):
 
     with pytest.raises(KeyboardInterrupt):
         fit(
-            quantized_net(**options),
+            quantized_net(**LSQ),
             LADDER,
             [Recovery(tmp_path), Stop()],
             data=batches(),
@@ -762,17 +829,12 @@ def test_a_resumed_run_measures_as_the_uninterrupted_one(tmp_path, stop):
     assert_same_optimizers(whole, resumed)
 
 
+@pytest.mark.slow
 def test_ranges_are_measured_on_two_replicas(mirrored):
-    options = {"weight_quantizer": "lsq", "activation_quantizer": "lsq"}
     with mirrored(2).scope():
-        model = quantized_net(**options)
+        model = quantized_net(**LSQ)
     one, two = Ranges(), Ranges()
-    fit(
-        quantized_net(**options),
-        FALLING,
-        [one],
-        data=batches(),
-    )
+    fit(quantized_net(**LSQ), FALLING, [one], data=batches())
     fit(model, FALLING, [two], data=batches())
     for name, value in one.found[0].items():
         np.testing.assert_allclose(two.found[0][name], value, rtol=1e-4)
@@ -815,6 +877,7 @@ def residual_lsq():
     return model
 
 
+@pytest.mark.slow
 def test_learned_steps_drift_from_residual_ones_and_are_tied_after_each_epoch():
     model = residual_lsq()
     assert are_tied(add_ratios(model))

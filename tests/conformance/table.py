@@ -114,6 +114,10 @@ TABLE = {
             )
         },
     ),
+    "callbacks.OscillationFreezing": Row(
+        CALLBACK,
+        {"freezing": lambda folder, data: tfl.callbacks.OscillationFreezing()},
+    ),
     # Trainers, and what they are told.
     "LowBitTrainer": Row(
         TRAINER,
@@ -162,6 +166,7 @@ TABLE = {
             "statistics",
             "strip",
             "summary",
+            "three_phase",
             "tie_residuals",
             "to_keras3",
             "two_stage",
@@ -178,6 +183,7 @@ TABLE = {
             "export.to_qonnx",
             "export.to_tflite",
             "export.verify",
+            "recipes.low_bit",
             "quantizers.deserialize",
             "quantizers.find",
             "quantizers.get",
@@ -221,15 +227,20 @@ TABLE = {
             "export.Report",
             "export.Runner",
             "export.Snapped",
+            "export.Target",
             "quantizers.ActivationQuantizer",
             "quantizers.LowBitQuantizer",
             "quantizers.WeightQuantizer",
+            "recipes.Recipe",
         ],
         Row(CLASS),
     ),
-    **dict.fromkeys(["callbacks", "export", "inspection", "quantizers"], Row(MODULE)),
     **dict.fromkeys(
-        ["__version__", "quantizers.ACTIVATION", "quantizers.WEIGHT"], Row(CONSTANT)
+        ["callbacks", "export", "inspection", "quantizers", "recipes"], Row(MODULE)
+    ),
+    **dict.fromkeys(
+        ["__version__", "export.TARGETS", "quantizers.ACTIVATION", "quantizers.WEIGHT"],
+        Row(CONSTANT),
     ),
 }
 

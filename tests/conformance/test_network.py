@@ -13,6 +13,8 @@ import tf_lowbit as tfl
 from tests.conformance import table
 from tf_lowbit.compat import keras, tf
 
+pytestmark = pytest.mark.slow
+
 layers = keras.layers
 BATCH, CLASSES = 8, 3
 BRANCHES = table.variants(*table.QUANTIZERS)
@@ -58,7 +60,7 @@ def labels(count=BATCH):
     return np.random.default_rng(2).integers(0, CLASSES, count)
 
 
-def network():
+def made():
     """Float weights, ranges and all are the same whenever it is made."""
     keras.utils.set_random_seed(7)
     image = keras.Input((6, 6, 2), name="image")
@@ -71,7 +73,15 @@ def network():
 @functools.cache
 def shared():
     """For what does not change it."""
-    return network()
+    return made()
+
+
+def network():
+    """A copy of it: quicker than quantizing again."""
+    model = shared()
+    copy = type(model).from_config(model.get_config())
+    copy.set_weights(model.get_weights())
+    return copy
 
 
 def compiled(model, **options):
@@ -257,7 +267,7 @@ def test_two_replicas_train_as_one_device_does(case, on_devices):
 def in_bfloat16():
     keras.mixed_precision.set_global_policy("mixed_bfloat16")
     try:
-        model = compiled(network())
+        model = compiled(made())
         train(model)
         yield model
     finally:

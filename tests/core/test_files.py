@@ -106,6 +106,7 @@ for turn in range(50):
 """
 
 
+@pytest.mark.slow
 def test_several_processes_may_write_one_file(path):
     path.write_bytes(b"0" * 20_000)
     writers = [

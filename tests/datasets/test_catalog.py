@@ -50,6 +50,7 @@ def test_source_options_of_another_data_set_are_refused():
         datasets.load("digits", batch_size=8, image_shape=(8, 8, 1))
 
 
+@pytest.mark.slow
 def test_heavy_packages_are_imported_only_when_needed():
     program = (
         "import sys\n"

@@ -211,6 +211,7 @@ def test_images_are_augmented_before_they_are_normalised():
     assert images.min() == -50.0
 
 
+@pytest.mark.slow
 def test_a_resumed_fit_is_the_uninterrupted_fit():
     """Keras takes the epochs one after the other from a single iterator."""
 

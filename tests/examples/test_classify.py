@@ -83,7 +83,7 @@ def digits():
 def exported(trained_for_deployment, tmp_path_factory):
     """A trained network's file and what the export found, by the type of its input."""
     _, run = trained_for_deployment
-    model = tfl.load_model(run / "quantized" / "model.h5", compile=False)
+    model = tfl.load_model(run / "quantized" / "model.keras", compile=False)
     data = datasets.load("digits", batch_size=LIMIT, limit=LIMIT)
     info = experiment.deployment_info(data)
     folder = tmp_path_factory.mktemp("exported")

@@ -4,10 +4,10 @@ import io
 import json
 import re
 
-import h5py
 import numpy as np
 import pytest
 
+import tf_lowbit as tfl
 from tests.datasets import tfds_files
 from tests.examples import programs
 from tf_lowbit.compat import tf
@@ -179,7 +179,7 @@ def test_every_file_has_a_recipe():
 
 # In place of training; what is no recipe is left to the program of the costs.
 DESCRIBE = """
-import doctest, train
+import doctest, recipe, train
 
 costs, found["doctests"] = program.main, list(doctest.testmod(program))
 
@@ -187,16 +187,17 @@ def describe(argv):
     if not FLAGS["output_dir"].present:
         return costs(argv)
     train.check_flags()
+    recipe.check()
     own = FLAGS.get_key_flags_for_module(train.__name__)
-    stages = train.stages() or [train.float_stage(FLAGS.float_epochs)]
+    stages = recipe.stages() or [recipe.float_stage(FLAGS.float_epochs)]
     # CIFAR-100's steps and ImageNet's, the first and the last of each epoch.
     steps = {"cifar100": 391, "imagenet2012": 5005}[FLAGS.dataset]
-    teacher = train.experiment.teacher_optimizer(
+    teacher = recipe.experiment.teacher_optimizer(
         FLAGS.distill,
         FLAGS.teacher_learning_rate,
         FLAGS.schedule,
         FLAGS.epochs * steps,
-        train.milestones(),
+        recipe.milestones(),
         FLAGS.warmup,
     )
     near = (0, 14, 15, 24, 25, 59, 60, 79, 80, 119, 120)
@@ -222,6 +223,7 @@ program.main = describe
 def described(tmp_path_factory):
     """What the program makes of each flag file and some changes to them; the costs."""
     folder = tmp_path_factory.mktemp("described")
+    (folder / "float.h5").write_text("")
     checkpoint = "--float_checkpoint=float.h5"
     cases = {
         name: command(name, *([checkpoint] if is_pretrained(name) else []))
@@ -386,7 +388,7 @@ SMALL = {
 }
 EPOCHS = {"cifar100_resnet20_ts": 2, "cifar100_resnet20_pq": 5}
 FLOAT_FILES = {
-    "preact_resnet18": "imagenet_float/float/model.h5",
+    "preact_resnet18": "imagenet_float/float/model.keras",
     "resnet18": "resnet18.h5",
     "resnet50": "resnet50.h5",
     "alexnet": "alexnet.h5",
@@ -410,7 +412,10 @@ small = {"width": 4}
 for name, sizes in (("resnet18", small), ("resnet50", small), ("alexnet", {})):
     models.get(name, **sizes).save(f"{FOLDER}/{name}.h5")
 
-train = program.experiment.train
+import experiment
+train = experiment.train
+# Thirteen graphs would take minutes to trace; test_train.py has more of them.
+tf.config.run_functions_eagerly(True)
 
 def observed(model, *arguments, **options):
     networks = {"student": getattr(model, "student", model)}
@@ -419,10 +424,9 @@ def observed(model, *arguments, **options):
     before = {n: [w.numpy() for w in m.trainable_weights] for n, m in networks.items()}
     stem = networks["student"].get_layer("stem")
     stem = getattr(stem, "layer", stem).kernel.numpy().ravel()[:20].tolist()
-    # Thirteen graphs would take minutes to trace; test_train.py has more of them.
     tf.config.run_functions_eagerly(FLAGS.output_dir != "cifar100_resnet20_baseline")
     outcome = train(model, *arguments, **options)
-    tf.config.run_functions_eagerly(False)
+    tf.config.run_functions_eagerly(True)
     moved = {
         n: [
             bool(np.isfinite(w.numpy()).all() and (w.numpy() != b).any())
@@ -437,7 +441,7 @@ def observed(model, *arguments, **options):
     print("OBSERVED" + json.dumps({"moved": moved, "stem": stem, "rates": rates}))
     return outcome
 
-program.experiment.train = observed
+experiment.train = observed
 """
 
 
@@ -556,8 +560,8 @@ def test_the_result_says_what_was_run(runs, observed, name):
 @pytest.mark.parametrize("name", [name for name in NAMES if is_pretrained(name)])
 def test_a_pretrained_recipe_starts_from_the_file(runs, observed, name):
     found = observed(name)["stem"]
-    with h5py.File(runs[1] / FLOAT_FILES[RECIPES[name]["model"]]) as file:
-        kernel = file["model_weights/stem/stem/kernel:0"][()]
+    path = runs[1] / FLOAT_FILES[RECIPES[name]["model"]]
+    kernel = tfl.load_model(path, compile=False).get_layer("stem").kernel.numpy()
     assert found == kernel.ravel()[:20].tolist()
 
 

@@ -74,8 +74,8 @@ def test_says_where_the_files_are_and_leaves_them(demo):
     shown, folder = demo
     for _, name, _ in NETWORKS:
         assert f"  out/{name}\n" in shown
-        expected = ["checkpoints", "log.csv", "model.h5", "result.json", "tensorboard"]
-        expected.append(".demo")
+        expected = ["checkpoints", "log.csv", "model.keras", "result.json"]
+        expected += ["tensorboard", ".demo"]
         expected += DEPLOYMENT if name == "w2a2-deployed" else []
         expected += ["notes.txt"] if name == "w2a2-plain" else []
         found = sorted(path.name for path in (folder / "out" / name).iterdir())
@@ -126,7 +126,7 @@ def test_quantized_networks_are_smaller_and_at_their_bits(demo):
     assert len({size for name, size in sizes.items() if name[:4] == "w2a2"}) == 1
     assert sizes["w2a2-plain"] < sizes["w4a4-plain"] < sizes["float"]
     for _, name, bits in NETWORKS[1:]:
-        model = tfl.load_model(folder / "out" / name / "model.h5", compile=False)
+        model = tfl.load_model(folder / "out" / name / "model.keras", compile=False)
         found = {tensor.bits for tensor in tfl.inspection.quantized_tensors(model)}
         expected = {2, 8} if name == "w2a2-deployed" else {int(bits[0])}
         assert found == expected
@@ -139,7 +139,7 @@ def test_ends_with_a_verified_file(demo):
     found = json.loads((deployed / "deployment.json").read_text())
     path = deployed / "network.tflite"
     assert found["verified"]
-    model = tfl.load_model(deployed / "model.h5", compile=False)
+    model = tfl.load_model(deployed / "model.keras", compile=False)
     assert tfl.export.verify(path, model, verbose=0).ok
     assert found["latency_ratio"] > 0
     contents = path.read_bytes(), (deployed / "float.tflite").read_bytes()
@@ -163,7 +163,7 @@ def test_ends_with_a_verified_file(demo):
 TRAINED = json.dumps({"settings": {**OLD_RESULT["settings"], "method": "plain"}})
 CASES = {
     "a run of train.py": (
-        {"float/result.json": TRAINED, "float/model.h5": "weights"},
+        {"float/result.json": TRAINED, "float/model.keras": "weights"},
         [],
         r"^FileExistsError: --output_dir must .*Received: \['out/float'\]",
     ),
@@ -173,19 +173,19 @@ CASES = {
             "float/.demo": "",
             "float/checkpoints/epoch-00001-step-0000000/variables": "weights",
             "w2a2-plain/.demo": "",
-            "w2a2-plain/model.h5": "weights",
+            "w2a2-plain/model.keras": "weights",
         },
         [],
         r"^FileExistsError: .*Received: \['out/float'\]",
     ),
     "files without a mark": (
-        {"float/model.h5": "weights"},
+        {"float/model.keras": "weights"},
         [],
         r"^FileExistsError: .*Received: \['out/float'\]",
     ),
     **{
         name: (
-            {"float/.demo": "", "float/model.h5": "weights"},
+            {"float/.demo": "", "float/model.keras": "weights"},
             [flag],
             message,
         )

@@ -7,8 +7,8 @@ import pytest
 import tf_lowbit as tfl
 from tests.examples import programs
 from tf_lowbit import datasets, models
+from tf_lowbit.analysis import environment
 from tf_lowbit.compat import keras
-from tf_lowbit.reporting import environment
 
 LIMIT = 40
 WRITTEN = ["archive.npz", "network.tflite", "report.json", "report.txt"]
@@ -25,7 +25,10 @@ CHOICES = {
 # Of each kind of mistake one: its flags, and what the message must hold.
 BAD = {
     "not a flag": (["net.h5"], r"^UsageError: .*arguments that are no flags: \['net"),
-    "target": (["--target=nope"], r"--target=nope: .*one of <xnnpack\|portable\|tflm>"),
+    "target": (
+        ["--target=nope"],
+        r"--target=nope: .*one of <xnnpack\|portable\|int8\|tflm>",
+    ),
     "dataset": (["--dataset=nope"], r"--dataset=nope: .*digits"),
     "no model": (["--model="], r"^ValueError: path must be a path"),
     "missing model": (["--model=nope.h5"], r"^FileNotFoundError: .*nope\.h5"),
@@ -110,11 +113,11 @@ def exports(tmp_path_factory, trained_for_deployment):
     """Runs of the program: function from name to exit code, error, output, folder."""
     folder = tmp_path_factory.mktemp("exports")
     _, run = trained_for_deployment
-    trained = run / "quantized" / "model.h5"
+    trained = run / "quantized" / "model.keras"
     small(8).save(folder / "small.keras")
     small(6).save(folder / "six.h5", include_optimizer=False)
     models.plain_cnn(width=2, input_shape=(8, 8, 1)).save(folder / "float.h5")
-    (folder / "torn.h5").write_bytes(trained.read_bytes()[:9000])
+    (folder / "torn.h5").write_bytes((folder / "six.h5").read_bytes()[:9000])
     (folder / "file").write_text("")
     cases = {}
 
@@ -165,7 +168,7 @@ def test_a_trained_network_becomes_a_proved_file(exports, trained_for_deployment
     assert "proved equal to its integer model (twin)" in text
     # What was trained is what is in the file: seen from outside the program.
     _, run = trained_for_deployment
-    model = tfl.load_model(run / "quantized" / "model.h5", compile=False)
+    model = tfl.load_model(run / "quantized" / "model.keras", compile=False)
     runner = tfl.export.Runner((out / "network.tflite").read_bytes())
     right = {}
     data = datasets.load("digits", batch_size=LIMIT, limit=LIMIT)
@@ -192,7 +195,7 @@ def test_the_archive_holds_the_trained_2_bit_codes(exports, trained_for_deployme
     *_, folder = exports("good")
     archive = tfl.export.load_archive(folder / "out" / "archive.npz")
     _, run = trained_for_deployment
-    model = tfl.load_model(run / "quantized" / "model.h5", compile=False)
+    model = tfl.load_model(run / "quantized" / "model.keras", compile=False)
     weights = [
         t
         for t in tfl.inspection.quantized_tensors(model)

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 
 import tf_lowbit as tfl
+from examples import devices, experiment
 from tests.examples import programs
-from tf_lowbit import datasets
+from tf_lowbit import datasets, models
+from tf_lowbit.analysis import environment
 from tf_lowbit.callbacks import Recovery
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.reporting import environment
+from tf_lowbit.training.stages import DECAYS
 
 EPOCHS = 8
 TINY = (
@@ -40,9 +42,10 @@ JOINT = (
     *("--policy=mixed_bfloat16", "--save_every=1", "--data_dir="),
     *("--float_epochs=1", "--epochs=2"),
 )
-MIRRORED = (
-    *TINY[:5],
-    *("--strategy=mirrored", "--logical_cpus=2", "--float_epochs=0", "--epochs=1"),
+# A network of one's own, with a softmax, on two devices.
+OWN = (
+    *(TINY[0], *TINY[3:5], "--float_model=own.keras", "--first_last_bits=4"),
+    *("--strategy=mirrored", "--logical_cpus=2", "--epochs=1"),
 )
 # Bits of weights and activations in each epoch.
 BITS = [
@@ -67,7 +70,7 @@ def rows(folder):
 
 
 def weights(folder):
-    return tfl.load_model(folder / "model.h5", compile=False).get_weights()
+    return tfl.load_model(folder / "model.keras", compile=False).get_weights()
 
 
 def files(folder):
@@ -84,11 +87,25 @@ def run_each(arguments, folder):
         return [run.result() for run in started]
 
 
+def own_network():
+    """Layers named as nobody here would name them."""
+    keras.utils.set_random_seed(0)
+    layers = keras.layers
+    net = [
+        layers.Conv2D(4, 3, activation="relu", input_shape=(8, 8, 1), name="eins"),
+        layers.Conv2D(4, 3, activation="relu", name="zwei"),
+        layers.GlobalAveragePooling2D(name="drei"),
+        layers.Dense(10, activation="softmax", name="vier"),
+    ]
+    return keras.Sequential(net, name="eigenes")
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Runs from float training to result: function from name to process and folder."""
     folder = tmp_path_factory.mktemp("runs")
-    flags = {"whole": TINY, "joint": JOINT, "mirrored": MIRRORED}
+    own_network().save(folder / "own.keras")
+    flags = {"whole": (*TINY, "--report"), "joint": JOINT, "own": OWN}
     done = run_each(
         [(*own, f"--output_dir={name}") for name, own in flags.items()], folder
     )
@@ -116,15 +133,36 @@ def test_prints_progress_summary_and_where_the_result_is(whole):
     assert f"{EPOCHS}/{EPOCHS}" in done.stdout
     assert "Stage 4/4: weights at 2 bits, activations at 2 bits" in done.stdout
     assert "Traceback" not in done.stderr
-    assert "compiled metrics have yet" not in done.stderr
+
+
+def test_ends_with_float_beside_low_bit(whole):
+    done, folder = whole
+    table = done.stdout[done.stdout.rindex("┏") :]
+    for part, row in (("float", "float .* 32 / 32"), ("quantized", "low-bit .* 2 / 2")):
+        result = json.loads((folder / part / "result.json").read_text())
+        accuracy = f"{100 * result['test_accuracy']:.2f} %"
+        numbers = f"{result['cost']['weight_bytes']:,} .* {result['cost']['bops']:,}"
+        assert re.search(f"{row} .* {accuracy} .* {numbers}", table)
+
+
+def test_writes_a_page_about_the_low_bit_network(whole):
+    done, folder = whole
+    assert "Written: whole/report.html" in done.stdout
+    page = (folder / "report.html").read_text()
+    result = json.loads((folder / "quantized" / "result.json").read_text())
+    assert f"{100 * result['test_accuracy']:.2f} %" in page
+    assert f"{result['cost']['weight_bytes']:,}" in page
+    # The stages and the curves of the training.
+    assert "val_accuracy" in page
+    assert "The stages in figures" in page
 
 
 def test_writes_what_the_help_says_and_nothing_else(whole):
     _, folder = whole
-    assert files(folder) == ["float", "quantized"]
+    assert files(folder) == ["float", "quantized", "report.html"]
     for part in ("float", "quantized"):
         assert files(folder / part) == [
-            *("checkpoints", "log.csv", "model.h5", "result.json"),
+            *("checkpoints", "log.csv", "model.keras", "result.json"),
             *("settings.json", "tensorboard"),
         ]
 
@@ -185,7 +223,7 @@ def test_result_says_what_came_out_of_what(whole):
 
 
 def reloaded(folder):
-    return tfl.load_model(folder / "quantized" / "model.h5", compile=False)
+    return tfl.load_model(folder / "quantized" / "model.keras", compile=False)
 
 
 def test_the_saved_network_has_the_accuracy_of_the_result(whole):
@@ -230,7 +268,7 @@ def test_a_killed_run_resumes_in_mid_epoch_to_the_weights_of_the_whole_one(
             time.sleep(0.001)
         process.kill()
     assert process.returncode == -signal.SIGKILL
-    assert not (quantized / "model.h5").exists()
+    assert not (quantized / "model.keras").exists()
     epoch, step = Recovery(quantized / "checkpoints").position
     if step == 0:
         # Killed a little late: as if before this save.
@@ -267,11 +305,13 @@ def test_each_part_says_with_what_it_must_go_on(whole):
         for part in ("float", "quantized")
     }
     free = {"data_dir", "save_every", "strategy", "logical_cpus", "jit_compile"}
+    free.add("report")
     assert set(found["quantized"]) == own_flags() - {"output_dir", "resume"} - free
     assert found["quantized"]["ladder"] == ["4", "2"]
     assert set(found["float"]) == {
         *("dataset", "limit", "augment", "batch_size", "seed", "policy"),
-        *("model", "width", "weight_decay", "schedule", "milestones"),
+        *("model", "width", "weight_decay", "float_model"),
+        *("schedule", "milestones"),
         *("float_epochs", "float_learning_rate"),
     }
     assert found["float"].items() <= found["quantized"].items()
@@ -361,7 +401,6 @@ def test_joint_run_logs_every_part(joint):
         assert float(row["hint_loss"]) > 0
     assert [(r["weight_bits"], r["activation_bits"]) for r in log] == [("2", "2")] * 2
     assert "Stage 1/1: weights at 2 bits" in done.stdout
-    assert "compiled metrics have yet" not in done.stderr
 
 
 def test_joint_run_says_with_what_it_was_made(joint):
@@ -404,9 +443,26 @@ def test_joint_run_leaves_student_and_checkpoints_within_the_epoch(joint):
     assert float(last["val_accuracy"]) == pytest.approx(result["test_accuracy"])
 
 
+def test_trains_a_network_of_ones_own(runs):
+    done, folder = runs("own")
+    model = reloaded(folder)
+    names = {tfl.inspection.wrapped_layer(layer).name for layer in model.layers}
+    assert names > {"eins", "eins_relu", "zwei", "zwei_relu", "drei", "vier"}
+    bits = {t.name: t.bits for t in tfl.inspection.quantized_tensors(model)}
+    assert bits["eins/kernel"] == bits["vier/kernel"] == 4
+    assert bits["zwei/kernel"] == 2
+    # Its loss reads probabilities: that of a network that knows nothing is ln 10.
+    (row,) = rows(folder / "quantized")
+    assert float(row["val_loss"]) == pytest.approx(np.log(10), rel=0.3)
+    float_model = own_network()
+    float_model.compile(metrics=["accuracy"], loss="sparse_categorical_crossentropy")
+    data = datasets.load("digits", batch_size=32, limit=64)
+    accuracy = float_model.evaluate(data.test, verbose=0)[1]
+    assert f"Float network: test accuracy {accuracy:.4f}" in done.stdout
+
+
 def test_runs_on_several_devices(runs):
-    done, folder = runs("mirrored")
-    assert "Float network" not in done.stdout
+    _, folder = runs("own")
     assert files(folder) == ["quantized"]
     result = json.loads((folder / "quantized" / "result.json").read_text())
     assert result["machine"]["devices"] == ["CPU", "CPU"]
@@ -455,15 +511,16 @@ BAD = {
         ["--distill=task", "--teacher_learning_rate=-1"],
         r"above 0\. Received: learning_rate=-1",
     ),
+    "data set": (["--dataset=nope"], r"--dataset=nope: .*<cifar10\|.*digits\|"),
     "logical_cpus": (["--logical_cpus=2"], r"effect.*Received: --logical_cpus"),
-    "weight_bits": (["--weight_bits=9"], r"\[1, 8\].*Received: weight_bits=9"),
-    "residual_bits": (["--residual_bits=4"], r"must be 8.*Received: residual_bits=4"),
-    "ladder": (["--method=pq", "--ladder=8,x"], r"ladder.*Received: .*x"),
+    "weight_bits": (["--weight_bits=9"], r"--weight_bits=9: .*\[1, 8\]"),
+    "residual_bits": (["--residual_bits=4"], r"--residual_bits=4: .*must be 8"),
+    "ladder": (["--method=pq", "--ladder=8,x"], r"--ladder=.*'x'.*bit-widths"),
     "epochs": (["--method=pq", "--epochs=2"], r"stages need.*Received: total=2"),
-    "model": (["--model=nope"], r"preact_resnet8.*Received: name='nope'"),
+    "model": (["--model=nope"], r"--model=nope: .*preact_resnet8"),
     "data_dir": (
         ["--dataset=fashion_mnist", "--data_dir=/nonexistent"],
-        r"(?s)/nonexistent.*Received: |Received: .*/nonexistent",
+        r"--data_dir must exist\. Received: '/nonexistent'",
     ),
     "a low-bit network that is there": (
         ["--output_dir=old"],
@@ -538,8 +595,28 @@ BAD = {
         r"something to train. Received: --epochs=0 with --float_epochs=0",
     ),
     "a checkpoint and nothing to train": (
-        ["--epochs=0", "--float_checkpoint=model.h5"],
-        r"something to train. Received: .*--float_checkpoint=model.h5",
+        ["--epochs=0", "--float_checkpoint=file"],
+        r"something to train. Received: .*--float_checkpoint=file",
+    ),
+    "a missing checkpoint": (
+        ["--float_checkpoint=nope.h5"],
+        r"FileNotFoundError: --float_checkpoint must exist\. Received: 'nope\.h5'",
+    ),
+    "a missing network": (
+        ["--float_model=nope.h5"],
+        r"FileNotFoundError: --float_model must exist\. Received: 'nope\.h5'",
+    ),
+    "a network of one's own that takes other images": (
+        ["--float_model=six.keras", "--output_dir=own"],
+        r"images of digits are \(8, 8, 1\)\. Received: .*\(6, 6, 1\)",
+    ),
+    "two networks": (
+        ["--float_model=six.keras", "--model=plain_cnn", "--float_checkpoint=file"],
+        IDLE + "--model, --float_checkpoint with .*--float_model=six.keras",
+    ),
+    "a report of the float network alone": (
+        ["--epochs=0", "--report"],
+        IDLE + "--report with .*--epochs=0",
     ),
     "no checkpoint": (
         ["--float_checkpoint="],
@@ -556,7 +633,7 @@ BAD = {
     "no workers": (["--strategy=multi_worker"], r"TF_CONFIG.*Received: TF_CONFIG=None"),
     "no CPUs": (
         ["--strategy=mirrored", "--logical_cpus=0"],
-        r"logical_cpus must be >= 1. Received: .*0",
+        r"--logical_cpus=0: .*positive",
     ),
 }
 # Importing TensorFlow takes seconds: one process for all, as if each were the first.
@@ -575,7 +652,9 @@ for name, (folder, arguments) in json.load(sys.stdin).items():
         except Exception as raised:
             error = f"{type(raised).__name__}: {raised}"
     found[name] = [error, shown.getvalue()]
-print(json.dumps(found))
+choices = {flag.name: getattr(flag.parser, "enum_values", None)
+           for flag in FLAGS.get_key_flags_for_module("train")}
+print(json.dumps([found, {**choices, "model": train.MODELS}]))
 """
 
 
@@ -584,6 +663,8 @@ def refused(tmp_path_factory, whole):
     """Error and output of all `BAD` flags, and of a run in the folder of another."""
     folder = tmp_path_factory.mktemp("refused")
     cases = {}
+    six = [keras.layers.Flatten(input_shape=(6, 6, 1)), keras.layers.Dense(10)]
+    keras.Sequential(six).save(folder / "six.keras")
     for index, (name, (flags, _)) in enumerate(BAD.items()):
         mine = folder / str(index)
         mine.mkdir()
@@ -591,8 +672,12 @@ def refused(tmp_path_factory, whole):
         (mine / "old/quantized/checkpoints/epoch-00001-step-0000000").mkdir(
             parents=True
         )
-        flags = [*TINY[:5], "--float_epochs=1", "--output_dir=out", *flags]
-        cases[name] = (str(mine), flags)
+        common = [*TINY[:1], *TINY[3:5], "--output_dir=out"]
+        if not any("--float_model" in flag for flag in flags):
+            common += [*TINY[1:3], "--float_epochs=1"]
+        else:
+            shutil.copy(folder / "six.keras", mine)
+        cases[name] = (str(mine), [*common, *flags])
     again = (str(whole[1].parent), [*TINY, "--output_dir=whole"])
     without_workers = programs.environment()
     without_workers.pop("TF_CONFIG", None)
@@ -606,7 +691,22 @@ def refused(tmp_path_factory, whole):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1]), folder
+    found, choices = json.loads(done.stdout.splitlines()[-1])
+    return found, folder, choices
+
+
+def test_the_flags_know_what_the_library_has(refused):
+    expected = {
+        "dataset": datasets.names(),
+        "model": models.names(),
+        "weight_quantizer": tfl.quantizers.names("weight"),
+        "activation_quantizer": tfl.quantizers.names("activation"),
+        "method": experiment.METHODS,
+        "distill": experiment.DISTILLATIONS,
+        "schedule": DECAYS,
+        "strategy": devices.STRATEGIES,
+    }
+    assert {name: tuple(refused[2][name]) for name in expected} == expected
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -620,13 +720,7 @@ def test_bad_flags_are_refused_before_any_training(refused, name):
     _, shown = refused[0][name]
     assert "Float network" not in shown
     assert "Epoch" not in shown
-    assert not list(refused[1].rglob("model.h5"))
-
-
-def test_missing_data_says_what_to_do(refused):
-    error, _ = refused[0]["data_dir"]
-    assert "Received: " in error
-    assert "data_dir" in error
+    assert not list(refused[1].rglob("model.keras"))
 
 
 def test_a_folder_with_another_run_is_refused_without_resume(refused, whole):
@@ -637,24 +731,56 @@ def test_a_folder_with_another_run_is_refused_without_resume(refused, whole):
     assert "Epoch" not in shown
 
 
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    """Of --help, and of a bad flag."""
-    folder = tmp_path_factory.mktemp("processes")
-    return *run_each((["--help"], ["--hints", "--output_dir=out"]), folder), folder
+def told(*arguments, folder):
+    """The exit code and the standard error of a process that must not train."""
+    _, *command = programs.command("train.py", *arguments)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *command],
+        cwd=folder,
+        env=programs.environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    lines = done.stderr.splitlines()
+    imported = {line.split("|")[-1].strip() for line in lines if "|" in line}
+    assert "absl.flags" in imported
+    assert "tensorflow" not in imported
+    assert list(folder.iterdir()) == []
+    return done.returncode, [line for line in lines if "|" not in line], done.stdout
 
 
-def test_a_refusal_is_a_failure_of_the_process(processes):
-    _, done, folder = processes
-    assert done.returncode == 1
-    assert re.search(IDLE + "--hints", done.stderr)
-    assert not (folder / "out").exists()
+@pytest.mark.parametrize(
+    ("flag", "reason"),
+    [
+        ("--model=nope", "flag --model=nope: --model must be one of preact_resnet8"),
+        ("--weight_bits=9", "flag --weight_bits=9: 9 is not an integer in the range"),
+        ("--float_model=nope", "--float_model must exist. Received: 'nope'"),
+        ("--hints", "A flag must have an effect. Received: --hints with"),
+    ],
+)
+def test_a_wrong_value_is_one_line_before_tensorflow_is_imported(
+    tmp_path, flag, reason
+):
+    code, lines, _ = told(flag, folder=tmp_path)
+    assert code == 1
+    assert len(lines) == 1
+    assert lines[0].startswith(f"train.py: {reason}")
 
 
-def test_help_names_every_flag(processes):
-    done, _, _ = processes
-    assert done.returncode in (0, 1)
-    assert len(own_flags()) > 20
-    for flag in own_flags():
-        assert re.search(rf"^  --(\[no\])?{flag}:", done.stdout, re.M), flag
-    assert "python examples/train.py" in done.stdout
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_shows_every_flag_in_its_group(tmp_path, flag):
+    code, lines, shown = told(flag, folder=tmp_path)
+    assert (code, lines) == (0, [])
+    assert "python examples/train.py" in shown
+    flags = shown[shown.index("\nData:\n") :]
+    titles = re.findall(r"^(\w[\w ]*):$", flags, re.M)
+    assert titles == [
+        *("Data", "Network", "Bits", "Method", "Distillation", "Quantized training"),
+        *("Float training", "Output", "Devices"),
+    ]
+    found = re.findall(r"^  --(?:\[no\])?(\w+) +\S", shown, re.M)
+    assert sorted(found) == sorted(own_flags())
+    bits = shown[shown.index("\nBits:") : shown.index("\nMethod:")]
+    assert re.search(r"--weight_bits .*\(default: 2\)", bits)

@@ -11,8 +11,8 @@ import warnings
 import numpy as np
 
 from tf_lowbit.compat import tf
-from tf_lowbit.export import kernels
-from tf_lowbit.export.flatbuffer import FileBuilder, schema
+from tf_lowbit.export.integer import kernels
+from tf_lowbit.export.tflite.flatbuffer import FileBuilder, schema
 
 try:
     from ai_edge_litert import interpreter as litert
@@ -171,3 +171,24 @@ def all_codes(low: int = -128, high: int = 127) -> np.ndarray:
     """Every pair of codes: int64, rows x 2."""
     codes = np.arange(low, high + 1)
     return np.stack(np.meshgrid(codes, codes), axis=-1).reshape(-1, 2)
+
+
+def random_layer(operator, int4=False, channels=64, taps=None, least=1e-5, most=0.9):
+    """Random scales over decades, biases, weights; two taps reach every sum."""
+    rng = np.random.default_rng(7)
+    largest = 7 if int4 else 127
+    if taps is None:
+        weights = np.tile(np.array([[largest], [1]], np.int8), (1, channels))
+        weights[:, ::3] *= -1
+    else:
+        weights = rng.integers(-largest - int4, largest + 1, (taps, channels))
+    multipliers = np.exp(rng.uniform(np.log(least), np.log(most), channels))
+    # Powers of two make ties.
+    multipliers[::4] = 2.0 ** np.rint(np.log2(multipliers[::4]))
+    return Layer(
+        operator,
+        weights.astype(np.int8),
+        (multipliers * 0.25 / 0.5).astype(np.float32),
+        rng.integers(-50 * largest, 50 * largest, channels).astype(np.int32),
+        int4=int4,
+    )

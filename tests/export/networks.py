@@ -6,12 +6,14 @@ import warnings
 import numpy as np
 
 import tf_lowbit as tfl
-from tf_lowbit import export, inspection
+from tf_lowbit import export
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.export import running, snapping, tflite, twin
+from tf_lowbit.export.integer import twin
+from tf_lowbit.export.lowering import walk
+from tf_lowbit.export.lowering.tensor_ranges import key
 from tf_lowbit.export.options import Options
-from tf_lowbit.export.ranges import key
-from tf_lowbit.scheme import graph
+from tf_lowbit.export.tflite import runner, writer
+from tf_lowbit.network import graph, inspection
 
 layers = keras.layers
 Rule = tfl.PrecisionRule
@@ -163,7 +165,7 @@ class Proof:
     """An export in memory that has been verified."""
 
     model: keras.Model
-    snapped: snapping.Snapped
+    snapped: walk.Snapped
     content: bytes
     report: export.Report
 
@@ -185,7 +187,7 @@ def prove(model, data, input_type="float32", not_delegated=(), **options) -> Pro
     """Exports in memory and verifies; anything but a full proof fails."""
     options = Options(input_type=input_type, **options)
     snapped = export.snap(model, [data], options=options)
-    content = tflite.to_bytes(snapped)
+    content = writer.to_bytes(snapped)
     report = export.verify(content, model, [data], verbose=0)
     assert report.ok, report.failures
     assert report.mismatches == 0
@@ -253,9 +255,9 @@ def relative_error(model, content, x):
         it is the largest.
     """
     wanted = [v.numpy() for v in tf.nest.flatten(model(x, training=False))]
-    runner = running.Runner(content)
-    found = runner(x)
-    have = [found[detail["name"]] for detail in runner.outputs]
+    run = runner.Runner(content)
+    found = run(x)
+    have = [found[detail["name"]] for detail in run.outputs]
     return max(
         float(np.abs(h - w).mean() / w.std()) for h, w in zip(have, wanted, strict=True)
     )
@@ -276,3 +278,83 @@ def assert_as_trained(proof, data, allowed=NEAR_TIES):
         assert w.shape == h.shape
         if not different:
             np.testing.assert_allclose(h, w, rtol=1e-4, atol=1e-4 * np.abs(w).max())
+
+
+def _plain(x):
+    return conv_bn_relu(x, 16, name="inner")
+
+
+def _residual(x):
+    y = conv_bn_relu(x, 4, name="a")
+    y = layers.Conv2D(4, 3, padding="same", use_bias=False, name="b")(y)
+    y = layers.BatchNormalization(name="b_bn")(y)
+    x = layers.ReLU(name="add_relu")(layers.Add(name="add")([x, y]))
+    return conv_bn_relu(x, 24, name="inner")
+
+
+def _depthwise(x):
+    x = conv_bn_relu(x, 24, name="wide")
+    x = layers.DepthwiseConv2D(3, padding="same", use_bias=False, name="dw")(x)
+    return conv_bn_relu(bn_relu(x, "dw"), 24, size=1, name="inner")
+
+
+def _unet(x):
+    y = conv_bn_relu(layers.MaxPooling2D(name="half")(x), 8, name="down")
+    y = layers.UpSampling2D(name="up")(y)
+    return conv_bn_relu(layers.Concatenate(name="joined")([x, y]), 16, name="inner")
+
+
+def _moved(x):
+    x = layers.ZeroPadding2D(((1, 0), (0, 1)), name="padded")(x)
+    x = conv_bn_relu(x, 8, name="after", padding="valid")
+    x = layers.Permute((2, 1, 3), name="turned")(x)
+    x = layers.Cropping2D(1, name="cropped")(x)
+    return conv_bn_relu(layers.AveragePooling2D(2, name="mean")(x), 16, name="inner")
+
+
+def _transposed(x):
+    x = layers.Conv2DTranspose(8, 3, 2, padding="same", use_bias=False, name="up")(x)
+    return conv_bn_relu(bn_relu(x, "up"), 16, name="inner")
+
+
+def _functions():
+    """TensorFlow's own, in front of the first layer too."""
+    image = keras.Input(IMAGE, name="image")
+    x = tf.pad(image, [[0, 0], [1, 0], [0, 1], [0, 0]])
+    x = conv_bn_relu(x[:, 1:], 8, name="first")
+    x = tf.transpose(x, (0, 2, 1, 3))
+    y = conv_bn_relu(layers.MaxPooling2D(name="half")(x), 8, name="down")
+    y = tf.image.resize(y, (8, 8), method="nearest")
+    x = tf.concat([x[:, :8], y], axis=-1)
+    return finished(image, conv_bn_relu(x, 16, name="inner"))
+
+
+def _conv1d():
+    series = keras.Input((24, 3), name="series")
+    x = layers.Conv1D(8, 5, padding="same", use_bias=False, name="first")(series)
+    x = bn_relu(x, "first")
+    x = layers.Conv1D(24, 3, 2, padding="same", use_bias=False, name="inner")(x)
+    x = layers.MaxPooling1D(name="half")(bn_relu(x, "inner"))
+    return finished(series, x)
+
+
+def _sigmoid():
+    image = keras.Input(IMAGE, name="image")
+    x = conv_bn_relu(conv_bn_relu(image, 4, name="first"), 16, name="inner")
+    x = layers.GlobalAveragePooling2D(name="pool")(x)
+    x = layers.Dense(1, activation="sigmoid", name="head")(x)
+    return randomize(keras.Model(image, x))
+
+
+NETWORKS = {
+    "plain": lambda: network(_plain),
+    "one unit": lambda: network(_plain, classes=1),
+    "residual": lambda: network(_residual),
+    "depthwise": lambda: network(_depthwise),
+    "unet": lambda: network(_unet),
+    "moved": lambda: network(_moved),
+    "transposed": lambda: network(_transposed),
+    "functions": _functions,
+    "conv1d": _conv1d,
+    "sigmoid": _sigmoid,
+}

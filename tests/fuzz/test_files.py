@@ -16,7 +16,7 @@ import pytest
 import tf_lowbit as tfl
 from tf_lowbit import export
 from tf_lowbit.compat import keras
-from tf_lowbit.export import flatbuffer, tflite
+from tf_lowbit.export.tflite import flatbuffer, writer
 
 ROOT = Path(__file__).resolve().parents[2]
 IS_WHOLE = "TF_LOWBIT_FUZZ" in os.environ
@@ -39,7 +39,7 @@ def made():
     )
     model = tfl.quantize(net, tfl.PrecisionRule(".*", 2, 2))
     snapped = export.snap(model, [DATA])
-    return snapped, tflite.to_bytes(snapped)
+    return snapped, writer.to_bytes(snapped)
 
 
 def flips(content):

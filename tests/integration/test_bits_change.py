@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 
 from tests.scheme import nets
-from tf_lowbit import PrecisionRule, calibrate, inspection, quantize
+from tf_lowbit import PrecisionRule, calibrate, quantize
 from tf_lowbit.compat import keras
+from tf_lowbit.network import inspection
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("weights", "activations"), [("dorefa", "dorefa"), ("lsq", "lsq")]
 )

@@ -65,6 +65,7 @@ def check_trained(quantized, bits, batch, *, steps, eager):
     return counts
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("build", "expected"),
     [
@@ -85,6 +86,7 @@ def test_at_all_bits_one_after_the_other(build, expected):
         assert len(counts) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bits", "methods"), [(W3A5, ("lsq", "lsq")), (W2A2, (UNIFORM, "pact"))]
 )
@@ -92,6 +94,7 @@ def test_mobilenet_like_with_other_quantizers(bits, methods):
     check(nets.mobilenet_like(), bits, steps=2, methods=methods, eager=True)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("build", "size", "bits"),
     [
@@ -107,6 +110,7 @@ def test_residual_networks(build, size, bits):
     check(model, bits, steps=1, eager=True)
 
 
+@pytest.mark.slow
 def test_alexnet():
     model = models.alexnet(classes=nets.CLASSES, input_shape=(63, 63, 3), dropout=0.0)
     counts = check(model, W2A2, steps=1, eager=True)

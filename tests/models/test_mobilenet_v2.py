@@ -3,9 +3,9 @@ import pytest
 
 import tf_lowbit as tfl
 from tests.models.counting import trainable
-from tf_lowbit import inspection
 from tf_lowbit.compat import keras
 from tf_lowbit.models import mobilenet_v2
+from tf_lowbit.network import inspection
 
 BLOCKS = [f"block{i}" for i in range(1, 8)]
 STRIDED = ("block3", "block5")
@@ -49,6 +49,7 @@ def test_an_expansion_of_1_is_left_out():
     assert model.get_layer("block3_depthwise").output_shape[-1] == 2
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(
     ("input_shape", "half", "quarter"),
     [
@@ -120,12 +121,14 @@ def test_every_relu_ends_at_6():
     assert {float(relu.max_value) for relu in relus} == {6.0}
 
 
+@pytest.mark.slow
 def test_weight_decay_covers_every_variable():
     model = mobilenet_v2(width=1)
     assert len(model.losses) == len(model.trainable_variables)
     assert mobilenet_v2(width=1, weight_decay=0.0).losses == []
 
 
+@pytest.mark.slow
 def test_the_default_rules_leave_the_edges_float():
     model = tfl.quantize(mobilenet_v2(width=1, input_shape=(8, 8, 1)), strict=True)
     bits = {t.name: t.bits for t in inspection.quantized_tensors(model)}
@@ -152,6 +155,7 @@ def test_the_default_rules_leave_the_edges_float():
             assert len(np.unique(tensor.quantized())) <= 4
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

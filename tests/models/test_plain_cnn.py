@@ -3,9 +3,9 @@ import pytest
 
 import tf_lowbit as tfl
 from tests.models.counting import trainable
-from tf_lowbit import inspection
 from tf_lowbit.compat import keras
 from tf_lowbit.models import plain_cnn
+from tf_lowbit.network import inspection
 
 CONVOLUTIONS = ["stem", "conv1", "conv2", "conv3", "conv4"]
 

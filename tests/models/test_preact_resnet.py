@@ -131,6 +131,7 @@ def test_refuses_a_depth(depth):
         preact_resnet(depth)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

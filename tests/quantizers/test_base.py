@@ -138,6 +138,7 @@ def test_a_dense_input_reaches_every_level(name):
         assert len(np.unique(codes)) == quantizer.level_count(bits)
 
 
+@pytest.mark.quick(6)
 @every_case
 def test_assigning_bits_takes_effect_and_does_not_retrace(name):
     quantizer = make(name, 2)
@@ -162,6 +163,7 @@ def test_assigning_bits_takes_effect_and_does_not_retrace(name):
     assert len(traces) == 1
 
 
+@pytest.mark.quick(4)
 @every_case
 def test_xla_gives_the_same_values_and_does_not_retrace(name):
     quantizer = make(name, 2)
@@ -196,6 +198,7 @@ def test_xla_gives_the_same_values_and_does_not_retrace(name):
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["weight dorefa", "activation pact", "activation lsq"])
 def test_xla_gives_the_same_gradients(name):
     quantizer = make(name, 2)
@@ -358,6 +361,7 @@ def test_a_wrapped_layer_trains_its_latent_kernel_and_its_step():
         assert np.abs(gradient).max() > 0
 
 
+@pytest.mark.quick(15)
 @pytest.mark.parametrize("implementation", cases.IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_keep_nan_and_saturate_at_infinity(name, implementation):
@@ -383,6 +387,7 @@ def test_a_nan_weight_stays_visible(name, bits):
     assert np.isnan(quantize(quantizer, build(quantizer), w)[1, 1, 1, 1])
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize(
     "quantizer",
     [
@@ -438,3 +443,23 @@ def test_kept_positive_is_a_keras_constraint():
     np.testing.assert_allclose(kept, [1e-6, 1e-6, 1e-6, 0.5])
     data = keras.constraints.serialize(base.KeptPositive())
     assert isinstance(keras.constraints.deserialize(data), base.KeptPositive)
+
+
+@pytest.mark.parametrize("name", cases.WEIGHTS)
+def test_latent_weights_are_on_the_levels_of_their_codes(name):
+    rng, shape = np.random.default_rng(5), (16, 16, 4, 8)
+    for bits in (1, 2, 4):
+        quantizer = cases.make(f"weight {name}", bits)
+        variables = cases.build(quantizer, shape)
+        weights = tf.Variable(cases.random_inputs(shape, spread=0.3))
+        quantizer.initialize(weights, variables)
+        # Of a few weights, for the grid depends on all: any levels.
+        wanted = rng.choice(quantizer.level_codes(bits), shape)
+        is_set = rng.random(shape) < 0.002
+        placed = quantizer.latent(wanted, weights, variables)
+        assert placed.dtype == tf.float32
+        after = tf.where(is_set, placed, weights)
+        codes = quantizer.codes(after, variables).numpy()
+        np.testing.assert_array_equal(codes[is_set], wanted[is_set])
+        exact = quantizer.exact(after, variables) / quantizer.step(after, variables)
+        np.testing.assert_allclose(exact.numpy()[is_set], wanted[is_set], atol=0.15)

@@ -126,6 +126,7 @@ def gradient_scale(sharing, highest, start):
     return 1 / math.sqrt(sharing * highest * (1 if start == "paper" else highest))
 
 
+@pytest.mark.quick(33)
 @pytest.mark.parametrize("start", ["paper", "least_error"])
 @pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("bits", cases.ALL_BITS)
@@ -160,6 +161,7 @@ def test_channel_step_gradient_has_the_scale_of_the_weights_that_share_it(bits, 
     np.testing.assert_allclose(d_step, expected[1] * scale, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.quick(28)
 @pytest.mark.parametrize("start", ["paper", "least_error"])
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("bits", cases.ALL_BITS)
@@ -306,6 +308,7 @@ def test_the_papers_start_of_activations(bits, signed):
     assert int(variables["calibrated"]) == 1
 
 
+@pytest.mark.quick(9)
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("bits", cases.ALL_BITS)
 def test_activations_start_at_the_least_error(bits, signed):
@@ -329,6 +332,7 @@ def test_activations_start_at_the_least_error(bits, signed):
     assert int(variables["calibrated"]) == 1
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("per_axis", [False, True])
 @pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 8])

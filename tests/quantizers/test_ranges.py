@@ -131,6 +131,7 @@ def test_of_weights_not_rounded_has_the_clips_of_8_bits():
     assert clips[0] == clips[1] == clips[2] <= np.abs(w).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("bits", cases.LOW_BITS)
 @pytest.mark.parametrize("channel_axes", [None, (-1,), (2, 3)], ids=str)
@@ -178,6 +179,7 @@ def test_channels_of_zeros_have_the_clip_0_and_nan_is_kept():
     np.testing.assert_array_equal(found, [[0.0, np.nan, 0.5]])
 
 
+@pytest.mark.slow
 def test_normal_clips_are_those_of_the_literature():
     """Max, Quantizing for Minimum Distortion (1960): uniform steps of 2^k levels.
 
@@ -211,6 +213,7 @@ def test_calibrate_is_by_the_bits_that_hold(quantizer, bits):
         np.testing.assert_array_equal(variable, expected[name])
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize(("old", "new"), [(8, 2), (2, 32), (1, 8), (4, 4)])
 @pytest.mark.parametrize("quantizer", CALIBRATED, ids=repr)
 def test_a_change_of_bits_rescales_the_range_about_as_new_data_would(

@@ -145,6 +145,7 @@ def test_the_gradient_is_that_of_the_clip(name, bits):
     assert np.abs(expected).max() > 10 * tolerance
 
 
+@pytest.mark.quick(20)
 @every_bits
 @every_case
 def test_a_quantized_draw_changes_no_bit_of_values_and_gradients(name, bits):
@@ -178,6 +179,7 @@ def test_a_draw_leaves_bits_codes_and_step_alone(name):
     assert_same([v.numpy() for v in variables.values()], before.values())
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("compiled", [False, True], ids=["graph", "XLA"])
 def test_one_traced_function_serves_both_draws(compiled):
     """Of all quantizers at once."""

@@ -7,8 +7,8 @@ import pytest
 
 import tf_lowbit as tfl
 from tests.scheme import nets
-from tf_lowbit import inspection
 from tf_lowbit.compat import keras, tf
+from tf_lowbit.network import inspection
 from tf_lowbit.quantizers.ranges import normal_clip
 
 layers = keras.layers
@@ -54,6 +54,7 @@ def read_by_mid(model, inputs=None):
     return probe(data() if inputs is None else inputs).numpy()
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_all_levels_are_from_zero_on(kind, bits):
@@ -88,6 +89,7 @@ def test_a_traced_network_follows(kind):
     assert traced.experimental_get_tracing_count() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_hold_the_sign(tmp_path, kind):
     model = calibrated(kind)
@@ -147,6 +149,7 @@ def test_what_is_sure_or_negative_is_not_warned_of():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_file_has_the_unsigned_grid(tmp_path, kind):
     """Pixels: the graph cannot tell that they are not negative, the data can."""
@@ -167,6 +170,7 @@ def test_the_file_has_the_unsigned_grid(tmp_path, kind):
     assert tfl.export.verify(path, model, [pixels]).ok
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_trains(kind):
     model = calibrated(kind)

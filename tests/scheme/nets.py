@@ -5,14 +5,22 @@ import warnings
 import numpy as np
 
 import tf_lowbit as tfl
-from tf_lowbit import inspection
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.models import blocks
+from tf_lowbit.network import inspection
 
 layers = keras.layers
 
 IMAGE = (8, 8, 3)
 CLASSES = 4
+
+
+@keras.utils.register_keras_serializable("tests")
+class Separable(layers.SeparableConv2D):
+    """Two kernels in one layer of one's own, which `quantize` does not split."""
+
+
+tfl.register_layer(Separable, {"depthwise_kernel": (-2, -1), "pointwise_kernel": (-1,)})
 
 
 def images(count=4, shape=IMAGE, seed=0):

@@ -10,12 +10,11 @@ from tf_lowbit import (
     PrecisionRule,
     QuantizationWarning,
     calibrate,
-    inspection,
     quantize,
     quantizers,
 )
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.scheme import graph
+from tf_lowbit.network import graph, inspection
 from tf_lowbit.scheme.layout import split_activations
 
 layers = keras.layers
@@ -121,14 +120,13 @@ def test_the_new_relu_takes_a_free_name():
 
 
 def test_every_kind_of_layer_is_quantized():
-    with pytest.warns(QuantizationWarning, match="separable"):
-        quantized = quantize(nets.randomize(nets.every_layer()), W2A2)
+    quantized = quantize(nets.randomize(nets.every_layer()), W2A2)
     used = nets.used_weights(quantized, nets.images())
     assert set(used) == {
         "conv/kernel",
         "depthwise/depthwise_kernel",
-        "separable/depthwise_kernel",
-        "separable/pointwise_kernel",
+        "separable_depthwise/depthwise_kernel",
+        "separable/kernel",
         "transpose/kernel",
         "conv1d/kernel",
         "dense/kernel",
@@ -137,12 +135,12 @@ def test_every_kind_of_layer_is_quantized():
         assert set(np.unique(values)) <= set(np.float32([-3, -1, 1, 3]) / 3), name
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["lsq", "uniform"])
 def test_steps_for_each_channel_have_the_channels_shape(name):
     quantizer = quantizers.get(name, "weight", per_axis=True)
     rule = PrecisionRule(".*", weight_bits=3, weight_quantizer=quantizer)
-    with pytest.warns(QuantizationWarning, match="separable"):
-        quantized = quantize(nets.every_layer(), rule)
+    quantized = quantize(nets.every_layer(), rule)
     steps = {
         name: tuple(t.quantizer.step(t.latent, t.variables).shape)
         for name, t in nets.by_name(quantized).items()
@@ -150,14 +148,15 @@ def test_steps_for_each_channel_have_the_channels_shape(name):
     assert steps == {
         "conv/kernel": (1, 1, 1, 4),
         "depthwise/depthwise_kernel": (1, 1, 4, 2),
-        "separable/depthwise_kernel": (1, 1, 8, 1),
-        "separable/pointwise_kernel": (1, 1, 1, 5),
+        "separable_depthwise/depthwise_kernel": (1, 1, 8, 1),
+        "separable/kernel": (1, 1, 1, 5),
         "transpose/kernel": (1, 1, 6, 1),
         "conv1d/kernel": (1, 1, 3),
         "dense/kernel": (1, 7),
     }
 
 
+@pytest.mark.slow
 def test_batch_normalization_stays_where_it_is():
     quantized = quantize(nets.mobilenet_like(), W2A2)
     kinds = [type(layer) for layer in nets.mobilenet_like().layers]
@@ -167,6 +166,7 @@ def test_batch_normalization_stays_where_it_is():
     assert type(quantized.get_layer("block3_add")) is layers.Add
 
 
+@pytest.mark.slow
 def test_a_linear_bottleneck_is_rounded_once_for_its_readers():
     quantized = quantize(nets.mobilenet_like(), W2A2)
     inserted = [x.name for x in quantized.layers if x.name.endswith("_quantizer")]
@@ -186,6 +186,7 @@ def test_a_linear_bottleneck_is_rounded_once_for_its_readers():
         np.testing.assert_array_equal(np.unique(values), -np.unique(values)[::-1])
 
 
+@pytest.mark.slow
 def test_pooling_concatenation_and_dropout_pass_the_grid_on():
     image = keras.Input(nets.IMAGE, name="image")
     x = layers.Conv2D(4, 3, activation="relu", name="stem")(image)
@@ -295,6 +296,7 @@ def layer_norm_net():
     return keras.Model(inputs, layers.Dense(2, name="head")(x))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("build", "name"), [(prelu_net, "prelu"), (layer_norm_net, "norm")]
 )

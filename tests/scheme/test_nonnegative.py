@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 import tf_lowbit as tfl
-from tf_lowbit import inspection
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.scheme import activations as keras3
+from tf_lowbit.network import inspection
+from tf_lowbit.network import keras3_activations as keras3
 from tf_lowbit.scheme.nonnegative import is_nonnegative
 
 layers = keras.layers

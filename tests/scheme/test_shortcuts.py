@@ -5,10 +5,10 @@ import pytest
 
 import tf_lowbit as tfl
 from tests.scheme import nets
-from tf_lowbit import inspection
 from tf_lowbit.compat import keras
 from tf_lowbit.models import blocks
-from tf_lowbit.scheme import graph, residual
+from tf_lowbit.network import graph, inspection
+from tf_lowbit.scheme import residual_blocks
 
 layers = keras.layers
 IMAGE = (8, 8, 3)
@@ -73,7 +73,7 @@ def weight_bits(model):
     ],
 )
 def test_the_short_branches_of_blocks_are_found(block, expected):
-    found = residual.find_shortcuts(network(block))
+    found = residual_blocks.find_shortcuts(network(block))
     assert [(s.node.layer.name, s.layer) for s in found] == expected
 
 
@@ -81,19 +81,20 @@ def test_branches_of_one_length_are_no_shortcuts():
     image = keras.Input(IMAGE)
     x = layers.Conv2D(4, 1)(image)
     x = layers.Add()([layers.Conv2D(4, 3, padding="same")(x), layers.Conv2D(4, 1)(x)])
-    assert not residual.find_shortcuts(keras.Model(image, layers.Add()([x, x])))
+    assert not residual_blocks.find_shortcuts(keras.Model(image, layers.Add()([x, x])))
 
 
 def test_operators_are_sums_too():
     image = keras.Input(IMAGE)
     x = layers.ReLU(name="relu")(layers.Conv2D(4, 1)(image))
-    (found,) = residual.find_shortcuts(
+    (found,) = residual_blocks.find_shortcuts(
         keras.Model(image, x + layers.Conv2D(4, 1, name="conv")(x))
     )
     assert found.layer is None
     assert found.tensor is x
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", [1, 3, 8])
 def test_only_shortcuts_have_other_bits(kind, bits):
@@ -158,6 +159,7 @@ def test_a_clip_of_one_still_fits_what_it_clips():
     assert tensor.quantizer.misfit([read.numpy()]) == pytest.approx(1.0, rel=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("block", ["preact", "postact"])
 def test_the_file_is_its_twin(tmp_path, kind, block):
@@ -169,6 +171,7 @@ def test_the_file_is_its_twin(tmp_path, kind, block):
     del exported
 
 
+@pytest.mark.slow
 def test_reloading_and_other_rules_keep_them(tmp_path):
     model = quantized()
     path = tmp_path / "net.keras"
@@ -188,6 +191,7 @@ def test_reloading_and_other_rules_keep_them(tmp_path):
     assert {layer.name for layer in tfl.strip(model).layers} == names
 
 
+@pytest.mark.slow
 def test_stages_ask_for_the_more_of_both_bits():
     model = quantized()
     stages = [tfl.Stage(1, 4, 4), tfl.Stage(1, 2, 2)]
@@ -207,6 +211,7 @@ def test_stages_ask_for_the_more_of_both_bits():
     assert [bits["two_conv1"] for bits in seen] == [4, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [False, True])
 def test_no_shortcut_is_told(strict):
     def made():
@@ -220,6 +225,7 @@ def test_no_shortcut_is_told(strict):
             made()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("bits", [0, 9, 16, 8.0, True, "8", "same"])
 def test_bits_that_there_are_not(bits):
     with pytest.raises(ValueError, match=r"shortcut_bits must be .* Received"):

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 from tests.scheme import nets
 from tf_lowbit import JointDistillation, PrecisionRule, models, quantize
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.training.distillation import find_hints, hint_distance
+from tf_lowbit.training.hints import find_hints, hint_distance
 
 layers = keras.layers
 W2A2 = PrecisionRule(".*", 2, 2)
@@ -365,6 +365,7 @@ def test_stages_of_a_preactivation_resnet():
     assert [h.quantizer.name for h in hints] == [f"{name}/output" for name in expected]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "build",
     [
@@ -429,6 +430,6 @@ def test_layers_of_other_shapes_are_refused(student):
 
 
 @pytest.mark.parametrize("hint", [("relu1",), ("relu1", "relu1", "relu2"), 3])
-def test_a_hint_that_is_no_name_and_no_pair_is_refused(student, hint):
+def test_a_hint_that_is_no_name_and_no_pair_is_refused(hint):
     with pytest.raises(ValueError, match=r"list of layer names and of pairs.*Received"):
-        find_hints([hint], student, nets.perceptron())
+        JointDistillation(hints=[hint])

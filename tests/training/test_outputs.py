@@ -109,17 +109,18 @@ def test_logits_end_in_the_layer_that_adds():
     assert "Sigmoid" not in end_functions(scaled)
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("where", ENDS)
 def test_a_teacher_with_a_softmax_is_refused_wherever_it_stands(where):
-    with pytest.raises(ValueError, match=r"teacher must put out logits.*Received"):
+    with pytest.raises(ValueError, match=r"teacher must output logits.*Received"):
         tfl.LowBitTrainer(tfl.quantize(net(3), W2A2), net(3, ENDS[where]("softmax")))
 
 
 @pytest.mark.parametrize(
     ("of_student", "of_teacher", "message"),
     [
-        (None, "sigmoid", r"both.*Received: a sigmoid at the end of the teacher alone"),
-        ("sigmoid", None, r"both.*Received: a sigmoid at the end of the student alone"),
+        (None, "sigmoid", r"both.*Received: a sigmoid at the end of the teacher only"),
+        ("sigmoid", None, r"both.*Received: a sigmoid at the end of the student only"),
         (None, ENDS["in a part"]("sigmoid"), r"All outputs of the teacher.*Received"),
     ],
 )
@@ -187,10 +188,11 @@ def test_a_number_has_no_posterior(loss):
 
 def test_one_class_has_no_posterior():
     loss = losses.SparseCategoricalCrossentropy(from_logits=True)
-    with pytest.raises(ValueError, match=r"take a binary cross-entropy.*Received"):
+    with pytest.raises(ValueError, match=r"use a binary cross-entropy.*Received"):
         outputs_of(loss, 1, have_sigmoid=False, match_logits=False)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("loss", "end", "message"),
     [
@@ -278,6 +280,7 @@ def test_logits_of_probabilities(kept):
 # --- in training
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("mode", ["frozen", "joint"])
 @pytest.mark.parametrize("end", [None, "sigmoid", "layer"])
 @pytest.mark.parametrize("units", [1, 3])
@@ -318,6 +321,7 @@ def test_labels_are_distilled(units, end, mode):
         np.testing.assert_allclose(moved, wanted.mean(0), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_trainer_of_labels_comes_back_with_its_losses(tmp_path):
     student, teacher = tfl.quantize(net(1, "sigmoid", 1), W2A2), net(1, "sigmoid", 2)
     frozen = tfl.JointDistillation(teacher="frozen")

@@ -160,6 +160,7 @@ def on_one_device(case):
     return train(tf.distribute.get_strategy(), **CASES[case])
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("case", "replicas"),
     [
@@ -176,6 +177,7 @@ def test_losses_and_weights_are_those_of_one_device(mirrored, case, replicas):
     assert_equals_one_device(on_one_device(case), several)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_a_sum_is_summed_over_all_replicas(mirrored):
     kind = keras.losses.SparseCategoricalCrossentropy
     loss = kind(from_logits=True, reduction="sum")
@@ -211,6 +213,7 @@ def test_every_replica_draws_the_same_units(mirrored):
         np.testing.assert_array_equal(one, alone)
 
 
+@pytest.mark.slow
 def test_synchronized_batch_norm_is_that_of_one_device(mirrored):
     """Its moving averages too; but a replica without examples leaves its own alone."""
     norm = functools.partial(layers.BatchNormalization, synchronized=True, momentum=0.8)
@@ -220,6 +223,7 @@ def test_synchronized_batch_norm_is_that_of_one_device(mirrored):
     assert_equals_one_device(one, several)
 
 
+@pytest.mark.slow
 def test_ordinary_batch_norm_of_equal_parts_is_that_of_one_part(mirrored):
     part = data(BATCH)
     both = part.map(lambda x, y: (tf.concat([x, x], 0), tf.concat([y, y], 0)))
@@ -231,6 +235,7 @@ def test_ordinary_batch_norm_of_equal_parts_is_that_of_one_part(mirrored):
     assert_close(*results)
 
 
+@pytest.mark.slow
 def test_batch_norm_averages_measured_anew_are_the_same_on_every_replica(mirrored):
     """Those of training are not: each replica keeps its own, and their mean is read."""
     strategy = mirrored(2)
@@ -299,11 +304,13 @@ def staged(mirrored, tmp_path_factory):
     return Staged(trainer, seen.bits, count, write._path, write.at_first_end)
 
 
+@pytest.mark.slow
 def test_stages_of_a_joint_sampled_training_are_traced_once(staged):
     # On each of two replicas, the loss of student and teacher.
     assert staged.traces == [4, 4]
 
 
+@pytest.mark.slow
 def test_stages_set_the_bits_on_every_replica(mirrored, staged):
     first, second = staged.bits
     assert sorted(set(first)) == [2, 32]
@@ -313,6 +320,7 @@ def test_stages_set_the_bits_on_every_replica(mirrored, staged):
             assert own.numpy() == 2
 
 
+@pytest.mark.slow
 def test_a_training_resumed_on_as_many_replicas_is_the_same(mirrored, staged):
     resumed = trainer_of(mirrored(2), scheme="lsq", **BOTH)
     tf.train.Checkpoint(model=resumed).read(staged.path).expect_partial()
@@ -320,6 +328,7 @@ def test_a_training_resumed_on_as_many_replicas_is_the_same(mirrored, staged):
     assert_same(state(staged.trainer), state(resumed))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_replicas_goes_on_on_one_device(mirrored, staged):
     alone = trainer_of(mirrored(1), scheme="lsq", **BOTH)
     tf.train.Checkpoint(model=alone).read(staged.path).expect_partial()
@@ -339,6 +348,7 @@ def test_state_that_is_not_trained_is_aggregated(mirrored):
     assert [v.name for v in state if v.aggregation == without] == []
 
 
+@pytest.mark.slow
 def test_the_position_in_the_stages_is_aggregated(staged):
     position = staged.trainer.staging
     for variable in (position.stage, position.epochs_done):

@@ -198,6 +198,7 @@ def test_settings_can_be_replaced_one_by_one():
     )
 
 
+@pytest.mark.slow
 def test_making_the_settings_does_not_start_tensorflow():
     """A user makes them before the strategy, or before the devices are set."""
     script = (
@@ -336,6 +337,7 @@ def assert_logs(history, precision, steps, probabilities):
     np.testing.assert_allclose(found, probability, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_certain_draw_trains_as_keras_does_without_a_trainer():
     """Bit for bit: weights, batch statistics and momenta."""
     rule = tfl.PrecisionRule(".*", 2, 2)
@@ -358,6 +360,7 @@ def test_a_certain_draw_trains_as_keras_does_without_a_trainer():
         assert not any(np.array_equal(variable, value) for value in start)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("probability", "raw_weights"), [(0.0, False), (0.0, True), (0.5, False)]
 )
@@ -384,6 +387,7 @@ def test_training_equals_a_network_by_hand(probability, raw_weights):
     assert np.abs(other["a"][0] - found["a"][0]).max() > 1e-3
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("eager", [False, True], ids=["graph", "eager"])
 def test_logs_and_draws_follow_the_ramp(eager):
     precision = StochasticPrecision(start=0.2, tail=0.5, seed=8)
@@ -407,6 +411,7 @@ def test_a_fit_that_goes_on_has_the_ramp_of_its_own_length_and_a_second_starts_o
     assert int(model.progress.step) == int(model.progress.total_steps) == 6
 
 
+@pytest.mark.slow
 def test_steps_set_the_length_of_the_ramp():
     precision = StochasticPrecision(start=0.0, tail=0.0, steps=12, seed=1)
     model = trainer(precision)
@@ -418,6 +423,7 @@ def test_steps_set_the_length_of_the_ramp():
     assert_logs(history, precision, range(12), np.arange(12) / 12)
 
 
+@pytest.mark.slow
 def test_a_custom_schedule_sees_the_share_of_the_training():
     precision = StochasticPrecision(schedule=lambda t: tf.where(t < 0.5, t * t, 0.75))
     history = fit(trainer(precision), 4)
@@ -426,6 +432,7 @@ def test_a_custom_schedule_sees_the_share_of_the_training():
     assert_logs(history, precision, range(12), expected)
 
 
+@pytest.mark.slow
 def test_a_batch_out_of_fit_needs_steps():
     with pytest.raises(ValueError, match=r"give it steps=\. Received: steps=None"):
         trainer(StochasticPrecision()).train_on_batch(X, Y)
@@ -449,6 +456,7 @@ def of_unknown_length():
     return tf.data.Dataset.from_generator(batches, output_signature=signature)
 
 
+@pytest.mark.slow
 def test_data_of_unknown_length_need_steps():
     model = trainer(StochasticPrecision())
     with pytest.raises(ValueError, match=r"steps_per_epoch, or .* steps\. Received"):
@@ -461,6 +469,7 @@ def test_data_of_unknown_length_need_steps():
     assert_logs(history, precision, range(6), np.arange(6) / 6)
 
 
+@pytest.mark.slow
 def test_data_of_unknown_length_need_steps_after_another_fit_as_well():
     """The length of the fit before says nothing."""
     model = trainer(StochasticPrecision())
@@ -469,6 +478,7 @@ def test_data_of_unknown_length_need_steps_after_another_fit_as_well():
         model.fit(of_unknown_length(), verbose=0)
 
 
+@pytest.mark.slow
 def test_the_end_of_data_of_unknown_length_is_no_step():
     """Keras finds it by asking for one batch more."""
     precision = StochasticPrecision(start=0.0, tail=0.0, steps=6)
@@ -478,6 +488,7 @@ def test_the_end_of_data_of_unknown_length_is_no_step():
     assert_logs(history, precision, range(6), np.arange(6) / 6)
 
 
+@pytest.mark.slow
 def test_a_callback_list_of_the_users_own_is_taken():
     model = trainer(StochasticPrecision(start=0.0, tail=0.0))
     own = keras.callbacks.CallbackList(
@@ -520,6 +531,7 @@ class Inspected(keras.callbacks.Callback):
             np.testing.assert_allclose(weight, codes / 3, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_evaluation_in_the_middle_of_the_training_is_fully_quantized():
     seen = Inspected()
     model = trainer(StochasticPrecision(schedule=lambda t: 0.0 * t))
@@ -543,6 +555,7 @@ class Sampled(keras.callbacks.Callback):
         self.levels.append(counts)
 
 
+@pytest.mark.slow
 def test_stages_and_draws_go_together_and_nothing_is_traced_anew():
     """In the first stage activations are not rounded whatever is drawn."""
     traces = []
@@ -553,7 +566,7 @@ def test_stages_and_draws_go_together_and_nothing_is_traced_anew():
 
     precision = StochasticPrecision(start=0.3, tail=0.0)
     model = trainer(precision, loss=loss)
-    seen = Sampled(Sampler.of(precision, [model.student]))
+    seen = Sampled(Sampler(precision, [model.student]))
 
     class Traces(keras.callbacks.Callback):
         counts = ()
@@ -592,9 +605,10 @@ def is_on_grid(values, levels):
     return np.allclose(values * levels, np.round(values * levels), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_weights_and_activations_of_a_block_share_its_draw():
     model = tfl.quantize(residual_net(), tfl.PrecisionRule(".*", 2, 2))
-    sampler = Sampler.of(StochasticPrecision(unit="block"), [model])
+    sampler = Sampler(StochasticPrecision(unit="block"), [model])
     assert [unit.name for unit in sampler.units] == ["one", "two"]
     for drawn in ([False, False], [True, False], [False, True], [True, True]):
         with sampler.applied(tf.constant(drawn)):
@@ -607,6 +621,7 @@ def test_weights_and_activations_of_a_block_share_its_draw():
                 assert is_on_grid(used[f"{name}/kernel"], 3) == block
 
 
+@pytest.mark.slow
 def test_patterns_make_units_of_the_training():
     with pytest.raises(ValueError, match=r"pattern of unit must match"):
         trainer(StochasticPrecision(unit=["nothing"]))
@@ -629,7 +644,7 @@ def test_patterns_make_units_of_the_training():
 
 def test_each_of_several_students_has_units_of_its_own():
     networks = [student(0), student(1)]
-    sampler = Sampler.of(StochasticPrecision(), networks)
+    sampler = Sampler(StochasticPrecision(), networks)
     assert [unit.name for unit in sampler.units] == [*UNITS, *UNITS]
     full, quantized = (
         forward(weights_of(networks[0]), X, dict.fromkeys(UNITS, drawn))
@@ -670,6 +685,7 @@ def test_the_loss_falls():
     assert history["loss"][-1] < 0.3 * history["loss"][0]
 
 
+@pytest.mark.slow
 def test_a_second_training_of_unknown_length_starts_over():
     def batches():
         yield from ((nets.images(4), nets.labels(4)) for _ in range(4))

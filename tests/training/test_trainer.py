@@ -11,7 +11,7 @@ import tf_lowbit as tfl
 from tests import oracle
 from tests.scheme import nets
 from tf_lowbit.callbacks import StagedPrecision
-from tf_lowbit.callbacks.staging import reset_optimizer
+from tf_lowbit.callbacks.optimizer_state import reset_optimizer
 from tf_lowbit.compat import keras, tf
 
 layers = keras.layers
@@ -270,6 +270,7 @@ STEPS = {
 }
 
 
+@pytest.mark.quick(8)
 @pytest.mark.parametrize("name", STEPS)
 def test_a_joint_step_equals_the_one_by_hand(name):
     case = dict(STEPS[name])
@@ -446,6 +447,7 @@ PLAIN = {
 }
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", PLAIN)
 def test_without_a_teacher_it_is_keras_bit_for_bit(name):
     *expected, log = fitted(lambda network: network, *PLAIN[name])
@@ -493,6 +495,7 @@ def test_a_student_with_two_outputs_trains_as_with_keras(named):
         np.testing.assert_allclose(log[key], value, rtol=1e-6, err_msg=key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("losses", [{}, {"hints": HINTS, "temperature": 2}])
 def test_xla_trains_alike(losses):
     """Plain, and jointly with hints."""
@@ -538,6 +541,7 @@ def test_each_network_has_metrics_of_its_own():
         np.testing.assert_allclose(found[f"{prefix}weighted"], weighted, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_logs_of_fit_and_evaluate():
     model = measured()
     log = model.fit(X, Y, epochs=2, validation_data=(X, Y), verbose=0).history
@@ -627,6 +631,7 @@ class Recorder(keras.callbacks.Callback):
         self.iterations.append([int(o.iterations) for o in optimizers])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::tf_lowbit.QuantizationWarning")
 def test_stages_reset_the_students_optimizer_and_not_the_teachers():
     students = {"a": student("plain"), "b": student("other")}
@@ -658,6 +663,7 @@ def test_a_reset_reaches_all_students_and_no_teacher():
     nets.assert_all_equal(nets.snapshot(model.teacher_optimizer.variables), kept)
 
 
+@pytest.mark.slow
 def test_neither_stages_nor_a_second_fit_trace_anew():
     traces = []
 
@@ -679,6 +685,7 @@ def test_neither_stages_nor_a_second_fit_trace_anew():
     assert fit(tfl.two_stage_progressive(2, 1, (8, 2))) == first
 
 
+@pytest.mark.slow
 def test_kerass_callbacks_work(tmp_path):
     model = trainer(compiled={"metrics": ["accuracy"]})
     kinds = keras.callbacks
@@ -734,6 +741,7 @@ def fresh_trainer(seed):
     return trainer(*networks, compiled={"optimizer": Adam(0.01)}, hints=HINTS)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_brings_all_back_and_training_goes_on(tmp_path):
     def fit(model, initial_epoch, epochs):
         model.fit(
@@ -781,8 +789,8 @@ def test_a_keras_file_brings_a_trainer_back_and_training_goes_on(tmp_path):
     again = tfl.load_model(tmp_path / "trainer.keras")
     assert isinstance(again, tfl.LowBitTrainer)
     assert again.name == model.name
-    assert again._plan.distillation == model._plan.distillation
-    assert again._plan.hints[0][0].student == model._plan.hints[0][0].student
+    assert again._distiller.settings == model._distiller.settings
+    assert again._distiller.hints[0][0].student == model._distiller.hints[0][0].student
     assert compiled_like(again) == compiled_like(model)
     assert_same(complete(again), complete(model))
     assert int(again.progress.step) == 2
@@ -798,6 +806,7 @@ def falling(progress):
     return 1.0 - progress
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "schedule", [None, keras.saving.register_keras_serializable("tests")(falling)]
 )
@@ -824,12 +833,13 @@ def test_a_keras_file_has_several_students_and_stochastic_precision(schedule, tm
     assert "four_accuracy" in logs[0]
 
 
+@pytest.mark.slow
 def test_a_trainer_that_was_not_compiled_comes_back(tmp_path):
     losses = tfl.JointDistillation(teacher="frozen", hints=[("relu2", "relu2")])
     model = tfl.LowBitTrainer(fresh_student("learned"), net(3), distillation=losses)
     model.save(tmp_path / "trainer.keras")
     again = tfl.load_model(tmp_path / "trainer.keras")
-    assert again._plan.distillation == losses
+    assert again._distiller.settings == losses
     assert again.optimizer is None
     assert_same(
         values(again.student, again.teacher), values(model.student, model.teacher)
@@ -862,6 +872,7 @@ def policy(request):
     keras.mixed_precision.set_global_policy("float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"], indirect=True)
 def test_sixteen_bit_training(policy):
     low_bit = tfl.quantize(net(4), tfl.PrecisionRule(".*", 2, 2))
@@ -890,6 +901,7 @@ def test_sixteen_bit_training(policy):
     assert set(np.unique(used.astype("f"))) <= set(tf.cast(grid, tf.float32).numpy())
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("policy", ["mixed_float16"], indirect=True)
 @pytest.mark.parametrize("overflowing", ["student", "teacher"])
 def test_an_overflow_of_one_network_does_not_stop_the_other(policy, overflowing):
@@ -949,6 +961,7 @@ def test_calibration_of_two_students_from_data_that_can_be_read_once():
     assert len(tfl.calibrate(model, (batch for batch in [X, X]))) == 2
 
 
+@pytest.mark.slow
 def test_a_residual_network_with_everything():
     """Teacher, hints, draws and stages; residual quantizers stay tied and at 8 bits."""
     teacher = nets.randomize(nets.preactivation(), 1)
@@ -1014,10 +1027,10 @@ TEACHERS = {
     "two outputs": (two_outputs, "logits.*Received"),
     "softmax": (
         lambda: net(3, head="softmax"),
-        "must put out logits.*Received.*'head'",
+        "must output logits.*Received.*'head'",
     ),
     "tf.nn.softmax": (lambda: net(3, head=tf.nn.softmax), "logits.*Received.*'head'"),
-    "softmax layer": (softmax_layer, "must put out logits.*Received.*'softmax'"),
+    "softmax layer": (softmax_layer, "must output logits.*Received.*'softmax'"),
     "a shared layer": (sharing, "must not share variables.*Received"),
     "the student": (student, "must not share variables.*Received"),
     "no model": (lambda: "resnet", "must be a built Sequential.*Received: str"),
@@ -1052,6 +1065,7 @@ def two(name):
     return {"a": student(), name: student("other")}
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("name", STUDENTS)
 def test_an_unfit_student_is_refused(name):
     make, message = STUDENTS[name]
@@ -1114,6 +1128,7 @@ def test_averaged_weights_are_refused_beside_a_teacher(which, policy):
         model.compile(loss=SPARSE(), **optimizers | {which: averaging})
 
 
+@pytest.mark.slow
 def test_averaged_weights_are_put_in_place_without_a_teacher():
     found = []
     for wrap in (lambda network: network, tfl.LowBitTrainer):
@@ -1125,6 +1140,7 @@ def test_averaged_weights_are_put_in_place_without_a_teacher():
     nets.assert_all_equal(*found)
 
 
+@pytest.mark.slow
 def test_a_name_that_begins_a_metric_is_no_clash():
     model = tfl.LowBitTrainer({"a": student(), "sparse": student("other")}, teacher())
     metric = "sparse_categorical_accuracy"
@@ -1148,7 +1164,9 @@ def test_augmentation_within_the_networks_is_warned_of():
 
     low_bit = tfl.quantize(network(layers.Dropout(0.5)), tfl.PrecisionRule(".*", 2, 2))
     flipping = network(layers.RandomFlip(name="flip"))
-    with pytest.warns(UserWarning, match=r"augment the data\. Received: \['flip'\]"):
+    with pytest.warns(
+        UserWarning, match=r"augment the data instead\. Received: \['flip'\]"
+    ):
         tfl.LowBitTrainer(low_bit, flipping)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

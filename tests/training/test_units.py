@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 import tf_lowbit as tfl
 from tests.scheme import nets
-from tf_lowbit import inspection, models
+from tf_lowbit import models
 from tf_lowbit.compat import CustomScaleLayer, keras
+from tf_lowbit.network import inspection
 from tf_lowbit.training.units import find_units, residual_blocks
 
 layers = keras.layers
@@ -124,6 +125,7 @@ def test_a_post_activation_blocks_output_belongs_to_who_reads_it():
     assert sorted(found["two_add"]) == sorted([*expected, "two_shortcut/kernel"])
 
 
+@pytest.mark.slow
 def test_linear_bottlenecks_stand_alone_where_nothing_is_added():
     found = members(quantized("mobilenet"), "block")
     assert list(found) == [
@@ -225,6 +227,7 @@ def test_unrelated_inputs_are_no_branches_of_a_block():
     assert residual_blocks(model) == {}
 
 
+@pytest.mark.slow
 def test_a_shared_layer_is_in_one_unit():
     model = quantized("shared")
     # The layer lies before the block, too, and so on all of its branches.
@@ -283,6 +286,7 @@ def test_every_quantizer_is_in_exactly_one_unit(name, unit):
     assert all(u.tensors for u in find_units(model, unit))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["layer", "block", [".*"], [".*[a1d].*"]], ids=str)
 @pytest.mark.parametrize("name", RESIDUAL)
 def test_residual_quantizers_join_units_and_make_none(name, unit):
@@ -381,7 +385,7 @@ def test_a_pattern_that_takes_no_layer_is_refused(patterns, unused):
 )
 def test_another_unit_is_refused(unit):
     with pytest.raises(ValueError, match=r"unit.*Received: "):
-        find_units(quantized("chain"), unit)
+        tfl.StochasticPrecision(unit=unit)
 
 
 def test_an_activation_that_no_layer_reads_is_a_unit_of_its_own():

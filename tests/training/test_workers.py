@@ -16,6 +16,8 @@ import pytest
 from tests.training import worker as program
 from tf_lowbit.compat import tf
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 WORKERS, TIMEOUT = 2, 120
 

@@ -1,13 +1,14 @@
-"""What is in a checkpoint's folder beside its variables: of what model, and intact."""
+"""Files of a checkpoint besides its variables: identity of the model, and hashes."""
 
 import hashlib
 import itertools
 import json
 import os
 from pathlib import Path
+from typing import NamedTuple
 
-from tf_lowbit import inspection
 from tf_lowbit.compat import keras
+from tf_lowbit.network import inspection
 
 _FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -15,27 +16,39 @@ _SIGNATURE = "signature.json"
 _QUANTIZERS = "quantizers.json"
 
 
-def difference(model, folder: Path) -> str:
-    """Says in what a model is not that of a checkpoint; empty if in nothing."""
+class Position(NamedTuple):
+    """Where a training continues. Later positions compare as greater.
+
+    Attributes:
+        epoch: epoch to continue with, from 0.
+        step: number of its steps that are done, in [0, steps per epoch).
+    """
+
+    epoch: int
+    step: int
+
+
+def difference(model: keras.Model, folder: Path) -> str:
+    """The first difference between a model and that of a checkpoint, or ""."""
     if (folder / _QUANTIZERS).exists():  # Earlier versions wrote none.
         saved = json.loads((folder / _QUANTIZERS).read_text())
         pairs = itertools.zip_longest(
             saved, _quantizers(model), fillvalue=["nothing", "the end"]
         )
-        # Names are told, not compared: Keras numbers the layers that got none.
+        # Names are only for the message: Keras numbers unnamed layers.
         for (theirs, at), (own, own_at) in pairs:
             if theirs != own:
                 return f"{theirs} at {at}, where the model has {own} at {own_at}"
     saved = json.loads((folder / _SIGNATURE).read_text())
-    pairs = itertools.zip_longest(saved, _signature(model), fillvalue="nothing")
-    for theirs, own in pairs:
+    entries = itertools.zip_longest(saved, _signature(model), fillvalue="nothing")
+    for theirs, own in entries:
         if theirs != own:
             return f"{theirs}, where the model has {own}"
     return ""
 
 
 def _signature(model) -> list[str]:
-    """What a checkpoint and the model that it is restored into must have in common."""
+    """Weights and optimizer that a checkpoint must share with a model, in words."""
     state = model.optimizer.variables if has_plain_optimizer(model) else []
     return [
         *(f"weights of shape {weight.shape}" for weight in model.weights),
@@ -45,38 +58,38 @@ def _signature(model) -> list[str]:
 
 
 def _quantizers(model) -> list[list[str]]:
-    """Each quantizer, as its rule has made it, and the tensor that it stands at.
+    """Each quantizer as its rule made it, and its tensor.
 
-    A stage's bits, like a calibrated or a learned range and a sign that data told, are
-    variables: not in here.
+    Bits of a stage, calibrated or learned ranges, and signs from data are variables, so
+    they are not included.
     """
     tensors = inspection.quantized_tensors(model)
     return [[repr(tensor.declared), tensor.name] for tensor in tensors]
 
 
-def has_plain_optimizer(model) -> bool:
-    """Whether the optimizer's state is known ahead of the first step.
+def has_plain_optimizer(model: keras.Model) -> bool:
+    """Whether the optimizer's state can be built before the first step.
 
-    A legacy optimizer makes it as it goes, and a `train_step` of the model's own need
-    not train all variables, or with one optimizer only.
+    A legacy optimizer makes it during training. A model's own `train_step` may train
+    only some variables, or use several optimizers.
     """
     is_legacy = not hasattr(model.optimizer, "build")
     return type(model).train_step is keras.Model.train_step and not is_legacy
 
 
-def write_identity(model, folder: Path) -> None:
-    """Writes down what the model of a checkpoint is."""
+def write_identity(model: keras.Model, folder: Path) -> None:
+    """Writes the identity of a checkpoint's model: its signature and quantizers."""
     (folder / _SIGNATURE).write_text(json.dumps(_signature(model)))
     (folder / _QUANTIZERS).write_text(json.dumps(_quantizers(model)))
 
 
-def write_manifest(folder: Path, position, steps: int | None) -> None:
-    """Writes down what is in a folder, and flushes all of it to the disk.
+def write_manifest(folder: Path, position: Position, steps: int | None) -> None:
+    """Writes the manifest of a checkpoint, and flushes all its files to the disk.
 
     Args:
-        folder: of the checkpoint.
-        position: named tuple (epoch, step).
-        steps: in an epoch; None where that is not known.
+        folder: folder of the checkpoint.
+        position: position of the checkpoint.
+        steps: steps in an epoch; None if unknown.
     """
     files = {}
     for path in folder.iterdir():
@@ -90,18 +103,18 @@ def write_manifest(folder: Path, position, steps: int | None) -> None:
 
 
 def steps_of(folder: Path) -> int | None:
-    """The steps in an epoch when a checkpoint was made; None of earlier versions'."""
+    """The steps in an epoch of a checkpoint; None if an earlier version wrote it."""
     return json.loads((folder / _MANIFEST).read_text()).get("steps")
 
 
-def flaw(folder: Path, position) -> str:
-    """Says what is wrong with a checkpoint; empty if it is intact."""
+def flaw(folder: Path, position: Position) -> str:
+    """The damage of a checkpoint; "" if it is intact."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
         if manifest["format"] != _FORMAT:
-            return f"{_MANIFEST} is of format {manifest['format']!r}, not {_FORMAT}"
+            return f"{_MANIFEST} has format {manifest['format']!r}, not {_FORMAT}"
         if (manifest["epoch"], manifest["step"]) != position:
-            return f"{_MANIFEST} is of another position"
+            return f"{_MANIFEST} names another position"
         for name, file in manifest["files"].items():
             size = (folder / name).stat().st_size
             if size != file["bytes"]:
@@ -109,11 +122,11 @@ def flaw(folder: Path, position) -> str:
             if _digest(folder / name) != file["sha256"]:
                 return f"{name} is not what was written"
     except OSError as error:
-        # A read that fails, unlike an opening, does not name its file.
+        # Unlike a failed open, a failed read does not name its file.
         name = Path(error.filename or folder).name
         return f"{name} cannot be read ({error.strerror or error})"
     except (ValueError, TypeError, LookupError, AttributeError):
-        return f"{_MANIFEST} is not one"
+        return f"{_MANIFEST} is not a manifest"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, and a `model.fit` that goes on from them."""
+"""Atomic checkpoints, and a `model.fit` that continues from them."""
 
 import contextlib
 import os
@@ -7,9 +7,10 @@ import uuid
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from tf_lowbit.callbacks import checkpoint_files
+from tf_lowbit.callbacks.checkpoint_files import Position
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.core import checks
 
@@ -18,25 +19,13 @@ _PARTIAL = ".partial-"
 _VARIABLES = "variables"
 
 
-class Position(NamedTuple):
-    """Where a training goes on. Tuples compare as positions do.
-
-    Attributes:
-        epoch: the epoch to go on with, from 0.
-        step: how many of its steps are done, in [0, steps per epoch).
-    """
-
-    epoch: int
-    step: int
-
-
 class Recovery(keras.callbacks.Callback):
-    """Saves a training, and makes an interrupted one go on, in mid-epoch too.
+    """Saves a training, and continues an interrupted one, also within an epoch.
 
     When training begins, the newest intact checkpoint in the folder is restored, and
-    `fit` goes on at its epoch and step, whatever its `initial_epoch`. Without one,
-    `fit` starts as ever. What cannot be moved from here is the data, so start them at
-    `position`, as an endless stream with `steps_per_epoch`:
+    `fit` continues at its epoch and step, whatever its `initial_epoch`. Without a
+    checkpoint, `fit` starts as usual. The callback cannot move the data, so start them
+    at `position`, as an endless stream with `steps_per_epoch`:
 
     ```python
     recovery = tfl.callbacks.Recovery("checkpoints", every=500)
@@ -50,50 +39,49 @@ class Recovery(keras.callbacks.Callback):
     )
     ```
 
-    Put it last in the list, so that it saves what the others have done. Saved is all
-    that the model tracks: weights, optimizer state, the position of `StagedPrecision`.
-    Not saved are the metrics, which in a resumed epoch are over its remaining steps,
-    the random draws of layers such as Dropout, and what other callbacks remember.
-    Everything else goes on bit for bit, as far as the device computes so; but of what
-    replicas keep each for itself, such as BatchNormalization's moving statistics,
-    the mean is saved, so that they differ by rounding.
+    Put it last in the list, so that it saves the effects of the other callbacks. It
+    saves all that the model tracks: weights, optimizer state, the position of
+    `StagedPrecision`. It does not save metrics, which in a resumed epoch cover its
+    remaining steps, random draws of layers such as Dropout, and the state of other
+    callbacks. The rest continues bit for bit, as far as the device is deterministic.
+    But for variables that each replica has for itself, such as moving statistics of
+    BatchNormalization, the mean is saved, so they differ by rounding.
 
     If the checkpoint is at or past the `epochs` of `fit`, the model is restored and
     not trained: `fit` returns an empty history.
 
-    While a variable holds NaN or infinity, nothing is saved, so that the checkpoints
-    from before stay; a warning, one in a `fit`, names the variable. Weights, moving
-    statistics and the optimizer's state are looked at: in `mixed_float16` a batch that
-    overflows leaves the weights alone, but spoils the statistics.
+    Nothing is saved while a weight, a moving statistic or the optimizer's state holds
+    NaN or infinity, so earlier checkpoints stay. One warning in each `fit` names the
+    variable. In `mixed_float16`, a batch that overflows does not change the weights,
+    but it makes the statistics infinite.
 
     A checkpoint is a folder, named by its position, whose manifest holds the size and
-    the SHA-256 of each file. It is written under a hidden name, flushed to the disk
-    and then renamed, so that it is there whole or not at all, whenever the program is
-    killed. One that is not intact all the same (a disk's fault, a copy broken off)
-    is reported by a warning and skipped. Only one training at a time may use a folder.
+    the SHA-256 of each file. It is written under a hidden name, flushed to the disk and
+    then renamed, so it is never partial, even if the program is killed. A damaged one
+    (a disk error, an interrupted copy) is reported by a warning and skipped. Only one
+    training at a time may use a folder.
 
-    With several workers, all take part in a save and the chief alone keeps what it
-    wrote; the folder must be one that all of them see.
+    With several workers, all take part in a save, and only the chief's files are kept.
+    All workers must see the same folder.
 
     Args:
-        folder: where the checkpoints go, a path in the file system; made if absent.
-        every: None saves at the end of each epoch. A number also saves within an
-            epoch, each time that so many more of its steps are done (with
-            `steps_per_execution`, after the execution that gets there), and where
-            `stop_training` cuts an epoch short.
-        keep: how many intact checkpoints stay; older ones are deleted after a save.
-        verbose: 1 prints a line where a training goes on, or is found to be done.
+        folder: path of the folder, in the file system; created if missing.
+        every: None saves at the end of each epoch. A number also saves within an epoch,
+            after each so many steps (with `steps_per_execution`, after the execution
+            that reaches them), and when `stop_training` ends an epoch early.
+        keep: number of intact checkpoints to keep; older ones are deleted after a save.
+        verbose: 1 prints a line when a training continues, or is done already.
 
     Raises:
         ValueError: in the constructor, if an argument is out of range; when training
-            begins, if the checkpoint is of another network, of other quantizers (the
-            bits of a stage aside) or optimizer, does not fit the epochs of `fit`, or
-            was made within an epoch of another number of steps, if `every` is given
-            and the steps per epoch are not known, or if `BackupAndRestore` is used as
-            well. What a checkpoint of an earlier version does not tell, its quantizers
-            and its steps per epoch, is not compared.
+            begins, if the checkpoint has another network, other quantizers (except for
+            the bits of a stage) or another optimizer, does not fit the epochs of `fit`,
+            or was made within an epoch with another number of steps, if `every` is
+            given and the steps per epoch are unknown, or together with
+            `BackupAndRestore`. Checkpoints of earlier versions lack quantizers and
+            steps per epoch, which are then not compared.
         OSError: if the folder cannot be written, when training begins or at a save.
-            The earlier checkpoints stay.
+            Earlier checkpoints stay.
     """
 
     def __init__(
@@ -116,10 +104,9 @@ class Recovery(keras.callbacks.Callback):
         self.every = every
         self.keep = keep
         self.verbose = verbose
-        # The logs are not read: without this flag Keras would wait for them and
-        # fetch them from the device after each step.
+        # Without this flag, Keras would fetch the logs from the device after each step.
         self._supports_tf_logs = True
-        self._torn: set[Position] = set()
+        self._damaged: set[Position] = set()
         self._epoch = 0
         self._steps_before = 0
         self._is_epoch_whole = False
@@ -127,26 +114,26 @@ class Recovery(keras.callbacks.Callback):
 
     @property
     def position(self) -> Position:
-        """Where `fit` will go on: after the newest intact checkpoint, else at (0, 0).
+        """Where `fit` will start: after the newest intact checkpoint, else at (0, 0).
 
-        Needs neither model nor data. Reads the checkpoint in full.
+        It needs neither model nor data, but reads the whole checkpoint.
         """
         return self._newest_intact() or Position(0, 0)
 
-    def on_train_begin(self, logs=None):
-        """Restores the newest intact checkpoint, and has `fit` go on from there."""
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Restores the newest intact checkpoint, and makes `fit` continue there."""
         del logs
         if self.every is not None and self.params.get("steps") is None:
             raise ValueError(
-                "every needs to know where an epoch ends: give fit steps_per_epoch. "
-                f"Received: every={self.every}, steps_per_epoch=None"
+                "every needs the number of steps in an epoch: give fit "
+                f"steps_per_epoch. Received: every={self.every}, steps_per_epoch=None"
             )
         _require_no_other(self.model)
         if self._is_chief():
             for leftover in self.folder.glob(f"{_PARTIAL}*"):
                 shutil.rmtree(leftover, ignore_errors=True)
         with self._partial_folder():
-            pass  # An unwritable folder is found now, not after an epoch.
+            pass  # Finds an unwritable folder now, not after an epoch.
         self._has_warned = False
         position, steps = self._newest_intact(), None
         if position is not None:
@@ -156,23 +143,27 @@ class Recovery(keras.callbacks.Callback):
                 print(self._announcement(position))
         self.model._training_state = _Start(self.model, self.params, position, steps)
 
-    def on_epoch_begin(self, epoch, logs=None):
-        """Checks that nothing else has moved the start of the training."""
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Checks that no other callback has moved the start of the training."""
         del logs
         _require_no_other(self.model)
         self._epoch = epoch
         self._is_epoch_whole = False
 
-    def on_train_batch_begin(self, batch, logs=None):
-        """Notes how many steps are done."""
+    def on_train_batch_begin(
+        self, batch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        """Stores the number of steps that are done."""
         del logs
         self._steps_before = batch
 
-    def on_train_batch_end(self, batch, logs=None):
-        """Saves, if it is time."""
+    def on_train_batch_end(
+        self, batch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        """Saves after each `every` steps."""
         del logs
-        # With steps_per_execution, the batch of the begin hook is the first step of
-        # the execution and this one its last.
+        # With steps_per_execution, this batch is the last step of an execution, and
+        # that of the begin hook is the first.
         done, steps = batch + 1, self.params.get("steps")
         is_stopped = self.model.stop_training
         self._is_epoch_whole = not is_stopped if steps is None else done == steps
@@ -181,8 +172,8 @@ class Recovery(keras.callbacks.Callback):
         if is_stopped or done // self.every > self._steps_before // self.every:
             self._save(Position(self._epoch, done))
 
-    def on_epoch_end(self, epoch, logs=None):
-        """Saves, unless `stop_training` or a lack of data has cut the epoch short."""
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Saves, unless `stop_training` or a lack of data ended the epoch early."""
         del logs
         if self._is_epoch_whole:
             self._save(Position(epoch + 1, 0))
@@ -192,14 +183,14 @@ class Recovery(keras.callbacks.Callback):
 
     def _announcement(self, position: Position) -> str:
         if position.epoch >= self.params["epochs"]:
-            return f"Nothing is trained: {position.epoch} epochs are done"
-        return f"Going on at epoch {position.epoch}, step {position.step}"
+            return f"Nothing to train: {position.epoch} epochs are done"
+        return f"Continuing at epoch {position.epoch}, step {position.step}"
 
     def _path(self, position: Position) -> Path:
         return self.folder / _NAME.format(*position)
 
     def _positions(self) -> list[Position]:
-        """Positions of all checkpoints, torn ones too, in rising order."""
+        """Positions of all checkpoints, also damaged ones, in ascending order."""
         if not self.folder.is_dir():
             return []
         found = map(_position_of, self.folder.iterdir())
@@ -210,11 +201,10 @@ class Recovery(keras.callbacks.Callback):
             flaw = checkpoint_files.flaw(self._path(position), position)
             if not flaw:
                 return position
-            if position not in self._torn:
-                self._torn.add(position)
+            if position not in self._damaged:
+                self._damaged.add(position)
                 warnings.warn(
-                    "A checkpoint that is not intact is skipped: "
-                    f"{self._path(position)}: {flaw}",
+                    f"A damaged checkpoint is skipped: {self._path(position)}: {flaw}",
                     stacklevel=3,
                 )
         return None
@@ -224,20 +214,21 @@ class Recovery(keras.callbacks.Callback):
 
         def error(what):
             return ValueError(
-                "The checkpoint must be of the network and the optimizer that are "
-                f"trained; use another folder or delete it. Received: {folder}: {what}"
+                "The checkpoint must have the network and the optimizer of the "
+                "training; use another folder or delete it. "
+                f"Received: {folder}: {what}"
             )
 
         if model.built:
             if checkpoint_files.has_plain_optimizer(model):
                 model.optimizer.build(model.trainable_variables)
-            # A restoration that fails has changed a part of the model already.
+            # Checked first, because a failed restoration changes a part of the model.
             difference = checkpoint_files.difference(model, folder)
             if difference:
                 raise error(difference)
         try:
             status = tf.train.Checkpoint(model=model).read(str(folder / _VARIABLES))
-            # What does not exist yet is restored when it is made.
+            # Missing variables are restored when they are made.
             status.assert_existing_objects_matched()
         except (ValueError, AssertionError, tf.errors.OpError) as failure:
             raise error(failure) from failure
@@ -249,17 +240,17 @@ class Recovery(keras.callbacks.Callback):
             return
         final = self._path(position)
         with self._partial_folder() as partial:
-            # Reading a variable can take all workers: each of them writes.
+            # Each worker writes, because reading a variable can need all of them.
             tf.train.Checkpoint(model=self.model).write(str(partial / _VARIABLES))
             if not self._is_chief():
                 return
             checkpoint_files.write_identity(self.model, partial)
             checkpoint_files.write_manifest(partial, position, self.params.get("steps"))
-            if final.exists():  # Torn, else the training had gone on from it.
+            if final.exists():  # Damaged, else the training had continued from it.
                 shutil.rmtree(final)
             partial.rename(final)
             checkpoint_files.flush(self.folder)
-        self._torn.discard(position)
+        self._damaged.discard(position)
         self._delete_before(position)
 
     def _warn_of_non_finite(self, name: str):
@@ -267,26 +258,26 @@ class Recovery(keras.callbacks.Callback):
             self._has_warned = True
             warnings.warn(
                 "Weights, statistics and optimizer state must be finite to be saved: "
-                "no checkpoint is made, and those from before stay. Look for NaN in "
-                "the data, and go on from the last checkpoint; moving statistics alone "
-                "are mended by tf_lowbit.recalibrate_batch_norm. "
+                "no checkpoint is made, and earlier ones stay. Look for NaN in the "
+                "data, and continue from the last checkpoint; for moving statistics "
+                "alone, tf_lowbit.recalibrate_batch_norm is enough. "
                 f"Received: NaN or infinity in {name}",
                 stacklevel=3,
             )
 
     def _delete_before(self, newest: Position):
-        """Deletes what `keep` does not cover; torn ones do not count."""
-        # Torn ones ahead are left until the training has passed them.
+        """Deletes old checkpoints; damaged ones do not count for `keep`."""
+        # Later damaged ones stay until the training has passed them.
         passed = [position for position in self._positions() if position <= newest]
-        intact = [position for position in passed if position not in self._torn]
+        intact = [position for position in passed if position not in self._damaged]
         for position in set(passed) - set(intact[-self.keep :]):
             with self._partial_folder() as partial:
-                # Renamed first: a program killed in here leaves no torn one.
+                # Renamed first, so that a killed program leaves no partial checkpoint.
                 self._path(position).rename(partial)
 
     @contextlib.contextmanager
     def _partial_folder(self) -> Iterator[Path]:
-        """Makes a hidden folder in the folder, and deletes it if it is still there."""
+        """Makes a hidden folder in the folder, and deletes it unless it was renamed."""
         partial = self.folder / f"{_PARTIAL}{uuid.uuid4().hex}"
         try:
             partial.mkdir(parents=True)
@@ -303,9 +294,9 @@ class Recovery(keras.callbacks.Callback):
 class _Start:
     """Tells `fit` where to start.
 
-    Keras has no public way. `Model.fit` asks the object at `model._training_state`,
-    if there is one, between `on_train_begin` and the first epoch; that is how
-    `keras.callbacks.BackupAndRestore` does it.
+    Keras has no public way. `Model.fit` asks the object at `model._training_state`, if
+    there is one, between `on_train_begin` and the first epoch, as for
+    `keras.callbacks.BackupAndRestore`.
     """
 
     def __init__(
@@ -323,13 +314,13 @@ class _Start:
     def maybe_load_initial_counters_from_ckpt(
         self, steps_per_epoch, initial_epoch, mode
     ):
-        """Returns the epoch and the step to start with; Keras chose the name."""
+        """The epoch and the step to start with; Keras chose the name."""
         del mode
-        # Asked once: it must not move the start of a later `fit`, even if this one
-        # fails and does not get to `on_train_end`.
+        # Removed at once, so that it does not move the start of a later `fit` if this
+        # one fails.
         self._model._training_state = None
-        # One `fit` gives all its callbacks the same parameters. Others than ours mean
-        # that it is a later one: ours failed before it got here.
+        # A `fit` gives all its callbacks the same parameters. Other parameters mean a
+        # later `fit`, because ours failed before this call.
         history = getattr(self._model, "history", None)
         is_later = history is not None and history.params is not self._params
         if self._position is None or is_later:
@@ -342,7 +333,7 @@ class _Start:
                 f"Received: initial_epoch={initial_epoch}, a checkpoint at {epoch}"
             )
         if step and steps_per_epoch is not None:
-            # Earlier versions did not write the number down.
+            # Earlier versions did not store the number.
             is_known = self._steps is not None
             if steps_per_epoch != self._steps if is_known else step >= steps_per_epoch:
                 raise ValueError(
@@ -364,7 +355,7 @@ def _require_no_other(model):
 
 
 def _position_of(path: Path) -> Position | None:
-    """The position that a path is the checkpoint of, or None if it is none."""
+    """The position of the checkpoint at a path, or None for another path."""
     parts = path.name.split("-")
     if len(parts) != 4 or not (parts[1].isdecimal() and parts[3].isdecimal()):
         return None
@@ -373,8 +364,8 @@ def _position_of(path: Path) -> Position | None:
 
 
 def _non_finite(model) -> str | None:
-    """The name of a variable in which not all is finite."""
-    # Those of metrics start anew at each epoch, and may hold a loss that overflowed.
+    """The name of a variable with NaN or infinity, or None."""
+    # Metrics are reset at each epoch, and may hold a loss that overflowed.
     measured = {id(v) for metric in model.metrics for v in metric.variables}
     own = [v for v in model.variables if id(v) not in measured]
     for variable in (*own, *_optimizer_state(model)):
@@ -385,9 +376,9 @@ def _non_finite(model) -> str | None:
 
 
 def _optimizer_state(model) -> list:
-    """The optimizers' variables, as far as they are made."""
+    """The optimizers' variables that exist already."""
     names = ("optimizer", "teacher_optimizer")
     optimizers = [getattr(model, name, None) for name in names]
     states = [getattr(optimizer, "variables", ()) for optimizer in optimizers]
-    # Of a legacy optimizer it is a method.
+    # A legacy optimizer has a method `variables`.
     return [v for state in states for v in (state() if callable(state) else state)]

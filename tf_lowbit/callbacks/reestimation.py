@@ -1,41 +1,44 @@
-"""Statistics of batch normalisation that are those of the network as it stands."""
+"""Re-estimation of batch normalization's moving statistics in training."""
 
 import warnings
+from collections.abc import Iterable
+from typing import Any
 
-from tf_lowbit.batch_norm import recalibrate_batch_norm
+from tf_lowbit.calibration.batch_norm import recalibrate_batch_norm
 from tf_lowbit.compat import keras
-from tf_lowbit.observation import require_rereadable, validate_batches
+from tf_lowbit.network.observation import require_rereadable, validate_batches
 
 
 class BatchNormReestimation(keras.callbacks.Callback):
-    """Measures the moving statistics anew before each evaluation.
+    """Measures the moving statistics again before each evaluation.
 
-    Moving averages lag behind the weights: with Keras's default momentum of 0.99 a
-    short training ends with those of another network, and low-bit networks lose many
-    points by it. This callback calls `tf_lowbit.recalibrate_batch_norm` before each
-    validation of `fit`, and at the end of each epoch that has none. So metrics,
-    checkpoints and the trained model all have the measured statistics.
+    Moving averages lag behind the weights. With Keras's default momentum of 0.99, a
+    short training ends with the statistics of an earlier network, which costs low-bit
+    networks many points of accuracy. This callback calls
+    `tf_lowbit.recalibrate_batch_norm` before each validation of `fit`, and at the end
+    of each epoch without one. So metrics, checkpoints and the trained model have the
+    measured statistics.
 
-    Training itself does not change by it, for it normalises by each batch's own
-    statistics: the averages go on from what was measured. They are variables of the
-    model, so that a resumed run goes on exactly, provided that the data are the same
-    ones each time. Put the callback ahead of those that save the model, such as
-    `Recovery`.
+    Training itself does not change, because it normalizes by the statistics of each
+    batch. The averages continue from the measured values. They are variables of the
+    model, so a resumed run continues exactly if the data are the same each time. Put
+    the callback before those that save the model, such as `Recovery`.
 
-    Where a statistic is NaN or infinite the averages stay as they are, and a warning
-    says so.
+    If a statistic is NaN or infinite, the averages are not changed, and a warning says
+    so.
 
     Args:
-        dataset: iterable of batches, `x` or `(x, y)` or `(x, y, weight)`, as training
-            sees them, at best of the same size; it is read from its start each time.
-        batches: how many of them to use, at least 1.
+        dataset: iterable of batches, `x` or `(x, y)` or `(x, y, weight)`, like those of
+            the training and ideally of the same size; it is read from its start each
+            time.
+        batches: number of batches to use, at least 1.
 
     Raises:
         ValueError: if `batches` is below 1, or `dataset` is arrays or can be read only
-            once; and in training as `recalibrate_batch_norm` says.
+            once; and in training as in `recalibrate_batch_norm`.
     """
 
-    def __init__(self, dataset, batches: int = 32):
+    def __init__(self, dataset: Iterable[Any], batches: int = 32):
         super().__init__()
         validate_batches(batches)
         require_rereadable(dataset)
@@ -43,18 +46,18 @@ class BatchNormReestimation(keras.callbacks.Callback):
         self.batches = batches
         self._is_measured = False
 
-    def on_epoch_begin(self, epoch, logs=None):
-        """Notes that the weights are going to move."""
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Notes that the statistics become outdated."""
         del epoch, logs
         self._is_measured = False
 
-    def on_test_begin(self, logs=None):
-        """Measures."""
+    def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Measures the statistics."""
         del logs
         self._measure()
 
-    def on_epoch_end(self, epoch, logs=None):
-        """Measures, unless a validation has done so in this epoch."""
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Measures the statistics, unless a validation of this epoch did."""
         del epoch, logs
         if not self._is_measured:
             self._measure()
@@ -65,7 +68,7 @@ class BatchNormReestimation(keras.callbacks.Callback):
         except ValueError as error:
             if "must be finite" not in str(error):
                 raise
-            # A training that diverges is for others to end.
+            # Ending a diverging training is up to other callbacks.
             warnings.warn(
                 f"Batch statistics are not measured in this epoch: {error}",
                 stacklevel=3,

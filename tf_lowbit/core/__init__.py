@@ -1,1 +1,1 @@
-"""Tensors in, tensors out: grids, straight-through gradients and schedules."""
+"""Numerics without Keras models: grids, straight-through gradients, checks, files."""

@@ -1,42 +1,43 @@
-"""Checks of arguments: the one place that says what an integer or a choice must be.
+"""Argument checks: what an integer, a number or a choice must be is defined here only.
 
-Each function returns the value, so that a constructor can check and keep it in one
-line. Each error states the requirement and what was received.
+Each function returns `value`, so that a constructor checks and stores it in one line,
+or raises ValueError. The message names the argument by `name`, and states the
+requirement and what was received.
 """
 
 import math
 import numbers
 import os
+import types
+from collections.abc import Collection
+from typing import Any
 
 
-def is_integer(value) -> bool:
-    """Whether a value is an integer, of Python or NumPy, and no bool."""
-    # bool is an Integral in Python, but `width=True` is a slip and no width.
+def is_integer(value: Any) -> bool:
+    """Tells whether a value is a Python or NumPy integer; a bool is not."""
+    # bool is an Integral in Python, but `width=True` is a mistake.
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def is_number(value) -> bool:
-    """Whether a value is a finite real number, of Python or NumPy, and no bool."""
+def is_number(value: Any) -> bool:
+    """Tells whether a value is a finite Python or NumPy real number; a bool is not."""
     is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     return is_real and math.isfinite(value)
 
 
 def integer(
-    name: str, value, *, at_least: int | None = None, below: int | None = None
+    name: str, value: Any, *, at_least: int | None = None, below: int | None = None
 ) -> int:
-    """Checks an integer.
+    """Checks an integer; a bool is not one.
 
     Args:
-        name: of the argument, for the message.
-        value: to be checked.
-        at_least: its least value; None for any.
-        below: what it must be below; None for any.
+        name: Name of the argument.
+        value: Value to check.
+        at_least: Lower bound, included, or None.
+        below: Upper bound, excluded, or None.
 
     Returns:
         The value as an int.
-
-    Raises:
-        ValueError: if it is no integer (a bool is none) or out of the range.
     """
     is_low = at_least is not None and is_integer(value) and value < at_least
     is_high = below is not None and is_integer(value) and value >= below
@@ -48,28 +49,25 @@ def integer(
 
 def number(
     name: str,
-    value,
+    value: Any,
     *,
     at_least: float | None = None,
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
 ) -> float:
-    """Checks a finite real number.
+    """Checks a finite real number; a bool is not one.
 
     Args:
-        name: of the argument, for the message.
-        value: to be checked.
-        at_least: its least value; None for any, as for those that follow.
-        above: what it must be above.
-        at_most: its largest value.
-        below: what it must be below.
+        name: Name of the argument.
+        value: Value to check.
+        at_least: Lower bound, included, or None.
+        above: Lower bound, excluded, or None.
+        at_most: Upper bound, included, or None.
+        below: Upper bound, excluded, or None.
 
     Returns:
         The value as a float.
-
-    Raises:
-        ValueError: if it is no number (a bool is none), NaN, infinite or out of range.
     """
     is_inside = is_number(value) and not (
         (at_least is not None and value < at_least)
@@ -90,35 +88,16 @@ def number(
     return float(value)
 
 
-def choice(name: str, value, choices):
-    """Checks that a value is one of a few; True is not 1.
-
-    Args:
-        name: of the argument, for the message.
-        value: to be checked, of any type.
-        choices: what it may be.
-
-    Returns:
-        The value.
-
-    Raises:
-        ValueError: if it is none of them.
-    """
+def choice(name: str, value: Any, choices: Collection[Any]) -> Any:
+    """Checks that a value is one of `choices`, of any type; True is not 1."""
     choices = tuple(choices)
     if not any(type(value) is type(one) and value == one for one in choices):
         raise ValueError(f"{name} must be one of {choices}. {received(name, value)}")
     return value
 
 
-def integers(name: str, value) -> tuple[int, ...]:
-    """Checks a list of integers, such as axes.
-
-    Returns:
-        They, as a tuple.
-
-    Raises:
-        ValueError: if it is no list or tuple, is empty, or holds something else.
-    """
+def integers(name: str, value: Any) -> tuple[int, ...]:
+    """Checks a list or tuple of at least one integer, such as axes; returns a tuple."""
     is_list = isinstance(value, list | tuple) and all(map(is_integer, value))
     if not is_list or not value:
         raise ValueError(
@@ -127,29 +106,21 @@ def integers(name: str, value) -> tuple[int, ...]:
     return tuple(int(one) for one in value)
 
 
-def flag(name: str, value) -> bool:
-    """Checks that a value is True or False.
-
-    Raises:
-        ValueError: if it is another one; 0, 1 and None are.
-    """
+def flag(name: str, value: Any) -> bool:
+    """Checks that a value is True or False; 0, 1 and None are refused."""
     return choice(name, value, (True, False))
 
 
-def instance(name: str, value, kind, *, remedy: str = ""):
+def instance(
+    name: str, value: Any, kind: type | types.UnionType, *, remedy: str = ""
+) -> Any:
     """Checks the type of a value.
 
     Args:
-        name: of the argument, for the message.
-        value: to be checked.
-        kind: the type that it must have, or a union of types.
-        remedy: how to get such a value, for the message.
-
-    Returns:
-        The value.
-
-    Raises:
-        ValueError: if it is of another type.
+        name: Name of the argument.
+        value: Value to check.
+        kind: Required type, or a union of types.
+        remedy: How to get such a value.
     """
     if not isinstance(value, kind):
         how = f": {remedy}" if remedy else ""
@@ -160,14 +131,10 @@ def instance(name: str, value, kind, *, remedy: str = ""):
     return value
 
 
-def path(name: str, value) -> str:
-    """Checks a path in the file system; nothing need be there.
+def path(name: str, value: Any) -> str:
+    """Checks a str or `os.PathLike` that is not empty; returns a str.
 
-    Returns:
-        The path as a str.
-
-    Raises:
-        ValueError: if it is no str and no `os.PathLike`, or is empty.
+    The file need not exist.
     """
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
         raise ValueError(
@@ -176,8 +143,8 @@ def path(name: str, value) -> str:
     return os.fsdecode(value)
 
 
-def received(name: str, value) -> str:
-    """The end of a message: what was received, in one line of fair length."""
+def received(name: str, value: Any) -> str:
+    """Formats the end of a message: what was received, on one short line."""
     shown = " ".join(repr(value).split())
     if len(shown) > _MOST_SHOWN:
         shown = f"{shown[:_MOST_SHOWN]}..."
@@ -185,7 +152,7 @@ def received(name: str, value) -> str:
 
 
 def _in_words(*bounds) -> str:
-    """Such as " of at least 0 and below 1"."""
+    """Formats bounds, such as " of at least 0 and below 1"."""
     given = [f"{word} {bound}" for word, bound in bounds if bound is not None]
     return f" {' and '.join(given)}" if given else ""
 

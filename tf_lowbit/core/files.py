@@ -7,31 +7,28 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-# A ZIP may unpack to this many times its size, or to this many bytes in any case.
+# A ZIP may unpack to this many times its size, or at least to this many bytes.
 _MOST_TIMES = 200
 _ALWAYS_FINE = 2**26
 
 
 @contextlib.contextmanager
-def replaced(path) -> Iterator[Path]:
-    """Yields where to write what then replaces a file.
+def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary path; its file replaces `path` at the end of the context.
 
-    The place has the file's name, in a new folder of its own beside it, which nobody
-    else may enter: other writers of the same path and links that were put there are out
-    of the way. At the end of the context the content is on the disk, and is renamed; of
-    several writers, the last to end wins.
+    The temporary file has the same name, in a new private folder beside `path`, so that
+    other writers of `path`, and links placed there, cannot interfere. At the end the
+    content is flushed to disk and renamed. Of several writers, the last wins.
 
     Args:
-        path: where the file goes; one that is there stays until the new one is whole.
-
-    Yields:
-        A path in which no file is yet.
+        path: Destination. An existing file stays until the new one is complete.
 
     Raises:
-        OSError: if the folder is missing or cannot be written, or the disk is full.
-            Nothing is left behind, nor after any other error within the context. Only
-            a process that is killed may leave its folder, named `.partial-...`.
+        OSError: If the folder is missing or not writable, or the disk is full. After
+            any error nothing is left behind. Only a killed process may leave its
+            folder, named `.partial-...`.
     """
     path = Path(path)
     folder = None
@@ -53,19 +50,12 @@ def replaced(path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def replace_file(path, content: bytes | str) -> Path:
-    """Writes a file whole or not at all.
-
-    Args:
-        path: where it goes; one that is there stays until the new one is whole.
-        content: its bytes, or a text for UTF-8.
-
-    Returns:
-        The path.
+def replace_file(path: str | os.PathLike[str], content: bytes | str) -> Path:
+    """Writes bytes, or text as UTF-8, whole or not at all; returns the path.
 
     Raises:
-        OSError: as `replaced`.
-        UnicodeEncodeError: for a text that UTF-8 cannot hold.
+        OSError: As `replaced`.
+        UnicodeEncodeError: If UTF-8 cannot encode the text.
     """
     data = content.encode() if isinstance(content, str) else content
     with replaced(path) as temporary, open(temporary, "xb") as file:
@@ -73,22 +63,20 @@ def replace_file(path, content: bytes | str) -> Path:
     return Path(path)
 
 
-def require_plausible_zip(file) -> None:
-    """Refuses a ZIP that would fill memory or disk, before any of it is unpacked.
+def require_plausible_zip(file: str | os.PathLike[str] | BinaryIO) -> None:
+    """Refuses a ZIP (path or binary file) that would fill memory or disk.
 
-    Python unpacks no more of a part than its declared size.
-
-    Args:
-        file: path, or a binary file.
+    Nothing is unpacked. Python unpacks no more of a part than its declared size.
 
     Raises:
-        ValueError: if its parts declare more than 64 MiB and more than 200 times the
-            file's, or it is no ZIP.
+        ValueError: If it is not a ZIP, or its parts declare more than 64 MiB and more
+            than 200 times the file's size.
     """
     try:
         with zipfile.ZipFile(file) as archive:
             parts = archive.infolist()
-            # Parts may share their bytes, so that the file's own size counts.
+            # Parts may share bytes, so the size of the whole file counts.
+            assert archive.fp is not None  # It is open.
             archive.fp.seek(0, os.SEEK_END)
             packed = archive.fp.tell()
     except zipfile.BadZipFile as error:
@@ -105,7 +93,6 @@ def require_plausible_zip(file) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Waits until a file is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -4,9 +4,8 @@ Every quantizer maps a real tensor to integer **codes** and back to **values**,
 
     value = code * step,
 
-with `step` in float32. Training, export and report all read this module, so that
-they cannot disagree. The bit-width `k` may be a Python int or an int32 tensor;
-assigning a variable that holds it changes the grid without a retrace.
+with `step` in float32. Training, export and report all read this module, so that they
+cannot disagree.
 
 | grid | codes at k bits | levels | used by |
 |---|---|---|---|
@@ -14,10 +13,15 @@ assigning a variable that holds it changes the grid without a retrace.
 | odd | -n, -n + 2, ..., n | n + 1, no zero | DoReFa weights |
 | signed | -2^(k-1) + narrow, ..., 2^(k-1) - 1 | 2^k - narrow | LSQ, uniform |
 
-with `n = 2^k - 1`. At k = 1 the signed grid is {-1, +1}, since {-1, 0} and {0}
-serve nothing. 16 and 32 bits mean "not rounded": they are carried out as 24 bits,
-which is the resolution of float32 itself, so that one formula serves every k.
+with `n = 2^k - 1`. At k = 1 the signed grid is {-1, +1}, since {-1, 0} and {0} would be
+useless. 16 and 32 bits mean "not rounded". They are computed as 24 bits, the resolution
+of float32, so that one formula serves every k.
+
+`bits` is a Python int or a scalar int32 tensor. Assigning a variable that holds it
+changes the grid without a retrace. Rounding is half to even. NaN stays NaN.
 """
+
+from typing import Any
 
 from tf_lowbit.compat import tf
 from tf_lowbit.core import checks
@@ -28,19 +32,22 @@ ALLOWED_BITS = (*range(1, MAX_BITS + 1), *UNROUNDED_BITS)
 
 # The bits of a float32 significand: n = 2^24 - 1 is the finest exact integer grid.
 _FLOAT32_BITS = 24
-# Codes of the signed grid stay below 2^7; 16 more bits fill the significand.
+# Signed codes stay within 2^7; 16 more bits fill the significand.
 _UNROUNDED_FINENESS = 2.0**16
 
 
-def validate_bits(bits, name: str = "bits") -> int:
-    """Returns `bits` as an int, or raises an error that says what is allowed.
+def validate_bits(bits: Any, name: str = "bits") -> int:
+    """Checks a bit-width.
 
     Args:
-        bits: the bit-width: an integer in [1, 8], or 16 or 32 for "not rounded".
-        name: how the error message names the argument.
+        bits: Integer in [1, 8], or 16 or 32 for "not rounded".
+        name: Name of the argument, for the message.
+
+    Returns:
+        `bits` as an int.
 
     Raises:
-        ValueError: for anything else; also for bool, str and float.
+        ValueError: If `bits` is anything else, also a bool, str or float.
     """
     if not checks.is_integer(bits) or int(bits) not in ALLOWED_BITS:
         raise ValueError(
@@ -50,101 +57,67 @@ def validate_bits(bits, name: str = "bits") -> int:
     return int(bits)
 
 
-def effective_bits(bits):
-    """The bits that the arithmetic runs at: k for k <= 8, else 24.
-
-    Args:
-        bits: scalar int or int32 tensor.
-
-    Returns:
-        Scalar int32 tensor.
-    """
+def effective_bits(bits: int | tf.Tensor) -> tf.Tensor:
+    """Returns the bits that the arithmetic uses, int32: k for k <= 8, else 24."""
     bits = tf.convert_to_tensor(bits, tf.int32)
-    # No `tf.where`: on a GPU its int32 result is in device memory, and the fused
-    # quantizers read bits on the host. Integer arithmetic stays there.
+    # No `tf.where`: a GPU would put its int32 result in device memory, but the fused
+    # quantizers read bits on the host. Integer arithmetic stays on the host.
     is_float = tf.minimum(tf.maximum(bits - MAX_BITS, 0), 1)
     return tf.minimum(bits, MAX_BITS) + (_FLOAT32_BITS - MAX_BITS) * is_float
 
 
-def unsigned_limit(bits):
-    """The largest code `n = 2^k - 1` of the unsigned and of the odd grid.
+def unsigned_limit(bits: int | tf.Tensor) -> tf.Tensor:
+    """Returns `n = 2^k - 1`, the largest code of the unsigned and the odd grid.
 
-    Args:
-        bits: scalar int or int32 tensor.
-
-    Returns:
-        Scalar float32 tensor; exact, since n < 2^24.
+    A scalar float32 tensor, exact since n < 2^24.
     """
     # A shift, not a power: `2.0 ** k` need not be exact on every device.
     return tf.cast(tf.bitwise.left_shift(1, effective_bits(bits)) - 1, tf.float32)
 
 
-def unsigned_step(limit, bits):
-    """The step `limit / n` of the unsigned grid on [0, limit].
+def unsigned_step(limit: float | tf.Tensor, bits: int | tf.Tensor) -> tf.Tensor:
+    """Returns the step `limit / n` of the unsigned grid on [0, limit].
 
-    Args:
-        limit: scalar float or float32 tensor, positive: the upper clip.
-        bits: scalar int or int32 tensor.
-
-    Returns:
-        Scalar float32 tensor, in the unit of `limit`.
+    A scalar float32 tensor, in the unit of the positive scalar `limit`.
     """
     return tf.convert_to_tensor(limit, tf.float32) / unsigned_limit(bits)
 
 
-def unsigned_codes(inputs, limit, bits):
-    """Codes of the unsigned grid: `round(clip(x, 0, limit) * n / limit)`.
+def unsigned_codes(
+    inputs: tf.Tensor, limit: float | tf.Tensor, bits: int | tf.Tensor
+) -> tf.Tensor:
+    """Returns codes of the unsigned grid: `round(clip(x, 0, limit) * n / limit)`.
 
-    Half to even. The product is taken with `n / limit`, as the fused kernel does.
-
-    Args:
-        inputs: float32 tensor of any shape. NaN stays NaN.
-        limit: scalar, positive: the upper clip.
-        bits: scalar int or int32 tensor.
-
-    Returns:
-        Float32 tensor of the same shape, integers in [0, n].
+    `n / limit` is computed first, as in the fused kernel. The inputs are a float32
+    tensor of any shape; the codes have its shape and are float32 integers in [0, n].
     """
     limit = tf.convert_to_tensor(limit, tf.float32)
     scale = unsigned_limit(bits) / limit
     return tf.round(tf.clip_by_value(inputs, 0.0, limit) * scale)
 
 
-def odd_step(bits):
-    """The step `1 / n` of the odd grid, which always spans [-1, 1].
-
-    Args:
-        bits: scalar int or int32 tensor.
-
-    Returns:
-        Scalar float32 tensor.
-    """
+def odd_step(bits: int | tf.Tensor) -> tf.Tensor:
+    """Returns the step `1 / n` of the odd grid on [-1, 1]: a scalar float32 tensor."""
     return 1.0 / unsigned_limit(bits)
 
 
-def odd_codes(unit, bits):
-    """Codes of the odd grid: `2 round(n u) - n` for u in [0, 1], half to even.
+def odd_codes(unit: tf.Tensor, bits: int | tf.Tensor) -> tf.Tensor:
+    """Returns codes of the odd grid: `2 round(n u) - n`.
 
-    Args:
-        unit: float32 tensor of any shape, in [0, 1]. NaN stays NaN.
-        bits: scalar int or int32 tensor.
-
-    Returns:
-        Float32 tensor of the same shape, odd integers in [-n, n].
+    The unit `u` is a float32 tensor of any shape, in [0, 1]. The codes have its shape
+    and are odd float32 integers in [-n, n].
     """
     n = unsigned_limit(bits)
     return 2.0 * tf.round(n * unit) - n
 
 
-def signed_limits(bits, narrow_range: bool):
-    """The magnitudes (Q_N, Q_P) of the lowest and the highest signed code.
+def signed_limits(
+    bits: int | tf.Tensor, narrow_range: bool
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns the magnitudes (Q_N, Q_P) of the lowest and the highest signed code.
 
-    Args:
-        bits: scalar int or int32 tensor. "Not rounded" has the limits of 8 bits.
-        narrow_range: drop the lowest code, so that the grid is symmetric.
-
-    Returns:
-        Two scalar float32 tensors, both positive; (1, 1) at one bit.
+    Two positive scalar float32 tensors; (1, 1) at one bit. "Not rounded" has the limits
+    of 8 bits. `narrow_range` drops the lowest code, for a symmetric grid.
     """
     bits = tf.minimum(tf.convert_to_tensor(bits, tf.int32), MAX_BITS)
     half = tf.cast(tf.bitwise.left_shift(1, bits - 1), tf.float32)
@@ -152,21 +125,26 @@ def signed_limits(bits, narrow_range: bool):
     return (positive if narrow_range else half), positive
 
 
-def signed_codes(scaled, bits, narrow_range: bool, rounding_bits=None):
-    """Codes of the signed grid: `round(clip(v, -Q_N, Q_P))`, half to even.
+def signed_codes(
+    scaled: tf.Tensor,
+    bits: int | tf.Tensor,
+    narrow_range: bool,
+    rounding_bits: int | tf.Tensor | None = None,
+) -> tf.Tensor:
+    """Returns codes of the signed grid: `round(clip(v, -Q_N, Q_P))`.
 
     At one bit: +1 where v >= 0, else -1.
 
     Args:
-        scaled: float32 tensor `v = x / step` of any shape. NaN stays NaN.
-        bits: scalar int or int32 tensor.
-        narrow_range: as in `signed_limits`.
-        rounding_bits: scalar int or int32 tensor: `bits` (also where None), or 16 or
-            32 to clip to the limits of `bits` without rounding.
+        scaled: The `v = x / step`: float32 tensor of any shape.
+        bits: Bit-width.
+        narrow_range: As in `signed_limits`.
+        rounding_bits: `bits` (the default), or 16 or 32 to clip to the limits of `bits`
+            without rounding.
 
     Returns:
-        Float32 tensor of the same shape: integers in [-Q_N, Q_P], or the clipped
-        `v` itself (to 2^-17 of a step) where the bits say "not rounded".
+        Float32 tensor of the same shape: integers in [-Q_N, Q_P]; for "not rounded" the
+        clipped `v` itself, to 2^-17 of a step.
     """
     bits = tf.convert_to_tensor(bits, tf.int32)
     negative, positive = signed_limits(bits, narrow_range)
@@ -175,7 +153,7 @@ def signed_codes(scaled, bits, narrow_range: bool, rounding_bits=None):
         bits = tf.convert_to_tensor(rounding_bits, tf.int32)
     fineness = tf.where(bits > MAX_BITS, _UNROUNDED_FINENESS, 1.0)
     rounded = tf.round(clipped * fineness) / fineness
-    # Neither comparison holds for a NaN, which so stays what it is.
+    # Both comparisons are false for NaN, which therefore stays NaN.
     binary = tf.where(clipped >= 0.0, 1.0, tf.where(clipped < 0.0, -1.0, clipped))
     return tf.where(bits == 1, binary, rounded)
 
@@ -183,16 +161,12 @@ def signed_codes(scaled, bits, narrow_range: bool, rounding_bits=None):
 def level_codes(
     bits: int, *, signed: bool, narrow_range: bool = False, odd: bool = False
 ) -> range:
-    """All codes of a grid at `bits` in [1, 8], ascending.
+    """Returns all codes of a grid at 1 to 8 bits, ascending.
 
-    Args:
-        bits: int in [1, 8].
-        signed: the signed grid; False for the unsigned one.
-        narrow_range: as in `signed_limits`.
-        odd: the odd grid, whatever the others say.
+    `odd` overrides `signed`; neither means the unsigned grid.
 
     Raises:
-        ValueError: if `bits` is out of [1, 8].
+        ValueError: If `bits` is not in [1, 8].
     """
     bits = validate_bits(bits)
     if bits > MAX_BITS:

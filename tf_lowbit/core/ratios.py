@@ -1,9 +1,9 @@
-"""Ratios of steps at which an int8 Add has no ties.
+"""Ratios of steps at which an int8 Add never has to round an exact half.
 
-TFLite's int8 Add computes `round(a s_a / s_out + b s_b / s_out)` of the codes `a` and
-`b`, and its kernels do not round halves alike. With `s_a / s_out` and `s_b / s_out`
-both fractions of odd denominator so is the sum, and no pair of codes meets a half:
-whatever rounds to nearest gives the same code. Ours.
+TFLite's int8 Add computes `round(a s_a / s_out + b s_b / s_out)` from the codes `a` and
+`b`. Its kernels differ in how they round halves. If `s_a / s_out` and `s_b / s_out` are
+fractions of odd denominator, so is the sum. Then no pair of codes gives a half, and
+every kernel that rounds to nearest returns the same code.
 """
 
 import fractions
@@ -12,7 +12,7 @@ import math
 from tf_lowbit.core import checks
 
 _LARGEST_TERM = 15
-# Every p / q with q odd and 1 <= p, q <= 15, ascending: about 4 % apart around 1.
+# All p / q with odd q and 1 <= p, q <= 15, ascending: about 4 % apart around 1.
 RATIOS = tuple(
     sorted(
         {
@@ -25,45 +25,31 @@ RATIOS = tuple(
 
 
 def nearest_ratio(value: float) -> fractions.Fraction:
-    """The ratio in `RATIOS` that is the nearest to `value` in logarithm.
+    """Returns the ratio in `RATIOS` nearest to a positive value on a logarithmic scale.
+
+    If two are equally near, the smaller one.
 
     >>> nearest_ratio(0.7)
     Fraction(9, 13)
 
-    Args:
-        value: positive and finite.
-
-    Returns:
-        The fraction, of odd denominator; of two as near the smaller one.
-
     Raises:
-        ValueError: if `value` is not positive and finite.
+        ValueError: If `value` is not positive and finite.
     """
-    target = math.log(_positive(value))
+    target = math.log(checks.number("value", value, above=0))
     return min(RATIOS, key=lambda ratio: abs(math.log(ratio) - target))
 
 
 def at_least_ratio(value: float) -> fractions.Fraction:
-    """The smallest ratio in `RATIOS` that is not below `value`.
+    """Returns the smallest ratio in `RATIOS` that is not below a positive value.
 
-    A step that is so many times another one then clips no value that one of `value`
-    times it would not.
+    A step that is multiplied by it, in place of `value`, clips nothing more. A float
+    equal to a ratio counts as that ratio. 15, the largest, if all are smaller.
 
     >>> at_least_ratio(0.7)
     Fraction(5, 7)
 
-    Args:
-        value: positive and finite. A float that is a ratio's own counts as equal.
-
-    Returns:
-        The fraction, of odd denominator; the largest one, 15, where all are below.
-
     Raises:
-        ValueError: if `value` is not positive and finite.
+        ValueError: If `value` is not positive and finite.
     """
-    least = _positive(value)
+    least = checks.number("value", value, above=0)
     return next((ratio for ratio in RATIOS if float(ratio) >= least), RATIOS[-1])
-
-
-def _positive(value) -> float:
-    return checks.number("value", value, above=0)

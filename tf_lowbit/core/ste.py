@@ -1,42 +1,34 @@
 """Quantization with stated straight-through gradients (`tf.custom_gradient`).
 
-Each function here has a forward that lies exactly on a grid of
-`tf_lowbit.core.grid` and a gradient that its docstring states. `bits` is always a
-scalar int32 tensor, read from its variable *before* the call: inside a
-`custom_gradient`, eager mode would ask for the variable's own gradient.
+Each forward pass lies exactly on a grid of `tf_lowbit.core.grid`. Each docstring states
+the gradient. Inputs are float32 tensors of any shape; results have their shape and
+dtype. `bits` is always a scalar int32 tensor, read from its variable *before* the call:
+inside a `custom_gradient`, eager mode would ask for the variable's own gradient.
 """
 
 from tf_lowbit.compat import in_xla_context, tf
-from tf_lowbit.core import grid
+from tf_lowbit.core import checks, grid
 
 IMPLEMENTATIONS = ("auto", "fused", "composed")
 
 
 def validate_implementation(implementation: str) -> str:
-    """Returns `implementation`, or raises an error that says what is allowed.
+    """Checks the name of an implementation and returns it.
 
     Raises:
-        ValueError: if it is not "auto", "fused" or "composed".
+        ValueError: If it is not "auto", "fused" or "composed".
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation must be one of {IMPLEMENTATIONS}. "
-            f"Received: implementation={implementation!r}"
-        )
-    return implementation
+    return checks.choice("implementation", implementation, IMPLEMENTATIONS)
 
 
 def choose_implementation(implementation: str = "auto") -> str:
     """Resolves "auto" to "fused" or "composed".
 
-    The fused kernels exist for CPU and GPU. XLA fuses the composed form by itself,
-    and other devices (TPU) have no kernel: there "auto" is "composed".
-
-    Args:
-        implementation: "auto", "fused" or "composed".
+    The fused kernels exist for CPU and GPU. "auto" is "composed" under XLA, which fuses
+    by itself, and on other devices (TPU), which have no such kernel.
 
     Raises:
-        ValueError: for any other value.
+        ValueError: If it is none of the three.
     """
     validate_implementation(implementation)
     if implementation != "auto":
@@ -65,17 +57,15 @@ def _composed_unsigned(inputs, limit, bits):
     return codes * grid.unsigned_step(limit, bits)
 
 
-def unsigned_forward(inputs, limit, bits, implementation: str = "auto"):
-    """Values of the unsigned grid on [0, limit], without a gradient of its own.
+def unsigned_forward(
+    inputs: tf.Tensor,
+    limit: float | tf.Tensor,
+    bits: tf.Tensor,
+    implementation: str = "auto",
+) -> tf.Tensor:
+    """Returns values on the unsigned grid of [0, limit]; defines no gradient.
 
-    Args:
-        inputs: float32 tensor of any shape.
-        limit: scalar, positive.
-        bits: scalar int32 tensor.
-        implementation: as in `choose_implementation`.
-
-    Returns:
-        Float32 tensor of the same shape; equal in both forms, but for the sign of 0.
+    Both implementations agree, except in the sign of 0.
     """
     if choose_implementation(implementation) == "fused":
         return _fused_unsigned(inputs, limit, bits)
@@ -87,49 +77,49 @@ def _inside(inputs, low, high):
 
 
 def _in_unsigned_range(inputs, limit):
-    """Whether `0 <= x <= limit`, but False for -0: one comparison in place of three."""
-    # Read as unsigned integers, floats from 0 rise with their values, and those with a
-    # sign and NaN lie above infinity.
+    """`0 <= x <= limit`, but False for -0: one comparison instead of three."""
+    # Bit patterns as unsigned integers: floats from 0 keep their order; NaN and floats
+    # with a sign lie above infinity.
     bits, highest = tf.bitcast(inputs, tf.uint32), tf.bitcast(limit, tf.uint32)
     return bits <= highest
 
 
 def _passed(upstream, inside):
-    """`upstream` where `inside`, else 0.
+    """Returns `upstream` where `inside`, else 0.
 
-    Until the backward pass only the mask is held: a byte for each element, where a
-    kernel that takes the activation itself would hold four.
+    Only the mask is kept until the backward pass: one byte per element. A kernel that
+    takes the activation itself would keep four.
     """
-    # As a float the mask would be made, and held, as soon as it can be.
+    # Without this, TensorFlow would cast the mask to float early and keep that.
     with tf.control_dependencies([upstream]):
         mask = tf.cast(inside, upstream.dtype)
-    # Not a plain product: 0 * inf would be NaN. A select takes longer on CPUs.
+    # Not a plain product: 0 * inf would be NaN. A select is slower on CPUs.
     return tf.math.multiply_no_nan(upstream, mask)
 
 
 def _fused_passed(upstream, inputs, low, high):
-    """`upstream` where `low <= inputs <= high`, else 0; 0 * inf is NaN here."""
-    # The op promises gradients for its range too; they come back as zero (TF 2.21).
+    """Returns `upstream` where `low <= inputs <= high`, else 0; 0 * inf is NaN here."""
+    # The op also returns gradients of its range, but they are zero (TF 2.21).
     return tf.raw_ops.QuantizeAndDequantizeV4Grad(
         gradients=upstream, input=inputs, input_min=low, input_max=high, axis=-1
     ).input_backprop
 
 
-def clip_round(inputs, limit: float, bits, implementation: str = "auto"):
+def clip_round(
+    inputs: tf.Tensor, limit: float, bits: tf.Tensor, implementation: str = "auto"
+) -> tf.Tensor:
     """A quantized ReLU with a fixed clip: `step * round(clip(x, 0, limit) / step)`.
 
-    Gradient: `dy/dx = 1` where `0 <= x <= limit`, else 0; -0 counts as below 0. This is
-    DoReFa's activation quantizer (Zhou et al., arXiv:1606.06160) at `limit = 1`.
+    Gradient: `dy/dx = 1` where `0 <= x <= limit`, else 0; -0 counts as below 0. At
+    `limit = 1` this is DoReFa's activation quantizer (Zhou et al., arXiv:1606.06160).
 
     Args:
-        inputs: float32 tensor of any shape. NaN stays NaN; +inf becomes `limit`.
-        limit: Python float, positive: the clip.
-        bits: scalar int32 tensor.
-        implementation: "fused" is one kernel forward; "composed" is made of plain
-            ops and gives the same values and gradients; "auto" picks.
-
-    Returns:
-        Float32 tensor of the same shape, on the unsigned grid of [0, limit].
+        inputs: Float32 tensor. NaN stays NaN; +inf becomes `limit`.
+        limit: The clip: positive Python float.
+        bits: Bit-width.
+        implementation: "fused" is one kernel forward. "composed" consists of plain ops,
+            with the same values and gradients. "auto" chooses
+            (`choose_implementation`).
     """
     fused = choose_implementation(implementation) == "fused"
 
@@ -144,20 +134,17 @@ def clip_round(inputs, limit: float, bits, implementation: str = "auto"):
     return quantize(inputs)
 
 
-def learned_clip_round(inputs, limit, bits, implementation: str = "auto"):
-    """A quantized ReLU with a learned clip (PACT).
+def learned_clip_round(
+    inputs: tf.Tensor,
+    limit: float | tf.Tensor,
+    bits: tf.Tensor,
+    implementation: str = "auto",
+) -> tf.Tensor:
+    """A quantized ReLU with a learned clip (Choi et al., PACT, arXiv:1805.06085).
 
     Gradients: `dy/dx = 1` where `0 <= x <= limit`, else 0 (-0 counts as below 0);
-    `dy/dlimit = 1` where `x > limit`, else 0. Choi et al., PACT, arXiv:1805.06085.
-
-    Args:
-        inputs: float32 tensor of any shape.
-        limit: scalar float32 tensor, positive: the clip, "alpha" in the paper.
-        bits: scalar int32 tensor.
-        implementation: as in `clip_round`.
-
-    Returns:
-        Float32 tensor of the same shape, on the unsigned grid of [0, limit].
+    `dy/dlimit = 1` where `x > limit`, else 0. `limit`, "alpha" in the paper, is a
+    positive scalar float32 tensor.
     """
     fused = choose_implementation(implementation) == "fused"
 
@@ -173,33 +160,31 @@ def learned_clip_round(inputs, limit, bits, implementation: str = "auto"):
     return quantize(inputs, limit)
 
 
-def normalized_round(weights, bits, max_gradient: bool = True):
-    """DoReFa's weight quantizer: tanh, division by the largest, odd grid.
+def normalized_round(
+    weights: tf.Tensor, bits: tf.Tensor, max_gradient: bool = True
+) -> tf.Tensor:
+    """DoReFa's weight quantizer: tanh, division by the maximum, odd grid of [-1, 1].
 
-    `t = tanh(w)`, `u = t / (2 max|t|) + 1/2`, `y = (2 round(n u) - n) / n`; the
-    maximum is over the whole tensor. Zhou et al., arXiv:1606.06160, as the code of
-    arXiv:1908.04680 trains it (no rescale by mean|w|).
+    `t = tanh(w)`, `u = t / (2 max|t|) + 1/2`, `y = (2 round(n u) - n) / n`; the maximum
+    is over the whole tensor. Zhou et al., arXiv:1606.06160, in the form that the code
+    of arXiv:1908.04680 trains (no rescale by mean|w|).
 
     Gradient: rounding counts as the identity, so `dy/dw` is that of `t / max|t|`,
-    the maximum included: with `m = max|t|`,
-    `dL/dt = g / m - s [|t| = m] sum(g t) / m^2`, where `s = sign(t)` and tied maxima
-    share; then `dL/dw = dL/dt (1 - t^2)`.
+    including the maximum. With `m = max|t|` and `s = sign(t)`, `dL/dt = g / m - s [|t|
+    = m] sum(g t) / m^2`, where tied maxima share the last term; `dL/dw = dL/dt (1 -
+    t^2)`.
 
     Args:
-        weights: float32 tensor of any shape: the latent weights. One NaN or infinity
-            makes the whole result NaN (under XLA only its own element). All zeros
-            are allowed.
-        bits: scalar int32 tensor.
-        max_gradient: False leaves the maximum out of the gradient (ours; an
-            ablation of what the authors' code does).
-
-    Returns:
-        Float32 tensor of the same shape, on the odd grid of [-1, 1].
+        weights: Latent weights. One NaN or infinity makes the whole result NaN (under
+            XLA only its own element). All zeros are allowed.
+        bits: Bit-width.
+        max_gradient: False leaves the maximum out of the gradient, as an ablation of
+            the authors' code.
     """
 
     @tf.custom_gradient
     def quantize(w):
-        # tanh would turn an infinite weight into an innocent 1.
+        # tanh would hide an infinite weight as 1.
         t = tf.where(tf.math.is_finite(w), tf.tanh(w), float("nan"))
         magnitude = tf.abs(t)
         # An all-zero tensor has no scale: u = 1/2 everywhere.
@@ -220,23 +205,20 @@ def normalized_round(weights, bits, max_gradient: bool = True):
     return quantize(weights)
 
 
-def odd_unit(weights, scale):
-    """`u = clip(w / s, -1, 1) / 2 + 1/2`, which `grid.odd_codes` takes."""
+def odd_unit(weights: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
+    """Returns `u = clip(w / s, -1, 1) / 2 + 1/2`, the argument of `grid.odd_codes`."""
     return tf.clip_by_value(weights / scale, -1.0, 1.0) * 0.5 + 0.5
 
 
-def odd_round(weights, scale, bits):
-    """The odd grid of a given scale: `s (2 round(n u) - n) / n` (`odd_unit`).
+def odd_round(weights: tf.Tensor, scale: tf.Tensor, bits: tf.Tensor) -> tf.Tensor:
+    """Rounds to the odd grid on [-s, s]: `s (2 round(n u) - n) / n` (`odd_unit`).
 
     Gradient: `dy/dw = 1` everywhere; none for `scale`.
 
     Args:
-        weights: float32 tensor of any shape. NaN stays NaN.
-        scale: float32 tensor, positive, broadcastable to `weights`.
-        bits: scalar int32 tensor.
-
-    Returns:
-        Float32 tensor of the same shape, on the odd grid of [-scale, scale].
+        weights: Float32 tensor. NaN stays NaN.
+        scale: The `s`: positive float32 tensor, broadcastable to `weights`.
+        bits: Bit-width.
     """
     scale = tf.stop_gradient(scale)
 
@@ -249,37 +231,36 @@ def odd_round(weights, scale, bits):
 
 
 def stepped_round(
-    inputs,
-    step,
-    bits,
+    inputs: tf.Tensor,
+    step: tf.Tensor,
+    bits: tf.Tensor,
     *,
     signed: bool,
     narrow_range: bool = False,
-    rounding_bits=None,
-    gradient_scale=1.0,
+    rounding_bits: tf.Tensor | None = None,
+    gradient_scale: float | tf.Tensor = 1.0,
     implementation: str = "auto",
-):
+) -> tf.Tensor:
     """A quantizer with a learned step (LSQ): `step * round(clip(x / step))`.
 
-    Gradients (Esser et al., LSQ, arXiv:1902.08153): `dy/dx = 1` inside the range,
-    else 0; `dy/dstep = round(x / step) - x / step` inside, the clipped code outside,
-    summed over the elements that share a step and times `gradient_scale`. With
-    `y = step * code` that sum is `(sum(g y) - sum(g x [inside])) / step`.
+    Gradients (Esser et al., LSQ, arXiv:1902.08153): `dy/dx = 1` inside the range, else
+    0; `dy/dstep = round(x / step) - x / step` inside, the clipped code outside. The
+    step's gradient is summed over the elements that share a step and multiplied by
+    `gradient_scale`. With `y = step * code` the sum is `(sum(g y) - sum(g x [inside]))
+    / step`.
 
     Args:
-        inputs: float32 tensor of any shape. An infinite one is clipped, and makes the
-            step's gradient NaN, so that it stays visible.
-        step: float32 tensor, positive, scalar or broadcastable to `inputs`.
-        bits: scalar int32 tensor.
-        signed: the signed grid; False for the unsigned one (then scalar `step`).
-        narrow_range: signed grid only: leave the lowest code out.
-        rounding_bits: scalar int32 tensor: `bits` (also where None), or 16 or 32 to
-            keep the range of `bits` and not round in it.
-        gradient_scale: scalar factor on the step's gradient, "g" in the paper.
-        implementation: as in `clip_round`; the signed grid is always composed.
-
-    Returns:
-        Float32 tensor of the same shape as `inputs`.
+        inputs: Float32 tensor. An infinite value is clipped. It makes the step's
+            gradient NaN, so that it stays visible.
+        step: Positive float32 tensor, scalar or broadcastable to `inputs`.
+        bits: Bit-width.
+        signed: True for the signed grid, False for the unsigned one (then `step` is a
+            scalar).
+        narrow_range: Signed grid only: whether to drop the lowest code.
+        rounding_bits: `bits` (the default), or 16 or 32 to keep the range of `bits`
+            without rounding.
+        gradient_scale: Scalar factor on the step's gradient, "g" in the paper.
+        implementation: As in `clip_round`. The signed grid is always composed.
     """
     fused = not signed and choose_implementation(implementation) == "fused"
 
@@ -295,7 +276,7 @@ def stepped_round(
             y = unsigned_forward(x, high, fineness, implementation)
 
         def gradient(upstream):
-            # The step's gradient needs `x` itself: a mask would wait besides.
+            # The step's gradient keeps `x` anyway, so a mask would be extra memory.
             d_x = (
                 _fused_passed(upstream, x, low, high)
                 if fused
@@ -309,44 +290,34 @@ def stepped_round(
     return quantize(inputs, step)
 
 
-def unsigned_range(step, bits):
-    """The clip `step * n` of an unsigned grid with a learned step.
+def unsigned_range(step: tf.Tensor, bits: tf.Tensor) -> tf.Tensor:
+    """Returns the clip `step * n` of an unsigned grid with a learned step.
 
-    Args:
-        step: scalar float32 tensor.
-        bits: scalar int32 tensor. "Not rounded" keeps the range of 8 bits: the clip
-            stays and only the rounding goes.
-
-    Returns:
-        Scalar float32 tensor.
+    A scalar float32 tensor. "Not rounded" keeps the clip of 8 bits.
     """
     return step * grid.unsigned_limit(tf.minimum(bits, grid.MAX_BITS))
 
 
 def scaled_round(
-    inputs,
-    scale,
-    bits,
+    inputs: tf.Tensor,
+    scale: tf.Tensor,
+    bits: tf.Tensor,
     *,
     narrow_range: bool,
-    rounding_bits=None,
+    rounding_bits: tf.Tensor | None = None,
     clips_gradient: bool = True,
-):
+) -> tf.Tensor:
     """Signed rounding with a given scale: `scale * round(clip(x / scale))`.
 
-    Gradient: `dy/dx = 1` inside the range, else 0; none for `scale`. Without
-    `clips_gradient` it is 1 everywhere.
+    Gradient: `dy/dx = 1` inside the range, else 0; none for `scale`.
 
     Args:
-        inputs: float32 tensor of any shape.
-        scale: float32 tensor, positive, scalar or broadcastable to `inputs`.
-        bits: scalar int32 tensor.
-        narrow_range: leave the lowest code out.
-        rounding_bits: as in `stepped_round`.
-        clips_gradient: whether nothing is passed on to what is out of range.
-
-    Returns:
-        Float32 tensor of the same shape.
+        inputs: Float32 tensor.
+        scale: Positive float32 tensor, scalar or broadcastable to `inputs`.
+        bits: Bit-width.
+        narrow_range: Whether to drop the lowest code.
+        rounding_bits: As in `stepped_round`.
+        clips_gradient: False for `dy/dx = 1` everywhere.
     """
     scale = tf.stop_gradient(scale)
 
@@ -358,7 +329,7 @@ def scaled_round(
         def gradient(upstream):
             if not clips_gradient:
                 return upstream
-            # What is as large as the range is in it, however `scale * Q` is rounded.
+            # The ends of the range count as inside, however `scale * Q` rounds.
             reach = scale * (1.0 + 2.0**-22)
             return _passed(upstream, _inside(x, -negative * reach, positive * reach))
 

@@ -1,7 +1,9 @@
 """Random crops and flips as pure functions of the images and a seed.
 
-The functions take whole batches: one gather per batch is two to three times as fast
-as a map over images. Every image of a batch is cropped and flipped on its own.
+The functions take whole batches: one gather per batch is two to three times as fast as
+a map over images. Each image is cropped and flipped independently. `images` is a number
+tensor [B, H, W, C] and `seed` an integer tensor [2]. The result has the shape and dtype
+of `images`.
 """
 
 from collections.abc import Callable
@@ -15,16 +17,8 @@ Augmentation = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 def random_crop(images: tf.Tensor, seed: tf.Tensor, *, padding: int) -> tf.Tensor:
     """Pads with zeros on all sides, then crops to the original size at random.
 
-    The same as a shift by at most `padding` pixels in each direction, each of the
-    `(2 * padding + 1) ** 2` shifts with equal probability.
-
-    Args:
-      images: number tensor [B, H, W, C]. Zero is black: pad before normalising.
-      seed: integer tensor [2].
-      padding: pixels on each side, at least 0.
-
-    Returns:
-      Same shape and dtype as `images`.
+    Equals a shift by at most `padding` pixels in each direction. All `(2 * padding + 1)
+    ** 2` shifts are equally likely. Zero is black: pad before normalizing.
     """
     count, (height, width) = tf.shape(images)[0], images.shape[1:3]
     padded = tf.pad(images, [[0, 0], [padding, padding], [padding, padding], [0, 0]])
@@ -39,15 +33,7 @@ def random_crop(images: tf.Tensor, seed: tf.Tensor, *, padding: int) -> tf.Tenso
 
 
 def random_flip(images: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """Mirrors each image left to right with probability 1/2.
-
-    Args:
-      images: number tensor [B, H, W, C].
-      seed: integer tensor [2].
-
-    Returns:
-      Same shape and dtype as `images`.
-    """
+    """Mirrors each image left to right with probability 1/2."""
     coins = tf.random.stateless_uniform(
         [tf.shape(images)[0], 1, 1, 1], seed, maxval=2, dtype=tf.int32
     )

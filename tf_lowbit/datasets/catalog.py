@@ -1,8 +1,9 @@
-"""The data sets by name."""
+"""Data sets by name."""
 
 import dataclasses
 import os
 from collections.abc import Callable
+from typing import Any
 
 from tf_lowbit.core import checks
 from tf_lowbit.datasets import (
@@ -18,7 +19,7 @@ from tf_lowbit.datasets.dataset import Dataset, PipelineOptions
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """How a data set is loaded: (PipelineOptions, **source options) -> Dataset."""
+    """How to load a data set: (PipelineOptions, **source options) -> Dataset."""
 
     load: Callable[..., Dataset]
     reads_files: bool = True
@@ -57,12 +58,12 @@ def load(
     start_epoch: int = 0,
     start_step: int = 0,
     limit: int | None = None,
-    **source_options,
+    **source_options: Any,
 ) -> Dataset:
     """Loads a data set as tf.data pipelines. See `Dataset` for what they yield.
 
-    Nothing is downloaded: "digits" and "synthetic" need no files, the others must be
-    on this machine.
+    Nothing is downloaded. "digits" and "synthetic" need no files; the others must be on
+    this machine.
 
     | name | images | augmentation |
     |---|---|---|
@@ -73,35 +74,35 @@ def load(
     | synthetic | 8x8x1 | shift by at most 1 |
 
     Args:
-      name: one of `names()`.
-      batch_size: images in a batch, at least 1; the last batch of an epoch may be
-        smaller.
-      seed: seeds the order and the augmentation of the training examples, in
-        [0, 2**63). It changes neither the examples nor any split.
-      augment: whether training images are augmented.
-      data_dir: the folder that holds the data, `~` is the home folder; None for the
-        default of each data set.
-      validation_fraction: part of the training set to hold out as `validation`, in
-        [0, 1).
-      start_epoch: the epoch, from 0, that `train` starts with.
-      start_step: the batch of that epoch, from 0, that `train` starts with; below
-        `steps_per_epoch`.
-      limit: use at most this many training and this many test examples, at least 1;
-        None for all.
-      **source_options: what only some data sets take: `image_size` and
-        `shuffle_buffer` of imagenet2012; `image_shape`, `classes`, `train_size`,
-        `test_size` and `noise` of synthetic.
+        name: One of `names()`.
+        batch_size: Images in a batch, at least 1. The last batch of an epoch may be
+            smaller.
+        seed: Seed of the order and the augmentation of the training examples, in [0,
+            2**63). It changes neither the examples nor any split.
+        augment: Whether training images are augmented.
+        data_dir: Folder that holds the data, `~` for the home folder; None for the data
+            set's default.
+        validation_fraction: Part of the training set to hold out as `validation`, in
+            [0, 1).
+        start_epoch: First epoch of `train`, from 0.
+        start_step: First batch of `train` in that epoch, from 0; below
+            `steps_per_epoch`.
+        limit: Largest number of training examples and of test examples, at least 1;
+            None for all.
+        **source_options: Options of single data sets: `image_size` and `shuffle_buffer`
+            of imagenet2012; `image_shape`, `classes`, `train_size`, `test_size` and
+            `noise` of synthetic.
 
     Returns:
-      The data set.
+        The data set.
 
     Raises:
-      ValueError: the name is unknown, or an argument is out of its range, or the data
-        are not what they must be.
-      FileNotFoundError: the data are not on this machine; the message says how to
-        get them there.
-      ImportError: the package that the data set comes with is not installed.
-      TypeError: the data set has no such source option.
+        ValueError: If the name is unknown, an argument is out of range, or the data are
+            malformed.
+        FileNotFoundError: If the data are not on this machine; the message says how to
+            get them.
+        ImportError: If the package of the data set is not installed.
+        TypeError: If the data set does not have the source option.
     """
     if not isinstance(name, str) or name not in _ENTRIES:
         raise ValueError(
@@ -118,7 +119,7 @@ def load(
         limit=limit,
     )
     if entry.reads_files:
-        # A shell leaves the ~ of --data_dir=~/data as it is.
+        # A shell does not expand the ~ of --data_dir=~/data.
         if data_dir is not None:
             data_dir = os.path.expanduser(checks.path("data_dir", data_dir))
         return entry.load(options, data_dir=data_dir, **source_options)

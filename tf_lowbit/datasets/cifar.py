@@ -1,6 +1,7 @@
 """CIFAR-10 and CIFAR-100, as prepared by TensorFlow Datasets.
 
-Krizhevsky, Learning multiple layers of features from tiny images, 2009.
+Krizhevsky, Learning multiple layers of features from tiny images, 2009. `data_dir` and
+errors are those of `tfds_source.prepared_builder`.
 """
 
 from tf_lowbit.datasets import augmentation, tfds_source
@@ -13,28 +14,12 @@ _CIFAR100 = Normalization(255.0, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.27
 
 
 def read_cifar10(*, data_dir: str | None = None) -> InMemorySource:
-    """Reads CIFAR-10: 50000 and 10000 images, 32x32x3, 10 classes.
-
-    Args:
-      data_dir: the folder of TensorFlow Datasets; None for its default.
-
-    Raises:
-      ImportError: TensorFlow Datasets is not installed.
-      FileNotFoundError: CIFAR-10 was not prepared.
-    """
+    """Reads CIFAR-10: 50000 and 10000 images, 32x32x3, 10 classes."""
     return _read("cifar10", 10, _CIFAR10, data_dir)
 
 
 def read_cifar100(*, data_dir: str | None = None) -> InMemorySource:
-    """Reads CIFAR-100: 50000 and 10000 images, 32x32x3, 100 (fine) classes.
-
-    Args:
-      data_dir: the folder of TensorFlow Datasets; None for its default.
-
-    Raises:
-      ImportError: TensorFlow Datasets is not installed.
-      FileNotFoundError: CIFAR-100 was not prepared.
-    """
+    """Reads CIFAR-100: 50000 and 10000 images, 32x32x3, 100 (fine) classes."""
     return _read("cifar100", 100, _CIFAR100, data_dir)
 
 

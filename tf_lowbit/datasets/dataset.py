@@ -1,4 +1,4 @@
-"""What a loaded data set is: its pipelines, its sizes, its normalisation."""
+"""A loaded data set: its pipelines, sizes and normalization."""
 
 import dataclasses
 
@@ -13,14 +13,14 @@ _SEED_LIMIT = 2**63
 
 @dataclasses.dataclass(frozen=True)
 class Normalization:
-    """From stored pixels to network inputs, channel by channel.
+    """Converts stored pixels to network inputs, channel by channel.
 
     `inputs = (pixels / scale - mean) / deviation`
 
     Attributes:
-      scale: the largest stored pixel value; 255 for 8-bit images.
-      mean: channel means of `pixels / scale`, in [0, 1].
-      deviation: channel standard deviations of `pixels / scale`, above 0.
+        scale: Largest stored pixel value; 255 for 8-bit images.
+        mean: Channel means of `pixels / scale`, in [0, 1].
+        deviation: Channel standard deviations of `pixels / scale`, above 0.
     """
 
     scale: float
@@ -33,7 +33,7 @@ class Normalization:
             checks.instance(name, getattr(self, name), tuple)
             for value in getattr(self, name):
                 checks.number(name, value)
-        if len(self.mean) != len(self.deviation):
+        if not self.mean or len(self.mean) != len(self.deviation):
             raise ValueError(
                 "mean and deviation must have a value per channel each. "
                 f"Received: mean={self.mean}, deviation={self.deviation}"
@@ -45,18 +45,18 @@ class Normalization:
 
     @classmethod
     def of(cls, images: np.ndarray, scale: float) -> "Normalization":
-        """Measures the normalisation of stored images.
+        """Measures the normalization of stored images.
 
         Args:
-          images: number array [N, H, W, C], stored pixels.
-          scale: the largest stored pixel value.
+            images: Stored pixels: number array [N, H, W, C].
+            scale: Largest stored pixel value.
 
         Returns:
-          The normalisation that gives each channel of `images` mean 0 and
-          deviation 1.
+            The normalization that gives each channel of `images` mean 0 and deviation
+            1.
 
         Raises:
-          ValueError: a channel is constant.
+            ValueError: If a channel is constant.
         """
         pixels = images.astype(np.float64) / scale
         return cls(
@@ -65,18 +65,11 @@ class Normalization:
             deviation=tuple(float(value) for value in pixels.std(axis=(0, 1, 2))),
         )
 
-    def __call__(self, images) -> tf.Tensor:
-        """Normalises images.
-
-        Args:
-          images: number tensor [..., C], stored pixels in [0, scale].
-
-        Returns:
-          float32, same shape.
-        """
+    def __call__(self, images: tf.Tensor) -> tf.Tensor:
+        """Normalizes stored pixels [..., C] in [0, scale]; the result is float32."""
         images = tf.cast(images, tf.float32)
-        # One multiplication and one addition per pixel: the constants are folded
-        # here in float64, not in the graph in float32.
+        # One multiplication and one addition per pixel: constants are folded here in
+        # float64, not in the graph in float32.
         factor = 1.0 / (self.scale * np.asarray(self.deviation, np.float64))
         offset = -np.asarray(self.mean, np.float64) / np.asarray(self.deviation)
         return images * factor.astype(np.float32) + offset.astype(np.float32)
@@ -84,21 +77,11 @@ class Normalization:
 
 @dataclasses.dataclass(frozen=True)
 class PipelineOptions:
-    """What a caller of `load` may choose for any data set.
-
-    Attributes:
-      batch_size: images in a batch; the last batch of an epoch may be smaller.
-      seed: seeds the order and the augmentation, in [0, 2**63).
-      augment: whether training images are augmented.
-      validation_fraction: part of the training set to hold out, in [0, 1).
-      start_epoch: the epoch that the training pipeline starts with, from 0.
-      start_step: the batch of `start_epoch` that the training pipeline starts with,
-        from 0. That the epoch has such a batch is checked by the pipeline.
-      limit: at most this many training and this many test examples are used;
-        None for all.
+    """The options of `load` that every data set has, described there.
 
     Raises:
-      ValueError: a value is out of the range given above.
+        ValueError: If a value is out of range. Whether the epoch has a batch
+            `start_step` is checked by the pipeline.
     """
 
     batch_size: int
@@ -126,16 +109,12 @@ class PipelineOptions:
         return size if self.limit is None else min(size, self.limit)
 
     def held_out(self, size: int) -> int:
-        """Returns how many of `size` training examples are held out.
+        """Returns how many of `size` training examples to hold out, in [1, size - 1].
 
-        Args:
-          size: the number of training examples, before any is held out.
-
-        Returns:
-          0 if `validation_fraction` is 0, else a count in [1, size - 1].
+        0 if `validation_fraction` is 0.
 
         Raises:
-          ValueError: one of the two parts would be empty.
+            ValueError: If one of the two parts would be empty.
         """
         if self.validation_fraction == 0.0:
             return 0
@@ -153,11 +132,11 @@ class PipelineOptions:
 class Dataset:
     """A data set, ready for training and evaluation.
 
-    A batch is a pair of images, float32 [B, H, W, C], normalised, and labels,
-    int64 [B], in [0, classes).
+    A batch is a pair of normalized images, float32 [B, H, W, C], and labels in [0,
+    classes), int64 [B].
 
-    `train` never ends. An epoch is `steps_per_epoch` batches, of which the last may
-    be smaller, and holds each training example exactly once; the order and the
+    `train` never ends. An epoch has `steps_per_epoch` batches, of which the last may be
+    smaller, and holds each training example exactly once. The order and the
     augmentation of epoch e are a pure function of (seed, e). Hence
 
     ```python
@@ -174,21 +153,21 @@ class Dataset:
     ```
 
     feeds a run that resumes at `step` of `epoch` exactly what it would have seen
-    without the interruption. Each new iterator over `train` starts again there.
-    `test` and `validation` are one pass, in stored order, never augmented.
+    without the interruption. Each new iterator over `train` starts there again. `test`
+    and `validation` are one pass, in stored order, never augmented.
 
     Attributes:
-      name: the name it was loaded by.
-      train: infinite pipeline of training batches.
-      test: finite pipeline of test batches.
-      validation: finite pipeline of the held-out part of the training set, or None.
-      input_shape: (H, W, C).
-      classes: number of classes.
-      train_size: training examples in an epoch, without the held-out ones.
-      test_size: test examples.
-      validation_size: held-out examples; 0 if `validation` is None.
-      batch_size: images in a full batch.
-      normalization: from stored pixels to the images in a batch.
+        name: Name it was loaded by.
+        train: Infinite pipeline of training batches.
+        test: Finite pipeline of test batches.
+        validation: Finite pipeline of the held-out part of the training set, or None.
+        input_shape: (H, W, C).
+        classes: Number of classes.
+        train_size: Training examples in an epoch, without the held-out ones.
+        test_size: Test examples.
+        validation_size: Held-out examples; 0 if `validation` is None.
+        batch_size: Images in a full batch.
+        normalization: From stored pixels to the images in a batch.
     """
 
     name: str
@@ -205,10 +184,10 @@ class Dataset:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches in an epoch of `train`, counting a smaller last one."""
+        """Batches in an epoch of `train`, including a smaller last one."""
         return batches(self.train_size, self.batch_size)
 
 
 def batches(size: int, batch_size: int) -> int:
-    """Returns how many batches hold `size` examples, counting a smaller last one."""
+    """Returns how many batches hold `size` examples, including a smaller last one."""
     return -(-size // batch_size)

@@ -1,4 +1,4 @@
-"""The 8x8 handwritten digits that scikit-learn carries: no download, no files."""
+"""The 8x8 handwritten digits in scikit-learn: no download, no files."""
 
 import numpy as np
 
@@ -15,11 +15,11 @@ _LARGEST_PIXEL = 16
 def read() -> InMemorySource:
     """Reads the digits: 1437 for training and 360 for testing, 8x8x1, 10 classes.
 
-    The split is fixed and keeps the balance of the classes. Augmentation shifts by
-    at most one pixel: the digits fill their image, and a mirrored digit is no digit.
+    The split is fixed and stratified by class. Augmentation shifts by at most one
+    pixel, since the digits fill their image, and does not mirror.
 
     Raises:
-      ImportError: scikit-learn is not installed.
+        ImportError: If scikit-learn is not installed.
     """
     try:
         from sklearn import datasets as sklearn_datasets

@@ -25,13 +25,14 @@ def read(*, data_dir: str | None = None) -> InMemorySource:
     """Reads Fashion-MNIST: 60000 and 10000 images, 28x28x1, 10 classes.
 
     Args:
-      data_dir: a folder with the four IDX files, raw or compressed (.gz), or a
-        folder of TensorFlow Datasets. None for the folder of the Debian package
-        dataset-fashion-mnist, and then the default of TensorFlow Datasets.
+        data_dir: Folder with the four IDX files, raw or compressed (.gz), or a folder
+            of TensorFlow Datasets. None tries the folder of the Debian package
+            dataset-fashion-mnist, then the default of TensorFlow Datasets.
 
     Raises:
-      FileNotFoundError: it is in neither place, or one of the IDX files is missing.
-      ValueError: an IDX file is malformed, or training and test images differ in size.
+        FileNotFoundError: If it is in neither place, or an IDX file is missing.
+        ValueError: If an IDX file is malformed, or training and test images differ in
+            size.
     """
     folder = pathlib.Path(DEBIAN_FOLDER if data_dir is None else data_dir)
     parts = _read_folder(folder) or _read_prepared(data_dir)
@@ -54,10 +55,11 @@ def read(*, data_dir: str | None = None) -> InMemorySource:
 
 
 def _read_folder(folder: pathlib.Path) -> tuple[Examples, Examples] | None:
-    """Reads the four files, or returns None where there is none of them."""
+    """Reads the four files; returns None if none of them is there."""
     names = [f"{prefix}-{kind}" for prefix in _PREFIXES for kind in _KINDS]
     found = {name: _raw_or_compressed(folder / name) for name in names}
-    missing = [name for name, path in found.items() if path is None]
+    paths = {name: path for name, path in found.items() if path is not None}
+    missing = [name for name in names if name not in paths]
     if len(missing) == len(names):
         return None
     if missing:
@@ -68,7 +70,9 @@ def _read_folder(folder: pathlib.Path) -> tuple[Examples, Examples] | None:
     parts = []
     for prefix in _PREFIXES:
         images, labels = idx.read_pair(
-            *(found[f"{prefix}-{kind}"] for kind in _KINDS), classes=_CLASSES
+            paths[f"{prefix}-{_KINDS[0]}"],
+            paths[f"{prefix}-{_KINDS[1]}"],
+            classes=_CLASSES,
         )
         parts.append(Examples(images[..., np.newaxis], labels.astype(np.int64)))
     train, test = parts

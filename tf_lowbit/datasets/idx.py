@@ -1,8 +1,8 @@
 """Reads IDX files, the format of MNIST and Fashion-MNIST.
 
-A file is a big-endian header and then the values: two zero bytes, a byte for the
-value type (0x08: unsigned byte), a byte for the number of dimensions, each dimension
-as 32 bits. http://yann.lecun.com/exdb/mnist/
+A file is a big-endian header and then the values. The header has two zero bytes, a byte
+for the value type (0x08: unsigned byte), a byte for the number of dimensions, and 32
+bits for each dimension. http://yann.lecun.com/exdb/mnist/
 """
 
 import gzip
@@ -18,19 +18,12 @@ _GZIP_MAGIC = b"\x1f\x8b"
 
 
 def read_array(path: str | pathlib.Path, rank: int) -> np.ndarray:
-    """Reads one file of unsigned bytes.
-
-    Args:
-      path: a raw or gzip-compressed IDX file; its first bytes tell which.
-      rank: the number of dimensions it must have.
-
-    Returns:
-      uint8 array of that rank.
+    """Reads one file of unsigned bytes, raw or gzip-compressed, as uint8.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: the file is not what it must be: damaged compression, wrong magic
-        number, too few or too many bytes.
+        FileNotFoundError: If there is no such file.
+        ValueError: If compression is damaged, the magic number is wrong, the number of
+            dimensions is not `rank`, or there are too few or too many bytes.
     """
     content = pathlib.Path(path).read_bytes()
     if content.startswith(_GZIP_MAGIC):
@@ -65,19 +58,12 @@ def read_array(path: str | pathlib.Path, rank: int) -> np.ndarray:
 def read_pair(
     images_path: str | pathlib.Path, labels_path: str | pathlib.Path, classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Reads images and their labels.
-
-    Args:
-      images_path: IDX file of rank 3.
-      labels_path: IDX file of rank 1.
-      classes: number of classes.
-
-    Returns:
-      Images, uint8 [N, H, W], and labels, uint8 [N], in [0, classes).
+    """Reads images, uint8 [N, H, W], and labels, uint8 [N] in [0, classes).
 
     Raises:
-      FileNotFoundError: a file is missing.
-      ValueError: a file is malformed, the counts differ, or a label is out of range.
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file is malformed, the counts differ, or a label is out of
+            range.
     """
     images = read_array(images_path, rank=3)
     labels = read_array(labels_path, rank=1)

@@ -1,8 +1,8 @@
-"""ImageNet, streamed from the records that TensorFlow Datasets has prepared.
+"""ImageNet, streamed from the records that TensorFlow Datasets prepared.
 
-Russakovsky et al., ImageNet large scale visual recognition challenge,
-arXiv:1409.0575. Augmentation is "Inception-style": Szegedy et al., Going deeper with
-convolutions, arXiv:1409.4842, section 6.
+Russakovsky et al., ImageNet large scale visual recognition challenge, arXiv:1409.0575.
+Augmentation is "Inception-style": Szegedy et al., Going deeper with convolutions,
+arXiv:1409.4842, section 6.
 """
 
 import functools
@@ -10,6 +10,7 @@ import functools
 import numpy as np
 
 from tf_lowbit.compat import tf
+from tf_lowbit.core import checks
 from tf_lowbit.datasets import tfds_source
 from tf_lowbit.datasets.dataset import (
     Dataset,
@@ -36,34 +37,30 @@ def load(
     image_size: int = 224,
     shuffle_buffer: int = 16384,
 ) -> Dataset:
-    """Builds the pipelines of ImageNet; 1281167 and 50000 images, 1000 classes.
+    """Builds the pipelines of ImageNet: 1281167 and 50000 images, 1000 classes.
 
-    `test` is the split that TensorFlow Datasets calls "validation": the labels of
-    the test images were never published. Training examples are shuffled by file, and
-    then within a buffer, which is filled anew at the start of each epoch. Images are
-    decoded and cropped one at a time, in parallel.
+    `test` is the split that TensorFlow Datasets calls "validation", since the labels of
+    the test images were never published. Training examples are shuffled by file, then
+    within a buffer that is refilled at the start of each epoch. Images are decoded and
+    cropped one by one, in parallel.
 
     Args:
-      options: batch size, seed and so on. `limit` takes the first examples of each
-        split; `validation_fraction` holds out the last ones of the training split,
-        which TensorFlow Datasets has shuffled when it prepared them.
-      data_dir: the folder of TensorFlow Datasets; None for its default.
-      image_size: height and width of a batch's images, at least 1.
-      shuffle_buffer: training examples to shuffle among, at least 1; they are held
-        encoded, about 110 kB each.
-
-    Returns:
-      The data set.
+        options: Batch size, seed and so on. `limit` takes the first examples of each
+            split. `validation_fraction` holds out the last ones of the training split,
+            which TensorFlow Datasets shuffled when it prepared them.
+        data_dir: Folder of TensorFlow Datasets; None for its default.
+        image_size: Height and width of the images in a batch, at least 1.
+        shuffle_buffer: Number of training examples to shuffle among, at least 1. They
+            are held encoded, about 110 kB each.
 
     Raises:
-      ImportError: TensorFlow Datasets is not installed.
-      FileNotFoundError: ImageNet was not prepared.
-      ValueError: an argument is out of range, or a split is missing, or the records
-        are not TFRecord files, or an epoch has no batch `start_step`.
+        ImportError: If TensorFlow Datasets is not installed.
+        FileNotFoundError: If ImageNet was not prepared.
+        ValueError: If an argument is out of range, a split is missing, the records are
+            not TFRecord files, or an epoch has no batch `start_step`.
     """
-    for name, value in (("image_size", image_size), ("shuffle_buffer", shuffle_buffer)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1. Received: {name}={value}")
+    checks.integer("image_size", image_size, at_least=1)
+    checks.integer("shuffle_buffer", shuffle_buffer, at_least=1)
     builder = tfds_source.prepared_builder(_NAME, data_dir)
     tfds_source.require_splits(builder, "train", "validation")
     splits = builder.info.splits
@@ -101,16 +98,16 @@ def random_resized_crop(
 ) -> tf.Tensor:
     """Decodes a random part of an image, scales it, mirrors it half the time.
 
-    The part has 8 % to 100 % of the area and an aspect ratio of 3:4 to 4:3. Only that
+    The part has 8 % to 100 % of the area and an aspect ratio of 3:4 to 4:3. Only this
     part of the JPEG is decoded.
 
     Args:
-      encoded: string scalar, a JPEG image.
-      seed: integer tensor [2].
-      image_size: height and width of the result.
+        encoded: JPEG image, string scalar.
+        seed: Integer tensor [2].
+        image_size: Height and width of the result.
 
     Returns:
-      float32 [image_size, image_size, 3], pixels in [0, 255].
+        Float32 [image_size, image_size, 3], pixels in [0, 255].
     """
     crop_seed, flip_seed = tf.unstack(tf.random.split(seed, 2))
     begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
@@ -128,16 +125,10 @@ def random_resized_crop(
 
 
 def center_crop(encoded: tf.Tensor, *, image_size: int) -> tf.Tensor:
-    """Decodes an image, scales its shorter side, and crops its centre.
+    """Decodes an image, scales its shorter side, and crops its center.
 
-    The shorter side becomes `image_size * 256 / 224`.
-
-    Args:
-      encoded: string scalar, a JPEG image.
-      image_size: height and width of the result.
-
-    Returns:
-      float32 [image_size, image_size, 3], pixels in [0, 255].
+    The shorter side becomes `image_size * 256 / 224`. Arguments and result are as in
+    `random_resized_crop`.
     """
     image = tf.io.decode_jpeg(encoded, channels=3)
     sides = tf.shape(image)[:2]
@@ -162,9 +153,8 @@ def _training_batches(
     image_size: int,
     shuffle_buffer: int,
 ) -> tf.data.Dataset:
-    # TFDS shuffles files by a Python integer, fixed when a pipeline is built; the
-    # order must be a function of the epoch, a tensor. So its list of files is
-    # shuffled here.
+    # TFDS shuffles files by a Python integer, fixed when a pipeline is built. The order
+    # must depend on the epoch, a tensor. So the list of files is shuffled here.
     files = _file_instructions(builder, f"train[:{size}]")
 
     def epoch_pipeline(epoch, start_step):
@@ -181,14 +171,14 @@ def _training_batches(
             num_parallel_calls=tf.data.AUTOTUNE,
             deterministic=True,
         )
-        # shuffle() mixes a global seed in; the order must not depend on it. This
-        # fixes the seed of the graph that this function is traced into: the seed of
-        # the program stays as it is.
+        # shuffle() also uses the global seed, on which the order must not depend. This
+        # fixes the seed of the graph that this function is traced into, not that of the
+        # program.
         tf.compat.v1.set_random_seed(1)
         records = records.shuffle(
             shuffle_buffer, seed=record_seed[0], reshuffle_each_iteration=False
         )
-        # Records are skipped before they are decoded: only reading them takes time.
+        # Skipped before decoding, so that only reading takes time.
         records = records.enumerate().skip(start_step * options.batch_size)
         images = records.map(
             functools.partial(decode, augmentation_seed),

@@ -1,6 +1,7 @@
-"""Pipelines over examples that fit in memory."""
+"""Pipelines over examples in memory."""
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from tf_lowbit.datasets.dataset import (
 )
 from tf_lowbit.datasets.splitting import stratified_split
 
-# Enough to bridge the end of an epoch, few enough for ImageNet's batches of 150 MB.
+# Enough to bridge the end of an epoch, few enough for ImageNet's 150 MB batches.
 _BATCHES_AHEAD = 4
 
 
@@ -23,11 +24,11 @@ class Examples:
     """Stored images and their labels.
 
     Attributes:
-      images: uint8 array [N, H, W, C].
-      labels: int64 array [N].
+        images: Uint8 array [N, H, W, C].
+        labels: Int64 array [N].
 
     Raises:
-      ValueError: wrong shapes or dtypes, or not one label per image.
+        ValueError: If shapes or dtypes are wrong, or there is not one label per image.
     """
 
     images: np.ndarray
@@ -53,25 +54,25 @@ class Examples:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def select(self, which) -> "Examples":
-        """Returns the examples that a slice or an index array names."""
+    def select(self, which: slice | np.ndarray) -> "Examples":
+        """Returns the examples that a slice or an index array selects."""
         return Examples(self.images[which], self.labels[which])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class InMemorySource:
-    """A data set that was read, and how its images are to be treated.
+    """A data set in memory, and how to process its images.
 
     Attributes:
-      name: the name of the data set.
-      train: training examples, at least one.
-      test: test examples, at least one.
-      classes: number of classes.
-      normalization: applied to every image, after augmentation.
-      augmentation: applied to the stored pixels of training images.
+        name: Name of the data set.
+        train: Training examples, at least one.
+        test: Test examples, at least one.
+        classes: Number of classes.
+        normalization: Applied to every image, after augmentation.
+        augmentation: Applied to the stored pixels of training images.
 
     Raises:
-      ValueError: a part is empty, or a label is not in [0, classes).
+        ValueError: If a part is empty, or a label is not in [0, classes).
     """
 
     name: str
@@ -98,19 +99,12 @@ class InMemorySource:
 def build(source: InMemorySource, options: PipelineOptions) -> Dataset:
     """Builds the pipelines of a data set in memory.
 
-    `limit` keeps the first examples of each part; then the held-out part is taken
-    from what is left of the training set, with the balance of its classes.
-
-    Args:
-      source: the examples.
-      options: batch size, seed and so on.
-
-    Returns:
-      The data set.
+    `limit` keeps the first examples of each part. Then the held-out part is taken from
+    the rest of the training set, stratified by class.
 
     Raises:
-      ValueError: `validation_fraction` would leave a part empty, or an epoch has no
-        batch `start_step`.
+        ValueError: If `validation_fraction` would leave a part empty, or an epoch has
+            no batch `start_step`.
     """
     train = source.train.select(slice(options.limited(len(source.train))))
     test = source.test.select(slice(options.limited(len(source.test))))
@@ -137,21 +131,23 @@ def build(source: InMemorySource, options: PipelineOptions) -> Dataset:
 
 
 def repeat_epochs(
-    epoch_pipeline, steps_per_epoch: int, options: PipelineOptions
+    epoch_pipeline: Callable[[tf.Tensor, tf.Tensor], tf.data.Dataset],
+    steps_per_epoch: int,
+    options: PipelineOptions,
 ) -> tf.data.Dataset:
-    """Chains the pipelines of all epochs, from the start in `options`, for ever.
+    """Chains the pipelines of all epochs, from the start in `options`, without end.
 
     Args:
-      epoch_pipeline: from an epoch and the batch to start it with, int64 scalar
-        tensors, to a tf.data.Dataset of the epoch's batches from that one on.
-      steps_per_epoch: batches in a whole epoch.
-      options: `start_epoch` and `start_step` count.
+        epoch_pipeline: Function (epoch, first batch), int64 scalar tensors ->
+            tf.data.Dataset of the epoch's batches from that one on.
+        steps_per_epoch: Batches in a whole epoch.
+        options: For `start_epoch` and `start_step`.
 
     Returns:
-      A pipeline of infinite cardinality.
+        A pipeline of infinite cardinality.
 
     Raises:
-      ValueError: `start_step` is not below `steps_per_epoch`.
+        ValueError: If `start_step` is not below `steps_per_epoch`.
     """
     if options.start_step >= steps_per_epoch:
         raise ValueError(
@@ -171,14 +167,9 @@ def repeat_epochs(
 
 
 def epoch_seeds(seed: int, epoch: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Derives the seeds of an epoch.
+    """Derives the seeds of an epoch's order and augmentation, each int64 [2].
 
-    Args:
-      seed: the seed of the run, in [0, 2**63).
-      epoch: int64 scalar tensor.
-
-    Returns:
-      Two independent seeds, int64 [2]: for the order, and for the augmentation.
+    `seed` is that of the run, in [0, 2**63), and `epoch` an int64 scalar tensor.
     """
     pair = tf.stack([tf.constant(seed, tf.int64), tf.cast(epoch, tf.int64)])
     order, augmentation = tf.unstack(tf.random.split(pair, 2))
@@ -188,13 +179,13 @@ def epoch_seeds(seed: int, epoch: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 def finish(dataset: tf.data.Dataset) -> tf.data.Dataset:
     """Adds prefetching, and demands a deterministic order.
 
-    Several workers share each batch out; by files they would see other batches.
+    Several workers share each batch; sharing files would give them other batches.
     """
     options = tf.data.Options()
     options.deterministic = True
-    # Its thread sleeps for up to a minute between looks, and an iterator's end now and
-    # then waits for it: `fit` and `evaluate` stood still. Parallel calls are as many as
-    # there are cores without it.
+    # The autotune thread sleeps for up to a minute, and the end of an iterator at times
+    # waits for it, which stalled `fit` and `evaluate`. Without it there are as many
+    # parallel calls as cores.
     options.autotune.enabled = False
     sharding = options.experimental_distribute
     sharding.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
@@ -226,8 +217,8 @@ def _training_batches(
             batch = source.augmentation(batch, seed)
         return source.normalization(batch), tf.gather(labels, indices)
 
-    # The epochs yield indices only; the work on pixels comes after flat_map, so that
-    # it runs in parallel and ahead across the end of an epoch.
+    # The epochs yield only indices. Pixels are processed after flat_map, so that this
+    # runs in parallel and ahead, also across the end of an epoch.
     dataset = repeat_epochs(epoch_pipeline, steps, options)
     return finish(dataset.map(read, num_parallel_calls=tf.data.AUTOTUNE))
 

@@ -1,9 +1,9 @@
-"""Splits that keep the balance of the classes."""
+"""Splits that are stratified by class."""
 
 import numpy as np
 
-# One fixed seed, apart from the seed of a run: runs that differ only in their seed
-# must be trained and judged on the same examples.
+# Fixed, not the seed of a run: runs that differ only in their seed must train and
+# evaluate on the same examples.
 _SPLIT_SEED = 20200101
 
 
@@ -12,26 +12,26 @@ def stratified_split(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Splits examples in two parts with the same share of each class.
 
-    The split depends on the arguments only. Each class gives its share of
-    `held_out`, rounded down or up.
+    The split depends only on the arguments. Each class gives its share of `held_out`,
+    rounded down or up.
 
     Args:
-      labels: integer array [N].
-      held_out: size of the second part, in [0, N].
+        labels: Integer array [N].
+        held_out: Size of the second part, in [0, N].
 
     Returns:
-      Two int64 arrays of indices into `labels`, [N - held_out] and [held_out],
-      each in increasing order; together they are all indices.
+        Two int64 arrays of indices into `labels`, [N - held_out] and [held_out], each
+        increasing; together they are all indices.
 
     Raises:
-      ValueError: `held_out` is out of range.
+        ValueError: If `held_out` is out of range.
     """
     size = len(labels)
     if not 0 <= held_out <= size:
         raise ValueError(
             f"held_out must be in [0, {size}]. Received: held_out={held_out}"
         )
-    # RandomState's streams are frozen by NumPy; a Generator's may change with its
+    # NumPy keeps RandomState's streams fixed; a Generator's may change with the
     # version, and the split with it.
     random = np.random.RandomState(_SPLIT_SEED)
     classes, counts = np.unique(labels, return_counts=True)
@@ -48,10 +48,10 @@ def stratified_split(
 
 
 def _apportion(counts: np.ndarray, total: int) -> np.ndarray:
-    """Shares `total` in proportion to `counts`, by largest remainder."""
+    """Divides `total` in proportion to `counts`, by largest remainder."""
     products = counts.astype(np.int64) * total
     shares, remainders = np.divmod(products, counts.sum())
     left = total - shares.sum()
-    # A stable sort gives the smaller label the seat when remainders are equal.
+    # The stable sort prefers the smaller label when remainders are equal.
     shares[np.argsort(-remainders, kind="stable")[:left]] += 1
     return shares

@@ -1,6 +1,6 @@
-"""Generated images: a smooth pattern for each class, and noise.
+"""Generated images: a smooth pattern for each class, plus noise.
 
-For tests and for trying things out where there is no data at all.
+For tests and trials without any data.
 """
 
 import numpy as np
@@ -10,12 +10,12 @@ from tf_lowbit.datasets import augmentation
 from tf_lowbit.datasets.dataset import Normalization
 from tf_lowbit.datasets.pipeline import Examples, InMemorySource
 
-# The examples are data, not part of a run: the seed of a run does not change them.
+# The examples are data: the seed of a run does not change them.
 _DATA_SEED = 20200102
 _FREQUENCIES = 4
 _GREY = 128.0
-# Grey levels per deviation of the pattern; with noise as strong as the pattern,
-# 2.5 deviations of both together fit in the 128 levels on each side of grey.
+# Grey levels per deviation of the pattern. With noise as strong as the pattern, 2.5
+# deviations of both together fit in the 128 levels on each side of grey.
 _CONTRAST = 36.0
 
 
@@ -29,20 +29,20 @@ def generate(
 ) -> InMemorySource:
     """Generates a data set; the same arguments give the same examples.
 
-    The pattern of a class is a random sum of the lowest cosines in both directions:
-    smooth, so that a shift by a pixel leaves it recognisable. Classes take turns, so
-    that the sizes of any two differ by one at most.
+    The pattern of a class is a random sum of the lowest cosines in both directions, so
+    smooth that a shift by a pixel leaves it recognizable. Class sizes differ by at most
+    one.
 
     Args:
-      image_shape: (H, W, C), each at least 1, and H * W at least 2.
-      classes: number of classes, at least 2.
-      train_size: training examples, at least 1.
-      test_size: test examples, at least 1.
-      noise: deviation of the Gaussian noise on a pixel, in deviations of the pattern;
-        at least 0.
+        image_shape: (H, W, C), each at least 1, and H * W at least 2.
+        classes: Number of classes, at least 2.
+        train_size: Training examples, at least 1.
+        test_size: Test examples, at least 1.
+        noise: Deviation of the Gaussian noise on a pixel, in deviations of the pattern;
+            at least 0.
 
     Raises:
-      ValueError: an argument is out of the range given above.
+        ValueError: If an argument is out of range.
     """
     is_shape = (
         isinstance(image_shape, list | tuple)
@@ -58,7 +58,7 @@ def generate(
     checks.integer("train_size", train_size, at_least=1)
     checks.integer("test_size", test_size, at_least=1)
     checks.number("noise", noise, at_least=0)
-    # Streams of RandomState are frozen by NumPy, so the data are the same everywhere.
+    # NumPy keeps RandomState's streams fixed, so the data are the same everywhere.
     patterns = _patterns(np.random.RandomState(_DATA_SEED), classes, image_shape)
     train, test = (
         _draw(np.random.RandomState(_DATA_SEED + part), patterns, size, noise)
@@ -75,11 +75,11 @@ def generate(
 
 
 def _patterns(random, classes: int, image_shape: tuple[int, int, int]) -> np.ndarray:
-    """Returns float64 [classes, H, W, C] with mean 0 and deviation 1 per pattern."""
+    """Returns float64 [classes, H, W, C], each pattern with mean 0 and deviation 1."""
     height, width, channels = image_shape
     rows, columns = _cosines(height), _cosines(width)
     weights = random.normal(size=(classes, len(rows), len(columns), channels))
-    # The constant term is the brightness, which the next line takes out anyway.
+    # The constant term is the brightness, which is subtracted below anyway.
     weights[:, 0, 0] = 0.0
     patterns = np.einsum("nijc,ih,jw->nhwc", weights, rows, columns)
     patterns -= patterns.mean(axis=(1, 2, 3), keepdims=True)

@@ -1,22 +1,22 @@
-"""Data sets that TensorFlow Datasets has prepared on this machine.
+"""Data sets that TensorFlow Datasets prepared on this machine.
 
-Nothing is downloaded here. TensorFlow Datasets is imported on first use: importing it
-takes seconds, and only some data sets need it.
+Nothing is downloaded. TensorFlow Datasets is imported on first use, since importing it
+takes seconds and only some data sets need it.
 """
+
+import types
+from typing import Any
 
 import numpy as np
 
 from tf_lowbit.datasets.pipeline import Examples
 
 
-def import_tfds():
-    """Imports TensorFlow Datasets.
-
-    Returns:
-      The module.
+def import_tfds() -> types.ModuleType:
+    """Imports TensorFlow Datasets and returns the module.
 
     Raises:
-      ImportError: it is not installed.
+        ImportError: If it is not installed.
     """
     try:
         import tensorflow_datasets as tfds
@@ -28,20 +28,17 @@ def import_tfds():
     return tfds
 
 
-def prepared_builder(name: str, data_dir: str | None):
-    """Finds a prepared data set.
+def prepared_builder(name: str, data_dir: str | None) -> Any:
+    """Finds the tfds.core.DatasetBuilder of a prepared data set.
 
     Args:
-      name: its name in TensorFlow Datasets.
-      data_dir: the folder of TensorFlow Datasets; None for the environment variable
-        TFDS_DATA_DIR, else ~/tensorflow_datasets.
-
-    Returns:
-      Its tfds.core.DatasetBuilder.
+        name: Name in TensorFlow Datasets.
+        data_dir: Folder of TensorFlow Datasets; None for the environment variable
+            TFDS_DATA_DIR, else ~/tensorflow_datasets.
 
     Raises:
-      ImportError: TensorFlow Datasets is not installed.
-      FileNotFoundError: the data set was not prepared there.
+        ImportError: If TensorFlow Datasets is not installed.
+        FileNotFoundError: If the data set was not prepared there.
     """
     builder = import_tfds().builder(name, data_dir=data_dir)
     if not builder.is_prepared():
@@ -54,16 +51,8 @@ def prepared_builder(name: str, data_dir: str | None):
     return builder
 
 
-def require_splits(builder, *names: str) -> None:
-    """Checks that a data set was prepared with the splits that are needed.
-
-    Args:
-      builder: tfds.core.DatasetBuilder, prepared.
-      *names: the splits.
-
-    Raises:
-      ValueError: a split is missing or empty.
-    """
+def require_splits(builder: Any, *names: str) -> None:
+    """Raises ValueError if a split of a prepared builder is missing or empty."""
     found = {name: info.num_examples for name, info in builder.info.splits.items()}
     if not all(found.get(name) for name in names):
         raise ValueError(
@@ -73,19 +62,12 @@ def require_splits(builder, *names: str) -> None:
 
 
 def read_train_and_test(name: str, data_dir: str | None) -> tuple[Examples, Examples]:
-    """Reads the splits `train` and `test` of an image data set into memory.
+    """Reads the splits `train` and `test` of an image data set, in stored order.
 
-    Args:
-      name: its name in TensorFlow Datasets; images of one size.
-      data_dir: see `prepared_builder`.
-
-    Returns:
-      The training and the test examples, in their stored order.
+    The images must have one size. `data_dir` and errors are as in `prepared_builder`.
 
     Raises:
-      ImportError: TensorFlow Datasets is not installed.
-      FileNotFoundError: the data set was not prepared.
-      ValueError: a split is missing or empty.
+        ValueError: If a split is missing or empty.
     """
     builder = prepared_builder(name, data_dir)
     require_splits(builder, "train", "test")

@@ -1,12 +1,12 @@
-"""The networks of the low-bitwidth papers, in float and ready to be quantized.
+"""The float networks of the low-bitwidth papers, ready to be quantized.
 
-`plain_cnn` and `mobilenet_v2` are two more, for small images: a chain, and one of
-depthwise convolutions and linear bottlenecks.
+`plain_cnn` and `mobilenet_v2` are two more for small images: a chain, and depthwise
+convolutions with linear bottlenecks.
 
-Every network calls its first convolution "stem" and the dense layer that gives
-the logits "head"; every residual one calls its last activation "final_relu".
-These are what the papers' code leaves in full precision, so the rule
-"stem|head|final_relu" fits all of them (where a rule matches whole names).
+In every network the first convolution is "stem" and the dense layer of the logits is
+"head". In every residual network the last activation is "final_relu". The papers' code
+leaves these in full precision, so the rule "stem|head|final_relu" fits all networks (a
+rule matches whole names).
 """
 
 from tf_lowbit.models.alexnet import alexnet

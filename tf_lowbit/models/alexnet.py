@@ -4,7 +4,7 @@ from tf_lowbit.compat import keras
 from tf_lowbit.core import checks
 from tf_lowbit.models import layers
 
-# Filters, kernel size, stride, whether a maximum pooling follows.
+# Filters, kernel size, stride, whether max pooling follows.
 _CONVOLUTIONS = (
     (64, 11, 4, True),
     (192, 5, 1, True),
@@ -26,40 +26,33 @@ def alexnet(
     """AlexNet with BN after conv1-5 and fc1-2.
 
     Krizhevsky, One weird trick for parallelizing convolutional neural networks,
-    arXiv:1404.5997, the one-column AlexNet that torchvision has, without the
-    original's local response normalization. The first convolution is called
-    "stem" and the last dense layer "head", as in all networks of this package;
-    between them are "conv2" to "conv5", "fc1" and "fc2". Each but the head is
-    followed by "<layer>_bn" and "<layer>_relu", and "stem", "conv2" and "conv5"
-    by "<layer>_pool" as well (3x3, stride 2). An image of 224x224 arrives at fc1 as
-    6x6x256, flattened in the order height, width, channels (torch: channels
-    first).
+    arXiv:1404.5997: torchvision's one-column AlexNet, without the original's local
+    response normalization. "stem" is the first convolution, then "conv2" to "conv5",
+    "fc1", "fc2", and "head", the last dense layer. Each but the head is followed by
+    "<layer>_bn" and "<layer>_relu"; "stem", "conv2" and "conv5" also by "<layer>_pool"
+    (3x3, stride 2). An image of 224x224 reaches fc1 as 6x6x256, flattened in the order
+    height, width, channels (torch: channels first).
 
-    Convolutions start from an untruncated normal distribution of variance
-    2 / fan_out. BN has momentum 0.9 and epsilon 1e-5. At the default arguments
-    there are 61,119,528 trainable parameters: torchvision's 61,100,840, and BN.
+    Convolutions start from an untruncated normal distribution of variance 2 / fan_out.
+    BN has momentum 0.9 and epsilon 1e-5. With the default arguments there are
+    61,119,528 trainable parameters: torchvision's 61,100,840, and BN.
 
     Args:
-        classes: Number of logits.
-        input_shape: (height, width, channels) of one image, height and width at
-            least 63. The size of fc1 depends on it.
-        dropout: Share of the inputs of fc1 and fc2 that are dropped in training,
-            in [0, 1). 0, as in the low-bitwidth papers' code, leaves the layers
-            out; torchvision has 0.5. The rest is rescaled by 1 / (1 - dropout),
-            which takes a quantized activation off its grid while training.
-        weight_decay: Coupled weight decay as torch has it, on kernels, biases and
-            BN scale and offset: the loss gains `weight_decay / 2 * sum(w**2)`.
+        classes: Number of logits, at least 2.
+        input_shape: (height, width, channels) of one image, height and width at least
+            63. The size of fc1 depends on it.
+        dropout: Share of the inputs of fc1 and fc2 to drop in training, in [0, 1). 0,
+            as in the low-bitwidth papers' code, leaves the layers out; torchvision has
+            0.5. The rest is multiplied by 1 / (1 - dropout), which takes a quantized
+            activation off its grid in training.
+        weight_decay: As in `preact_resnet`.
         name: Name of the model; "alexnet" if None.
 
     Returns:
-        An unquantized, uncompiled Keras model from float images of shape
-        (batch, *input_shape) to float logits (no softmax) of shape
-        (batch, classes), in the dtype of the policy's variables (float32).
+        A float Keras model, as `preact_resnet` returns.
 
     Raises:
-        ValueError: If `classes` is below 2, `input_shape` is not three positive
-            integers or below 63 in height or width, `dropout` is outside [0, 1),
-            or `weight_decay` is negative.
+        ValueError: If an argument is out of range.
     """
     # Below 63 pixels nothing is left after the third pooling.
     layers.check_common(
@@ -78,9 +71,9 @@ def alexnet(
             filters,
             kernel_size,
             strides=strides,
-            # 2 zeros rather than 5, so that 224 pixels become 55.
+            # 2 zeros instead of 5, so that 224 pixels become 55.
             padding=2 if kernel_size == 11 else None,
-            # BN cancels it, but the variables keep torchvision's shapes.
+            # BN cancels the bias, but the variables match torchvision's.
             use_bias=True,
             name=layer,
             weight_decay=weight_decay,

@@ -1,14 +1,14 @@
 """Residual blocks, pre- and post-activation, over one plan of convolutions.
 
-What a block convolves (`basic`, `bottleneck`) is apart from where it normalizes
-and activates (`preact_block`, `postact_block`): no variant is written twice.
+The convolutions of a block (`basic`, `bottleneck`) are separate from its order of
+normalization and activation (`preact_block`, `postact_block`).
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from tf_lowbit.compat import keras
+from tf_lowbit.compat import KerasTensor, keras
 from tf_lowbit.core import checks
 from tf_lowbit.models import layers
 
@@ -22,13 +22,13 @@ class Conv(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Where a block stands in its network.
+    """The position of a block in its network.
 
     Attributes:
         name: "stage<s>_block<b>", both counted from 1.
-        filters: The width of its stage.
+        filters: Width of its stage.
         strides: 2 in the first block of every stage but the first, else 1.
-        first: Whether it opens its stage.
+        first: Whether it is the first block of its stage.
         last: Whether it is the last block of the network.
     """
 
@@ -40,7 +40,7 @@ class Block(NamedTuple):
 
 
 def cifar_counts(depth: int) -> list[int]:
-    """Blocks of each stage of a CIFAR ResNet of `6 n + 2` layers: n, three times.
+    """Returns the blocks per stage of a CIFAR ResNet of `6 n + 2` layers: n, 3 times.
 
     Raises:
         ValueError: If `depth` is not 6n+2 with n >= 1.
@@ -54,14 +54,11 @@ def cifar_counts(depth: int) -> list[int]:
 
 
 def layout(counts: Sequence[int], width: int) -> Iterator[Block]:
-    """Yields the blocks of a network whose every stage halves and doubles.
+    """Yields the blocks in forward order; each later stage halves size, doubles width.
 
     Args:
         counts: Number of blocks of each stage.
-        width: Filters of the first stage; each later one has twice as many.
-
-    Yields:
-        The blocks, in the order of the forward pass.
+        width: Filters of the first stage.
     """
     for stage, count in enumerate(counts):
         for index in range(count):
@@ -82,14 +79,14 @@ def basic(filters: int, strides: int) -> tuple[Conv, ...]:
 def bottleneck(filters: int, strides: int) -> tuple[Conv, ...]:
     """1x1, 3x3 and 1x1 convolutions; the last has 4 times the filters.
 
-    The stride is in the 3x3 convolution ("v1.5"), where torchvision has it; in
+    The stride is in the 3x3 convolution, as in torchvision ("v1.5"). In
     arXiv:1512.03385 it is in the first 1x1, which skips three pixels of four.
     """
     return Conv(filters, 1, 1), Conv(filters, 3, strides), Conv(4 * filters, 1, 1)
 
 
 def _projection(x, plan: tuple[Conv, ...], *, weight_decay: float, name: str):
-    """Returns a 1x1 convolution of `x`, or None where shapes already agree."""
+    """Returns a 1x1 convolution of `x`, or None if the shapes already agree."""
     strides = math.prod(conv.strides for conv in plan)
     filters = plan[-1].filters
     if strides == 1 and x.shape[-1] == filters:
@@ -105,34 +102,34 @@ def _projection(x, plan: tuple[Conv, ...], *, weight_decay: float, name: str):
 
 
 def preact_block(
-    x,
+    x: KerasTensor,
     plan: tuple[Conv, ...],
     *,
     first: bool,
     activated: bool = False,
     weight_decay: float,
     name: str,
-):
+) -> KerasTensor:
     """BN-ReLU before each convolution (He et al., arXiv:1603.05027).
 
-    In a stage's first block the shortcut starts after the first BN-ReLU: once
-    that activation is quantized, the shortcut sees low-bit values too. In all
-    other blocks it is the identity of the block's input. A shortcut that must
-    change the shape is a 1x1 convolution, `<name>_shortcut`, without BN.
+    In the first block of a stage the shortcut starts after the first BN-ReLU, so that
+    it reads low-bit values once that activation is quantized. In other blocks it is the
+    identity of the block's input. A shortcut that must change the shape is a 1x1
+    convolution, `<name>_shortcut`, without BN.
 
     Args:
         x: Float tensor of shape (batch, height, width, channels).
         plan: The convolutions.
         first: Whether this is the first block of its stage.
-        activated: Whether `x` is an activation already, so that the first
-            BN-ReLU is left out.
-        weight_decay: Coupled weight decay, in torch's convention.
-        name: Prefix of all layer names: `<name>_bn1`, `<name>_relu1`,
-            `<name>_conv1` and so on, `<name>_shortcut`, `<name>_add`.
+        activated: Whether `x` is already an activation, so that the first BN-ReLU is
+            left out.
+        weight_decay: Coupled weight decay, as in torch.
+        name: Prefix of all layer names: `<name>_bn1`, `<name>_relu1`, `<name>_conv1`
+            and so on, `<name>_shortcut`, `<name>_add`.
 
     Returns:
-        Float tensor of shape (batch, ceil(height / s), ceil(width / s), filters),
-        s being the product of the strides, filters those of the last convolution.
+        Float tensor of shape (batch, ceil(height / s), ceil(width / s), filters): s is
+        the product of the strides, filters those of the last convolution.
     """
     shortcut = y = x
     for i, conv in enumerate(plan, start=1):
@@ -156,13 +153,13 @@ def preact_block(
 
 
 def postact_block(
-    x,
+    x: KerasTensor,
     plan: tuple[Conv, ...],
     *,
     weight_decay: float,
     name: str,
     output_name: str | None = None,
-):
+) -> KerasTensor:
     """BN after each convolution, and a ReLU after the sum (arXiv:1512.03385).
 
     A shortcut that must change the shape is a 1x1 convolution with BN,
@@ -171,14 +168,13 @@ def postact_block(
     Args:
         x: Float tensor of shape (batch, height, width, channels).
         plan: The convolutions.
-        weight_decay: Coupled weight decay, in torch's convention.
-        name: Prefix of all layer names: `<name>_conv1`, `<name>_bn1`,
-            `<name>_relu1` and so on; the ReLU after the sum has the last number.
-        output_name: Name of the ReLU after the sum, where another one is wanted.
+        weight_decay: Coupled weight decay, as in torch.
+        name: Prefix of all layer names: `<name>_conv1`, `<name>_bn1`, `<name>_relu1`
+            and so on. The ReLU after the sum has the last number.
+        output_name: Another name for the ReLU after the sum, or None.
 
     Returns:
-        Float tensor of shape (batch, ceil(height / s), ceil(width / s), filters),
-        s being the product of the strides, filters those of the last convolution.
+        Float tensor, shaped as in `preact_block`.
     """
     y = x
     for i, conv in enumerate(plan, start=1):

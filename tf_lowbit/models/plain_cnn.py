@@ -1,10 +1,9 @@
 """A plain chain of 3x3 convolutions for small images."""
 
 from tf_lowbit.compat import keras
-from tf_lowbit.core import checks
 from tf_lowbit.models import layers
 
-# Name, filters in units of the width, whether a maximum pooling follows.
+# Name, filters in units of the width, whether max pooling follows.
 _CONVOLUTIONS = (
     ("stem", 1, False),
     ("conv1", 1, True),
@@ -22,40 +21,34 @@ def plain_cnn(
     weight_decay: float = 1e-4,
     name: str | None = None,
 ) -> keras.Model:
-    """Five 3x3 convolutions in a chain, in the manner of VGG, with BN.
+    """Five 3x3 convolutions in a chain with BN, similar to VGG.
 
-    After Simonyan and Zisserman, Very Deep Convolutional Networks, arXiv:1409.1556,
-    much smaller: "stem" and "conv1" with `width` channels, "conv2" and "conv3" with
-    `2 width`, "conv4" with `4 width`, each followed by "<layer>_bn" and
-    "<layer>_relu"; 2x2 maximum poolings "conv1_pool" and "conv3_pool", which leave
-    out the last row or column of an odd size, as torch's do; average pooling and the
-    dense layer "head".
+    After Simonyan and Zisserman, Very Deep Convolutional Networks, arXiv:1409.1556, but
+    much smaller: "stem" and "conv1" with `width` channels, "conv2" and "conv3" with `2
+    width`, "conv4" with `4 width`, each followed by "<layer>_bn" and "<layer>_relu";
+    2x2 max poolings "conv1_pool" and "conv3_pool", which drop the last row or column of
+    an odd size, as torch's do; average pooling and the dense layer "head".
 
     Convolutions have no bias. Initial values and BN settings are those of
-    `preact_resnet`. At the default arguments there are 35,674 trainable parameters.
+    `preact_resnet`. With the default arguments there are 35,674 trainable parameters.
 
     Args:
-        width: Channels of the stem.
-        classes: Number of logits.
-        input_shape: (height, width, channels) of one image, height and width at
-            least 4.
-        weight_decay: Coupled weight decay as torch has it, on kernels, biases and
-            BN scale and offset: the loss gains `weight_decay / 2 * sum(w**2)`.
+        width: Channels of the stem, at least 1.
+        classes: Number of logits, at least 2.
+        input_shape: (height, width, channels) of one image, height and width at least
+            4.
+        weight_decay: As in `preact_resnet`.
         name: Name of the model; "plain_cnn" if None.
 
     Returns:
-        An unquantized, uncompiled Keras model from float images of shape
-        (batch, *input_shape) to float logits (no softmax) of shape
-        (batch, classes), in the dtype of the policy's variables (float32).
+        A float Keras model, as `preact_resnet` returns.
 
     Raises:
-        ValueError: If `width` is below 1, `classes` is below 2, `input_shape` is
-            not three positive integers or below 4 in height or width, or
-            `weight_decay` is negative.
+        ValueError: If an argument is out of range.
     """
-    checks.integer("width", width, at_least=1)
     # Below 4 pixels nothing is left after the second pooling.
     layers.check_common(
+        width=width,
         classes=classes,
         input_shape=input_shape,
         weight_decay=weight_decay,

@@ -1,7 +1,6 @@
 """Pre-activation residual networks for images of CIFAR's size."""
 
 from tf_lowbit.compat import deep_graphs, keras
-from tf_lowbit.core import checks
 from tf_lowbit.models import blocks, layers
 
 
@@ -17,45 +16,45 @@ def preact_resnet(
 ) -> keras.Model:
     """A CIFAR pre-activation ResNet of `6 n + 2` layers.
 
-    He et al., Identity Mappings in Deep Residual Networks, arXiv:1603.05027, in
-    the form that the low-bitwidth papers' code trains: a float 3x3 convolution
-    "stem"; three stages of n blocks with `width`, `2 width`, `4 width` channels
-    and strides 1, 2, 2; "final_bn", "final_relu", average pooling and the dense
-    layer "head". A block is twice BN-ReLU-3x3 convolution plus a shortcut, which
-    in a stage's first block starts from the block's first activation; where the
-    shape changes it is a 1x1 convolution "stage<s>_block1_shortcut" without BN.
-    Other layers are called "stage<s>_block<b>_conv1", "..._relu1" and so on.
+    He et al., Identity Mappings in Deep Residual Networks, arXiv:1603.05027, in the
+    form that the low-bitwidth papers' code trains: a float 3x3 convolution "stem";
+    three stages of n blocks with `width`, `2 width`, `4 width` channels and strides 1,
+    2, 2; "final_bn", "final_relu", average pooling and the dense layer "head". A block
+    is twice BN-ReLU-3x3 convolution plus a shortcut. In a stage's first block the
+    shortcut starts from the block's first activation; where the shape changes it is a
+    1x1 convolution "stage<s>_block1_shortcut" without BN. Other layers are
+    "stage<s>_block<b>_conv1", "..._relu1" and so on.
 
     Convolutions have no bias and start from an untruncated normal distribution of
-    variance 2 / fan_out. BN has momentum 0.9 and epsilon 1e-5. Strided
-    3x3 convolutions pad one zero on every side, as torch does.
+    variance 2 / fan_out. BN has momentum 0.9 and epsilon 1e-5. Strided 3x3 convolutions
+    pad one zero on every side, as torch does.
 
     Trainable parameters at width 16 with 10 classes: 77,850 (depth 8), 272,282 (20),
     855,578 (56).
 
     Args:
         depth: `6 n + 2` with n >= 1: 8, 14, 20, ...
-        width: Channels of the first stage.
-        classes: Number of logits.
+        width: Channels of the first stage, at least 1.
+        classes: Number of logits, at least 2.
         input_shape: (height, width, channels) of one image.
-        weight_decay: Coupled weight decay as torch has it, on kernels, biases and
-            BN scale and offset: the loss gains `weight_decay / 2 * sum(w**2)`.
+        weight_decay: As in torch, on kernels, biases, BN scale and offset, at least 0:
+            the loss gains `weight_decay / 2 * sum(w**2)`.
         name: Name of the model; "preact_resnet<depth>" if None.
 
     Returns:
-        An unquantized, uncompiled Keras model from float images of shape
-        (batch, *input_shape) to float logits (no softmax) of shape
-        (batch, classes), in the dtype of the policy's variables (float32).
+        An unquantized, uncompiled Keras model from float images (batch, *input_shape)
+        to logits (batch, classes) without softmax, in the policy's variable dtype
+        (float32).
 
     Raises:
-        ValueError: If `depth` is not 6n+2, `width` is below 1, `classes` is below
-            2, `input_shape` is not three positive integers, or `weight_decay` is
-            negative.
+        ValueError: If an argument is out of range.
     """
     counts = blocks.cifar_counts(depth)
-    checks.integer("width", width, at_least=1)
     layers.check_common(
-        classes=classes, input_shape=input_shape, weight_decay=weight_decay
+        width=width,
+        classes=classes,
+        input_shape=input_shape,
+        weight_decay=weight_decay,
     )
 
     image = layers.image_input(input_shape)

@@ -1,8 +1,9 @@
-"""Networks by name, for programs that take one on the command line."""
+"""Networks by name, for command-line programs."""
 
 import functools
 import re
 from collections.abc import Callable
+from typing import Any
 
 from tf_lowbit.compat import keras
 from tf_lowbit.models.alexnet import alexnet
@@ -17,7 +18,7 @@ _CIFAR: dict[str, Callable[..., keras.Model]] = {
     "postact_resnet": postact_resnet,
 }
 _NETWORKS: dict[str, Callable[..., keras.Model]] = {
-    # The depths in common use; `get` builds any other as well.
+    # Common depths; `get` builds any other too.
     **{
         f"preact_resnet{depth}": functools.partial(preact_resnet, depth)
         for depth in (8, 14, 20, 32, 44, 56, 110)
@@ -35,27 +36,26 @@ _NETWORKS: dict[str, Callable[..., keras.Model]] = {
 def names() -> tuple[str, ...]:
     """Returns names that `get` takes.
 
-    `get` takes "preact_resnet<depth>" and "postact_resnet<depth>" for depths that
-    are not listed, too.
+    `get` also takes "preact_resnet<depth>" and "postact_resnet<depth>" for other
+    depths.
     """
     return tuple(_NETWORKS)
 
 
-def get(name: str, /, **kwargs) -> keras.Model:
+def get(name: str, /, **kwargs: Any) -> keras.Model:
     """Builds a network by name.
 
-    "preact_resnet<depth>" is the CIFAR network `preact_resnet(depth)` for every
-    depth of 6n+2, and "postact_resnet<depth>" is `postact_resnet(depth)`. So
-    "preact_resnet50" is a narrow CIFAR network, no relative of "resnet50". The one
-    exception is "preact_resnet18", the ImageNet network of that name: 18 is not 6n+2,
-    so nothing else could be meant.
+    "preact_resnet<depth>" is the CIFAR network `preact_resnet(depth)` for every depth
+    of 6n+2, and "postact_resnet<depth>" is `postact_resnet(depth)`. So
+    "preact_resnet50" is a narrow CIFAR network, unrelated to "resnet50". The one
+    exception is "preact_resnet18", the ImageNet network: 18 is not 6n+2.
 
     Args:
         name: One of `names()`, "preact_resnet<depth>" or "postact_resnet<depth>".
         **kwargs: Arguments of the function that builds the network.
 
     Returns:
-        The model, as that function returns it.
+        The model.
 
     Raises:
         ValueError: If the name is unknown, or an argument is refused.

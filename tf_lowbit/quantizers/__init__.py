@@ -1,6 +1,7 @@
-"""TF-MOT quantizers for 1 to 8 bits; one module a paper, and `residual` for Adds.
+"""TF-MOT quantizers for 1 to 8 bits: one module per paper, and `residual` for Adds.
 
-They hold configuration, the layers hold the variables. `get` finds one by name.
+Quantizers hold configuration; the layers hold the variables. `get` finds a quantizer by
+name.
 """
 
 from tf_lowbit.quantizers.base import (

@@ -1,23 +1,25 @@
-"""What every quantizer of this library has in common."""
+"""The base classes of all quantizers."""
 
 import abc
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from tf_lowbit.compat import as_float32, keras, tf, tfmot
-from tf_lowbit.core import checks, grid
+from tf_lowbit.core import grid
 from tf_lowbit.quantizers import sampling
 
-# The smallest learned step or clip. A step that reaches zero would divide by zero,
-# and one that turns negative would flip the grid (a known LSQ failure).
+# The smallest learned step or clip. A step of zero would divide by zero, and a negative
+# one would flip the grid (a known LSQ failure).
 SMALLEST_RANGE = 1e-6
-# Below it weights count as all equal: a deviation of 1e-8.
+# Below it all weights count as equal: a standard deviation of 1e-8.
 _LEAST_VARIANCE = 1e-16
 WEIGHT = "weight"
 ACTIVATION = "activation"
-# Values of the variable `calibrated`, 0 before `calibrate`. The second one also says
-# that data held nothing below zero. One variable for both: files of earlier versions
-# have no other.
+# Values of the variable `calibrated`; it is 0 before `calibrate`. The second value also
+# means that the data held nothing below zero. One variable holds both facts, since
+# saved files know no other.
 _CALIBRATED, _CALIBRATED_UNSIGNED = 1, 2
 
 
@@ -25,7 +27,7 @@ _CALIBRATED, _CALIBRATED_UNSIGNED = 1, 2
 class KeptPositive(keras.constraints.Constraint):
     """Keeps a learned step or clip at `SMALLEST_RANGE` or above after an update."""
 
-    def __call__(self, value):
+    def __call__(self, value: tf.Tensor | tf.Variable) -> tf.Tensor:
         """Returns `max(value, SMALLEST_RANGE)`."""
         return tf.maximum(value, SMALLEST_RANGE)
 
@@ -33,20 +35,19 @@ class KeptPositive(keras.constraints.Constraint):
 class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
     """A TF-MOT `Quantizer` whose bit-width is a variable.
 
-    The object holds configuration; the layer holds the variables. `build` returns
-    them as a dict that comes back as `weights`: `bits` (scalar int32) always, and
-    what a subclass adds in `build_range`. Assigning `weights["bits"]` changes the next
-    step and never retraces; `assign_bits` does so and lets the quantizer adapt its
-    range.
+    The object holds configuration; the layer holds the variables. `build` returns them
+    as a dict, which the other methods take as `variables` (TF-MOT: `weights`): `bits`
+    (scalar int32), and what a subclass adds in `build_range`. Assigning
+    `variables["bits"]` changes the next step and never retraces. `assign_bits` also
+    adapts the range.
 
-    Arithmetic is float32 whatever the dtype of the inputs; the result has their
-    dtype.
+    Arithmetic is float32 for inputs of any floating dtype; the result has their dtype.
 
     Attributes:
-        bits: the bits that the quantizer is meant for, and its first ones.
-        signed: whether codes below zero exist.
-        narrow_range: whether the lowest signed code is left out.
-        per_axis: whether there is a step for each output channel.
+        bits: Bit-width that the quantizer is made for and starts with.
+        signed: Whether codes below zero exist.
+        narrow_range: Whether the lowest signed code is left out.
+        per_axis: Whether each output channel has its own step.
     """
 
     signed = True
@@ -58,19 +59,30 @@ class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
     def __init__(self, bits: int):
         self.bits = grid.validate_bits(bits)
 
-    def build(self, tensor_shape, name: str, layer) -> dict:
-        """Makes the variables on `layer`; `name` prefixes theirs."""
+    def build(
+        self,
+        tensor_shape: tf.TensorShape | None,
+        name: str,
+        layer: keras.layers.Layer,
+    ) -> dict[str, tf.Variable]:
+        """Makes the variables on `layer`; `name` prefixes their names."""
         variables = {"bits": self.add_state(layer, f"{name}_bits", self.bits, tf.int32)}
         self.build_range(tensor_shape, name, layer, variables)
         return variables
 
-    # Nothing below needs AutoGraph, and converting it makes tracing slower.
+    # Nothing below needs AutoGraph, which would only slow tracing down.
     @tf.autograph.experimental.do_not_convert
-    def __call__(self, inputs, training, weights, **kwargs):
-        """Quantizes `inputs`; the same in training and inference.
+    def __call__(
+        self,
+        inputs: tf.Tensor | tf.Variable,
+        training: bool | tf.Tensor | None,
+        weights: dict[str, tf.Variable],
+        **kwargs: Any,
+    ) -> tf.Tensor:
+        """Quantizes `inputs`, in training and inference alike.
 
-        Within `sampling.sampled`, a quantizer that is drawn unquantized keeps its
-        range and does not round; with raw weights, weights pass as they are. Within
+        Within `sampling.sampled`, a quantizer that is drawn unquantized keeps its range
+        and does not round; with raw weights, weights pass unchanged. Within
         `sampling.opened` it neither rounds nor clips.
         """
         del training, kwargs
@@ -96,70 +108,61 @@ class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
         return self.quantize(values, weights)
 
     @abc.abstractmethod
-    def quantize(self, inputs, variables: dict):
-        """Values on the grid, with the gradient that training uses.
+    def quantize(
+        self, inputs: tf.Tensor, variables: dict[str, tf.Variable]
+    ) -> tf.Tensor:
+        """Returns values on the grid, with the gradient that training uses.
 
         Args:
-            inputs: float32 tensor.
-            variables: what `build` returned; for one call they may hold
-                `rounding_bits` besides, which `rounding_bits` reads.
+            inputs: Float32 tensor.
+            variables: The quantizer's variables, for one call also `rounding_bits`.
 
         Returns:
             Float32 tensor of the same shape.
         """
 
     @abc.abstractmethod
-    def codes(self, inputs, variables: dict):
-        """Integer codes: int32, the shape of `inputs`; `value = code * step`.
+    def codes(self, inputs: tf.Tensor, variables: dict[str, tf.Variable]) -> tf.Tensor:
+        """Returns int32 codes in the shape of `inputs`, at 1 to 8 bits.
 
-        Args:
-            inputs: tensor of any floating dtype.
-            variables: what `build` returned, at 1 to 8 bits.
+        `value = code * step`.
         """
 
     @abc.abstractmethod
-    def step(self, inputs, variables: dict):
-        """The step between neighbouring integers: float32, broadcastable.
+    def step(
+        self, inputs: tf.Tensor | None, variables: dict[str, tf.Variable]
+    ) -> tf.Tensor:
+        """Returns the step, the value of code 1: float32, broadcastable to `inputs`.
 
-        Args:
-            inputs: the tensor to be quantized, on which some steps depend.
-            variables: what `build` returned.
+        Some steps depend on `inputs`, the tensor to quantize.
         """
 
     def assign_bits(self, variables: dict, bits: int) -> None:
-        """Sets the bit-width that the next step uses.
-
-        Args:
-            variables: what `build` returned.
-            bits: 1 to 8, or 16 or 32 for "not rounded".
+        """Sets the bit-width of the next step: 1 to 8, or 16 or 32 for "not rounded".
 
         Raises:
-            ValueError: for any other value.
+            ValueError: For any other value.
         """
         variables["bits"].assign(grid.validate_bits(bits))
 
     def level_codes(self, bits: int) -> range:
-        """A range that holds every code of the grid at `bits` in [1, 8].
+        """Returns a range that holds every code of the grid at `bits` in [1, 8].
 
-        Of step 1; or of step 2 from -n to n, the odd codes. Not all of them need be
-        levels, as where those are powers of two.
+        Its step is 1; for odd codes from -n to n it is 2. It may hold codes that are no
+        levels, for example where the levels are powers of two.
         """
         return grid.level_codes(
             bits, signed=self.signed, narrow_range=self.narrow_range
         )
 
     def level_count(self, bits: int) -> int:
-        """How many levels the grid has at `bits` in [1, 8]."""
+        """Returns the number of levels at `bits` in [1, 8]."""
         return len(self.level_codes(bits))
 
-    def exact(self, inputs, variables: dict):
-        """What the values on the grid stand for: float32, the shape of `inputs`.
+    def exact(self, inputs: tf.Tensor, variables: dict[str, tf.Variable]) -> tf.Tensor:
+        """Returns the values that the grid approximates: float32, shape of `inputs`.
 
-        The inputs themselves, or behind a ReLU where the quantizer takes its place.
-
-        Args:
-            inputs: float32 tensor.
-            variables: what `build` returned.
+        They are the float32 inputs, or their ReLU where the quantizer replaces it.
         """
         del variables
         return inputs if self.signed else tf.nn.relu(inputs)
@@ -178,36 +181,33 @@ class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
         arguments = ", ".join(f"{k}={v!r}" for k, v in self.get_config().items())
         return f"{type(self).__name__}({arguments})"
 
-    def build_range(self, tensor_shape, name, layer, variables):
-        """Adds what the subclass needs to `variables`: `add_state`, `add_learned`.
-
-        Args:
-            tensor_shape: of what is quantized.
-            name: prefix of the variables' names.
-            layer: that holds them.
-            variables: dict that gets them, by short names.
-        """
+    def build_range(
+        self,
+        tensor_shape: tf.TensorShape | None,
+        name: str,
+        layer: keras.layers.Layer,
+        variables: dict[str, tf.Variable],
+    ) -> None:
+        """Adds the subclass's variables, by `add_state` and `add_learned`."""
 
     @staticmethod
-    def rounding_bits(variables):
-        """The bits to round to: `bits`, or "not rounded" within the same range.
+    def rounding_bits(variables: dict[str, tf.Variable]) -> tf.Tensor:
+        """Returns the bits to round to: `bits`, or "not rounded" within the same range.
 
-        What `quantize` must round by, in place of `variables["bits"]`: stochastic
-        precision leaves it unrounded in the steps in which it is not drawn.
+        `quantize` must round by them and not by `variables["bits"]`: in the steps that
+        draw the quantizer unquantized, stochastic precision sets "not rounded".
         """
         return tf.convert_to_tensor(variables.get("rounding_bits", variables["bits"]))
 
     @staticmethod
-    def add_state(layer, name, value, dtype=tf.float32, shape=()):
-        """A non-trainable variable that is the same on every replica.
-
-        Args:
-            layer: that holds it.
-            name: of the variable.
-            value: at first.
-            dtype: of the variable.
-            shape: of the variable.
-        """
+    def add_state(
+        layer: keras.layers.Layer,
+        name: str,
+        value: float,
+        dtype: tf.DType = tf.float32,
+        shape: Sequence[int] = (),
+    ) -> tf.Variable:
+        """Adds a non-trainable variable with the same value on every replica."""
         return layer.add_weight(
             name=name,
             shape=shape,
@@ -219,16 +219,14 @@ class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
         )
 
     @staticmethod
-    def add_learned(layer, name, value, shape=(), regularizer=None):
-        """A trainable, positive float32 variable: a step or a clip that is learned.
-
-        Args:
-            layer: that holds it.
-            name: of the variable.
-            value: at first.
-            shape: of the variable.
-            regularizer: of the variable, or None.
-        """
+    def add_learned(
+        layer: keras.layers.Layer,
+        name: str,
+        value: float,
+        shape: Sequence[int] = (),
+        regularizer: keras.regularizers.Regularizer | None = None,
+    ) -> tf.Variable:
+        """Adds a trainable, positive float32 variable: a learned step or clip."""
         _list_layer_weights_first(layer)
         return layer.add_weight(
             name=name,
@@ -246,8 +244,8 @@ class ActivationQuantizer(LowBitQuantizer):
     """A quantizer of activations.
 
     Attributes:
-        replaces_relu: the unsigned ones are quantized ReLUs by themselves.
-        has_fixed_clip: whether the method fixes the range, and there is a `misfit`.
+        replaces_relu: Whether it is unsigned, and so is a quantized ReLU by itself.
+        has_fixed_clip: Whether the method fixes the range. Then the class has `misfit`.
     """
 
     role = ACTIVATION
@@ -255,10 +253,9 @@ class ActivationQuantizer(LowBitQuantizer):
     has_fixed_clip = False
 
     def unsigned(self) -> "ActivationQuantizer | None":
-        """The same quantizer without codes below zero, on the same variables.
+        """Returns the same quantizer without codes below zero, on the same variables.
 
-        None where this one is it, or its method has none: then its constructor has no
-        argument `signed`.
+        None where it is unsigned already or its constructor has no argument `signed`.
         """
         config = self.get_config()
         if not config.get("signed"):
@@ -266,26 +263,23 @@ class ActivationQuantizer(LowBitQuantizer):
         return type(self).from_config({**config, "signed": False})
 
     def present(self, variables: dict) -> "ActivationQuantizer":
-        """What quantizes now: this, or `unsigned()` where data held nothing below zero.
+        """Returns the quantizer in use: this, or `unsigned()` if data had no negatives.
 
-        Args:
-            variables: what `build` returned. Outside of `tf.function` alone: the answer
-                is read from `calibrated` and may change.
+        Not within `tf.function`: it reads the value of `calibrated`, which may change.
         """
-        if not self._can_lose_sign(variables):
+        unsigned = self.unsigned()
+        if unsigned is None or not self._can_lose_sign(variables):
             return self
         is_unsigned = int(variables["calibrated"].numpy()) == _CALIBRATED_UNSIGNED
-        return self.unsigned() if is_unsigned else self
+        return unsigned if is_unsigned else self
 
-    def assign_sign(self, samples, variables: dict) -> None:
-        """Leaves codes below zero out where no sample is negative; else has them.
+    def assign_sign(
+        self, samples: Sequence[np.ndarray], variables: dict[str, tf.Variable]
+    ) -> None:
+        """Drops the codes below zero if no sample is negative, else restores them.
 
-        Samples without any value but zero tell nothing and change nothing. Nor does a
-        quantizer change that has no variable `calibrated`.
-
-        Args:
-            samples: as in `calibrate`.
-            variables: what `build` returned.
+        Does nothing if all samples are zero, or without a variable `calibrated`.
+        `samples` is as in `calibrate`.
         """
         if self._can_lose_sign(variables) and any(np.any(s) for s in samples):
             is_signed = any(np.min(sample, initial=0.0) < 0 for sample in samples)
@@ -295,8 +289,13 @@ class ActivationQuantizer(LowBitQuantizer):
 
     @staticmethod
     def mark_calibrated(variables: dict) -> None:
-        """Notes in `calibrated` that the range is from data; keeps the sign's note."""
+        """Records in `calibrated` that the range is from data; keeps the sign."""
         variables["calibrated"].assign(tf.maximum(variables["calibrated"], _CALIBRATED))
+
+    def _add_calibrated(self, name, layer, variables):
+        variables["calibrated"] = self.add_state(
+            layer, f"{name}_calibrated", 0, tf.int32
+        )
 
     def _can_lose_sign(self, variables):
         return "calibrated" in variables and self.unsigned() is not None
@@ -304,8 +303,8 @@ class ActivationQuantizer(LowBitQuantizer):
     def _quantize_at_present(self, values, weights):
         if not self._can_lose_sign(weights):
             return self.quantize(values, weights)
-        # A variable, so that checkpoints hold it and nothing is traced anew.
-        # Both are computed: on replicas a conditional cannot hold their gradients.
+        # A variable decides, so that checkpoints hold it and no retrace is needed.
+        # Both branches are computed: replicas get no gradients through a conditional.
         return tf.where(
             weights["calibrated"] == _CALIBRATED_UNSIGNED,
             self.unsigned().quantize(values, weights),
@@ -314,16 +313,18 @@ class ActivationQuantizer(LowBitQuantizer):
 
     @property
     def replaces_relu(self) -> bool:
-        """Whether the quantizer clips at zero, and so stands for the ReLU."""
+        """Whether the quantizer clips at zero, and so replaces a ReLU."""
         return not self.signed
 
-    def calibrate(self, samples, variables: dict) -> None:
+    def calibrate(
+        self, samples: Sequence[np.ndarray], variables: dict[str, tf.Variable]
+    ) -> None:
         """Sets the range from data. Does nothing where the method fixes it.
 
         Args:
-            samples: list of float32 NumPy arrays: the quantizer's inputs, one
-                array a batch.
-            variables: what `build` returned.
+            samples: List of float32 NumPy arrays, one per batch: the quantizer's
+                inputs.
+            variables: The quantizer's variables.
         """
 
 
@@ -331,78 +332,100 @@ class WeightQuantizer(LowBitQuantizer):
     """A quantizer of weights.
 
     Attributes:
-        standardize: whether weights are standardized in front of the grid
-            (`prepared`). The next normalisation must take the scale up.
+        standardize: Whether weights are standardized before they are rounded
+            (`prepared`). The next normalization must absorb the scale.
     """
 
     role = WEIGHT
     standardize = False
 
-    def prepared(self, weights):
-        """What is quantized: float32, standardized where `standardize` says so.
+    def prepared(self, weights: tf.Tensor | tf.Variable) -> tf.Tensor:
+        """Returns the latent weights to round: float32, standardized if `standardize`.
 
-        `(w - mean) / std` over the whole tensor, the deviation the biased one. It is
-        part of the gradient. Weights that are all equal become 0.
-
-        Args:
-            weights: tensor of any floating dtype: the latent weights.
+        `(w - mean) / std` over the whole tensor, with the biased deviation. The
+        gradient includes it. Weights that are all equal become 0.
         """
         weights = as_float32(weights)
         if not self.standardize:
             return weights
-        axes = list(range(weights.shape.rank))
-        mean, variance = tf.nn.moments(weights, axes)
-        return (weights - mean) * tf.math.rsqrt(tf.maximum(variance, _LEAST_VARIANCE))
+        mean, variance = _moments(weights)
+        return (weights - mean) * tf.math.rsqrt(variance)
 
-    def exact(self, inputs, variables):
-        """See `LowBitQuantizer.exact`: the weights, standardized if they are so."""
+    def exact(self, inputs: tf.Tensor, variables: dict[str, tf.Variable]) -> tf.Tensor:
+        """See `LowBitQuantizer.exact`: the weights, standardized if `standardize`."""
         return super().exact(self.prepared(inputs), variables)
 
-    def initialize(self, weights, variables: dict) -> None:
-        """Sets the range from the weights. Does nothing where there is none.
+    def latent(
+        self, codes: tf.Tensor, weights: tf.Tensor, variables: dict[str, tf.Variable]
+    ) -> tf.Tensor:
+        """Returns latent weights that lie on the levels of `codes`, not between two.
+
+        `codes * step`, with the standardization undone. Override it if `quantize`
+        transforms weights in another way before it rounds.
 
         Args:
-            weights: the latent weight variable.
-            variables: what `build` returned.
+            codes: Integers of any dtype.
+            weights: The present latent weights, in the shape of `codes`. They give
+                what depends on the whole tensor, such as the step.
+            variables: The quantizer's variables, at 1 to 8 bits.
+
+        Returns:
+            Float32 tensor in the shape of `codes`. Without a gradient.
         """
+        values = tf.cast(codes, tf.float32) * self.step(weights, variables)
+        return self.unprepared(values, weights)
+
+    def unprepared(self, values: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
+        """Returns the weights that `prepared` turns into `values`.
+
+        Mean and deviation are those of `weights`.
+        """
+        if not self.standardize:
+            return values
+        mean, variance = _moments(as_float32(weights))
+        return values * tf.sqrt(variance) + mean
+
+    def initialize(
+        self, weights: tf.Variable, variables: dict[str, tf.Variable]
+    ) -> None:
+        """Sets the range from the latent weights. Does nothing where there is none."""
 
 
-def channel_shape(tensor_shape, channel_axes) -> tuple[int, ...]:
-    """The shape of a step for each channel: 1 off the channel axes."""
+def channel_shape(
+    tensor_shape: Sequence[int], channel_axes: Sequence[int]
+) -> tuple[int, ...]:
+    """Returns the shape of a per-channel step: 1 on all other axes."""
     rank = len(tensor_shape)
     kept = {axis % rank for axis in channel_axes}
     return tuple(int(d) if i in kept else 1 for i, d in enumerate(tensor_shape))
 
 
-def shared_axes(tensor_shape, channel_axes) -> list[int]:
-    """The axes along which a step for each channel is the same."""
+def shared_axes(tensor_shape: Sequence[int], channel_axes: Sequence[int]) -> list[int]:
+    """Returns the axes along which a per-channel step is the same."""
     shape = channel_shape(tensor_shape, channel_axes)
     return [axis for axis, size in enumerate(shape) if size == 1]
 
 
-def scaled_gradient(value, factor: float):
-    """`value`, whose gradient is multiplied by a factor."""
+def scaled_gradient(value: tf.Tensor, factor: float) -> tf.Tensor:
+    """Returns `value`, whose gradient is multiplied by a factor."""
     if factor == 1.0:
         return value
     fixed = tf.stop_gradient(value)
     return fixed + factor * (value - fixed)
 
 
-def validate_gradient_factor(factor) -> float:
-    """Returns `factor`, or raises an error that says what is allowed.
-
-    Raises:
-        ValueError: if it is not a number of at least 0.
-    """
-    return checks.number("gradient_factor", factor, at_least=0)
+def _moments(weights) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns mean and biased variance of a whole tensor; the latter is not zero."""
+    mean, variance = tf.nn.moments(weights, list(range(weights.shape.rank)))
+    return mean, tf.maximum(variance, _LEAST_VARIANCE)
 
 
 def _list_layer_weights_first(wrapper) -> None:
-    """Puts the wrapped layer's weights ahead of the quantizer's own.
+    """Lists the wrapped layer's weights before the quantizer's own.
 
-    TF-MOT's wrapper lists the weights of a layer that is built already before the
-    quantizer's, and those of a fresh layer after them, so that a reload by order
-    (h5) meets another order. Listing them here makes both the same.
+    TF-MOT's wrapper lists the weights of a built layer before the quantizer's, but
+    those of a new layer after them. A reload by order (h5) would then meet another
+    order.
     """
     listed = {id(weight) for weight in wrapper._trainable_weights}
     for weight in getattr(getattr(wrapper, "layer", None), "trainable_weights", ()):

@@ -4,6 +4,11 @@ Zhou et al., DoReFa-Net, arXiv:1606.06160, in the form of the code released with
 "Effective Training of CNNs with Low-bitwidth Weights and Activations".
 """
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
 from tf_lowbit.compat import as_float32, keras, tf
 from tf_lowbit.core import checks, grid, ste
 from tf_lowbit.quantizers import ranges
@@ -15,13 +20,13 @@ class DoReFaWeightQuantizer(WeightQuantizer):
     """Weights on the odd grid `{-n, -n + 2, ..., n} / n`, `n = 2^k - 1`.
 
     `t = tanh(w)`, `u = t / (2 max|t|) + 1/2`, `w_q = (2 round(n u) - n) / n`. The
-    maximum is per tensor and part of the gradient (`ste.normalized_round`). There
-    is **no zero level**, and k bits need k + 1 bits of a two's complement integer.
+    maximum is per tensor and part of the gradient (`ste.normalized_round`). There is
+    **no zero level**. k-bit codes need k + 1 bits as two's complement integers.
 
     Args:
-        bits: 1 to 8, or 16 or 32 for `2u - 1` unrounded.
-        max_gradient: False leaves the maximum out of the gradient (ours).
-        standardize: `(w - mean) / std` in front of the grid (`prepared`).
+        bits: 1 to 8, or 16 or 32 for `2u - 1` without rounding.
+        max_gradient: False leaves the maximum out of the gradient (an ablation).
+        standardize: Standardizes weights first: `(w - mean) / std` (`prepared`).
     """
 
     narrow_range = True
@@ -33,30 +38,46 @@ class DoReFaWeightQuantizer(WeightQuantizer):
         self.max_gradient = checks.flag("max_gradient", max_gradient)
         self.standardize = checks.flag("standardize", standardize)
 
-    def quantize(self, inputs, variables):
+    def quantize(
+        self, inputs: tf.Tensor, variables: dict[str, tf.Variable]
+    ) -> tf.Tensor:
         """See `LowBitQuantizer.quantize`."""
         bits = self.rounding_bits(variables)
         return ste.normalized_round(self.prepared(inputs), bits, self.max_gradient)
 
-    def codes(self, inputs, variables):
+    def codes(self, inputs: tf.Tensor, variables: dict[str, tf.Variable]) -> tf.Tensor:
         """Odd int32 codes in [-n, n], the shape of `inputs`."""
         values = self.quantize(inputs, variables)
         return tf.cast(tf.round(values / self.step(inputs, variables)), tf.int32)
 
-    def step(self, inputs, variables):
-        """`1 / n`, whatever the weights."""
+    def step(self, inputs: tf.Tensor, variables: dict[str, tf.Variable]) -> tf.Tensor:
+        """`1 / n`, for any weights."""
         return grid.odd_step(variables["bits"])
 
-    def level_codes(self, bits):
-        """`2^k` odd codes: there is no zero, and no level is lost to symmetry."""
+    def level_codes(self, bits: int) -> range:
+        """Returns the `2^k` odd codes; zero is not one of them."""
         return grid.level_codes(bits, signed=True, odd=True)
 
-    def exact(self, inputs, variables):
-        """`2u - 1`: the weight on the scale that the grid has."""
+    def exact(self, inputs: tf.Tensor, variables: dict[str, tf.Variable]) -> tf.Tensor:
+        """`2u - 1`: the weight on the scale of the grid."""
         unrounded = tf.constant(grid.UNROUNDED_BITS[-1])
         return self.quantize(inputs, {**variables, "rounding_bits": unrounded})
 
-    def get_config(self):
+    def latent(
+        self, codes: tf.Tensor, weights: tf.Tensor, variables: dict[str, tf.Variable]
+    ) -> tf.Tensor:
+        """See `WeightQuantizer.latent`: `atanh(codes / n * max|t|)`."""
+        largest = tf.reduce_max(tf.abs(self.prepared(weights)))
+        share = tf.cast(codes, tf.float32) * self.step(weights, variables)
+        values = tf.where(
+            # Not computed: rounding would move the maximum a little each time.
+            tf.abs(share) >= 1.0,
+            tf.sign(share) * largest,
+            tf.atanh(share * tf.tanh(largest)),
+        )
+        return self.unprepared(values, weights)
+
+    def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""
         return {
             **super().get_config(),
@@ -72,7 +93,7 @@ class DoReFaActivationQuantizer(ActivationQuantizer):
     Gradient: `dy/dx = 1` where `0 <= x <= 1`, else 0. It replaces the ReLU.
 
     Args:
-        bits: 1 to 8, or 16 or 32 for the clip alone.
+        bits: 1 to 8, or 16 or 32 for the clip without rounding.
         implementation: "auto", "fused" or "composed" (`ste.clip_round`).
     """
 
@@ -83,29 +104,29 @@ class DoReFaActivationQuantizer(ActivationQuantizer):
         super().__init__(bits)
         self.implementation = ste.validate_implementation(implementation)
 
-    def quantize(self, inputs, variables):
+    def quantize(
+        self, inputs: tf.Tensor, variables: dict[str, tf.Variable]
+    ) -> tf.Tensor:
         """See `LowBitQuantizer.quantize`."""
         bits = self.rounding_bits(variables)
         return ste.clip_round(inputs, self.clip, bits, self.implementation)
 
-    def codes(self, inputs, variables):
+    def codes(self, inputs: tf.Tensor, variables: dict[str, tf.Variable]) -> tf.Tensor:
         """Int32 codes in [0, n], the shape of `inputs`."""
         codes = grid.unsigned_codes(as_float32(inputs), self.clip, variables["bits"])
         return tf.cast(codes, tf.int32)
 
-    def step(self, inputs, variables):
+    def step(
+        self, inputs: tf.Tensor | None, variables: dict[str, tf.Variable]
+    ) -> tf.Tensor:
         """`1 / n`."""
         return grid.unsigned_step(self.clip, variables["bits"])
 
-    def misfit(self, samples) -> float:
-        """The clip of least squared error at `self.bits`, relative to the fixed one.
-
-        Args:
-            samples: list of float32 NumPy arrays: the quantizer's inputs.
-        """
+    def misfit(self, samples: Sequence[np.ndarray]) -> float:
+        """The clip of least squared error at `self.bits`, divided by the fixed clip."""
         clip = ranges.least_error_clip(samples, self.bits, signed=False)
         return clip / self.clip
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""
         return {**super().get_config(), "implementation": self.implementation}

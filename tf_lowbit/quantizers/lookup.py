@@ -1,4 +1,6 @@
-"""Finds quantizers by name, and turns them into data and back."""
+"""Finds quantizers by name and serializes them."""
+
+from typing import Any
 
 from tf_lowbit.compat import keras
 from tf_lowbit.core import checks
@@ -32,32 +34,32 @@ _BY_ROLE = {
 
 
 def names(role: str) -> tuple[str, ...]:
-    """The names that `get` takes.
+    """Returns the names that `get` takes, sorted.
 
     Args:
         role: "weight" or "activation".
 
     Returns:
-        The names, sorted.
+        The names.
 
     Raises:
-        ValueError: if there is no such role.
+        ValueError: If the role is unknown.
     """
     return tuple(sorted(_role(role)))
 
 
 def find(name: str, role: str) -> type[LowBitQuantizer]:
-    """The quantizer class of a name.
+    """Finds a quantizer class by name.
 
     Args:
-        name: a name such as "dorefa", "lsq", "pact" or "uniform".
+        name: Name such as "dorefa", "lsq", "pact" or "uniform".
         role: "weight" or "activation".
 
     Returns:
         The class.
 
     Raises:
-        ValueError: if the role or the name is unknown; the names are listed.
+        ValueError: If the role or the name is unknown. The message lists the names.
     """
     table = _role(role)
     if not isinstance(name, str) or name not in table:
@@ -67,22 +69,24 @@ def find(name: str, role: str) -> type[LowBitQuantizer]:
     return table[name]
 
 
-def get(identifier, role: str, **arguments) -> LowBitQuantizer:
-    """A quantizer from whatever names one.
+def get(
+    identifier: LowBitQuantizer | str | dict[str, Any], role: str, **arguments: Any
+) -> LowBitQuantizer:
+    """Returns a quantizer from a name, a quantizer or a dict.
 
     Args:
-        identifier: a quantizer (returned as it is, or remade with `arguments` in
-            place of its own), a name, or the dict of `serialize`.
+        identifier: A name, the dict of `serialize`, or a quantizer. A quantizer is
+            returned itself, or as a copy with `arguments` replaced.
         role: "weight" or "activation".
-        **arguments: of the constructor.
+        **arguments: Arguments of the constructor.
 
     Returns:
         The quantizer.
 
     Raises:
-        ValueError: if the name or role is unknown, or the identifier is of another
-            role or no quantizer at all.
-        TypeError: if the quantizer does not take an argument.
+        ValueError: If the name or role is unknown, or the identifier is for another
+            role or is not a quantizer.
+        TypeError: If the quantizer does not take an argument.
     """
     _role(role)
     if isinstance(identifier, str):
@@ -102,30 +106,30 @@ def get(identifier, role: str, **arguments) -> LowBitQuantizer:
 
 
 def serialize(quantizer: LowBitQuantizer) -> dict:
-    """A quantizer as data.
+    """Converts a quantizer to JSON-ready data.
 
     Args:
-        quantizer: any of this library, or one of yours that is registered with
+        quantizer: A quantizer of this library, or your own, registered with
             `keras.utils.register_keras_serializable`.
 
     Returns:
-        JSON-ready: class name and constructor arguments.
+        Dict of class name and constructor arguments.
     """
     checks.instance("quantizer", quantizer, LowBitQuantizer)
     return keras.utils.legacy.serialize_keras_object(quantizer)
 
 
 def deserialize(data: dict) -> LowBitQuantizer:
-    """A quantizer from data.
+    """Makes a quantizer from data.
 
     Args:
-        data: what `serialize` returned.
+        data: What `serialize` returned.
 
     Returns:
-        A quantizer equal to the one it was made of.
+        A quantizer equal to the original.
 
     Raises:
-        ValueError: if the class is unknown.
+        ValueError: If the class is unknown.
     """
     checks.instance("data", data, dict)
     try:

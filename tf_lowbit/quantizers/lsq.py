@@ -4,6 +4,8 @@ Esser et al., Learned Step Size Quantization, arXiv:1902.08153.
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,38 +18,31 @@ from tf_lowbit.quantizers.base import (
     WeightQuantizer,
     channel_shape,
     scaled_gradient,
-    validate_gradient_factor,
 )
 
 LEAST_ERROR, PAPER = "least_error", "paper"
 INITIALIZATIONS = (LEAST_ERROR, PAPER)
 
 
-def _validate_initialization(initialization: str) -> str:
-    if initialization not in INITIALIZATIONS:
-        raise ValueError(
-            f"initialization must be one of {INITIALIZATIONS}. "
-            f"Received: initialization={initialization!r}"
-        )
-    return initialization
-
-
 def _highest_code(bits, signed: bool):
-    """Q_P, the highest code; "not rounded" has that of 8 bits."""
+    """Returns Q_P, the highest code; "not rounded" has that of 8 bits."""
     if signed:
         return grid.signed_limits(bits, narrow_range=False)[1]
     return grid.unsigned_limit(tf.minimum(bits, grid.MAX_BITS))
 
 
 class _LearnedStep:
-    """What the weight and the activation quantizer of LSQ share."""
+    # Of the quantizer:
+    signed: bool
+    narrow_range: bool
+    initialization: str
 
     def assign_bits(self, variables, bits):
         """Sets the bits and rescales the step to them.
 
-        The step is multiplied by the ratio of the first steps that normally distributed
-        values, or their ReLU, have at the new and at the old bits (ours). `initialize`
-        and `calibrate` measure it anew.
+        The factor is the ratio of the first steps, at the new and at the old bits, of
+        normally distributed values (or of their ReLU). `initialize` and `calibrate`
+        measure the step again.
         """
         old, new = int(variables["bits"].numpy()), grid.validate_bits(bits)
         ratio = self._relative_step(new) / self._relative_step(old)
@@ -55,7 +50,7 @@ class _LearnedStep:
         variables["bits"].assign(new)
 
     def _relative_step(self, bits: int) -> float:
-        """The first step of normally distributed values, up to one factor."""
+        """The first step of normally distributed values, up to a constant factor."""
         highest = float(_highest_code(bits, self.signed))
         if self.initialization == PAPER:
             return 1.0 / math.sqrt(highest)
@@ -64,9 +59,9 @@ class _LearnedStep:
     def _gradient_scale(self, sharing, bits):
         """ "g" in the paper, `1 / sqrt(N Q_P)`, or `1 / (Q_P sqrt(N))`.
 
-        The paper's balances a step that starts as the paper's does. The steps of least
-        error at many bits are several times smaller: theirs would move by a large share
-        of themselves at each update, and lose most of the levels again.
+        The paper's scale balances a step that starts by the paper's rule. Steps of
+        least error at many bits are several times smaller. With the paper's scale each
+        update would change them by a large share and soon lose most levels.
         """
         highest = _highest_code(bits, self.signed)
         if self.initialization == PAPER:
@@ -74,12 +69,12 @@ class _LearnedStep:
         return tf.math.rsqrt(tf.cast(sharing, tf.float32)) / highest
 
     def _assign_first_step(self, variables, mean_magnitude, clip):
-        """Starts the step at the present bits, as `initialization` says.
+        """Sets the first step at the current bits, as `initialization` says.
 
         Args:
-            variables: what `build` returned.
-            mean_magnitude: function () -> `mean|v|`, the paper's statistic.
-            clip: function (bits) -> the clip of least squared error.
+            variables: The quantizer's variables.
+            mean_magnitude: Function () -> `mean|v|`, the paper's statistic.
+            clip: Function (bits) -> the clip of least squared error.
         """
         bits = int(variables["bits"].numpy())
         highest = float(_highest_code(bits, self.signed))
@@ -100,25 +95,25 @@ class _LearnedStep:
 class LSQWeightQuantizer(_LearnedStep, WeightQuantizer):
     """`s * round(clip(w / s, -Q_N, Q_P))` with a learned step `s`.
 
-    The grid has a zero; at one bit it is {-s, +s}. Gradients: `ste.stepped_round`, the
-    step's times `1 / (Q_P sqrt(N))`, N the weights that share a step. The step is kept
-    positive and starts where the squared error of the weights is the least (ours).
-    With `initialization="paper"` it starts at `2 mean|w| / sqrt(Q_P)`, and its gradient
-    is scaled by `1 / sqrt(N Q_P)`.
+    The grid has a zero; at one bit it is {-s, +s}. Gradients: `ste.stepped_round`; the
+    step's gradient is multiplied by `1 / (Q_P sqrt(N))`, where N weights share a step.
+    The step stays positive and starts at the least squared error of the weights. With
+    `initialization="paper"` it starts at `2 mean|w| / sqrt(Q_P)`, and its gradient is
+    scaled by `1 / sqrt(N Q_P)`.
 
     Args:
         bits: 1 to 8, or 16 or 32 for the clip of 8 bits without rounding.
-        per_axis: one step for each output channel.
-        narrow_range: leave the lowest code out, so that the grid is symmetric.
-        channel_axes: the kernel's output-channel axes; the layer's config sets it.
-        initialization: "least_error" or "paper", the first step and its gradient scale.
-        gradient_factor: on the step's gradient. With SGD it is the step's learning rate
-            relative to that of the weights; Adam and its kind divide it out. 0 keeps
-            the step where it is.
-        standardize: `(w - mean) / std` in front of the grid (`prepared`).
+        per_axis: Whether each output channel has its own step.
+        narrow_range: Whether to drop the lowest code, for a symmetric grid.
+        channel_axes: Output-channel axes of the kernel; the layer's config sets it.
+        initialization: First step and gradient scale: "least_error" or "paper".
+        gradient_factor: Factor on the step's gradient. With SGD it is the step's
+            learning rate relative to that of the weights. Adam and similar optimizers
+            cancel it. 0 freezes the step.
+        standardize: Standardizes weights first: `(w - mean) / std` (`prepared`).
 
     Raises:
-        ValueError: for an unknown `initialization`, or a factor below 0.
+        ValueError: If `initialization` is unknown or a factor is below 0.
     """
 
     def __init__(
@@ -126,25 +121,37 @@ class LSQWeightQuantizer(_LearnedStep, WeightQuantizer):
         bits: int = 2,
         per_axis: bool = False,
         narrow_range: bool = False,
-        channel_axes=(-1,),
+        channel_axes: Sequence[int] = (-1,),
         initialization: str = LEAST_ERROR,
         gradient_factor: float = 1.0,
         standardize: bool = False,
     ):
         super().__init__(bits)
-        self.initialization = _validate_initialization(initialization)
-        self.gradient_factor = validate_gradient_factor(gradient_factor)
+        self.initialization = checks.choice(
+            "initialization", initialization, INITIALIZATIONS
+        )
+        self.gradient_factor = checks.number(
+            "gradient_factor", gradient_factor, at_least=0
+        )
         self.standardize = checks.flag("standardize", standardize)
         self.per_axis = checks.flag("per_axis", per_axis)
         self.narrow_range = checks.flag("narrow_range", narrow_range)
         self.channel_axes = checks.integers("channel_axes", channel_axes)
 
-    def build_range(self, tensor_shape, name, layer, variables):
+    def build_range(
+        self,
+        tensor_shape: tf.TensorShape,
+        name: str,
+        layer: keras.layers.Layer,
+        variables: dict[str, tf.Variable],
+    ) -> None:
         """See `LowBitQuantizer.build_range`."""
         shape = channel_shape(tensor_shape, self.channel_axes) if self.per_axis else ()
         variables["step"] = self.add_learned(layer, f"{name}_step", 1.0, shape)
 
-    def quantize(self, inputs, variables):
+    def quantize(
+        self, inputs: tf.Tensor, variables: dict[str, tf.Variable]
+    ) -> tf.Tensor:
         """See `LowBitQuantizer.quantize`."""
         bits = tf.convert_to_tensor(variables["bits"])
         step = self._step(variables)
@@ -159,18 +166,20 @@ class LSQWeightQuantizer(_LearnedStep, WeightQuantizer):
             gradient_scale=self._gradient_scale(sharing, bits),
         )
 
-    def codes(self, inputs, variables):
+    def codes(self, inputs: tf.Tensor, variables: dict[str, tf.Variable]) -> tf.Tensor:
         """Int32 codes in [-Q_N, Q_P], the shape of `inputs`."""
         scaled = self.prepared(inputs) / self._step(variables)
         codes = grid.signed_codes(scaled, variables["bits"], self.narrow_range)
         return tf.cast(codes, tf.int32)
 
-    def step(self, inputs, variables):
+    def step(self, inputs: tf.Tensor, variables: dict[str, tf.Variable]) -> tf.Tensor:
         """The learned step."""
         return self._step(variables)
 
-    def initialize(self, weights, variables):
-        """Starts the step from the weights, as `initialization` says."""
+    def initialize(
+        self, weights: tf.Variable, variables: dict[str, tf.Variable]
+    ) -> None:
+        """Sets the first step from the weights, as `initialization` says."""
         values = self.prepared(weights).numpy()
         axes = self.channel_axes if self.per_axis else None
 
@@ -186,7 +195,7 @@ class LSQWeightQuantizer(_LearnedStep, WeightQuantizer):
 
         self._assign_first_step(variables, mean_magnitude, clip)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""
         return {
             **super().get_config(),
@@ -203,19 +212,19 @@ class LSQWeightQuantizer(_LearnedStep, WeightQuantizer):
 class LSQActivationQuantizer(_LearnedStep, ActivationQuantizer):
     """`s * round(clip(x / s, 0, Q_P))` with a learned step `s`; or signed.
 
-    Gradients and first step: as in `LSQWeightQuantizer`, N the features of one example.
-    The step starts from data: `tf_lowbit.calibrate`. The unsigned one replaces the
-    ReLU.
+    Gradients and first step: as in `LSQWeightQuantizer`; N is the number of features of
+    one example. `tf_lowbit.calibrate` sets the first step from data. The unsigned
+    quantizer replaces the ReLU.
 
     Args:
         bits: 1 to 8, or 16 or 32 for the clip of 8 bits without rounding.
-        signed: for activations that are not behind a ReLU.
+        signed: True for activations that no ReLU puts out.
         implementation: "auto", "fused" or "composed"; signed is always composed.
-        initialization: "least_error" or "paper", the first step and its gradient scale.
-        gradient_factor: as in `LSQWeightQuantizer`.
+        initialization: First step and gradient scale: "least_error" or "paper".
+        gradient_factor: As in `LSQWeightQuantizer`.
 
     Raises:
-        ValueError: for an unknown `initialization` or `implementation`, or a factor
+        ValueError: If `initialization` or `implementation` is unknown, or a factor is
             below 0.
     """
 
@@ -230,19 +239,29 @@ class LSQActivationQuantizer(_LearnedStep, ActivationQuantizer):
         gradient_factor: float = 1.0,
     ):
         super().__init__(bits)
-        self.initialization = _validate_initialization(initialization)
-        self.gradient_factor = validate_gradient_factor(gradient_factor)
+        self.initialization = checks.choice(
+            "initialization", initialization, INITIALIZATIONS
+        )
+        self.gradient_factor = checks.number(
+            "gradient_factor", gradient_factor, at_least=0
+        )
         self.signed = checks.flag("signed", signed)
         self.implementation = ste.validate_implementation(implementation)
 
-    def build_range(self, tensor_shape, name, layer, variables):
+    def build_range(
+        self,
+        tensor_shape: tf.TensorShape | None,
+        name: str,
+        layer: keras.layers.Layer,
+        variables: dict[str, tf.Variable],
+    ) -> None:
         """See `LowBitQuantizer.build_range`."""
         variables["step"] = self.add_learned(layer, f"{name}_step", 1.0)
-        variables["calibrated"] = self.add_state(
-            layer, f"{name}_calibrated", 0, tf.int32
-        )
+        self._add_calibrated(name, layer, variables)
 
-    def quantize(self, inputs, variables):
+    def quantize(
+        self, inputs: tf.Tensor, variables: dict[str, tf.Variable]
+    ) -> tf.Tensor:
         """See `LowBitQuantizer.quantize`."""
         bits = tf.convert_to_tensor(variables["bits"])
         features = tf.cast(tf.reduce_prod(tf.shape(inputs)[1:]), tf.float32)
@@ -256,7 +275,7 @@ class LSQActivationQuantizer(_LearnedStep, ActivationQuantizer):
             implementation=self.implementation,
         )
 
-    def codes(self, inputs, variables):
+    def codes(self, inputs: tf.Tensor, variables: dict[str, tf.Variable]) -> tf.Tensor:
         """Int32 codes, the shape of `inputs`."""
         inputs, bits = as_float32(inputs), variables["bits"]
         step = self._step(variables)
@@ -267,16 +286,20 @@ class LSQActivationQuantizer(_LearnedStep, ActivationQuantizer):
             codes = grid.unsigned_codes(inputs, limit, bits)
         return tf.cast(codes, tf.int32)
 
-    def step(self, inputs, variables):
-        """The learned step, as the grid's float32 arithmetic has it."""
+    def step(
+        self, inputs: tf.Tensor | None, variables: dict[str, tf.Variable]
+    ) -> tf.Tensor:
+        """The learned step, as the grid's float32 arithmetic computes it."""
         step = self._step(variables)
         if self.signed:
             return step
         bits = variables["bits"]
         return grid.unsigned_step(ste.unsigned_range(step, bits), bits)
 
-    def calibrate(self, samples, variables):
-        """Starts the step from data, as `initialization` says."""
+    def calibrate(
+        self, samples: Sequence[np.ndarray], variables: dict[str, tf.Variable]
+    ) -> None:
+        """Sets the first step from data, as `initialization` says."""
         self._assign_first_step(
             variables,
             lambda: ranges.mean_magnitude(samples, signed=self.signed),
@@ -284,7 +307,7 @@ class LSQActivationQuantizer(_LearnedStep, ActivationQuantizer):
         )
         self.mark_calibrated(variables)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""
         return {
             **super().get_config(),

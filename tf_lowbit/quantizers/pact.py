@@ -4,6 +4,8 @@ Choi et al., PACT: Parameterized Clipping Activation for Quantized Neural
 Networks, arXiv:1805.06085.
 """
 
+from typing import Any
+
 from tf_lowbit.compat import as_float32, keras, tf
 from tf_lowbit.core import checks, grid, ste
 from tf_lowbit.quantizers import ranges
@@ -11,7 +13,6 @@ from tf_lowbit.quantizers.base import (
     SMALLEST_RANGE,
     ActivationQuantizer,
     scaled_gradient,
-    validate_gradient_factor,
 )
 
 
@@ -19,23 +20,23 @@ from tf_lowbit.quantizers.base import (
 class PACTActivationQuantizer(ranges.FittedClip, ActivationQuantizer):
     """`alpha / n * round(clip(x, 0, alpha) * n / alpha)`, alpha learned.
 
-    Gradients: `dy/dx = 1` where `0 <= x <= alpha`, else 0; `dy/dalpha = 1` where
-    `x > alpha`, else 0. Alpha is kept positive. It replaces the ReLU.
+    Gradients: `dy/dx = 1` where `0 <= x <= alpha`, else 0; `dy/dalpha = 1` where `x >
+    alpha`, else 0. Alpha stays positive. It replaces the ReLU.
 
     Args:
-        bits: 1 to 8, or 16 or 32 for the clip alone.
-        alpha: initial clip, in the unit of the activations; `calibrate` replaces it.
-        alpha_decay: the paper's L2 penalty on alpha, a Keras `l2` factor; 0 for none.
-            1e-4 has the gradient `2e-4 alpha`: the weight decay of the paper's
+        bits: 1 to 8, or 16 or 32 for the clip without rounding.
+        alpha: Initial clip, in the unit of the activations; `calibrate` replaces it.
+        alpha_decay: The paper's L2 penalty on alpha, as a Keras `l2` factor; 0 for
+            none. 1e-4 has the gradient `2e-4 alpha`: the weight decay of the paper's
             CIFAR-10 network, which alpha shares there (recalled, not verified).
         implementation: "auto", "fused" or "composed".
-        gradient_factor: on alpha's gradient, the penalty's apart. With SGD it is
-            alpha's learning rate relative to that of the weights; Adam and its kind
-            divide it out.
+        gradient_factor: Factor on alpha's gradient, without the penalty's. With SGD it
+            is alpha's learning rate relative to that of the weights. Adam and similar
+            optimizers cancel it.
 
     Raises:
-        ValueError: if `alpha` is not positive, or `alpha_decay` or `gradient_factor`
-            is negative.
+        ValueError: If `alpha` is not positive, or `alpha_decay` or `gradient_factor` is
+            negative.
     """
 
     needs_calibration = True
@@ -54,33 +55,43 @@ class PACTActivationQuantizer(ranges.FittedClip, ActivationQuantizer):
         checks.number("alpha_decay", alpha_decay, at_least=0)
         self.alpha = alpha
         self.alpha_decay = alpha_decay
-        self.gradient_factor = validate_gradient_factor(gradient_factor)
+        self.gradient_factor = checks.number(
+            "gradient_factor", gradient_factor, at_least=0
+        )
         self.implementation = ste.validate_implementation(implementation)
 
-    def build_range(self, tensor_shape, name, layer, variables):
+    def build_range(
+        self,
+        tensor_shape: tf.TensorShape | None,
+        name: str,
+        layer: keras.layers.Layer,
+        variables: dict[str, tf.Variable],
+    ) -> None:
         """See `LowBitQuantizer.build_range`."""
         penalty = keras.regularizers.l2(self.alpha_decay) if self.alpha_decay else None
         variables["alpha"] = self.add_learned(
             layer, f"{name}_alpha", self.alpha, regularizer=penalty
         )
-        variables["calibrated"] = self.add_state(
-            layer, f"{name}_calibrated", 0, tf.int32
-        )
+        self._add_calibrated(name, layer, variables)
 
-    def quantize(self, inputs, variables):
+    def quantize(
+        self, inputs: tf.Tensor, variables: dict[str, tf.Variable]
+    ) -> tf.Tensor:
         """See `LowBitQuantizer.quantize`."""
         bits = self.rounding_bits(variables)
         alpha = scaled_gradient(self._alpha(variables), self.gradient_factor)
         return ste.learned_clip_round(inputs, alpha, bits, self.implementation)
 
-    def codes(self, inputs, variables):
+    def codes(self, inputs: tf.Tensor, variables: dict[str, tf.Variable]) -> tf.Tensor:
         """Int32 codes in [0, n], the shape of `inputs`."""
         codes = grid.unsigned_codes(
             as_float32(inputs), self._alpha(variables), variables["bits"]
         )
         return tf.cast(codes, tf.int32)
 
-    def step(self, inputs, variables):
+    def step(
+        self, inputs: tf.Tensor | None, variables: dict[str, tf.Variable]
+    ) -> tf.Tensor:
         """`alpha / n`."""
         return grid.unsigned_step(self._alpha(variables), variables["bits"])
 
@@ -89,7 +100,7 @@ class PACTActivationQuantizer(ranges.FittedClip, ActivationQuantizer):
         # An optimizer that ignores constraints must not divide by zero.
         return tf.maximum(as_float32(variables["alpha"]), SMALLEST_RANGE)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""
         return {
             **super().get_config(),

@@ -1,8 +1,9 @@
-"""Ranges from data, for the quantizers that need them."""
+"""Ranges measured on data, for the quantizers that need them."""
 
 import functools
 import math
 import statistics
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -10,24 +11,23 @@ from tf_lowbit.compat import tf
 from tf_lowbit.core import grid, ste
 from tf_lowbit.quantizers.base import SMALLEST_RANGE
 
-# Candidate clips as shares of the largest magnitude: dense enough that the best is
-# within a few per cent, from far outliers (1/64) to no clipping.
+# Candidate clips as shares of the largest magnitude, from far outliers (1/64) to no
+# clipping; dense enough to find the best within a few per cent.
 _SHARES = 2.0 ** np.linspace(-6.0, 0.0, 49)
 _MOST_SAMPLES = 1 << 17
-# Of a weight tensor: so many in all, and of each channel no fewer than so many.
+# At most so many weights of a tensor are used, but at least so many per channel.
 _MOST_WEIGHTS = 1 << 15
 _LEAST_ROWS = 1 << 9
 _QUANTILES = 1 << 12
+# Values that a search quantizes in one call.
+_MOST_AT_ONCE = 1 << 20
 
 
-def thinned(samples) -> np.ndarray:
-    """All samples in one float32 vector, drawn down to at most 2^17 by a fixed seed.
-
-    Args:
-        samples: list of arrays of any shape.
+def thinned(samples: Sequence[np.ndarray]) -> np.ndarray:
+    """Joins samples into one float32 vector, reduced by a fixed seed to at most 2^17.
 
     Raises:
-        ValueError: if there are none, or one is not finite: a range made from NaN
+        ValueError: If there are none, or one is not finite: a range computed from NaN
             would hide where it comes from.
     """
     values = np.concatenate([np.ravel(s) for s in samples] or [np.zeros(0)])
@@ -39,59 +39,59 @@ def thinned(samples) -> np.ndarray:
             f"{int((~np.isfinite(values)).sum())} of {values.size} are NaN or inf"
         )
     if values.size > _MOST_SAMPLES:
-        # Drawn, not strided: a stride could meet only some of the channels.
+        # Random, not strided: a stride could skip some of the channels.
         chosen = np.random.default_rng(0).integers(values.size, size=_MOST_SAMPLES)
-        chosen[0] = np.argmin(values)  # Whether there is a negative one is asked.
+        chosen[0] = np.argmin(values)  # Callers ask whether any is negative.
         values = values[chosen]
     return values.astype(np.float32)
 
 
 def least_error_clip(
-    samples, bits: int, *, signed: bool, narrow_range: bool = False
+    samples: Sequence[np.ndarray],
+    bits: int,
+    *,
+    signed: bool,
+    narrow_range: bool = False,
 ) -> float:
-    """The clip whose quantization error on the samples is the smallest.
+    """Returns the clip with the smallest squared quantization error on the samples.
 
-    The clip is the largest value of the grid: `step * n` or, signed, `step * Q_P`.
+    The clip is the largest value of the grid: `step * n` or, signed, `step * Q_P`. It
+    is positive; of tied clips the largest.
 
     Args:
-        samples: list of float32 arrays.
-        bits: of the grid; "not rounded" has the clip of 8 bits.
+        samples: List of float32 arrays.
+        bits: Bit-width of the grid; "not rounded" has the clip of 8 bits.
         signed: False measures the error against the ReLU of the samples.
-        narrow_range: of the signed grid.
-
-    Returns:
-        The clip, positive. Of tied clips the largest.
+        narrow_range: As in `grid.signed_limits`.
     """
     values = thinned(samples)
     target = values if signed else np.maximum(values, 0.0)
     if float(np.abs(target).max()) <= SMALLEST_RANGE:
-        return 1.0  # A dead activation: any clip serves, and 1 is a harmless one.
+        return 1.0  # A dead activation: any clip will do.
     largest = np.abs(target).max()
     return float(_search(target, largest, bits, signed, narrow_range, None))
 
 
 def least_error_weight_clips(
-    weights, bits: int, narrow_range: bool, channel_axes=None
+    weights: np.ndarray,
+    bits: int,
+    narrow_range: bool,
+    channel_axes: Sequence[int] | None = None,
 ) -> np.ndarray:
-    """The clips of least squared error of a weight tensor, or of each of its channels.
+    """Returns the clips of least squared error of a weight tensor or of its channels.
 
-    Large tensors are drawn down by a fixed seed, which may miss an outlier; that the
-    clip is no larger than the largest magnitude holds for all.
-
-    Args:
-        weights: float array of any shape.
-        bits: of the signed grid; "not rounded" has the clips of 8 bits.
-        narrow_range: of the signed grid.
-        channel_axes: a clip for each index along these axes; None for one in all.
+    Large tensors are reduced by a random choice with a fixed seed, which may miss an
+    outlier. No clip exceeds the largest magnitude of all weights that share it. The
+    grid is signed; arguments are as in `least_error_clip`.
 
     Returns:
-        Float32 array: a scalar, or of the weights' rank with 1 off the channel axes.
-        0 where all weights are 0.
+        Float32 array: a scalar, or with `channel_axes` of the weights' rank with 1 off
+        these axes. 0 where all weights are 0.
     """
     weights = np.asarray(weights, np.float32)
     kept = sorted(axis % weights.ndim for axis in channel_axes or ())
     shape = tuple(d if i in kept else 1 for i, d in enumerate(weights.shape))
-    # A column for each clip, a row for each weight that shares it.
+    # One column per clip, one row per weight that shares it.
     columns = np.moveaxis(weights, kept, range(-len(kept), 0))
     columns = columns.reshape(-1, math.prod(shape))
     largest = np.abs(columns).max(axis=0, keepdims=True)
@@ -104,15 +104,10 @@ def least_error_weight_clips(
 
 @functools.cache
 def normal_clip(bits: int, signed: bool, narrow_range: bool = False) -> float:
-    """The clip of least squared error of normally distributed values.
+    """Returns the clip of least squared error of normally distributed values.
 
-    Args:
-        bits: of the grid; "not rounded" has the clip of 8 bits.
-        signed: False for the ReLU of the values.
-        narrow_range: of the signed grid.
-
-    Returns:
-        The clip, in standard deviations.
+    It is in standard deviations. Not `signed` means the ReLU of the values; other
+    arguments are as in `least_error_clip`.
     """
     normal = statistics.NormalDist()
     values = [normal.inv_cdf((i + 0.5) / _QUANTILES) for i in range(_QUANTILES)]
@@ -121,41 +116,55 @@ def normal_clip(bits: int, signed: bool, narrow_range: bool = False) -> float:
 
 
 def _search(target, largest, bits, signed, narrow_range, axis) -> np.ndarray:
-    """The clips of least error over an axis (kept as 1), or over all (None)."""
+    """Finds the clips of least error over an axis (kept as 1), or over all (None)."""
     bits = tf.constant(min(bits, grid.MAX_BITS))
+    # Many clips at once where they are small: TensorFlow's calls take the time.
+    count = max(_MOST_AT_ONCE // target.size, 1) if signed else 1
     best, least = largest, np.full(np.shape(largest), np.inf)
-    for share in _SHARES[::-1]:
-        clip = np.maximum(largest * share, SMALLEST_RANGE).astype(np.float32)
-        values = _on_grid(tf.constant(target), clip, bits, signed, narrow_range).numpy()
-        error = np.square(values - target, dtype=np.float64)
-        error = error.mean(axis=axis, keepdims=axis is not None)
-        best = np.where(error < least, clip, best)
-        least = np.minimum(error, least)
+    for start in range(0, len(_SHARES), count):
+        clips = np.stack(
+            [
+                np.maximum(largest * share, SMALLEST_RANGE).astype(np.float32)
+                for share in _SHARES[::-1][start : start + count]
+            ]
+        )
+        wide = clips.reshape(-1, *(np.shape(largest) or (1,) * target.ndim))
+        values = _on_grid(tf.constant(target), wide, bits, signed, narrow_range).numpy()
+        errors = np.square(values - target, dtype=np.float64)
+        over = tuple(range(1, errors.ndim)) if axis is None else axis + 1
+        errors = errors.mean(axis=over, keepdims=axis is not None)
+        for clip, error in zip(clips, errors, strict=True):
+            best = np.where(error < least, clip, best)
+            least = np.minimum(error, least)
     return np.where(largest == 0, 0.0, best).astype(np.float32)
 
 
 def _on_grid(inputs, clip, bits, signed, narrow_range):
     if not signed:
-        return ste.unsigned_forward(inputs, clip, bits)
+        return ste.unsigned_forward(inputs, clip.item(), bits)[tf.newaxis]
     step = clip / grid.signed_limits(bits, narrow_range)[1]
     return grid.signed_codes(inputs / step, bits, narrow_range) * step
 
 
 class FittedClip:
-    """Of a quantizer with a clip that `calibrate` sets: what both kinds share.
+    """What the quantizers with one clip, set by `calibrate`, share.
 
     Attributes:
-        clip_name: the name of the clip among the quantizer's variables.
+        clip_name: Name of the clip among the quantizer's variables.
     """
 
     clip_name: str
+    # Of the quantizer:
+    signed: bool
+    narrow_range: bool
+    mark_calibrated: Callable[[dict[str, tf.Variable]], None]
 
-    def assign_bits(self, variables, bits):
+    def assign_bits(self, variables: dict[str, tf.Variable], bits: int) -> None:
         """Sets the bits and rescales the clip to them.
 
-        The clip is multiplied by the ratio of the clips of least squared error that
-        normally distributed values, or their ReLU, have at the new and at the old bits
-        (ours). `calibrate` measures it anew.
+        The factor is the ratio of the clips of least squared error, at the new and at
+        the old bits, of normally distributed values (or of their ReLU). `calibrate`
+        measures the clip again.
         """
         old, new = int(variables["bits"].numpy()), grid.validate_bits(bits)
         clips = [normal_clip(k, self.signed, self.narrow_range) for k in (old, new)]
@@ -163,8 +172,10 @@ class FittedClip:
         clip.assign(clip * (clips[1] / clips[0]))
         variables["bits"].assign(new)
 
-    def calibrate(self, samples, variables):
-        """Sets the clip to that of least squared error at the present bits (ours)."""
+    def calibrate(
+        self, samples: Sequence[np.ndarray], variables: dict[str, tf.Variable]
+    ) -> None:
+        """Sets the clip of least squared error at the current bits."""
         clip = least_error_clip(
             samples,
             int(variables["bits"].numpy()),
@@ -175,7 +186,7 @@ class FittedClip:
         self.mark_calibrated(variables)
 
 
-def mean_magnitude(samples, *, signed: bool) -> float:
-    """Mean |x| of the samples, or of their ReLU where `signed` is False."""
+def mean_magnitude(samples: Sequence[np.ndarray], *, signed: bool) -> float:
+    """Returns the mean |x| of the samples, or of their ReLU if not `signed`."""
     values = thinned(samples).astype(np.float64)
     return float(np.abs(values if signed else np.maximum(values, 0.0)).mean())

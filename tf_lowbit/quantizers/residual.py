@@ -1,31 +1,33 @@
-"""The 8-bit quantizer of residual streams: what an int8 Add does, in training."""
+"""The 8-bit quantizer of residual streams: rounds as an int8 Add does."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 from tf_lowbit.compat import as_float32, keras, tf
 from tf_lowbit.core import checks, grid, ste
 from tf_lowbit.quantizers import ranges
-from tf_lowbit.quantizers.base import (
-    SMALLEST_RANGE,
-    ActivationQuantizer,
-)
+from tf_lowbit.quantizers.base import SMALLEST_RANGE, ActivationQuantizer
 
 RESIDUAL_BITS = 8
-# Until `calibrate` replaces it: a power of two, with the range [-8, 8).
+# The step before `calibrate`: a power of two, for the range [-8, 8).
 _FIRST_STEP = 2.0**-4
 
 
 @keras.utils.register_keras_serializable(package="tf_lowbit")
 class ResidualQuantizer(ActivationQuantizer):
-    """`s * round(clip(x / s, -128, 127))` with a calibrated step `s` (ours).
+    """`s * round(clip(x / s, -128, 127))` with a calibrated step `s`.
 
-    The grid is all of int8, zero point 0: an int8 Add clamps at the range of its type
-    and at no other. Gradient: `dy/dx = 1` in range, else 0; the step is not learned.
-    "Not rounded" keeps the clip.
+    The grid is all of int8 with zero point 0, since an int8 Add clamps at the range of
+    its type only. Gradient: `dy/dx = 1` in range, else 0; the step is not learned. "Not
+    rounded" keeps the clip.
 
     Args:
         bits: 8.
 
     Raises:
-        ValueError: if `bits` is not 8.
+        ValueError: If `bits` is not 8.
     """
 
     signed = True
@@ -34,24 +36,27 @@ class ResidualQuantizer(ActivationQuantizer):
     def __init__(self, bits: int = RESIDUAL_BITS):
         if not is_residual_bits(bits):
             raise ValueError(
-                f"bits must be {RESIDUAL_BITS}: an int8 Add clamps at int8's own "
-                "range, and no other width has its clamps there. "
-                f"Received: bits={bits!r}"
+                f"bits must be {RESIDUAL_BITS}: an int8 Add clamps only at the range "
+                f"of int8. Received: bits={bits!r}"
             )
         super().__init__(bits)
 
-    def build_range(self, tensor_shape, name, layer, variables):
+    def build_range(
+        self,
+        tensor_shape: tf.TensorShape | None,
+        name: str,
+        layer: keras.layers.Layer,
+        variables: dict[str, tf.Variable],
+    ) -> None:
         """See `LowBitQuantizer.build_range`."""
         variables["step"] = self.add_state(layer, f"{name}_step", _FIRST_STEP)
-        variables["calibrated"] = self.add_state(
-            layer, f"{name}_calibrated", 0, tf.int32
-        )
+        self._add_calibrated(name, layer, variables)
 
-    def assign_bits(self, variables, bits):
-        """See `LowBitQuantizer.assign_bits`; takes 8, 16 and 32 alone.
+    def assign_bits(self, variables: dict[str, tf.Variable], bits: int) -> None:
+        """See `LowBitQuantizer.assign_bits`; takes only 8, 16 and 32.
 
         Raises:
-            ValueError: for any other value.
+            ValueError: For any other value.
         """
         if grid.validate_bits(bits) not in (self.bits, *grid.UNROUNDED_BITS):
             raise ValueError(
@@ -60,30 +65,36 @@ class ResidualQuantizer(ActivationQuantizer):
             )
         super().assign_bits(variables, bits)
 
-    def quantize(self, inputs, variables):
+    def quantize(
+        self, inputs: tf.Tensor, variables: dict[str, tf.Variable]
+    ) -> tf.Tensor:
         """See `LowBitQuantizer.quantize`."""
         return ste.scaled_round(
             inputs,
-            tf.stop_gradient(self.step(inputs, variables)),
+            self.step(inputs, variables),
             tf.constant(self.bits),
             narrow_range=False,
             rounding_bits=self.rounding_bits(variables),
         )
 
-    def codes(self, inputs, variables):
+    def codes(self, inputs: tf.Tensor, variables: dict[str, tf.Variable]) -> tf.Tensor:
         """Int32 codes in [-128, 127], the shape of `inputs`."""
         scaled = as_float32(inputs) / self.step(inputs, variables)
         codes = grid.signed_codes(scaled, self.bits, narrow_range=False)
         return tf.cast(codes, tf.int32)
 
-    def step(self, inputs, variables):
+    def step(
+        self, inputs: tf.Tensor | None, variables: dict[str, tf.Variable]
+    ) -> tf.Tensor:
         """The calibrated step."""
         return tf.maximum(as_float32(variables["step"]), SMALLEST_RANGE)
 
-    def calibrate(self, samples, variables):
-        """Sets the step to `clip / 127`, the clip that of least squared error (ours).
+    def calibrate(
+        self, samples: Sequence[np.ndarray], variables: dict[str, tf.Variable]
+    ) -> None:
+        """Sets the step to `clip / 127`, with the clip of least squared error.
 
-        `tf_lowbit.calibrate` then ties the steps of each Add to one another.
+        `tf_lowbit.calibrate` then ties the steps of each Add (`tie_residuals`).
         """
         clip = ranges.least_error_clip(samples, self.bits, signed=True)
         highest = grid.signed_limits(self.bits, narrow_range=False)[1]
@@ -91,6 +102,6 @@ class ResidualQuantizer(ActivationQuantizer):
         self.mark_calibrated(variables)
 
 
-def is_residual_bits(bits) -> bool:
-    """Whether `bits` is the integer 8; not for bool, str and float."""
+def is_residual_bits(bits: Any) -> bool:
+    """Tells whether `bits` is the integer 8; a bool, str or float is not."""
     return checks.is_integer(bits) and bits == RESIDUAL_BITS

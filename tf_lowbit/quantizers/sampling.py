@@ -1,13 +1,13 @@
-"""Which quantizers round in the step that is being built.
+"""Which quantizers round in the training step that is being built.
 
-A network's bits are variables; a *draw* leaves them alone and says, for one call of
-the model, which quantizers pass their values unrounded. So the network keeps its bits,
-and whatever calls it without a draw (evaluation, export) finds it fully quantized.
+A network's bits are variables. A *draw* leaves them unchanged and says, for one call of
+the model, which quantizers pass their values without rounding. So a call without a draw
+(evaluation, export) sees the network fully quantized.
 """
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from tf_lowbit.compat import tf
@@ -19,23 +19,29 @@ class _Sample(NamedTuple):
     raw_weights: bool
 
 
-# A context variable, since each replica of a strategy builds its step in a thread of
-# its own.
-_SAMPLE = contextvars.ContextVar("sample", default=None)
-_OPEN = contextvars.ContextVar("open", default={})  # noqa: B039 (never changed)
+# Context variables, since each replica of a strategy builds its step in its own thread.
+_SAMPLE: contextvars.ContextVar[_Sample | None] = contextvars.ContextVar(
+    "sample", default=None
+)
+_OPEN: contextvars.ContextVar[dict[int, float | None]] = contextvars.ContextVar(
+    "open",
+    default={},  # noqa: B039 (never mutated)
+)
 
 
 @contextlib.contextmanager
-def sampled(draws, raw_weights: bool = False) -> Iterator[None]:
-    """Lets quantizers round only where their draw says so, while the context lasts.
+def sampled(
+    draws: Iterable[tuple[dict[str, tf.Variable], tf.Tensor]], raw_weights: bool = False
+) -> Iterator[None]:
+    """A context in which quantizers round only where their draw says so.
 
-    A context within another one replaces it until it ends.
+    An inner context replaces the outer one until it ends.
 
     Args:
-        draws: iterable of (variables, is_quantized): what a quantizer's `build`
-            returned, and a scalar bool tensor. Quantizers that are not in it round.
-        raw_weights: a weight that is not rounded passes as it is, not as the
-            quantizer scales and clips it (an ablation).
+        draws: Iterable of (variables, is_quantized): a quantizer's variables and a
+            scalar bool tensor. Quantizers that are not listed round.
+        raw_weights: Whether weights that are not rounded pass unchanged, neither scaled
+            nor clipped by the quantizer (an ablation).
     """
     table = {_key(variables): is_quantized for variables, is_quantized in draws}
     token = _SAMPLE.set(_Sample(table, raw_weights))
@@ -46,12 +52,14 @@ def sampled(draws, raw_weights: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def opened(quantizers) -> Iterator[None]:
-    """Lets quantizers neither round nor clip at their ranges, while the context lasts.
+def opened(
+    quantizers: Iterable[tuple[dict[str, tf.Variable], float | None]],
+) -> Iterator[None]:
+    """A context in which the given quantizers neither round nor clip at their ranges.
 
     Args:
-        quantizers: iterable of (variables, ceiling): what a quantizer's `build`
-            returned, and the value that the activation in its place clips at, or None.
+        quantizers: Iterable of (variables, ceiling); the ceiling is the value at which
+            the replaced activation clips, or None.
     """
     token = _OPEN.set({_key(variables): top for variables, top in quantizers})
     try:
@@ -61,29 +69,31 @@ def opened(quantizers) -> Iterator[None]:
 
 
 def is_open(variables: dict) -> bool:
-    """Whether a quantizer neither rounds nor clips now."""
+    """Tells whether a quantizer is in the context of `opened`."""
     return _key(variables) in _OPEN.get()
 
 
 def ceiling(variables: dict) -> float | None:
-    """What an open quantizer clips at; None for nothing."""
+    """Returns the value at which an open quantizer clips; None for no clip."""
     return _OPEN.get()[_key(variables)]
 
 
-def drawn(variables: dict):
-    """The draw that holds for a quantizer now: a bool tensor, or None."""
+def drawn(variables: dict[str, tf.Variable]) -> tf.Tensor | None:
+    """Returns the draw that applies to a quantizer now: a bool tensor, or None."""
     sample = _SAMPLE.get()
     return None if sample is None else sample.is_quantized.get(_key(variables))
 
 
 def passes_raw_weights() -> bool:
-    """Whether weights that are not rounded are to pass as they are."""
+    """Tells whether weights that are not rounded pass unchanged."""
     sample = _SAMPLE.get()
     return sample is not None and sample.raw_weights
 
 
-def with_rounding_bits(variables: dict, is_quantized) -> dict:
-    """The variables with `rounding_bits`: the bits, or "not rounded" where drawn so."""
+def with_rounding_bits(
+    variables: dict[str, tf.Variable], is_quantized: tf.Tensor
+) -> dict:
+    """Adds `rounding_bits` to the variables: the bits, or "not rounded" as drawn."""
     bits = tf.convert_to_tensor(variables["bits"])
     unrounded = tf.constant(grid.UNROUNDED_BITS[-1], bits.dtype)
     return {**variables, "rounding_bits": tf.where(is_quantized, bits, unrounded)}

@@ -1,4 +1,7 @@
-"""Uniform symmetric quantizers, without anything learned (common practice)."""
+"""Uniform symmetric quantizers without learned parameters (common practice)."""
+
+from collections.abc import Sequence
+from typing import Any
 
 from tf_lowbit.compat import as_float32, keras, tf
 from tf_lowbit.core import checks, grid, ste
@@ -15,17 +18,17 @@ from tf_lowbit.quantizers.base import (
 class UniformWeightQuantizer(WeightQuantizer):
     """`s * round(clip(w / s, -Q, Q))`, `Q = 2^(k-1) - 1`, `s = max|w| / Q`.
 
-    Narrow range, zero on the grid. At one bit: `{-s, +s}` with `s = mean|w|` (as in
-    XNOR-Net, arXiv:1603.05279), where the largest weight would be a poor scale.
-    At 2 bits most weights fall on zero, since `s` is the largest weight: prefer
-    LSQ or DoReFa there. Gradient: `dy/dw = 1` everywhere, also beyond the levels of
-    one bit; none through `s`.
+    Narrow range, with a zero on the grid. At one bit: `{-s, +s}` with `s = mean|w|` (as
+    in XNOR-Net, arXiv:1603.05279), since the largest weight would be a poor scale. At 2
+    bits most weights become zero, since `s` is the largest weight: prefer LSQ or DoReFa
+    there. Gradient: `dy/dw = 1` everywhere, at one bit also beyond the levels; none
+    through `s`.
 
     Args:
         bits: 1 to 8, or 16 or 32 for "not rounded".
-        per_axis: one scale for each output channel.
-        channel_axes: the kernel's output-channel axes; the layer's config sets it.
-        standardize: `(w - mean) / std` in front of the grid (`prepared`).
+        per_axis: Whether each output channel has its own scale.
+        channel_axes: Output-channel axes of the kernel; the layer's config sets it.
+        standardize: Standardizes weights first: `(w - mean) / std` (`prepared`).
     """
 
     narrow_range = True
@@ -34,7 +37,7 @@ class UniformWeightQuantizer(WeightQuantizer):
         self,
         bits: int = 8,
         per_axis: bool = True,
-        channel_axes=(-1,),
+        channel_axes: Sequence[int] = (-1,),
         standardize: bool = False,
     ):
         super().__init__(bits)
@@ -42,7 +45,9 @@ class UniformWeightQuantizer(WeightQuantizer):
         self.channel_axes = checks.integers("channel_axes", channel_axes)
         self.standardize = checks.flag("standardize", standardize)
 
-    def quantize(self, inputs, variables):
+    def quantize(
+        self, inputs: tf.Tensor, variables: dict[str, tf.Variable]
+    ) -> tf.Tensor:
         """See `LowBitQuantizer.quantize`."""
         bits = tf.convert_to_tensor(variables["bits"])
         weights = self.prepared(inputs)
@@ -55,14 +60,14 @@ class UniformWeightQuantizer(WeightQuantizer):
             clips_gradient=False,
         )
 
-    def codes(self, inputs, variables):
+    def codes(self, inputs: tf.Tensor, variables: dict[str, tf.Variable]) -> tf.Tensor:
         """Int32 codes in [-Q, Q], the shape of `inputs`."""
         weights = self.prepared(inputs)
         scaled = weights / self._scale(weights, variables)
         codes = grid.signed_codes(scaled, variables["bits"], narrow_range=True)
         return tf.cast(codes, tf.int32)
 
-    def step(self, inputs, variables):
+    def step(self, inputs: tf.Tensor, variables: dict[str, tf.Variable]) -> tf.Tensor:
         """The scale: `max|w| / Q`, or `mean|w|` at one bit."""
         return self._scale(self.prepared(inputs), variables)
 
@@ -78,7 +83,7 @@ class UniformWeightQuantizer(WeightQuantizer):
         scale = tf.where(bits == 1, mean, largest / highest)
         return tf.maximum(scale, SMALLEST_RANGE)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""
         return {
             **super().get_config(),
@@ -90,21 +95,20 @@ class UniformWeightQuantizer(WeightQuantizer):
 
 @keras.utils.register_keras_serializable(package="tf_lowbit")
 class UniformActivationQuantizer(ranges.FittedClip, ActivationQuantizer):
-    """A fixed, calibrated range: [0, clip], or [-clip, clip] where signed.
+    """A fixed, calibrated range: [0, clip], or [-clip, clip] if signed.
 
-    Unsigned: `clip / n * round(clip(x, 0, clip) * n / clip)`, a quantized ReLU.
-    Signed: narrow range, `step = clip / Q`; {-clip, +clip} at one bit.
-    Gradient: `dy/dx = 1` in range, else 0; the clip is not learned. "Not rounded"
-    keeps the clip.
+    Unsigned: `clip / n * round(clip(x, 0, clip) * n / clip)`, a quantized ReLU. Signed:
+    narrow range, `step = clip / Q`; {-clip, +clip} at one bit. Gradient: `dy/dx = 1` in
+    range, else 0; the clip is not learned. "Not rounded" keeps the clip.
 
     Args:
-        bits: 1 to 8, or 16 or 32 for the clip alone.
-        signed: for activations that are not behind a ReLU.
-        clip: initial clip, in the unit of the activations; `calibrate` replaces it.
+        bits: 1 to 8, or 16 or 32 for the clip without rounding.
+        signed: True for activations that no ReLU puts out.
+        clip: Initial clip, in the unit of the activations; `calibrate` replaces it.
         implementation: "auto", "fused" or "composed"; signed is always composed.
 
     Raises:
-        ValueError: if `clip` is not positive.
+        ValueError: If `clip` is not positive.
     """
 
     needs_calibration = True
@@ -124,14 +128,20 @@ class UniformActivationQuantizer(ranges.FittedClip, ActivationQuantizer):
         self.clip = clip
         self.implementation = ste.validate_implementation(implementation)
 
-    def build_range(self, tensor_shape, name, layer, variables):
+    def build_range(
+        self,
+        tensor_shape: tf.TensorShape | None,
+        name: str,
+        layer: keras.layers.Layer,
+        variables: dict[str, tf.Variable],
+    ) -> None:
         """See `LowBitQuantizer.build_range`."""
         variables["clip"] = self.add_state(layer, f"{name}_clip", self.clip)
-        variables["calibrated"] = self.add_state(
-            layer, f"{name}_calibrated", 0, tf.int32
-        )
+        self._add_calibrated(name, layer, variables)
 
-    def quantize(self, inputs, variables):
+    def quantize(
+        self, inputs: tf.Tensor, variables: dict[str, tf.Variable]
+    ) -> tf.Tensor:
         """See `LowBitQuantizer.quantize`."""
         bits = tf.convert_to_tensor(variables["bits"])
         clip = tf.stop_gradient(as_float32(variables["clip"]))
@@ -152,7 +162,7 @@ class UniformActivationQuantizer(ranges.FittedClip, ActivationQuantizer):
     def _signed_step(clip, bits):
         return clip / grid.signed_limits(bits, narrow_range=True)[1]
 
-    def codes(self, inputs, variables):
+    def codes(self, inputs: tf.Tensor, variables: dict[str, tf.Variable]) -> tf.Tensor:
         """Int32 codes, the shape of `inputs`."""
         inputs, bits = as_float32(inputs), variables["bits"]
         if self.signed:
@@ -162,14 +172,16 @@ class UniformActivationQuantizer(ranges.FittedClip, ActivationQuantizer):
             codes = grid.unsigned_codes(inputs, as_float32(variables["clip"]), bits)
         return tf.cast(codes, tf.int32)
 
-    def step(self, inputs, variables):
-        """`clip / n`, or `clip / Q` where signed."""
+    def step(
+        self, inputs: tf.Tensor | None, variables: dict[str, tf.Variable]
+    ) -> tf.Tensor:
+        """`clip / n`, or `clip / Q` if signed."""
         clip, bits = as_float32(variables["clip"]), variables["bits"]
         if self.signed:
             return self._signed_step(clip, bits)
         return grid.unsigned_step(clip, bits)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The constructor's arguments."""
         return {
             **super().get_config(),

@@ -1,1 +1,1 @@
-"""How quantizers meet a model through TF-MOT's `quantize_apply`."""
+"""Places quantizers in a model through TF-MOT's `quantize_apply`."""

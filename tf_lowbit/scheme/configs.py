@@ -1,19 +1,40 @@
 """The `QuantizeConfig` classes: what TF-MOT quantizes in one layer, and how."""
 
-from tf_lowbit import quantizers
-from tf_lowbit.compat import keras, tfmot
+from collections.abc import Sequence
+from typing import Any
 
-_QuantizeConfig = tfmot.quantization.keras.QuantizeConfig
+from tf_lowbit import quantizers
+from tf_lowbit.compat import keras, tf, tfmot
+from tf_lowbit.quantizers import LowBitQuantizer
+
+
+class _NothingQuantized(tfmot.quantization.keras.QuantizeConfig):
+    """Quantizes nothing; the subclasses override what they quantize."""
+
+    def get_weights_and_quantizers(self, layer):
+        return []
+
+    def set_quantize_weights(self, layer, quantize_weights):
+        del layer, quantize_weights
+
+    def get_activations_and_quantizers(self, layer):
+        return []  # Activations are separate layers (`layout`).
+
+    def set_quantize_activations(self, layer, quantize_activations):
+        del layer, quantize_activations
+
+    def get_output_quantizers(self, layer):
+        return []
 
 
 @keras.utils.register_keras_serializable(package="tf_lowbit")
-class WeightQuantizeConfig(_QuantizeConfig):
-    """Quantizes named weights of a layer, and nothing else.
+class WeightQuantizeConfig(_NothingQuantized):
+    """Quantizes named weights of a layer.
 
     Args:
-        weight_quantizers: dict from attribute name ("kernel", "depthwise_kernel",
-            "pointwise_kernel") to weight quantizer, or to its serialized dict.
-        shortcut: whether `shortcut_bits` set the bits.
+        weight_quantizers: Attribute name ("kernel", "depthwise_kernel",
+            "pointwise_kernel") -> weight quantizer, or its serialized dict.
+        shortcut: Whether `shortcut_bits` set the bits.
     """
 
     def __init__(self, weight_quantizers: dict, shortcut: bool = False):
@@ -23,30 +44,22 @@ class WeightQuantizeConfig(_QuantizeConfig):
             for attribute, quantizer in weight_quantizers.items()
         }
 
-    def get_weights_and_quantizers(self, layer):
-        """Pairs of weight variable and quantizer."""
+    def get_weights_and_quantizers(
+        self, layer: keras.layers.Layer
+    ) -> list[tuple[tf.Variable, LowBitQuantizer]]:
+        """Returns pairs of weight variable and quantizer."""
         return [(getattr(layer, a), q) for a, q in self.weight_quantizers.items()]
 
-    def set_quantize_weights(self, layer, quantize_weights):
-        """Puts the quantized tensors in the variables' places."""
+    def set_quantize_weights(
+        self, layer: keras.layers.Layer, quantize_weights: Sequence[tf.Tensor]
+    ) -> None:
+        """Replaces the variables by the quantized tensors."""
         for attribute, tensor in zip(
             self.weight_quantizers, quantize_weights, strict=True
         ):
             setattr(layer, attribute, tensor)
 
-    def get_activations_and_quantizers(self, layer):
-        """None: activations are layers of their own (`layout`)."""
-        return []
-
-    def set_quantize_activations(self, layer, quantize_activations):
-        """Nothing to set."""
-        del layer, quantize_activations
-
-    def get_output_quantizers(self, layer):
-        """None."""
-        return []
-
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, serialized."""
         return {
             "weight_quantizers": {
@@ -57,42 +70,31 @@ class WeightQuantizeConfig(_QuantizeConfig):
 
 
 @keras.utils.register_keras_serializable(package="tf_lowbit")
-class ActivationQuantizeConfig(_QuantizeConfig):
-    """Quantizes the output of a layer that otherwise does nothing.
+class ActivationQuantizeConfig(_NothingQuantized):
+    """Quantizes the output of a layer that is otherwise the identity.
 
     Args:
-        quantizer: activation quantizer, or its serialized dict.
-        replaces: the activation that stood here ("relu", "relu6"), or "linear" where
-            the quantizer was inserted. Stripping and export read it.
-        shortcut: whether `shortcut_bits` set the bits.
+        quantizer: Activation quantizer, or its serialized dict.
+        replaces: The replaced activation, "relu" or "relu6", or "linear" for an
+            inserted quantizer. Stripping and export read it.
+        shortcut: Whether `shortcut_bits` set the bits.
     """
 
-    def __init__(self, quantizer, replaces: str = "linear", shortcut: bool = False):
+    def __init__(
+        self,
+        quantizer: LowBitQuantizer | dict[str, Any],
+        replaces: str = "linear",
+        shortcut: bool = False,
+    ):
         self.shortcut = shortcut
         self.quantizer = quantizers.get(quantizer, quantizers.ACTIVATION)
         self.replaces = replaces
 
-    def get_weights_and_quantizers(self, layer):
-        """None."""
-        return []
-
-    def set_quantize_weights(self, layer, quantize_weights):
-        """Nothing to set."""
-        del layer, quantize_weights
-
-    def get_activations_and_quantizers(self, layer):
-        """None: the output is quantized as a whole."""
-        return []
-
-    def set_quantize_activations(self, layer, quantize_activations):
-        """Nothing to set."""
-        del layer, quantize_activations
-
-    def get_output_quantizers(self, layer):
-        """The quantizer."""
+    def get_output_quantizers(self, layer: keras.layers.Layer) -> list[LowBitQuantizer]:
+        """Returns the quantizer."""
         return [self.quantizer]
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, serialized."""
         return {
             "quantizer": quantizers.serialize(self.quantizer),

@@ -1,57 +1,54 @@
-"""The layout transform: the graph as quantization wants it.
+"""The layout transform: rewrites the graph so that quantizers have their places.
 
-Activations become layers of their own, quantized ReLUs take the place of ReLUs, and
-a quantizer is inserted in front of a layer whose input no ReLU puts out (a linear
-bottleneck, the model's input), signed unless that is never negative. BatchNormalization
-and Add stay where they are. Around an Add, 8-bit quantizers can stand, as an int8 Add
-rounds (`residual`).
+Activations become separate layers, and quantized ReLUs replace ReLUs. Where a layer
+reads a tensor that no ReLU puts out (a linear bottleneck, the model's input), a
+quantizer is inserted, signed unless the tensor is never negative. BatchNormalization
+and Add stay. Around an Add, 8-bit quantizers can round as an int8 Add does
+(`residual_blocks`).
 """
 
 import warnings
+from typing import Any
 
 from tf_lowbit.compat import keras, tfmot
-from tf_lowbit.scheme import graph, registry
+from tf_lowbit.network import graph, layer_registry
 from tf_lowbit.scheme.configs import ActivationQuantizeConfig, WeightQuantizeConfig
-from tf_lowbit.scheme.plan import Plan, edge_layers, make_plan
-from tf_lowbit.scheme.rules import CATCH_ALL
+from tf_lowbit.scheme.placement import Plan, edge_layers, make_plan
+from tf_lowbit.scheme.rules import CATCH_ALL, PrecisionRule
 
 
 class QuantizationWarning(UserWarning):
-    """Something was not done as asked, or will not work later."""
+    """Something was not done as requested, or will not work later."""
 
 
 def report_problems(problems: list[str], strict: bool) -> None:
-    """Tells what was asked for, or was there, and is not done or kept.
-
-    Args:
-        problems: a line each.
-        strict: whether they are an error.
+    """Warns of problems, one line each.
 
     Raises:
-        ValueError: where `strict` and there are some.
+        ValueError: If `strict` and there are problems.
     """
     if problems and strict:
         raise ValueError(
-            "strict=True wants every rule followed, nothing left out, and a form in a "
-            "file for every layer. Received:\n- " + "\n- ".join(problems)
+            "With strict=True every rule must be followed, nothing left out, and every "
+            "layer must have a form in a file. Received:\n- " + "\n- ".join(problems)
         )
     for problem in problems:
         warnings.warn(problem, QuantizationWarning, stacklevel=3)
 
 
 class LowBitLayout(tfmot.quantization.keras.QuantizeLayoutTransform):
-    """Rewrites the model and hands a config to each layer that is quantized.
+    """Rewrites the model and makes a config for each layer that is quantized.
 
     Args:
-        rules: tuple of `PrecisionRule`.
-        strict: raise where the rules ask for something that cannot be done.
+        rules: Tuple of `PrecisionRule`.
+        strict: Whether to raise an error if a rule cannot be followed.
         residual_bits: 8 for quantizers on residual Adds, or None for none.
         shortcut_bits: 1 to 8 for residual shortcuts, or None for those of the rules.
     """
 
     def __init__(
         self,
-        rules,
+        rules: tuple[PrecisionRule, ...],
         strict: bool = False,
         residual_bits: int | None = None,
         shortcut_bits: int | None = None,
@@ -61,21 +58,22 @@ class LowBitLayout(tfmot.quantization.keras.QuantizeLayoutTransform):
         self.residual_bits = residual_bits
         self.shortcut_bits = shortcut_bits
 
-    def apply(self, model, layer_quantize_map):
+    def apply(
+        self, model: keras.Model, layer_quantize_map: dict[str, dict[str, Any]]
+    ) -> tuple[keras.Model, dict[str, dict[str, Any]]]:
         """TF-MOT's hook.
 
         Args:
-            model: functional model without annotations.
-            layer_quantize_map: layer name -> {"quantize_config": config or None} for
-                every annotated layer. A config given there is kept.
+            model: Functional model without annotations.
+            layer_quantize_map: Layer name -> {"quantize_config": config or None} for
+                every annotated layer. A given config is kept.
 
         Returns:
-            The rewritten model and a map that holds a config for every layer that is
-            to be wrapped, and no other.
+            The rewritten model, and a map with a config for exactly the layers to wrap.
 
         Raises:
-            ValueError: where `strict` and the plan has problems, if nothing is left to
-                quantize, or if a ReLU to be quantized is not annotated.
+            ValueError: If `strict` and the plan has problems, nothing is left to
+                quantize, or a ReLU to be quantized is not annotated.
         """
         given = {
             name: entry["quantize_config"]
@@ -106,7 +104,7 @@ class LowBitLayout(tfmot.quantization.keras.QuantizeLayoutTransform):
         return placed, {n: {"quantize_config": c} for n, c in configs.items()}
 
     def _why_nothing_is_quantized(self, model) -> str:
-        """What to change in rules that leave all layers in full precision."""
+        """Says what to change in rules that leave all layers in full precision."""
         edges = set().union(*edge_layers(model))
         spared = [
             layer.name
@@ -137,21 +135,15 @@ class LowBitLayout(tfmot.quantization.keras.QuantizeLayoutTransform):
 
 
 def _owned_relu(layer) -> str | None:
-    """The kind of ReLU that a weight layer has as its activation, if it has one."""
-    return registry.own_relu(layer) if registry.kernels(layer) else None
+    """Returns the kind of ReLU that is a weight layer's activation, or None."""
+    return layer_registry.own_relu(layer) if layer_registry.kernels(layer) else None
 
 
 def split_activations(model: keras.Model) -> keras.Model:
-    """Turns every `activation="relu"` of a weight layer into a ReLU layer behind it.
+    """Splits each `activation="relu"` of a weight layer off as a ReLU layer behind it.
 
-    The new layer is named after its owner: `conv` gets `conv_relu`.
-
-    Args:
-        model: functional model.
-
-    Returns:
-        A model with the same function and the same weights; the given one where there
-        is nothing to split.
+    `conv` gets `conv_relu`. Function and weights stay. Without such layers the given
+    functional model is returned.
     """
     if not any(map(_owned_relu, model.layers)):
         return model
@@ -170,7 +162,7 @@ def split_activations(model: keras.Model) -> keras.Model:
 
     def call(node, args, kwargs):
         name = node.layer.name
-        outputs = copies[name](*args, **kwargs)
+        outputs = graph.call_copy(copies[name], node, args, kwargs)
         return relus[name](outputs) if name in relus else outputs
 
     result = graph.rebuild(model, call)
@@ -208,7 +200,10 @@ def _place_quantizers(model: keras.Model, plan: Plan) -> keras.Model:
         return _identity(residual.name, old._keras_history.layer.dtype_policy)(new)
 
     result = graph.rebuild(
-        model, lambda node, a, k: copies[node.layer.name](*a, **k), edge, behind
+        model,
+        lambda node, a, k: graph.call_copy(copies[node.layer.name], node, a, k),
+        edge,
+        behind,
     )
     graph.copy_weights(model, result)
     return result
@@ -220,7 +215,7 @@ def _configs(plan: Plan, model: keras.Model) -> dict:
         for name, q in plan.weights.items()
     }
     for name, quantizer in plan.activations.items():
-        kind = registry.relu_kind(model.get_layer(name))
+        kind: Any = layer_registry.relu_kind(model.get_layer(name))  # It is a ReLU.
         configs[name] = ActivationQuantizeConfig(
             quantizer, kind, name in plan.shortcuts
         )

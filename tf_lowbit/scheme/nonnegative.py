@@ -1,26 +1,22 @@
-"""Which tensors of a float network are never negative, as far as its layers tell."""
+"""Finds tensors of a float network that are never negative."""
 
-from tf_lowbit.compat import keras, tf
-from tf_lowbit.scheme import graph, passing, registry
+from tf_lowbit.compat import KerasTensor, keras, tf
+from tf_lowbit.network import graph, layer_registry, passthrough
 
 
-def is_nonnegative(tensor) -> bool:
-    """Whether a Keras tensor of a float network never holds a negative number.
+def is_nonnegative(tensor: KerasTensor) -> bool:
+    """Tells whether a Keras tensor of a functional float model is never negative.
 
-    Args:
-        tensor: of a functional model.
-
-    Returns:
-        False also where its layers do not tell.
+    False also where the layers do not tell.
     """
     known: dict[int, bool] = {}
-    # Those that a tensor is made of come before it: no recursion, however deep.
+    # A stack instead of recursion, since networks may be deep.
     waiting = [tensor]
     while waiting:
         node = graph.producer(waiting[-1])
         is_sure = _is_sure(node, waiting[-1])
-        keeps = not is_sure and passing.kept(node) >= passing.Kept.SIGN
-        sources = passing.sources(node) if keeps else []
+        keeps = not is_sure and passthrough.kept(node) >= passthrough.Kept.SIGN
+        sources = passthrough.sources(node) if keeps else []
         missing = [t for t in sources if id(t) not in known]
         if missing:
             waiting += missing
@@ -34,6 +30,6 @@ def _is_sure(node, tensor) -> bool:
     if tf.as_dtype(tensor.dtype).is_unsigned:
         return True
     layer = node.layer
-    if type(layer) is keras.layers.Activation or registry.kernels(layer):
-        return passing.is_nonnegative_function(getattr(layer, "activation", None))
-    return not node.is_input and passing.makes_nonnegative(node)
+    if type(layer) is keras.layers.Activation or layer_registry.kernels(layer):
+        return passthrough.is_nonnegative_function(getattr(layer, "activation", None))
+    return not node.is_input and passthrough.makes_nonnegative(node)

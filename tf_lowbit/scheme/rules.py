@@ -15,31 +15,29 @@ CATCH_ALL = ".*"
 class PrecisionRule:
     """The precision of the layers whose name matches.
 
-    The activation bits of a layer are, as in the literature, those of the tensor
-    that it **reads**: W2A2 means that a convolution multiplies 2-bit weights with
-    2-bit inputs. So the ReLU in front of a matched layer is quantized, and a ReLU
-    that only feeds full-precision layers stays float. A rule that names an
-    activation layer itself sets what that layer puts out.
+    As in the literature, a layer's activation bits are those of the tensor that it
+    **reads**: W2A2 means that a convolution multiplies 2-bit weights with 2-bit inputs.
+    So the ReLU in front of a matched layer is quantized. A ReLU that only
+    full-precision layers read stays float. A rule that names an activation layer sets
+    the output of that layer.
 
-    The first and the last weight layer stay in full precision, as the method's
-    authors have it, unless a rule names them: the catch-all pattern `.*` does not
-    reach them (`edges`).
+    As in the authors' code, the first and the last weight layer stay in full precision
+    unless a rule names them: the catch-all pattern `.*` does not reach them (`edges`).
 
     Attributes:
-        pattern: regular expression that must match the whole layer name.
-        weight_bits: 1 to 8; 16 or 32 for "quantizer in place, not rounded"; None
-            for full precision.
-        activation_bits: likewise. None leaves the layer's input as it is.
-        weight_quantizer: a name (`quantizers.names("weight")`) or a quantizer, also
-            as `quantizers.serialize` writes it, whose bits are replaced by the rule's.
-        activation_quantizer: likewise ("dorefa", "lsq", "pact", "uniform").
-        layer_type: class name, such as "Conv2D", that the layer must have; None for
-            any.
-        edges: whether the rule reaches the first and the last weight layer; None
-            means yes, unless the pattern is `.*`.
+        pattern: Regular expression that must match the whole layer name.
+        weight_bits: 1 to 8; 16 or 32 for a quantizer that does not round; None for full
+            precision.
+        activation_bits: Likewise. None leaves the layer's input unchanged.
+        weight_quantizer: A name (`quantizers.names("weight")`), a quantizer, or its
+            dict from `quantizers.serialize`. The rule's bits replace its own.
+        activation_quantizer: Likewise ("dorefa", "lsq", "pact", "uniform").
+        layer_type: Class name that the layer must have, such as "Conv2D"; None for any.
+        edges: Whether the rule reaches the first and the last weight layer; None means
+            yes, unless the pattern is `.*`.
 
     Raises:
-        ValueError: for bits, patterns or quantizers that there are not.
+        ValueError: If bits, pattern, a quantizer or another field is invalid.
     """
 
     pattern: str
@@ -51,32 +49,21 @@ class PrecisionRule:
     edges: bool | None = None
 
     def __post_init__(self):
-        if not isinstance(self.pattern, str):
-            raise ValueError(
-                "pattern must be a string, a regular expression. "
-                f"Received: pattern={self.pattern!r}"
-            )
-        if not isinstance(self.layer_type, str | None):
-            raise ValueError(
-                'layer_type must be the name of a class, such as "Conv2D", or None. '
-                f"Received: layer_type={self.layer_type!r}"
-            )
-        if not isinstance(self.edges, bool | None):
-            raise ValueError(
-                f"edges must be True, False or None. Received: edges={self.edges!r}"
-            )
+        checks.instance("pattern", self.pattern, str, remedy="a regular expression")
+        checks.instance(
+            "layer_type",
+            self.layer_type,
+            str | None,
+            remedy='the name of a class, such as "Conv2D"',
+        )
+        checks.choice("edges", self.edges, (True, False, None))
         try:
             re.compile(self.pattern)
-        except (re.error, TypeError) as error:
+        except re.error as error:
             raise ValueError(
                 f"pattern must be a regular expression ({error}). "
                 f"Received: pattern={self.pattern!r}"
             ) from error
-        checks.instance("pattern", self.pattern, str)
-        if self.layer_type is not None:
-            checks.instance("layer_type", self.layer_type, str, remedy="a class's name")
-        if self.edges is not None:
-            checks.flag("edges", self.edges)
         for name in ("weight_bits", "activation_bits"):
             if getattr(self, name) is not None:
                 grid.validate_bits(getattr(self, name), name)
@@ -99,11 +86,9 @@ class PrecisionRule:
         return self.pattern != CATCH_ALL if self.edges is None else self.edges
 
     def matches(self, layer: keras.layers.Layer, is_edge: bool = False) -> bool:
-        """Whether the rule is meant for a layer.
+        """Tells whether the rule applies to a layer.
 
-        Args:
-            layer: the layer.
-            is_edge: whether it is the first or the last weight layer.
+        `is_edge` says that it is the first or the last weight layer.
         """
         if is_edge and not self.reaches_edges:
             return False
@@ -112,19 +97,43 @@ class PrecisionRule:
         return re.fullmatch(self.pattern, layer.name) is not None
 
 
-# What a user who says nothing gets: the paper's main setting, W2A2.
+def with_parts(
+    rule: PrecisionRule, split: Mapping[keras.layers.Layer, Sequence[str]]
+) -> PrecisionRule:
+    """Returns a rule that also reaches what the layers that it matches were split into.
+
+    Args:
+        rule: The rule.
+        split: Each layer that was split -> names of its parts.
+    """
+    names = [
+        name for layer, parts in split.items() if rule.matches(layer) for name in parts
+    ]
+    if rule.layer_type is None:
+        names = [name for name in names if not re.fullmatch(rule.pattern, name)]
+    if not names:
+        return rule
+    # By the type of the layer that was split, the rule reaches no other layer.
+    own = [rule.pattern] if rule.layer_type is None else []
+    return dataclasses.replace(
+        rule,
+        pattern="|".join([*own, *map(re.escape, names)]),
+        layer_type=None,
+        edges=rule.reaches_edges,
+    )
+
+
+# The default is the paper's main setting, W2A2.
 DEFAULT_RULES = (PrecisionRule(CATCH_ALL, weight_bits=2, activation_bits=2),)
 
 
-def as_rules(rules) -> tuple[PrecisionRule, ...]:
-    """Checks a list of rules.
-
-    Args:
-        rules: one rule, a list of them, or None for W2A2 everywhere but at the first
-            and the last layer.
+def as_rules(
+    rules: PrecisionRule | Sequence[PrecisionRule] | None,
+) -> tuple[PrecisionRule, ...]:
+    """Returns one rule or a list of rules as a tuple; the default rules for None.
 
     Raises:
-        ValueError: if there is none, or one is not a `PrecisionRule`.
+        ValueError: If there is no rule, or one is not a `PrecisionRule`.
     """
     if rules is None:
         return DEFAULT_RULES

@@ -1,81 +1,89 @@
-"""TF-MOT's wrapper, made to honour `trainable = False` and to reload from `.keras`."""
+"""TF-MOT's wrapper that respects `trainable = False` and reloads from `.keras`."""
+
+from typing import Any
 
 from tf_lowbit.compat import keras, tf, tfmot
-from tf_lowbit.scheme import graph
-
-_QuantizeWrapper = tfmot.quantization.keras.QuantizeWrapperV2
+from tf_lowbit.network import graph
 
 
 @keras.utils.register_keras_serializable(package="tf_lowbit")
-class LowBitWrapper(_QuantizeWrapper):
-    """TF-MOT's lists latent weights and learned steps as trainable even if frozen.
+class LowBitWrapper(tfmot.quantization.keras.QuantizeWrapperV2):
+    """A wrapper that freezes, and reloads from `.keras` files, as its layer would.
 
-    And its wrapped layer, built before the wrapper when a `.keras` file is read, gets
-    its weights in another order; this one's are saved and read by name.
+    TF-MOT's wrapper lists latent weights and learned steps as trainable even if frozen.
+    When a `.keras` file is read, its layer is built before the wrapper, and the weights
+    get another order. This one saves and reads weights by name.
     """
 
-    def __init__(self, layer, quantize_config, **kwargs):
+    trainable: bool
+
+    def __init__(
+        self,
+        layer: keras.layers.Layer,
+        quantize_config: tfmot.quantization.keras.QuantizeConfig,
+        **kwargs: Any,
+    ):
         super().__init__(layer, quantize_config, **kwargs)
-        # TF-MOT calls the layer's `call`, around which Keras would add this loss.
+        # TF-MOT calls the layer's `call` directly, where Keras does not add this loss.
         self._activity_regularizer = getattr(layer, "activity_regularizer", None)
 
-    def add_weight(self, *args, **kwargs):
-        """As Keras's; TF-MOT's step counter, too, is one and the same everywhere."""
+    def add_weight(self, *args: Any, **kwargs: Any) -> tf.Variable:
+        """As Keras's; non-trainable weights are the same on every replica."""
         if kwargs.get("trainable") is False:
             same = tf.VariableAggregation.ONLY_FIRST_REPLICA
             kwargs.setdefault("aggregation", same)
         return super().add_weight(*args, **kwargs)
 
-    def build(self, input_shape):
-        """Builds thawed: the order of the weights must not hang on the flag."""
+    def build(self, input_shape: Any) -> None:
+        """Builds unfrozen: the order of the weights must not depend on the flag."""
         trainable, self.trainable = self.trainable, True
         super().build(input_shape)
         self.trainable = trainable
-        # With one, a SavedModel would trace the layer apart from this wrapper, which
-        # hands it the quantized weights.
+        # With an input_spec, a SavedModel would trace the layer without this wrapper,
+        # and so without its quantized weights.
         self.layer.input_spec = None
 
-    def compute_output_shape(self, input_shape):
-        """That of the wrapped layer: quantization changes no shape."""
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """Returns the wrapped layer's output shape."""
         return self.layer.compute_output_shape(input_shape)
 
     @property
-    def trainable_weights(self):
-        """None while the layer is frozen."""
+    def trainable_weights(self) -> list[tf.Variable]:
+        """Empty while the layer is frozen."""
         return super().trainable_weights if self.trainable else []
 
     @property
-    def non_trainable_weights(self):
-        """State, and all weights while the layer is frozen."""
+    def non_trainable_weights(self) -> list[tf.Variable]:
+        """The state, and all weights while the layer is frozen."""
         state = super().non_trainable_weights
         if self.trainable:
             return state
         return self._dedup_weights(super().trainable_weights + state)
 
-    def get_config(self):
-        """As TF-MOT's, but for the shape that the wrapped layer was built for."""
+    def get_config(self) -> dict[str, Any]:
+        """As TF-MOT's, without the shape that the wrapped layer was built for."""
         config = super().get_config()
-        # The wrapper builds it: built before, its weights had other names and places.
+        # The wrapper must build the layer, or its weights get other names and places.
         config["layer"].pop("build_config", None)
         return config
 
-    def get_build_config(self):
-        """None: a call builds the layer, as in `quantize`, and scopes its weights."""
+    def get_build_config(self) -> None:
+        """Returns None: a call builds the layer and scopes its weights."""
         return None
 
-    def save_own_variables(self, store):
-        """Writes all weights, the wrapped layer's among them, by name."""
+    def save_own_variables(self, store: Any) -> None:
+        """Writes all weights, including those of the wrapped layer, by name."""
         for name, weight in self._named_weights().items():
             store[name] = weight.numpy()
 
-    def load_own_variables(self, store):
-        """Reads what `save_own_variables` wrote, or Keras's in an older file.
+    def load_own_variables(self, store: Any) -> None:
+        """Reads what `save_own_variables` wrote, or Keras's numbered weights.
 
         Raises:
-            ValueError: if the file's weights are not this layer's.
+            ValueError: If the file's weights are not those of this layer.
         """
         if "0" in store.keys():
-            # By number, without those of the wrapped layer: Keras wrote them so.
+            # Keras numbered them, without those of the wrapped layer.
             super().load_own_variables(store)
             return
         weights = self._named_weights()
@@ -90,7 +98,7 @@ class LowBitWrapper(_QuantizeWrapper):
             weight.assign(store[name])
 
     def _named_weights(self) -> dict:
-        """The weights by the last part of their name, numbered where it is taken."""
+        """The weights by the last part of their name, numbered if it is taken."""
         taken: set[str] = set()
         return {
             graph.free_name(self._weight_name(weight.name), taken): weight

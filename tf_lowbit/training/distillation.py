@@ -6,42 +6,29 @@ code; the hints are reconstructed (recalled, half seen in it).
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from tf_lowbit import inspection
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.core import checks
-from tf_lowbit.quantizers import ACTIVATION
-from tf_lowbit.scheme import registry
-from tf_lowbit.training.outputs import Outputs
-from tf_lowbit.training.scores import DISTILLATION, HINT, TASK, Batch
+from tf_lowbit.training.hints import check_hints, find_hints, hint_distance
+from tf_lowbit.training.outputs import check_ends, outputs_of
+from tf_lowbit.training.participant import DISTILLATION, HINT, TASK, Participant
 from tf_lowbit.training.settings import Settings
+from tf_lowbit.training.stages import ABSENT, FROZEN
 
 POSTERIORS, LOGITS = "posteriors", "logits"
-JOINT, TASK_ONLY, FROZEN = "joint", "task", "frozen"
-STAGES = "stages"
-TARGETS = (POSTERIORS, LOGITS)
-TEACHERS = (JOINT, TASK_ONLY, FROZEN)
+JOINT, TASK_ONLY = "joint", "task"
 
 # The authors' CIFAR-100 constants; those for ImageNet are in examples/configs/. The
 # logits have one weight for both ways.
-_WEIGHTS = {
-    POSTERIORS: {
-        "task_weight": 0.7,
-        "distillation_weight": 0.7,
-        "teacher_task_weight": 1.0,
-        "teacher_distillation_weight": 0.5,
-    },
-    LOGITS: {
-        "task_weight": 0.3,
-        "distillation_weight": 0.1,
-        "teacher_task_weight": 1.0,
-        "teacher_distillation_weight": 0.1,
-    },
-}
-# How many of the last stages give hints by default.
-_HINT_STAGES = 2
+_WEIGHTS = (
+    "task_weight",
+    "distillation_weight",
+    "teacher_task_weight",
+    "teacher_distillation_weight",
+)
+_DEFAULTS = {POSTERIORS: (0.7, 0.7, 1.0, 0.5), LOGITS: (0.3, 0.1, 1.0, 0.1)}
 
 
 @keras.utils.register_keras_serializable(package="tf_lowbit")
@@ -75,7 +62,7 @@ class JointDistillation(Settings):
 
     Attributes:
         target: "posteriors" or "logits".
-        task_weight: None for 0.7 (posteriors) or 0.3 (logits), as the authors have it.
+        task_weight: None for 0.7 (posteriors) or 0.3 (logits), the authors' values.
         distillation_weight: None for 0.7 or 0.1.
         teacher_task_weight: None for 1.
         teacher_distillation_weight: None for 0.5 or 0.1.
@@ -109,63 +96,66 @@ class JointDistillation(Settings):
     hint_teacher_gradient: bool | None = None
 
     def __post_init__(self):
-        checks.choice("target", self.target, TARGETS)
-        checks.choice("teacher", self.teacher, TEACHERS)
-        _check_hints(self.hints)
-        if self.hints is not None and not isinstance(self.hints, str):
+        checks.choice("target", self.target, (POSTERIORS, LOGITS))
+        checks.choice("teacher", self.teacher, (JOINT, TASK_ONLY, FROZEN))
+        check_hints(self.hints)
+        if isinstance(self.hints, list | tuple):
             hints = (h if isinstance(h, str) else tuple(h) for h in self.hints)
             object.__setattr__(self, "hints", tuple(hints))
         is_joint, has_hints = self.teacher == JOINT, self.hints is not None
-        defaults = {
-            **_WEIGHTS[self.target],
+        has_effect = {
+            "teacher_task_weight": self.trains_teacher,
+            "teacher_distillation_weight": is_joint,
+            "temperature": self.target == POSTERIORS,
+            "hint_weight": has_hints,
+            "hint_teacher_gradient": is_joint and has_hints,
+        }
+        defaults = dict(zip(_WEIGHTS, _DEFAULTS[self.target], strict=True))
+        defaults |= {
             "temperature": 1.0,
             "hint_weight": 1.0,
-            "hint_teacher_gradient": is_joint,
-        }
-        idle = {
-            "teacher_task_weight": self.teacher == FROZEN,
-            "teacher_distillation_weight": not is_joint,
-            "temperature": self.target == LOGITS,
-            "hint_weight": not has_hints,
-            "hint_teacher_gradient": not (is_joint and has_hints),
+            "hint_teacher_gradient": True,
         }
         for name, default in defaults.items():
-            self._settle(name, default, idle.get(name, False))
-
-    def _settle(self, name, default, is_idle):
-        """Puts a default in; refuses what has no effect or is no weight."""
-        value = getattr(self, name)
-        if is_idle and value is not None:
-            raise ValueError(
-                f"{name} must have an effect. Received: {name}={value!r} with target="
-                f"{self.target!r}, teacher={self.teacher!r}, hints={self.hints!r}"
-            )
-        if is_idle:
-            return
-        if value is None:
-            object.__setattr__(self, name, default)
-        elif name == "hint_teacher_gradient":
-            checks.flag(name, value)
-        elif name == "temperature":
-            checks.number(name, value, above=0)
-        else:
-            checks.number(name, value, at_least=0)
+            value = getattr(self, name)
+            if not has_effect.get(name, True):
+                if value is not None:
+                    raise ValueError(
+                        f"{name} must have an effect. Received: {name}={value!r} with "
+                        f"target={self.target!r}, teacher={self.teacher!r}, "
+                        f"hints={self.hints!r}"
+                    )
+            elif value is None:
+                object.__setattr__(self, name, default)
+            elif name == "hint_teacher_gradient":
+                checks.flag(name, value)
+            elif name == "temperature":
+                checks.number(name, value, above=0)
+            else:
+                checks.number(name, value, at_least=0)
 
     @property
     def trains_teacher(self) -> bool:
         """Whether the teacher's weights move."""
         return self.teacher != FROZEN
 
+    def frozen(self) -> "JointDistillation":
+        """The same student's losses, under a teacher that is not trained."""
+        return dataclasses.replace(
+            self,
+            teacher=FROZEN,
+            teacher_task_weight=None,
+            teacher_distillation_weight=None,
+            hint_teacher_gradient=None,
+        )
+
     def student_weights(self) -> dict[str, float]:
-        """The parts of a student's loss, and their weights."""
-        weights = {
-            TASK: self.task_weight,
-            DISTILLATION: self.distillation_weight,
-        }
+        """The terms of a student's loss, and their weights."""
+        weights = {TASK: self.task_weight, DISTILLATION: self.distillation_weight}
         return weights | ({} if self.hints is None else {HINT: self.hint_weight})
 
     def teacher_weights(self) -> dict[str, float]:
-        """The parts of the teacher's loss, and their weights; logged if frozen."""
+        """The terms of the teacher's loss, and their weights; logged if frozen."""
         weights = {TASK: self.teacher_task_weight if self.trains_teacher else 1.0}
         if self.teacher == JOINT:
             weights[DISTILLATION] = self.teacher_distillation_weight
@@ -173,7 +163,9 @@ class JointDistillation(Settings):
             weights[HINT] = self.hint_weight
         return weights
 
-    def distance(self, target, logits, *, are_labels: bool = False):
+    def distance(
+        self, target: tf.Tensor, logits: tf.Tensor, *, are_labels: bool = False
+    ) -> tf.Tensor:
         """The distance D of logits to target logits.
 
         Args:
@@ -191,23 +183,16 @@ class JointDistillation(Settings):
         target, logits = target / self.temperature, logits / self.temperature
         if are_labels:
             # Yes and no: 1 - sigmoid(z) = sigmoid(-z).
-            divergence = tf.reduce_mean(
-                tf.add_n(
-                    [
-                        _divergence(
-                            tf.math.log_sigmoid(sign * target),
-                            tf.math.log_sigmoid(sign * logits),
-                        )
-                        for sign in (1.0, -1.0)
-                    ]
-                ),
-                axis=-1,
-            )
+            yes_and_no = [
+                _divergence(
+                    tf.math.log_sigmoid(s * target), tf.math.log_sigmoid(s * logits)
+                )
+                for s in (1.0, -1.0)
+            ]
+            divergence = tf.reduce_mean(tf.add_n(yes_and_no), axis=-1)
         else:
-            divergence = tf.reduce_sum(
-                _divergence(tf.nn.log_softmax(target), tf.nn.log_softmax(logits)),
-                axis=-1,
-            )
+            terms = _divergence(tf.nn.log_softmax(target), tf.nn.log_softmax(logits))
+            divergence = tf.reduce_sum(terms, axis=-1)
         return self.temperature**2 * divergence
 
 
@@ -216,249 +201,124 @@ def _divergence(log_p, log_q):
     return tf.exp(log_p) * (log_p - log_q)
 
 
-class Seen(NamedTuple):
-    """What a network makes of a batch.
+class Distiller:
+    """Joint distillation between given networks.
 
     Attributes:
-        outputs: its outputs.
-        features: layer name -> output, at the hints.
-    """
-
-    outputs: object
-    features: dict
-
-
-class Hint(NamedTuple):
-    """A pair of layers whose outputs are matched.
-
-    Attributes:
-        student: the student's layer.
-        teacher: the teacher's layer.
-        quantizer: the student's activation quantizer there, or None.
-    """
-
-    student: str
-    teacher: str
-    quantizer: inspection.QuantizedTensor | None
-
-    def quantized(self, feature):
-        """The teacher's feature as the student's quantizer gives it: Q."""
-        if self.quantizer is None:
-            return feature
-        return self.quantizer.declared(feature, True, self.quantizer.variables)
-
-
-def hint_distance(target, feature):
-    """`1/2 mean((target - feature)^2)` of each example.
-
-    Args:
-        target: tensor [batch, ...], any floating dtype.
-        feature: likewise, of the same shape.
-
-    Returns:
-        Float32 tensor [batch]. The gradient reaches both arguments.
-    """
-    target, feature = tf.cast(target, tf.float32), tf.cast(feature, tf.float32)
-    squared = tf.math.squared_difference(target, feature)
-    return 0.5 * tf.reduce_mean(squared, axis=list(range(1, squared.shape.rank)))
-
-
-def student_parts(
-    distillation: JointDistillation,
-    outputs: Outputs,
-    hints: Sequence[Hint],
-    student: Seen,
-    teacher: Seen,
-    batch: Batch,
-) -> dict:
-    """What a student learns from the teacher, which counts as a constant.
-
-    Args:
-        distillation: the losses.
-        outputs: what the networks put out.
-        hints: of the student.
-        student: what the student made of the batch.
-        teacher: what the teacher made of it.
-        batch: this replica's part.
-
-    Returns:
-        Name of the part -> mean over this replica's examples, float32 scalar.
-    """
-    target = tf.stop_gradient(outputs.logits(teacher.outputs))
-    distance = distillation.distance(
-        target, outputs.logits(student.outputs), are_labels=outputs.are_labels
-    )
-    parts = {DISTILLATION: batch.mean(distance)}
-    if hints:
-        distances = [
-            hint_distance(
-                tf.stop_gradient(hint.quantized(teacher.features[hint.teacher])),
-                student.features[hint.student],
-            )
-            for hint in hints
-        ]
-        parts[HINT] = batch.mean(tf.add_n(distances))
-    return parts
-
-
-def teacher_parts(
-    distillation: JointDistillation,
-    outputs: Outputs,
-    hints: Sequence[Sequence[Hint]],
-    students: Sequence[Seen],
-    teacher: Seen,
-    batch: Batch,
-) -> dict:
-    """What the teacher learns from the students, which count as constants.
-
-    Args:
-        distillation: the losses.
-        outputs: what the networks put out.
-        hints: of each student.
-        students: what the students made of the batch.
-        teacher: what the teacher made of it.
-        batch: this replica's part.
-
-    Returns:
-        Name of the part -> mean over this replica's examples and over the students.
-    """
-    wanted = distillation.teacher_weights()
-    parts = {}
-    if DISTILLATION in wanted:
-        parts[DISTILLATION] = _mean(
-            batch.mean(
-                distillation.distance(
-                    tf.stop_gradient(outputs.logits(student.outputs)),
-                    outputs.logits(teacher.outputs),
-                    are_labels=outputs.are_labels,
-                )
-            )
-            for student in students
-        )
-    if HINT in wanted:
-        parts[HINT] = _mean(
-            batch.mean(
-                tf.add_n(
-                    [
-                        hint_distance(
-                            hint.quantized(teacher.features[hint.teacher]),
-                            tf.stop_gradient(student.features[hint.student]),
-                        )
-                        for hint in own
-                    ]
-                )
-            )
-            for student, own in zip(students, hints, strict=True)
-        )
-    return parts
-
-
-def _mean(values):
-    values = list(values)
-    return tf.add_n(values) / len(values)
-
-
-def find_hints(hints, student: keras.Model, teacher: keras.Model) -> list[Hint]:
-    """Resolves the `hints` setting for two networks.
-
-    Args:
-        hints: as in `JointDistillation`.
-        student: what `quantize` made.
-        teacher: its teacher.
-
-    Returns:
-        The pairs; empty for None.
+        settings: what the trainer was given.
+        present: what holds in the present stage.
+        hints: of each student, the layers that are matched.
 
     Raises:
-        ValueError: if there is no such layer, the shapes of a pair differ, or "stages"
-            finds nothing.
+        ValueError: if hints cannot be found, or the networks do not all put out logits
+            or all a sigmoid's values.
     """
-    _check_hints(hints)
-    if hints is None:
-        return []
-    by_layer = {
-        tensor.layer.name: tensor
-        for tensor in inspection.quantized_tensors(student)
-        if tensor.role == ACTIVATION
-    }
-    names = _last_of_stages(student, by_layer) if hints == STAGES else hints
-    pairs = [
-        (name, _counterpart(name, teacher)) if isinstance(name, str) else tuple(name)
-        for name in names
-    ]
-    for pair in pairs:
-        _check_hint(student, teacher, *pair)
-    return [Hint(s, t, by_layer.get(s)) for s, t in pairs]
 
-
-def _counterpart(name: str, teacher: keras.Model) -> str:
-    """The teacher's layer of a student's layer.
-
-    It has the same name; but `quantize` has made `conv_relu` of a layer `conv` with
-    `activation="relu"`, which a teacher may still have as one.
-    """
-    owner = name.removesuffix("_relu")
-    for layer in teacher.layers:
-        if layer.name == owner != name and registry.own_relu(layer):
-            return owner
-    return name
-
-
-def _last_of_stages(student, by_layer) -> list[str]:
-    """The last activation quantizer of each of the last resolutions."""
-    last: dict[tuple, str] = {}
-    for layer in student.layers:
-        tensor = by_layer.get(layer.name)
-        is_hint = tensor is not None and not tensor.is_residual
-        shape = layer.output_shape if is_hint else None
-        if shape is not None and len(shape) == 4:
-            if None in shape[1:3]:
-                raise ValueError(
-                    f'hints="{STAGES}" needs a student of fixed image size, whose '
-                    "resolutions tell its stages: name the layers. "
-                    f"Received: {layer.name!r} with outputs of {shape}"
-                )
-            last.pop(shape[1:3], None)  # So that the order is that of the last ones.
-            last[shape[1:3]] = layer.name
-    if not last:
-        raise ValueError(
-            f'hints="{STAGES}" needs a student with quantized image activations. '
-            f"Received: {student.name!r}, with activation quantizers {list(by_layer)}"
-        )
-    return list(last.values())[-_HINT_STAGES:]
-
-
-def _check_hints(hints):
-    """Refuses what is no setting for `hints`, whatever the networks."""
-
-    def is_hint(hint):
-        pair = (hint, hint) if isinstance(hint, str) else hint
-        is_pair = isinstance(pair, list | tuple) and len(pair) == 2
-        return is_pair and all(isinstance(name, str) for name in pair)
-
-    is_list = isinstance(hints, list | tuple) and hints and all(map(is_hint, hints))
-    if hints is not None and hints != STAGES and not is_list:
-        raise ValueError(
-            f'hints must be None, "{STAGES}" or a list of layer names and of pairs '
-            f"(student's layer, teacher's layer). Received: hints={hints!r}"
-        )
-
-
-def _check_hint(student, teacher, student_layer, teacher_layer):
-    shapes = []
-    for owner, model, name in (
-        ("student", student, student_layer),
-        ("teacher", teacher, teacher_layer),
+    def __init__(
+        self,
+        settings: JointDistillation,
+        students: Sequence[keras.Model],
+        teacher: keras.Model,
     ):
-        names = [layer.name for layer in model.layers]
-        if name not in names:
-            raise ValueError(
-                f"A hint must name a layer of the {owner}. Received: {name!r}, "
-                f"and the {owner} {model.name!r} has {names}"
+        self.settings = self.present = settings
+        self._students, self._teacher = students, teacher
+        self._have_sigmoid = check_ends(students, teacher)
+        self.hints = [find_hints(settings.hints, s, teacher) for s in students]
+
+    def participants(self, prefixes: Sequence[str]) -> list[Participant]:
+        """The students by the prefixes of their logs, and last the teacher."""
+        weights = self.settings.student_weights()
+        students = [
+            Participant(student, prefix, weights, [hint.student for hint in hints])
+            for student, prefix, hints in zip(
+                self._students, prefixes, self.hints, strict=True
             )
-        shapes.append(model.get_layer(name).output_shape)
-    if shapes[0] != shapes[1]:
-        raise ValueError(
-            "The layers of a hint must put out the same shape. Received: student's "
-            f"{student_layer!r} {shapes[0]}, teacher's {teacher_layer!r} {shapes[1]}"
+        ]
+        weights = self.settings.teacher_weights()
+        layers = [hint.teacher for hints in self.hints for hint in hints]
+        is_trained = self.settings.trains_teacher
+        teacher = Participant(self._teacher, "teacher_", weights, layers, is_trained)
+        self._participants = [*students, teacher]
+        return self._participants
+
+    def assign_role(self, role: str | None) -> list[Participant]:
+        """Sets what the teacher does, one of `stages.ROLES`, and what each learns.
+
+        Returns:
+            The participants that are in a step; without the teacher if it is absent.
+        """
+        self.present = self.settings if role is None else self.settings.frozen()
+        *students, teacher = self._participants
+        weights = {TASK: 1.0} if role == ABSENT else self.present.student_weights()
+        for student in students:
+            student.weights = weights
+        teacher.weights = self.present.teacher_weights()
+        teacher.is_trained = self.present.trains_teacher
+        return students if role == ABSENT else self._participants
+
+    def compile(self, loss: Any) -> None:
+        """Learns from the compiled loss what the outputs are, as `outputs_of` says."""
+        self._outputs = outputs_of(
+            loss,
+            self._teacher.output_shape[-1],
+            have_sigmoid=self._have_sigmoid,
+            match_logits=self.settings.target == LOGITS,
         )
+
+    def losses(self, outputs: Any, features: Any, mean: Callable) -> list[dict]:
+        """What each network learns from the others on a batch.
+
+        With z the logits, f the features at the hints (the teacher's as the student's
+        quantizers give them), and c(.) for what counts as a constant:
+
+            student: D(c(z_teacher), z_student),  H(c(f_teacher), f_student)
+            teacher: D(c(z_student), z_teacher),  H(f_teacher, c(f_student)),
+                each a mean over the students
+
+        Args:
+            outputs: of each student, and last of the teacher.
+            features: likewise, each a dict by the names of layers.
+            mean: from the losses of examples, [batch], to their mean.
+
+        Returns:
+            Likewise: name of the term -> float32 scalar.
+        """
+        *z_students, z_teacher = map(self._outputs.logits, outputs)
+        *students, teacher = features
+        teacher_terms = self.present.teacher_weights()
+        of_students, of_teacher = [], []
+        for z_student, student, hints in zip(
+            z_students, students, self.hints, strict=True
+        ):
+            f_student = [student[hint.student] for hint in hints]
+            f_teacher = [hint.quantized(teacher[hint.teacher]) for hint in hints]
+            losses = {DISTILLATION: self._distance(_constant(z_teacher), z_student)}
+            if hints:
+                losses[HINT] = _hint_distance(_constant(f_teacher), f_student)
+            of_students.append({name: mean(loss) for name, loss in losses.items()})
+            losses = {}
+            if DISTILLATION in teacher_terms:
+                losses[DISTILLATION] = self._distance(_constant(z_student), z_teacher)
+            if HINT in teacher_terms:
+                losses[HINT] = _hint_distance(f_teacher, _constant(f_student))
+            of_teacher.append({name: mean(loss) for name, loss in losses.items()})
+        average = {
+            name: tf.add_n([losses[name] for losses in of_teacher]) / len(of_teacher)
+            for name in of_teacher[0]
+        }
+        return [*of_students, average]
+
+    def _distance(self, target, logits):
+        """D, [batch]."""
+        are_labels = self._outputs.are_labels
+        return self.settings.distance(target, logits, are_labels=are_labels)
+
+
+def _hint_distance(targets, features):
+    """H: the sum over the hints, [batch]."""
+    return tf.add_n(list(map(hint_distance, targets, features)))
+
+
+def _constant(tensors):
+    """c(.): the same values, which no gradient passes."""
+    return tf.nest.map_structure(tf.stop_gradient, tensors)

@@ -1,13 +1,15 @@
-"""What teacher and student put out: logits or probabilities, of classes or labels."""
+"""Kinds of outputs: logits or probabilities, of classes or of labels."""
 
 import dataclasses
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 from tf_lowbit.compat import keras, logits_in_front, tf
-from tf_lowbit.scheme import graph
+from tf_lowbit.network import graph
 
 SIGMOID, SOFTMAX = "Sigmoid", "Softmax"
-# Operators that put out values of their inputs, as they are.
+# Operators that output values of their inputs unchanged.
 _KEEPING = {
     *("Cast", "CheckNumerics", "ConcatV2", "EnsureShape", "ExpandDims", "GatherV2"),
     *("Identity", "IdentityN", "Pack", "PreventGradient", "Reshape", "Slice", "Split"),
@@ -23,33 +25,28 @@ _REGRESSION = {
     *("huber", "log_cosh", "mean_absolute_error", "mean_absolute_percentage_error"),
     *("mean_squared_error", "mean_squared_logarithmic_error"),
 }
-# The least probability that a logarithm is taken of, as in Keras's losses.
+# Probabilities are clipped to [1e-7, 1 - 1e-7] before a logarithm, as in Keras.
 _LEAST = 1e-7
 
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """What teacher and students put out.
+    """The kind of outputs of teacher and students.
 
     Attributes:
-        are_labels: each unit is a yes or no of its own, and its posterior a sigmoid;
-            else the units are classes, with one softmax.
-        are_probabilities: they are a sigmoid's values already, not logits.
+        are_labels: True if each unit is a binary label, with a sigmoid as posterior;
+            False if the units are classes, with one softmax.
+        are_probabilities: whether the outputs are values of a sigmoid, not logits.
     """
 
     are_labels: bool
     are_probabilities: bool
 
-    def logits(self, outputs):
-        """The logits of a network's outputs.
+    def logits(self, outputs: tf.Tensor) -> tf.Tensor:
+        """The logits of a network's outputs, float32 [batch, units].
 
-        Args:
-            outputs: tensor [batch, units], any floating dtype.
-
-        Returns:
-            Float32 tensor [batch, units]. Of probabilities, what the sigmoid has read
-            where Keras has kept it; else the log-odds, whose gradient is 0 for
-            probabilities within 1e-7 of 0 or 1.
+        For probabilities, the sigmoid's inputs if Keras kept them; else the log-odds,
+        whose gradient is 0 for probabilities within 1e-7 of 0 or 1.
         """
         if not self.are_probabilities:
             return tf.cast(outputs, tf.float32)
@@ -62,123 +59,123 @@ class Outputs:
 
 
 def end_functions(network: keras.Model) -> dict[str, str]:
-    """What makes the values of a network's outputs, looked at through the layers.
+    """Finds the operators that compute a network's outputs.
 
-    The last layers are traced, one after the other, as far as they only hand values
-    on: a softmax is seen in an activation, a Lambda, a model within the model and
-    behind a Reshape alike.
-
-    Args:
-        network: a Functional model.
+    Layers that only pass values on are followed back. So a softmax is found in an
+    activation, in a Lambda, in a nested model, or behind a Reshape.
 
     Returns:
-        Type of the operator, such as "Softmax" or "BiasAdd" -> name of a layer that
-        has it; "Placeholder" where an input is put out.
+        Type of the operator, such as "Softmax" or "BiasAdd" -> name of a layer that has
+        it; "Placeholder" for an output that is an input.
     """
     found: dict[str, str] = {}
-    seen: set[int] = set()
-    waiting = list(network.outputs)
-    while waiting:
-        tensor = waiting.pop()
-        if id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
+
+    def read(tensor):
         node = graph.producer(tensor)
         if node.is_input:
             found.setdefault("Placeholder", node.layer.name)
-            continue
+            return []
         places = [id(output) for output in graph.outputs_of(node)]
-        types, read = _traced(node, places.index(id(tensor)))
+        types, sources = _traced(node, places.index(id(tensor)))
         for kind in types:
             found.setdefault(kind, node.layer.name)
-        waiting += read
+        return sources
+
+    _walk(network.outputs, read)
     return found
 
 
+def _walk(tensors, read):
+    """Calls `read` once for each tensor, and for each tensor that `read` returns."""
+    seen, waiting = set(), list(tensors)
+    while waiting:
+        tensor = waiting.pop()
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            waiting += read(tensor)
+
+
 def _traced(node, place: int) -> tuple[set[str], list]:
-    """Of one output of a node: the operators that make it, and what it hands on."""
-    reads = node.keras_inputs
+    """The operators that compute an output of a node, and inputs it passes on."""
+    inputs = node.keras_inputs
 
     @functools.partial(tf.function, autograph=False)
     def call(*tensors):
         by_id: dict[str, list] = {}
-        for old, new in zip(reads, tensors, strict=True):
+        for old, new in zip(inputs, tensors, strict=True):
             by_id.setdefault(str(id(old)), []).append(new)
         args, kwargs = node.map_arguments(by_id)
         return tf.nest.flatten(node.layer(*args, **kwargs))[place]
 
     traced = call.get_concrete_function(
-        *(tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in reads)
+        *(tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in inputs)
     )
-    placeholders = map(id, traced.inputs[: len(reads)])
-    arguments = dict(zip(placeholders, reads, strict=True))
-    types, handed_on, seen = set(), [], set()
-    waiting = list(traced.outputs)
-    while waiting:
-        tensor = waiting.pop()
-        if id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
+    placeholders = map(id, traced.inputs[: len(inputs)])
+    arguments = dict(zip(placeholders, inputs, strict=True))
+    types, passed_on = set(), []
+
+    def read(tensor):
         operator = tensor.op
         if id(tensor) in arguments:
-            handed_on.append(arguments[id(tensor)])
+            passed_on.append(arguments[id(tensor)])
         elif operator.type == "IdentityN":
-            waiting.append(operator.inputs[tensor.value_index])
+            return [operator.inputs[tensor.value_index]]
         elif operator.type in _KEEPING:
-            waiting += [read for read in operator.inputs if read.dtype.is_floating]
+            return [each for each in operator.inputs if each.dtype.is_floating]
         else:
             types.add(operator.type)
-    return types, handed_on
+        return []
+
+    _walk(traced.outputs, read)
+    return types, passed_on
 
 
-def check_ends(students, teacher: keras.Model) -> bool:
-    """Whether the networks put out a sigmoid's values.
-
-    Args:
-        students: Functional models.
-        teacher: likewise.
+def check_ends(students: Sequence[keras.Model], teacher: keras.Model) -> bool:
+    """Whether the networks end in a sigmoid.
 
     Raises:
-        ValueError: for a softmax, for outputs of which some alone are a sigmoid's, and
-            where networks differ.
+        ValueError: for a softmax, for a sigmoid at some of the outputs, and if the
+            networks differ.
     """
     forms = {}
     for role, network in [("teacher", teacher), *(("student", s) for s in students)]:
         ends = end_functions(network)
         if SOFTMAX in ends:
             raise ValueError(
-                f"The {role} must put out logits, not probabilities: distillation "
-                "applies the softmax itself. Leave it out, and give the loss "
+                f"The {role} must output logits, not probabilities: distillation "
+                "applies the softmax itself. Remove it, and give the loss "
                 f"from_logits=True. Received: a softmax in layer {ends[SOFTMAX]!r}"
             )
         if SIGMOID in ends and len(ends) > 1:
             raise ValueError(
-                f"All outputs of the {role} must be logits, or all a sigmoid's: leave "
-                f"the sigmoid out. Received: a sigmoid in layer {ends[SIGMOID]!r}, and "
-                f"none in {sorted(set(ends.values()) - {ends[SIGMOID]})}"
+                f"All outputs of the {role} must be logits, or all a sigmoid's: remove "
+                f"the sigmoid. Received: a sigmoid in layer {ends[SIGMOID]!r}, but not "
+                f"in {sorted(set(ends.values()) - {ends[SIGMOID]})}"
             )
         forms[role] = SIGMOID in ends
         if forms[role] != forms["teacher"]:
             raise ValueError(
-                "Teacher and student must both put out logits, or both a sigmoid's "
-                "values, for they have one loss. Received: a sigmoid at the end of the "
-                f"{'student' if forms[role] else 'teacher'} alone"
+                "Teacher and student must both output logits, or both end in a "
+                "sigmoid, because they share a loss. Received: a sigmoid at the end of "
+                f"the {'student' if forms[role] else 'teacher'} only"
             )
     return forms["teacher"]
 
 
-def outputs_of(loss, units: int, *, have_sigmoid: bool, match_logits: bool) -> Outputs:
-    """What the networks put out, by their compiled loss, shape and last function.
+def outputs_of(
+    loss: Any, units: int, *, have_sigmoid: bool, match_logits: bool
+) -> Outputs:
+    """The kind of the networks' outputs, from the loss of `compile` and the units.
 
     Args:
-        loss: of `compile`, for one output.
-        units: how many there are.
-        have_sigmoid: `check_ends`'s.
-        match_logits: whether logits are compared, not posteriors.
+        loss: loss of one output.
+        units: number of units of the output.
+        have_sigmoid: result of `check_ends`.
+        match_logits: whether distillation compares logits, not posteriors.
 
     Raises:
-        ValueError: if the loss reads the outputs in another way than they are, or there
-            are no posteriors.
+        ValueError: if `from_logits` of the loss contradicts the outputs, or there are
+            no posteriors to compare.
     """
     name, from_logits = _named(loss)
     if name in _BINARY | _CATEGORICAL and from_logits == have_sigmoid:
@@ -186,16 +183,16 @@ def outputs_of(loss, units: int, *, have_sigmoid: bool, match_logits: bool) -> O
         if name in _BINARY and not have_sigmoid:
             remedy += ", or the networks a sigmoid at their end"
         raise ValueError(
-            "With a teacher, the loss must read outputs as what they are: "
+            "With a teacher, from_logits of the loss must match the networks' outputs: "
             f"{remedy}. Received: {name} with from_logits={from_logits}, of networks "
             f"that end {'in' if have_sigmoid else 'without'} a sigmoid"
         )
     is_meaningless = name in _REGRESSION or name in _CATEGORICAL
     if units == 1 and not match_logits and is_meaningless:
         raise ValueError(
-            "One output unit has posteriors as a yes or no alone: take a binary "
-            'cross-entropy, or JointDistillation(target="logits") for a number that is '
-            f"no class. Received: the loss {name}"
+            "One output unit has posteriors only if it is a binary label: use a binary "
+            'cross-entropy, or JointDistillation(target="logits") for a regression. '
+            f"Received: the loss {name}"
         )
     are_labels = have_sigmoid or name in _BINARY
     if name not in _CATEGORICAL:
@@ -204,7 +201,7 @@ def outputs_of(loss, units: int, *, have_sigmoid: bool, match_logits: bool) -> O
 
 
 def _named(loss) -> tuple[str | None, bool]:
-    """The name of a Keras loss, and its `from_logits`; (None, False) of another one."""
+    """The name and `from_logits` of a Keras loss; (None, False) for another loss."""
     losses = tf.nest.flatten(loss)
     if len(losses) != 1 or losses[0] is None:
         return None, False

@@ -1,6 +1,6 @@
-"""How settings go into a saved trainer and come back."""
+"""Serialization of a trainer's settings."""
 
-import dataclasses
+from typing import Self
 
 from tf_lowbit.compat import keras
 
@@ -10,13 +10,11 @@ class Settings:
 
     def get_config(self) -> dict:
         """The fields, serialized."""
-        return {
-            field.name: keras.saving.serialize_keras_object(getattr(self, field.name))
-            for field in dataclasses.fields(self)
-        }
+        serialize = keras.saving.serialize_keras_object
+        return {name: serialize(value) for name, value in vars(self).items()}
 
     @classmethod
-    def from_config(cls, config: dict):
-        """The settings that `get_config` wrote."""
+    def from_config(cls, config: dict) -> Self:
+        """The settings from `get_config`."""
         deserialize = keras.saving.deserialize_keras_object
         return cls(**{name: deserialize(value) for name, value in config.items()})

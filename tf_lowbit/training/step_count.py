@@ -1,121 +1,89 @@
-"""How many steps a training has, and which of them comes next."""
+"""Counts the steps of a training."""
+
+from typing import Any
 
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.core.counters import counter
+from tf_lowbit.training.counters import counter
+from tf_lowbit.training.stochastic_precision import StochasticPrecision
 
 
-class StepCount:
-    """The counters that a trainer draws by, and what keeps them right.
+class StepCount(keras.callbacks.Callback):
+    """Counts the steps of a trainer, which stochastic precision draws by.
+
+    It is a callback of each `fit`. The first step is computed from epoch and batch, so
+    that it is right if a training starts, continues after another `fit`, or resumes
+    within an epoch.
 
     Args:
-        total: steps of every training; None takes what `fit` says.
-        is_needed: whether there must be a total.
+        precision: stochastic precision, which needs the number of steps and may give
+            it; or None.
 
     Attributes:
-        progress: checkpointed counters: `step`, the steps done since epoch 0 of the
-            present training, and `total_steps`.
-        is_known: whether the total is the present training's.
+        progress: checkpointed counters: `step`, the steps since epoch 0 of the present
+            training, and `total_steps`.
+        is_known: whether `total_steps` is known for the present training.
     """
 
-    def __init__(self, total: int | None, *, is_needed: bool):
-        self._total = total
-        self._is_needed = is_needed
+    def __init__(self, precision: StochasticPrecision | None):
+        super().__init__()
+        self._is_needed = precision is not None
+        self._total = total = precision and precision.steps
+        self._epoch = 0
+        self._is_first_batch = True
         self._has_trained = False
         self.is_known = total is not None
-        # A tf.train.Checkpoint is tracked by checkpoints, yet its variables are no
-        # weights of the model.
-        self.progress = tf.train.Checkpoint(step=counter(), total_steps=counter())
-        if total is not None:
-            self.progress.total_steps.assign(total)
+        # In a tf.train.Checkpoint, so that checkpoints save the counters, but they are
+        # not weights of the model.
+        self.progress = tf.train.Checkpoint(
+            step=counter(), total_steps=counter(total or 0)
+        )
 
-    def variables(self) -> dict:
+    def variables(self) -> dict[str, tf.Variable]:
         """The counters by name."""
-        return {
-            "step": self.progress.step,
-            "total_steps": self.progress.total_steps,
-        }
+        return {n: getattr(self.progress, n) for n in ("step", "total_steps")}
 
-    def expect(self, steps_per_epoch: int | None) -> None:
-        """Checks that the length of the training that `fit` begins is known.
-
-        Raises:
-            ValueError: if it is not, and is needed.
-        """
-        self.is_known = self._total is not None or bool(steps_per_epoch)
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Checks that the length of the training is known, if it is needed."""
+        del logs
+        self._is_first_batch = True
+        self.is_known = self._total is not None or bool(self.params.get("steps"))
         if self._is_needed and not self.is_known:
             raise ValueError(
-                "StochasticPrecision must know how many steps the training has: give "
-                "fit steps_per_epoch, or StochasticPrecision steps. Received: "
-                "data of unknown length"
+                "StochasticPrecision must know the number of steps: give fit "
+                "steps_per_epoch, or StochasticPrecision steps. Received: data of "
+                "unknown length"
             )
 
-    def begin_epoch(self, epoch: int, epochs: int, steps: int | None) -> None:
-        """Sets the counters where `fit` begins, when what restores them has done so.
-
-        Args:
-            epoch: that `fit` begins with.
-            epochs: at whose end it is done.
-            steps: of an epoch; None where that is not known.
-        """
-        if steps:
-            done, first = int(self.progress.step.numpy()), epoch * steps
-            is_within = first <= done < first + steps
-            self.begin_at(done if is_within else first, epochs * steps)
-        elif epoch == 0 and self._has_trained:
-            # What was counted is another training's: a checkpoint's would come to a
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Sets the first step of `fit`, unless a checkpoint is within the epoch."""
+        del logs
+        self._epoch = epoch
+        steps, done = self.params.get("steps"), int(self.progress.step.numpy())
+        if self._is_first_batch and steps:
+            first = epoch * steps
+            self._begin_at(done if first <= done < first + steps else first)
+        elif self._is_first_batch and epoch == 0 and self._has_trained:
+            # The count is from another training: a checkpoint would be restored into a
             # trainer that has not trained yet.
             self.progress.step.assign(0)
 
-    def begin_at(self, step: int, total: int) -> None:
-        """Sets the number of the step to come, and the length that `fit` says."""
-        if self._total is None:
-            self.progress.total_steps.assign(total)
-        self.progress.step.assign(step)
-
-    def end(self) -> None:
-        """Remembers that the counters are those of a training that is done."""
-        self._has_trained = True
-
-
-class CountSteps(keras.callbacks.Callback):
-    """Tells a `StepCount` what `fit` knows.
-
-    The first step's number follows from epoch and batch, so that it is right whether
-    the training starts, goes on after another `fit`, or resumes in mid-epoch.
-
-    Args:
-        count: of the trainer that `fit` trains.
-    """
-
-    def __init__(self, count: StepCount):
-        super().__init__()
-        self._count = count
-        self._epoch = 0
-        self._is_first = True
-
-    def on_train_begin(self, logs=None):
-        """Checks that there is a total."""
-        del logs
-        self._count.expect(self.params.get("steps"))
-
-    def on_epoch_begin(self, epoch, logs=None):
-        """Sets the counters to the epoch that `fit` begins with."""
-        del logs
-        self._epoch = epoch
-        if self._is_first:
-            epochs, steps = self.params["epochs"], self.params.get("steps")
-            self._count.begin_epoch(epoch, epochs, steps)
-
-    def on_train_batch_begin(self, batch, logs=None):
-        """Sets them to the very batch; a `CallbackList` may leave this hook out."""
+    def on_train_batch_begin(
+        self, batch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        """Sets the first step by the batch; a `CallbackList` may skip this hook."""
         del logs
         steps = self.params.get("steps")
-        if self._is_first and steps:
-            first = self._epoch * steps + batch
-            self._count.begin_at(first, self.params["epochs"] * steps)
-        self._is_first = False
+        if self._is_first_batch and steps:
+            self._begin_at(self._epoch * steps + batch)
+        self._is_first_batch = False
 
-    def on_train_end(self, logs=None):
-        """Closes the training."""
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Remembers that the counters are from a finished training."""
         del logs
-        self._count.end()
+        self._has_trained = True
+
+    def _begin_at(self, step: int):
+        if self._total is None:
+            total = self.params["epochs"] * self.params["steps"]
+            self.progress.total_steps.assign(total)
+        self.progress.step.assign(step)

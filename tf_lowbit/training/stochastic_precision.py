@@ -1,9 +1,9 @@
 """Stochastic precision: sampled sub-networks are quantized, the rest is not.
 
 Zhuang et al., arXiv:1908.04680, "randomly sample and quantize sub-networks while
-keeping other parts in full-precision", so that one stage does the work of several. This
-is our reading of the abstract: unit and schedule are not verified against the paper.
-It is not stochastic rounding, and not Stochastic Quantization (arXiv:1708.01001).
+keeping other parts in full-precision", so that one stage replaces several. This is our
+reading of the abstract: unit and schedule are not verified against the paper. It is not
+stochastic rounding, and not Stochastic Quantization (arXiv:1708.01001).
 """
 
 import contextlib
@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.core import checks
-from tf_lowbit.core.schedules import LinearRamp
 from tf_lowbit.quantizers import sampling
 from tf_lowbit.training import units
+from tf_lowbit.training.schedules import LinearRamp
 from tf_lowbit.training.settings import Settings
 
 _CHECKED_POINTS = 100
@@ -23,33 +23,35 @@ _CHECKED_POINTS = 100
 @keras.utils.register_keras_serializable(package="tf_lowbit")
 @dataclasses.dataclass(frozen=True)
 class StochasticPrecision(Settings):
-    """How sub-networks are sampled in training.
+    """Settings of stochastic precision.
 
-    At each step every unit is quantized with probability p, else in full precision:
-    its weights and activations keep their scale and clip, and are not rounded. p
-    follows a schedule over the training. Evaluation, export and checkpoints are
-    fully quantized at any time.
+    At each step every unit is quantized with probability p. A unit in full precision
+    keeps the scales and clips of its weights and activations, but does not round. p
+    rises with t, the share of the training that has passed:
 
-    The draw is a pure function of (seed, step, unit): every replica draws the same
-    sub-network, and a resumed training draws what the uninterrupted one would have.
+        p(t) = start + (1 - start) min(1, t / (1 - tail)),   t = step / total_steps
+        unit i is quantized if u(seed, step)_i < p(t),       u uniform in [0, 1)
+
+    Evaluation, export and checkpoints are always fully quantized. The draw is a pure
+    function of (seed, step, unit), so every replica draws the same sub-network, and a
+    resumed training draws the same as an uninterrupted one.
 
     Attributes:
         start: p at the start, in [0, 1]; None for 0.5. It rises linearly to 1.
-        tail: share of the training at its end with p = 1, in [0, 1]; None for 0.2.
-            With less than that, see `tf_lowbit.recalibrate_batch_norm`.
-        schedule: another course of p: a function from the share of the training that
-            has passed, scalar float32 tensor in [0, 1], to a scalar in [0, 1]. In
-            place of `start` and `tail`. A trainer that is to be saved needs it
-            registered (`keras.saving.register_keras_serializable`).
+        tail: share of the training at its end with p = 1, in [0, 1]; None for 0.2. With
+            a shorter tail, see `tf_lowbit.recalibrate_batch_norm`.
+        schedule: another p, in place of `start` and `tail`: a function from t, scalar
+            float32 tensor in [0, 1], to a scalar in [0, 1]. To save a trainer, register
+            it (`keras.saving.register_keras_serializable`).
         unit: "layer", "block" or a list of patterns (`find_units`).
-        seed: of the draws, an int in [0, 2**63).
-        steps: steps of the whole training; None for what `fit` is to do, from epoch 0
-            on.
-        raw_weights: in full precision, weights pass as they are instead of on the
-            quantizer's scale (an ablation: a draw then changes their scale too).
+        seed: seed of the draws, an int in [0, 2**63).
+        steps: steps of the whole training; None for the steps of `fit`, counted from
+            epoch 0.
+        raw_weights: whether weights in full precision are the latent weights, without
+            the quantizer's scale (an ablation: a draw then changes their scale, too).
 
     Raises:
-        ValueError: for a value outside of what is said above.
+        ValueError: for a value out of its range.
     """
 
     start: float | None = None
@@ -81,60 +83,48 @@ class StochasticPrecision(Settings):
             checks.integer("steps", self.steps, at_least=1, below=2**63)
 
     def _shape(self) -> dict:
-        """What is given of the linear ramp."""
+        """The given arguments of the linear ramp."""
         shape = {"start": self.start, "tail": self.tail}
         return {name: value for name, value in shape.items() if value is not None}
 
-    def _course(self, progress):
-        """p after a share of the training."""
-        return (self.schedule or LinearRamp(**self._shape()))(progress)
+    def _p(self, t):
+        return (self.schedule or LinearRamp(**self._shape()))(t)
 
     def check_schedule(self) -> None:
-        """Raises where the schedule leaves [0, 1].
+        """Raises ValueError if the schedule leaves [0, 1].
 
-        Not part of the constructor, since it runs TensorFlow, which must not start
-        before a `MultiWorkerMirroredStrategy` is made.
-
-        Raises:
-            ValueError: naming the share of the training and the probability.
+        The constructor does not call it, because it runs TensorFlow, which must not
+        start before a `MultiWorkerMirroredStrategy` is made.
         """
-        for point in range(_CHECKED_POINTS + 1):
-            progress = point / _CHECKED_POINTS
-            probability = float(self._course(tf.constant(progress, tf.float32)))
-            if not 0.0 <= probability <= 1.0:
+        for t in (point / _CHECKED_POINTS for point in range(_CHECKED_POINTS + 1)):
+            p = float(self._p(tf.constant(t, tf.float32)))
+            if not 0.0 <= p <= 1.0:
                 raise ValueError(
                     "The probability of stochastic precision must be in [0, 1]. "
-                    f"Received: p={probability} after {progress:.0%} of the training"
+                    f"Received: p={p} after {t:.0%} of the training"
                 )
 
-    def probability(self, step, total_steps):
-        """p at a step.
+    def probability(self, step: tf.Tensor, total_steps: tf.Tensor) -> tf.Tensor:
+        """p(t) at a step, scalar float32 tensor in [0, 1].
 
         Args:
             step: scalar int64 tensor, from 0.
             total_steps: scalar int64 tensor, the steps of the whole training.
-
-        Returns:
-            Scalar float32 tensor in [0, 1].
         """
-        progress = tf.cast(step, tf.float64) / tf.cast(total_steps, tf.float64)
-        progress = tf.cast(tf.minimum(progress, 1.0), tf.float32)
-        return tf.cast(self._course(progress), tf.float32)
+        t = tf.cast(step, tf.float64) / tf.cast(total_steps, tf.float64)
+        return tf.cast(self._p(tf.cast(tf.minimum(t, 1.0), tf.float32)), tf.float32)
 
-    def draw(self, step, count: int, probability):
-        """Which units are quantized at a step.
+    def draw(self, step: tf.Tensor, count: int, probability: tf.Tensor) -> tf.Tensor:
+        """Draws the units that are quantized at a step, bool tensor [count].
 
         Args:
             step: scalar int64 tensor.
-            count: how many units there are.
+            count: number of units.
             probability: scalar float32 tensor in [0, 1].
-
-        Returns:
-            Bool tensor [count].
         """
         seed = tf.stack([tf.constant(self.seed, tf.int64), tf.cast(step, tf.int64)])
-        # The generator is named, since the automatic choice differs between devices,
-        # and integers are drawn, since XLA makes other floats of the same ones.
+        # The automatic generator differs between devices, and XLA's floats differ from
+        # TensorFlow's: so draw integers by a named generator.
         integers = tf.random.stateless_uniform(
             [count], seed, minval=None, maxval=None, dtype=tf.uint32, alg="philox"
         )
@@ -143,46 +133,41 @@ class StochasticPrecision(Settings):
         return uniform < probability
 
 
-@dataclasses.dataclass(frozen=True)
 class Sampler:
-    """Stochastic precision on given networks.
+    """Draws the units of networks by stochastic precision.
 
-    Attributes:
-        precision: the settings.
-        units: the units of all networks.
+    Raises:
+        ValueError: if the schedule leaves [0, 1], or a unit cannot be found.
     """
 
-    precision: StochasticPrecision
-    units: tuple[units.Unit, ...]
+    def __init__(self, settings: StochasticPrecision, networks: Sequence[keras.Model]):
+        settings.check_schedule()
+        self.settings = settings
+        self.units = [u for n in networks for u in units.find_units(n, settings.unit)]
+        self.metrics: list[keras.metrics.Mean] = []
 
-    @classmethod
-    def of(
-        cls, precision: StochasticPrecision, networks: Sequence[keras.Model]
-    ) -> "Sampler":
-        """Finds the networks' units, and checks the schedule."""
-        precision.check_schedule()
-        found = [u for n in networks for u in units.find_units(n, precision.unit)]
-        return cls(precision, tuple(found))
+    def compile(self) -> None:
+        """Makes the mean share of quantized units and the mean of p."""
+        names = ("quantized_share", "quantization_probability")
+        self.metrics = [keras.metrics.Mean(name) for name in names]
 
-    def draw(self, step, total_steps) -> tuple:
-        """Draws a sub-network.
+    def sampled(
+        self, step: tf.Tensor, total_steps: tf.Tensor
+    ) -> contextlib.AbstractContextManager:
+        """Draws for a step; returns a context in which only drawn units round."""
+        p = self.settings.probability(step, total_steps)
+        is_quantized = self.settings.draw(step, len(self.units), p)
+        mean_share, mean_p = self.metrics
+        mean_share.update_state(tf.cast(is_quantized, tf.float32))
+        mean_p.update_state(p)
+        return self.applied(is_quantized)
 
-        Args:
-            step: scalar int64 tensor.
-            total_steps: scalar int64 tensor.
+    def logs(self) -> dict:
+        """Name in the logs -> present result."""
+        return {mean.name: mean.result() for mean in self.metrics}
 
-        Returns:
-            Bool tensor [units], and the scalar probability that it was drawn with.
-        """
-        probability = self.precision.probability(step, total_steps)
-        return self.precision.draw(step, len(self.units), probability), probability
-
-    def applied(self, is_quantized) -> contextlib.AbstractContextManager:
-        """A context in which the networks round as drawn.
-
-        Args:
-            is_quantized: bool tensor [units].
-        """
+    def applied(self, is_quantized: tf.Tensor) -> contextlib.AbstractContextManager:
+        """A context in which only the units of a draw, bool tensor [units], round."""
         draws = [
             (tensor.variables, unit_is_quantized)
             for unit, unit_is_quantized in zip(
@@ -190,4 +175,4 @@ class Sampler:
             )
             for tensor in unit.tensors
         ]
-        return sampling.sampled(draws, self.precision.raw_weights)
+        return sampling.sampled(draws, self.settings.raw_weights)

@@ -1,25 +1,24 @@
-"""Units of stochastic precision: the parts of a network that are drawn as one."""
+"""Units of stochastic precision: parts of a network that are drawn together."""
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from tf_lowbit import inspection
 from tf_lowbit.compat import CustomScaleLayer, keras
-from tf_lowbit.scheme import graph, registry
+from tf_lowbit.network import graph, inspection, layer_registry
 
 LAYER = "layer"
 BLOCK = "block"
-# What `x + y` becomes in a functional model.
+# Symbols of `x + y` in a functional model.
 _SUMS = ("__operators__.add", "math.add", "math.add_n")
 
 
 class Unit(NamedTuple):
-    """A part of a network that is quantized, or not, as one.
+    """A part of a network whose quantizers are on or off together.
 
     Attributes:
-        name: of its layer, of the Add that ends its block, or the pattern that it is.
-        tensors: its quantizers, of weights and of activations.
+        name: name of its layer, name of the Add that ends its block, or its pattern.
+        tensors: its weight and activation quantizers.
     """
 
     name: str
@@ -29,52 +28,38 @@ class Unit(NamedTuple):
 def find_units(model: keras.Model, unit: str | Sequence[str] = LAYER) -> list[Unit]:
     """Divides a network's quantizers into units.
 
-    A unit holds whole weight layers. An activation quantizer belongs to the unit of
-    the first weight layer that reads it, in the graph's order; a residual one to that
-    of the last weight layer in front of it.
+    A unit holds whole weight layers. An activation quantizer belongs to the unit of the
+    first weight layer that reads it, in the graph's order. A residual quantizer belongs
+    to the unit of the last weight layer in front of it.
 
     Args:
-        model: what `quantize` made.
-        unit: "layer": each weight layer is a unit. "block": so is each residual block
-            (`residual_blocks`); layers outside of blocks stand alone. Or a list of
-            regular expressions, each a unit of the layers whose whole name it
-            matches (the first match wins); layers without a match stand alone.
+        model: quantized model.
+        unit: "layer": each weight layer is a unit. "block": each residual block
+            (`residual_blocks`) is a unit, and so is each layer outside of blocks. Or a
+            list of regular expressions: each makes a unit of the layers whose whole
+            name it matches (the first match wins); other layers are units of their own.
 
     Returns:
         The units that hold a quantizer, in the graph's order.
 
     Raises:
-        ValueError: if `unit` is something else, or a pattern matches no layer that
-            is quantized.
+        ValueError: if a pattern matches no quantized layer.
     """
-    check_unit(unit)
-    readers: dict[str, str] = {}
-    for reader, sources in inspection.input_activations(model).items():
-        for source in sources:
-            if source is not None:
-                readers.setdefault(source.layer.name, reader)
     tensors = inspection.require_quantized(model)
-    in_front = _last_weight_layers(model)
-    owners = {
-        tensor.name: (in_front if tensor.is_residual else readers).get(
-            tensor.layer.name, tensor.layer.name
-        )
-        for tensor in tensors
-    }
-    unit_of = _unit_names(model, unit, owners.values())
+    owners = _owners(model, tensors)
+    names = _unit_names(model, unit, owners.values())
+    position: dict[str, int] = {}
+    for index, node in enumerate(graph.calls(model)):
+        position.setdefault(node.layer.name, index)
     units: dict[str, list] = {}
-    for tensor in sorted(tensors, key=_graph_order(model, owners)):
+    for tensor in sorted(tensors, key=lambda tensor: position[owners[tensor.name]]):
         owner = owners[tensor.name]
-        units.setdefault(unit_of.get(owner, owner), []).append(tensor)
+        units.setdefault(names.get(owner, owner), []).append(tensor)
     return [Unit(name, tuple(members)) for name, members in units.items()]
 
 
-def check_unit(unit) -> None:
-    """Refuses what is no setting for `unit`, whatever the network.
-
-    Raises:
-        ValueError: if it is neither "layer" nor "block" nor a list of patterns.
-    """
+def check_unit(unit: Any) -> None:
+    """Raises ValueError if `unit` is not valid for any network."""
 
     def is_pattern(pattern):
         try:
@@ -91,31 +76,27 @@ def check_unit(unit) -> None:
 
 
 def residual_blocks(model: keras.Model) -> dict[str, frozenset[str]]:
-    """The residual blocks of a network, found from its graph.
+    """Finds the residual blocks of a network from its graph.
 
-    A block ends where branches that share an origin are added (`Add`, `x + y`,
-    `tf.add_n`). It
-    holds what lies on some branch and not on all of them. A block within another one
-    is a block of its own.
-
-    Args:
-        model: a functional model.
+    A block ends where branches with a common origin are added (`Add`, `x + y`,
+    `tf.add_n`). It holds the layers on some, but not all, of the branches. A block
+    within another one is a block of its own.
 
     Returns:
-        Name of the layer that adds -> names of the block's weight layers. No layer is
-        in two blocks.
+        Name of the adding layer -> names of the block's weight layers. No layer is in
+        two blocks.
     """
-    behind: dict[int, frozenset] = {}  # Of each tensor: the nodes that it depends on.
+    ancestors: dict[int, frozenset] = {}  # Tensor -> layers that it depends on.
     blocks: dict[str, frozenset[str]] = {}
     taken: set[str] = set()
     for node in graph.nodes(model):
-        branches = [behind[id(tensor)] for tensor in node.keras_inputs]
+        branches = [ancestors[id(tensor)] for tensor in node.keras_inputs]
         if _is_sum(node.layer) and len(branches) > 1:
             shared = frozenset.intersection(*branches)
             members = frozenset(
                 layer.name
                 for layer in (frozenset.union(*branches) - shared)
-                if registry.kernels(inspection.wrapped_layer(layer))
+                if layer_registry.kernels(inspection.wrapped_layer(layer))
             )
             members -= taken
             if shared and members:
@@ -123,7 +104,7 @@ def residual_blocks(model: keras.Model) -> dict[str, frozenset[str]]:
                 taken |= members
         reached = frozenset([node.layer]).union(*branches)
         for tensor in graph.outputs_of(node):
-            behind[id(tensor)] = reached
+            ancestors[id(tensor)] = reached
     return blocks
 
 
@@ -134,7 +115,7 @@ def _is_sum(layer) -> bool:
 
 
 def _unit_names(model, unit, owners: Iterable[str]) -> dict[str, str]:
-    """Layer name -> name of its unit, for those that do not stand alone."""
+    """Layer name -> unit name, for layers that are not units of their own."""
     if unit == LAYER:
         return {}
     if unit == BLOCK:
@@ -156,27 +137,35 @@ def _unit_names(model, unit, owners: Iterable[str]) -> dict[str, str]:
     return names
 
 
+def _owners(model, tensors) -> dict[str, str]:
+    """Quantizer name -> name of the weight layer whose unit it belongs to."""
+    readers: dict[str, str] = {}
+    for reader, sources in inspection.input_activations(model).items():
+        for source in sources:
+            if source is not None:
+                readers.setdefault(source.layer.name, reader)
+    in_front = _last_weight_layers(model)
+    return {
+        tensor.name: (in_front if tensor.is_residual else readers).get(
+            tensor.layer.name, tensor.layer.name
+        )
+        for tensor in tensors
+    }
+
+
 def _last_weight_layers(model) -> dict[str, str]:
-    """Layer name -> name of the weight layer that is called last in front of it."""
+    """Layer name -> name of the last weight layer in front of it."""
     position: dict[str, int] = {}
-    behind: dict[int, str] = {}  # Of each tensor: that layer, itself included.
+    last: dict[int, str] = {}  # Tensor -> last weight layer that it depends on.
     found: dict[str, str] = {}
     for index, node in enumerate(graph.nodes(model)):
         name = node.layer.name
-        names = [behind[id(t)] for t in node.keras_inputs if id(t) in behind]
+        names = [last[id(t)] for t in node.keras_inputs if id(t) in last]
         latest = max(names, key=position.__getitem__, default=None)
         if latest is not None:
             found.setdefault(name, latest)
-        if registry.kernels(inspection.wrapped_layer(node.layer)):
+        if layer_registry.kernels(inspection.wrapped_layer(node.layer)):
             latest, position[name] = name, index
         if latest is not None:
-            behind |= {id(tensor): latest for tensor in graph.outputs_of(node)}
+            last |= {id(tensor): latest for tensor in graph.outputs_of(node)}
     return found
-
-
-def _graph_order(model, owners):
-    """A sort key: where a quantizer's weight layer is first called."""
-    position: dict[str, int] = {}
-    for index, node in enumerate(graph.calls(model)):
-        position.setdefault(node.layer.name, index)
-    return lambda tensor: position[owners[tensor.name]]

@@ -1,0 +1,205 @@
+"""Table and plot of the CIFAR experiments, drawn from their results alone."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib
+import matplotlib.figure
+import numpy as np
+
+from benchmarks.accuracy import tuning
+from benchmarks.accuracy.rows import label, mean_interval
+from benchmarks.cifar import plan as cifar_plan
+from benchmarks.common import store
+from benchmarks.common.tables import NOTHING, table
+
+# What MLPerf Tiny asks of a network for CIFAR-10, in percent.
+TARGET = 85.0
+
+
+def tables(path: Path) -> dict[str, str]:
+    """The tables in Markdown, by the name that their place in the README has.
+
+    Args:
+        path: the file of all results.
+    """
+    results = store.read(path)
+    return {
+        "cifar, tiny": accuracy_table("tiny", results),
+        "cifar, tuning": tuning_table("tiny", results),
+    }
+
+
+def accuracy_table(name: str, results: dict[str, dict]) -> str:
+    """Accuracy on the test set after the last epoch, and what the network costs.
+
+    Args:
+        name: of the experiment.
+        results: of the runs, by name.
+    """
+    lines, given = [], given_accuracy(name, results)
+    if given is not None:
+        lines.append(["float, as given", *[NOTHING] * 7])
+        lines[0][2] = f"{given:.2f}"
+    for (method, bits), runs in _rows(name, results):
+        accuracies = _percent(runs)
+        mean, half = mean_interval(accuracies)
+        lines.append(
+            [
+                f"{method} {label(bits)}" if bits else method,
+                str(len(runs)),
+                f"{mean:.2f} ± {half:.2f}" if len(runs) > 1 else f"{mean:.2f}",
+                NOTHING if given is None else f"{mean - given:+.2f}",
+                f"{sum(a >= TARGET for a in accuracies)} of {len(runs)}",
+                f"{runs[0]['weight_bytes']:,}",
+                f"{runs[0]['bops'] / 1e6:,.0f}",
+                f"{runs[0]['learning_rate']:g}",
+            ]
+        )
+    headers = [
+        "method", "seeds", "accuracy, %", "to float", f"{TARGET:g} % or more",
+        "weight bytes", "million BOPs", "rate",
+    ]  # fmt: skip
+    return table(headers, lines)
+
+
+def short_table(path: Path, files: Path) -> str:
+    """Accuracy beside the bytes of the file for TFLite Micro, LSQ by bits.
+
+    Args:
+        path: the file of all results.
+        files: JSON file of `benchmarks.deployment.tiny`, of the same network.
+    """
+    results = store.read(path)
+    sizes = json.loads(files.read_text())["networks"]["ResNet-8"]
+    given = given_accuracy("tiny", results)
+    accuracy = NOTHING if given is None else f"{given:.2f}"
+    lines = [["float32, as given", accuracy, f"{sizes['float']:,}", NOTHING]]
+    for (method, bits), runs in sorted(_rows("tiny", results), key=_most_bits_first):
+        if method != "LSQ" or len(runs) < 2:
+            continue
+        mean, half = mean_interval(_percent(runs))
+        file = sizes["bits"].get(label(bits))
+        lines.append(
+            [
+                label(bits),
+                f"{mean:.2f} ± {half:.2f} ({len(runs)})",
+                NOTHING if file is None else f"{file['bytes']['packed']:,}",
+                f"{runs[0]['bops'] / 1e6:,.0f}",
+            ]
+        )
+    headers = ["bits", "test accuracy, %", "bytes of the file", "million BOPs"]
+    return table(headers, lines)
+
+
+def _most_bits_first(row):
+    (_, bits), _ = row
+    return -sum(bits or ())
+
+
+def given_accuracy(name: str, results: dict[str, dict]) -> float | None:
+    """Test accuracy of the float network that all runs start from, in percent."""
+    for r in results.values():
+        is_own = r["experiment"] == name and r["measured_on"] == "test"
+        if is_own and r.get("float_accuracy") is not None:
+            return 100 * r["float_accuracy"]
+    return None
+
+
+def tuning_table(name: str, results: dict[str, dict]) -> str:
+    """Accuracy on held-out training images, by method and rate."""
+    rates = [
+        rate
+        for rate in tuning.RATES
+        if any(r["learning_rate"] == rate for r in _held_out(name, results))
+    ]
+    found = {(r["method"], r["learning_rate"]): r for r in _held_out(name, results)}
+    lines = []
+    for method in cifar_plan.METHODS:
+        cells = [found.get((method, rate)) for rate in rates]
+        if any(cells):
+            lines.append([method, *(_accuracy_cell(cell) for cell in cells)])
+    return table(["method", *(f"{rate:g}" for rate in rates)], lines)
+
+
+def plots(path: Path) -> dict[str, matplotlib.figure.Figure]:
+    """Matplotlib figures by file name; none as long as there are no results."""
+    results = store.read(path)
+    rows, given = list(_rows("tiny", results)), given_accuracy("tiny", results)
+    if not rows:
+        return {}
+    matplotlib.rcParams["svg.hashsalt"] = "tf_lowbit"
+    figure = matplotlib.figure.Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    _plot(axes[0], rows, "weight_bytes", 1e3, "kilobytes of weights, packed")
+    _plot(axes[1], rows, "bops", 1e6, "million bit operations (BOPs)")
+    lines = [(TARGET, "gray", ":", "MLPerf's target")]
+    lines += [] if given is None else [(given, "black", "--", "float, as given")]
+    for axis in axes:
+        for height, color, style, name in lines:
+            axis.axhline(height, color=color, linestyle=style, linewidth=1, label=name)
+    axes[0].set_ylabel("accuracy, % of the test set")
+    axes[1].legend(fontsize=8, loc="lower right")
+    return {"tiny.svg": figure}
+
+
+def _plot(axes, rows, cost, unit, title) -> None:
+    colors = dict(
+        zip(cifar_plan.METHODS, matplotlib.colormaps["tab10"].colors, strict=False)
+    )
+    for method, color in colors.items():
+        own = [(bits, runs) for (name, bits), runs in rows if name == method and bits]
+        if not own:
+            continue
+        own.sort(key=lambda row: row[1][0][cost])
+        costs = [runs[0][cost] / unit for _, runs in own]
+        means, halves = zip(
+            *(mean_interval(_percent(runs)) for _, runs in own), strict=True
+        )
+        axes.errorbar(
+            costs, means, np.nan_to_num(halves),
+            marker="o", capsize=3, color=color, label=method,
+        )  # fmt: skip
+        for x, y, (bits, _) in zip(costs, means, own, strict=True):
+            axes.annotate(
+                label(bits), (x, y), xytext=(-6, 4), textcoords="offset points",
+                fontsize=8, ha="right",
+            )  # fmt: skip
+    axes.set_xlabel(title)
+    axes.margins(x=0.15)
+    axes.set_xlim(left=0)
+
+
+def _percent(runs: Iterable[dict]) -> list[float]:
+    return [100 * run["accuracy"] for run in runs]
+
+
+def _rows(name, results):
+    """Yields (method, bits) and the runs on the test set that did not diverge."""
+    for method, bits in cifar_plan.EXPERIMENTS[name].rows:
+        runs = [
+            r
+            for r in results.values()
+            if (r["experiment"], r["method"]) == (name, method)
+            if r["bits"] == (None if bits is None else list(bits))
+            if r["measured_on"] == "test" and r["accuracy"] is not None
+        ]
+        if runs:
+            yield (method, bits), runs
+
+
+def _held_out(name, results) -> list[dict]:
+    return [
+        r
+        for r in results.values()
+        if r["experiment"] == name and r["measured_on"] == "held-out"
+    ]
+
+
+def _accuracy_cell(result) -> str:
+    if result is None:
+        return NOTHING
+    if result["accuracy"] is None:
+        return "diverged"
+    return f"{100 * result['accuracy']:.2f}"

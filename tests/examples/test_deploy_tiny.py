@@ -1,0 +1,205 @@
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+import tf_lowbit as tfl
+from examples import micro_deployment
+from tests.examples import programs
+from tf_lowbit.compat import keras
+
+SHAPE = (8, 8, 1)
+PAIRS = {"W4A8": "w4a8", "W2A2": "w2a2"}
+WRITTEN = [
+    "int8.tflite",
+    "model_data.cc",
+    "model_data.h",
+    "model_setup.h",
+    "packed.tflite",
+]
+# Puts out the array, if it is aligned.
+MAIN = """
+#include <cstdint>
+#include <cstdio>
+#include "model_data.h"
+
+int main() {
+  if (reinterpret_cast<std::uintptr_t>(g_model_data) % 16) return 1;
+  return std::fwrite(g_model_data, 1, g_model_data_size, stdout) != g_model_data_size;
+}
+"""
+BAD = {
+    "not a flag": (["net.h5"], r"^UsageError: .*no flags: \['net\.h5'\]"),
+    "no model": (["--model=nope.h5"], r"^FileNotFoundError: .*nope\.h5"),
+    "bits": (["--bits=8/8,2"], r"^ValueError: --bits must be pairs.*--bits='2'"),
+    "too many bits": (["--bits=9/8"], r"^ValueError: .*bits.*9"),
+    "no labels": (["--epochs=1"], r"^ValueError: --epochs wants labels.*--data=None"),
+    "other images": (
+        ["--data=six.npz"],
+        r"^ValueError: The data must have .*\(8, 8, 1\)\. Received: 'six\.npz'.*6, 6",
+    ),
+    "other labels": (
+        ["--data=shares.npz"],
+        r"^ValueError: The labels 'y' must be one integer for each of 10 .*float64",
+    ),
+    "missing operator": (
+        ["--model=gelu.h5"],
+        r"^ExportError: target='tflm' supports only some operators.*'curved'.*GELU",
+    ),
+}
+
+
+def network(activation="relu"):
+    layers = keras.layers
+    return keras.Sequential(
+        [
+            layers.Conv2D(2, 3, activation="relu", input_shape=SHAPE, name="stem"),
+            layers.Conv2D(64, 3, name="mid"),
+            layers.Activation(activation, name="curved"),
+            layers.GlobalAveragePooling2D(name="pool"),
+            layers.Dense(3, activation="softmax", name="head"),
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Runs of the program by name: exit code, error, output; and their folder."""
+    folder = tmp_path_factory.mktemp("deploy")
+    keras.utils.set_random_seed(0)
+    network().save(folder / "net.h5")
+    network("gelu").save(folder / "gelu.h5")
+    rng = np.random.default_rng(0)
+    x, y = rng.uniform(0, 1, (40, *SHAPE)), rng.integers(0, 3, (40, 1))
+    np.savez(folder / "data.npz", x=x, y=y)
+    np.savez(folder / "six.npz", x=x[:, :6, :6])
+    np.savez(folder / "shares.npz", x=x[:10], y=rng.uniform(0, 1, (10, 3)))
+    cases = {
+        "all": [
+            *("--data=data.npz", "--bits=4/8,2/2", "--epochs=1", "--examples=5"),
+            "--output_dir=out",
+        ],
+        "random": ["--bits=2/2", "--examples=2"],
+        **{name: arguments for name, (arguments, _) in BAD.items()},
+    }
+    cases = {n: (folder, ["--model=net.h5", *flags]) for n, flags in cases.items()}
+    found, _ = programs.run_each("deploy_tiny", cases)
+    return found, folder
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_mistakes_are_named(runs, name):
+    code, error, _ = runs[0][name]
+    assert code == 1
+    assert re.search(BAD[name][1], error), error
+
+
+def cells(shown):
+    """The table's rows: name -> cells."""
+    rows = [re.split("[│┃]", line)[1:-1] for line in shown.splitlines()]
+    return {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows if row}
+
+
+def test_the_table_has_what_was_measured(runs):
+    found, folder = runs
+    code, error, shown = found["all"]
+    assert (code, error) == (0, ""), shown
+    assert "32 examples to calibrate and train on, the last 8 to test on." in shown
+    table = cells(shown)
+    result = json.loads((folder / "out" / "deployment.json").read_text())
+    assert list(result["deployments"]) == sorted(PAIRS)
+    assert result["settings"]["epochs"] == 1
+    for position, name in enumerate(PAIRS, start=1):
+        row = result["deployments"][name]
+        for storage in ("int8", "packed"):
+            flash = table[f"flash, {storage}, bytes"][position]
+            arena = table[f"arena, {storage}, bytes"][position]
+            assert flash == f"{row['bytes'][storage]:,}"
+            assert arena == f"{row['arena'][storage]:,}"
+        assert table["bit operations"][position] == f"{row['bops']:,}"
+        assert row["verified"]
+        assert row["equal"]
+        assert row["codes"] > 0 == row["mismatches"]
+        share = 100 * row["accuracy"]["file"]
+        assert table["accuracy, file in TFLite Micro, %"][position] == f"{share:.2f}"
+    float_bytes = result["float"]["bytes"]
+    assert table["flash, int8, bytes"][0] == f"{float_bytes:,}"
+    fewer, more = (result["deployments"][name]["bytes"] for name in ("W2A2", "W4A8"))
+    assert fewer["packed"] < more["packed"]
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_files_are_what_a_firmware_includes(runs, name):
+    folder = runs[1] / "out" / PAIRS[name]
+    assert sorted(path.name for path in folder.iterdir()) == WRITTEN
+    packed = (folder / "packed.tflite").read_bytes()
+    source = (folder / "model_data.cc").read_text()
+    array = re.search(r"g_model_data\[\] = \{(.*?)\};", source, re.DOTALL).group(1)
+    assert bytes(int(byte, 16) for byte in re.findall("0x(..),", array)) == packed
+    assert f"g_model_data_size = {len(packed)};" in source
+    setup = (folder / "model_setup.h").read_text()
+    runner = tfl.export.MicroRunner(packed)
+    assert f"kArenaSize = {runner.arena()};" in setup
+    added = re.findall(r"resolver\.Add(\w+)\(\)", setup)
+    assert f"MicroMutableOpResolver<{len(added)}>" in setup
+    assert {"Conv2D", "Decode", "Dequantize", "FullyConnected", "Softmax"} <= {*added}
+    result = json.loads((runs[1] / "out" / "deployment.json").read_text())
+    operators = result["deployments"][name]["operators"]["packed"]
+    assert [n.lower() for n in added] == [n.replace("_", "").lower() for n in operators]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="wants a C++ compiler")
+def test_the_array_compiles_and_is_the_file(runs, tmp_path):
+    folder, program = runs[1] / "out" / "w2a2", tmp_path / "program"
+    (tmp_path / "main.cc").write_text(MAIN)
+    subprocess.run(
+        [
+            *("g++", "-std=c++17", "-Wall", "-Wextra", "-Wpedantic", "-Werror"),
+            *(f"-I{folder}", tmp_path / "main.cc", folder / "model_data.cc"),
+            *("-o", program),
+        ],
+        check=True,
+    )
+    found = subprocess.run([program], capture_output=True, check=True).stdout
+    assert found == (folder / "packed.tflite").read_bytes()
+
+
+def test_random_images_are_said_to_be_such(runs):
+    code, error, shown = runs[0]["random"]
+    assert (code, error) == (0, "")
+    assert "No --data: calibrated on random images" in shown
+    assert cells(shown)["accuracy, file in TFLite Micro, %"] == ["-", "-"]
+    assert "Written" not in shown
+
+
+def test_the_last_fifth_is_for_the_test(tmp_path):
+    x = np.arange(10, dtype=np.uint8).reshape(10, 1)
+    np.savez(tmp_path / "data.npz", x=x, y=np.arange(10))
+    data = micro_deployment.load_data(tmp_path / "data.npz", (1,))
+    assert data.train.dtype == np.float32
+    np.testing.assert_array_equal(data.train[:, 0], np.arange(8))
+    np.testing.assert_array_equal(data.test[:, 0], [8, 9])
+    np.testing.assert_array_equal(data.test_labels, [8, 9])
+    assert not data.is_random
+
+
+def test_no_data_set_is_too_small_for_a_test(tmp_path):
+    np.savez(tmp_path / "data.npz", x=np.zeros((2, 1)))
+    data = micro_deployment.load_data(tmp_path / "data.npz", (1,))
+    assert len(data.train) == len(data.test) == 1
+    assert data.train_labels is None
+
+
+@pytest.mark.parametrize("bits", [(1, 2), (2, 8), (8, 8)])
+def test_inner_layers_get_the_bits_and_edges_eight(bits):
+    model = micro_deployment.quantized(network(), bits)
+    found = {
+        (tensor.layer.name, tensor.role): tensor.bits
+        for tensor in tfl.inspection.quantized_tensors(model)
+    }
+    assert found["mid", "weight"] == bits[0]
+    assert found["stem_relu", "activation"] == bits[1]
+    assert found["stem", "weight"] == found["head", "weight"] == 8

@@ -1,0 +1,48 @@
+"""What is made of counted predictions."""
+
+import numpy as np
+import pytest
+
+from tf_lowbit.export.proof import outputs
+from tf_lowbit.export.proof.verification import Report
+
+
+def failures(equal, count, wanted=0.75):
+    """Of a file whose classes are the trained network's `equal` times of `count`."""
+    classes = outputs.Classes(0.5)
+    file = np.zeros((count, 2))
+    file[:, 0] = 1.0
+    trained = file.copy()
+    trained[equal:] = 0.0, 1.0
+    classes.add({"file": file, "twin": file, "trained": trained}, None)
+    report = Report("a file", "a runtime", agreement=wanted)
+    classes.judge(report, is_tainted=False)
+    return report.failures
+
+
+@pytest.mark.parametrize(
+    ("equal", "count", "is_enough"),
+    [
+        # Of 0.75 each: none of 3 in 1.6 % of all cases, none of 4 in 0.4 %.
+        (0, 3, True),
+        (0, 4, False),
+        # By Chernoff's bound: exp(-100 (0.65 ln(0.65 / 0.75) + 0.35 ln(0.35 / 0.25))).
+        (65, 100, True),
+        (61, 100, False),
+        (75, 100, True),
+        (740, 1000, True),
+        (700, 1000, False),
+        (7000, 10_000, False),
+    ],
+)
+def test_few_examples_prove_little(equal, count, is_enough):
+    assert (failures(equal, count) == []) is is_enough
+
+
+@pytest.mark.parametrize(("equal", "is_enough"), [(2, True), (1, False), (0, False)])
+def test_all_of_them_are_wanted(equal, is_enough):
+    assert (failures(equal, 2, wanted=1.0) == []) is is_enough
+
+
+def test_nothing_is_wanted():
+    assert failures(0, 1000, wanted=0.0) == []

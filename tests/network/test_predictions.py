@@ -1,0 +1,215 @@
+import numpy as np
+import pytest
+
+import tf_lowbit as tfl
+from tf_lowbit import models
+from tf_lowbit.compat import keras, tf
+from tf_lowbit.network import inspection, predictions
+
+layers = keras.layers
+
+
+def network(*behind):
+    x = image = keras.Input((4,))
+    for layer in behind:
+        x = layer(x)
+    return keras.Model(image, x)
+
+
+@pytest.mark.parametrize(
+    ("behind", "limit"),
+    [
+        ([layers.Dense(1)], 0.0),
+        ([layers.Dense(1, activation="sigmoid")], 0.5),
+        ([layers.Dense(1), layers.Activation("sigmoid")], 0.5),
+        ([layers.Dense(1), tf.sigmoid], 0.5),
+        # Behind it nothing else is computed.
+        (
+            [
+                layers.Dense(1, activation="sigmoid"),
+                layers.Reshape((1, 1)),
+                layers.Flatten(),
+                layers.Activation("linear", dtype="float32"),
+            ],
+            0.5,
+        ),
+        ([layers.Dense(3, activation="sigmoid"), layers.Dense(1)], 0.0),
+    ],
+)
+def test_the_threshold_is_that_of_a_logit_or_a_probability(behind, limit):
+    assert predictions.threshold(network(*behind)) == limit
+
+
+def test_a_quantized_head_is_the_head():
+    dense = layers.Dense(1, activation="sigmoid")
+    model = network(layers.Dense(8, activation="relu"), dense)
+    quantized = tfl.quantize(model, [tfl.PrecisionRule(".*", 8, 8, edges=True)])
+    assert inspection.wrapped_layer(quantized.layers[-1]) is not quantized.layers[-1]
+    assert predictions.threshold(quantized) == 0.5
+
+
+def test_classes_by_hand():
+    scores = np.array([[0.1, 0.9], [0.8, 0.2]])
+    assert predictions.classes(scores, 0.0).tolist() == [1, 0]
+    units = np.array([[-0.1], [0.3], [0.7]])
+    assert predictions.classes(units, 0.0).tolist() == [0, 1, 1]
+    assert predictions.classes(units, 0.5).tolist() == [0, 0, 1]
+    # A map of classes: one prediction for each position.
+    maps = np.zeros((2, 3, 4))
+    maps[1, 2, 3] = 1.0
+    assert predictions.classes(maps, 0.0).tolist() == [0, 0, 0, 0, 0, 3]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float32])
+@pytest.mark.parametrize("shape", [(2,), (2, 1)])
+def test_labels_are_classes(dtype, shape):
+    given = np.array([2, 0], dtype).reshape(shape)
+    found = predictions.labels(given, np.zeros((2, 3)), ["head"])
+    assert found.dtype == np.int64
+    assert found.tolist() == [2, 0]
+
+
+def test_probabilities_are_classes():
+    given = [[0.1, 0.8, 0.1], [1.0, 0.0, 0.0]]
+    assert predictions.labels(given, np.zeros((2, 3)), ["head"]).tolist() == [1, 0]
+
+
+def test_labels_of_a_map():
+    given = np.array([[0, 1, 2], [2, 1, 0]])
+    outputs = np.zeros((2, 3, 4))
+    expected = [0, 1, 2, 2, 1, 0]
+    assert predictions.labels(given, outputs, ["head"]).tolist() == expected
+    columns = given[..., np.newaxis]
+    assert predictions.labels(columns, outputs, ["head"]).tolist() == expected
+    one_hot = np.eye(4)[given]
+    assert predictions.labels(one_hot, outputs, ["head"]).tolist() == expected
+
+
+@pytest.mark.parametrize("kind", [tuple, list, lambda p: {"a": p[0], "b": p[1]}])
+def test_of_several_outputs_the_first_counts(kind):
+    given = kind(([1, 0], [[0.5], [0.7]]))
+    assert predictions.labels(given, np.zeros((2, 3)), ["a", "b"]).tolist() == [1, 0]
+
+
+def test_a_list_is_the_labels_of_one_output():
+    assert predictions.labels([1, 0], np.zeros((2, 3)), ["a"]).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("given", "units"),
+    [
+        ([0.5, 1.0], 1),  # A regression's.
+        ([2, 1], 1),  # No two classes.
+        ([[0.3, -0.2, 0.9], [1.0, 0.0, 0.0]], 3),
+        ([[3.0, 4.0, 5.0], [1.0, 0.0, 0.0]], 3),
+    ],
+)
+def test_other_numbers_are_no_classes(given, units):
+    assert predictions.labels(given, np.zeros((2, units)), ["a"]) is None
+
+
+@pytest.mark.parametrize("names", [["a"], ["another"]])
+def test_a_dict_of_one_entry_is_the_labels_of_one_output(names):
+    found = predictions.labels({"a": [1, 0]}, np.zeros((2, 3)), names)
+    assert found.tolist() == [1, 0]
+    assert predictions.labels({"b": [1, 0]}, np.zeros((2, 3)), ["a", "c"]) is None
+
+
+@pytest.mark.parametrize(
+    ("units", "activation", "given", "expected"),
+    [
+        (3, None, None, True),
+        (3, None, [[0.3, -0.2, 0.9]], False),
+        (3, None, [2], True),
+        (1, None, None, False),
+        (1, "sigmoid", None, True),
+        (1, None, [1], True),
+        (1, None, [0.7], False),
+        (4, None, None, False),  # An autoencoder of four numbers.
+    ],
+)
+def test_which_outputs_are_classes(units, activation, given, expected):
+    image = keras.Input((4,))
+    output = layers.Dense(units, activation=activation)(image)
+    outputs = np.zeros((1, units))
+    found = predictions.are_classes(keras.Model(image, output), outputs, given)
+    assert found == expected
+
+
+@pytest.mark.parametrize("given", [[0, 1, 2], [[0, 1], [1, 0]], 3])
+def test_a_label_for_each_prediction(given):
+    message = r"one label for each example.*Received: labels of shape .* \(2, 3\)$"
+    with pytest.raises(ValueError, match=message):
+        predictions.labels(given, np.zeros((2, 3)), ["a"])
+
+
+@pytest.fixture(scope="module", params=["sigmoid", None])
+def binary(request):
+    """A trained binary classifier, its data, and the accuracy that Keras says."""
+    keras.utils.set_random_seed(0)
+    rng = np.random.default_rng(0)
+    x = rng.uniform(size=(64, 8, 8, 1)).astype(np.float32)
+    y = (x[:, 0, 0, 0] > 0.6).astype(np.int64)
+    x += 2.0 * (y[:, None, None, None] - 0.5) * rng.uniform(0, 0.3, x.shape)
+    base = models.get("plain_cnn", classes=2, input_shape=(8, 8, 1), width=8)
+    features = base.layers[-1].input
+    head = layers.Dense(1, activation=request.param, name="binary")(features)
+    model = tfl.quantize(keras.Model(base.input, head), [tfl.PrecisionRule(".*", 2, 2)])
+    batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(32)
+    tfl.calibrate(model, batches)
+    limit = 0.5 if request.param else 0.0
+    model.compile(
+        keras.optimizers.SGD(0.05, momentum=0.9),
+        keras.losses.BinaryCrossentropy(from_logits=request.param is None),
+        metrics=[keras.metrics.BinaryAccuracy(threshold=limit)],
+    )
+    model.fit(batches, epochs=3, verbose=0)
+    accuracy = 100 * model.evaluate(batches, verbose=0)[1]
+    return model, batches, accuracy
+
+
+@pytest.mark.slow
+def test_one_unit_has_the_accuracy_that_keras_says(binary, tmp_path):
+    model, batches, accuracy = binary
+    # Of both classes, so that a constant one would be found out.
+    assert 10 < 100 * float(np.mean(np.concatenate([y for _, y in batches]))) < 90
+    exported = tfl.export.to_tflite(model, tmp_path / "net.tflite", data=batches)
+    found = tfl.export.verify(
+        exported.path, exported, batches, trained=model, verbose=0
+    )
+    assert found.ok
+    right = found.predictions.right["trained"]
+    assert 100 * right / found.predictions.labels == pytest.approx(accuracy)
+    page = tfl.report(model, batches, tmp_path / "page.html").read_text()
+    assert f"{accuracy:.2f}" in page
+    scores = tfl.sensitivity(model, batches, (1,), metric="accuracy", progress=False)
+    assert 50.0 < scores.reference <= 100.0
+
+
+@pytest.mark.quick(1)
+@pytest.mark.parametrize("kind", ["tuple", "dict"])
+def test_a_network_of_two_outputs_is_proved_and_reported(kind, tmp_path):
+    keras.utils.set_random_seed(1)
+    rng = np.random.default_rng(1)
+    x = rng.uniform(size=(32, 8, 8, 1)).astype(np.float32)
+    base = models.get("plain_cnn", classes=3, input_shape=(8, 8, 1), width=8)
+    features = base.layers[-1].input
+    size = layers.Dense(1, name="size")(features)
+    model = tfl.quantize(keras.Model(base.input, [base.output, size]))
+    tfl.calibrate(model, [x])
+    scores = model(x, training=False)[0].numpy()
+    right = scores.argmax(-1)
+    right[:8] = (right[:8] + 1) % 3
+    given = (right, rng.uniform(size=32).astype(np.float32))
+    if kind == "dict":
+        given = dict(zip(model.output_names, given, strict=True))
+    batches = tf.data.Dataset.from_tensor_slices((x, given)).batch(16)
+    exported = tfl.export.to_tflite(model, tmp_path / "net.tflite", data=batches)
+    found = tfl.export.verify(
+        exported.path, exported, batches, trained=model, verbose=0
+    )
+    assert found.ok
+    assert found.predictions.right["trained"] == 24
+    assert found.predictions.labels == found.predictions.examples == 32
+    page = tfl.report(model, batches, tmp_path / "page.html").read_text()
+    assert "75.00" in page

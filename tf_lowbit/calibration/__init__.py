@@ -1,0 +1,1 @@
+"""What is measured on data, not trained: ranges, and statistics of normalization."""

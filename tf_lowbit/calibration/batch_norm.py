@@ -1,0 +1,413 @@
+"""Batch normalization: fitted to fixed clips, and its statistics measured on data."""
+
+import itertools
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from tf_lowbit.compat import keras, tf
+from tf_lowbit.network import graph, inspection, layer_registry, passthrough
+from tf_lowbit.network.observation import (
+    batches_of,
+    calibration_samples,
+    changed_setting,
+    input_batches,
+    validate_batches,
+    without_draws,
+)
+from tf_lowbit.network.variables import restored, unchanged_on_error
+from tf_lowbit.quantizers import sampling
+from tf_lowbit.scheme.layout import QuantizationWarning
+
+# Lag of the worst layer, in standard deviations. A compromise: 2-bit networks on the
+# digits lost 1.5 to 76 points beyond it; one below it lost 10.
+NOTABLE_LAG = 0.15
+_MOST_NAMED = 5
+# Statistics of fewer values are mostly chance.
+_FEW_VALUES = 8
+
+# In the first pass, layers in front do not fit yet. Normalization in between removes
+# most of that error, and a second pass the rest.
+_PASSES = 2
+
+
+def fit_to_fixed_clips(model: keras.Model, batches: list) -> list[str]:
+    """Scales the normalization in front of fixed clips, so that the clips fit.
+
+    Gamma and beta are divided by the clip of least squared error at the quantizer's own
+    bits, relative to its fixed clip (`tf_lowbit.calibrate`). Returns the names of the
+    quantizers that fit now.
+
+    Raises:
+        ValueError: If there is no batch, or an activation is NaN or infinite.
+    """
+    found = [
+        (tensor, norm)
+        for tensor in inspection.quantized_tensors(model)
+        if tensor.role == "activation" and tensor.quantizer.has_fixed_clip
+        for norm in [_norm_in_front(model, tensor.layer)]
+        if norm is not None
+    ]
+    # Two quantizers behind one normalization must not both scale it.
+    found = list({id(norm): (tensor, norm) for tensor, norm in found[::-1]}.values())
+    found.reverse()
+    tensors = [tensor for tensor, _ in found]
+    in_front = [
+        (tensor.variables, tensor.ceiling)
+        for tensor in inspection.quantized_tensors(model)
+        if tensor.is_shortcut
+        and tensor.quantizer.needs_calibration
+        and tensor.role == "activation"
+    ]
+    for _ in range(_PASSES if found else 0):
+        with (
+            restored(model.non_trainable_variables),
+            without_draws(model),
+            sampling.opened(in_front),
+        ):
+            for tensor in tensors:
+                tensor.assign_bits(tensor.quantizer.bits)
+            samples = calibration_samples(model, tensors, batches)
+        for tensor, norm in found:
+            ratio = tensor.quantizer.misfit(samples[tensor.name])
+            norm.gamma.assign(norm.gamma / ratio)
+            if norm.center:
+                norm.beta.assign(norm.beta / ratio)
+    return [tensor.name for tensor in tensors]
+
+
+def _norm_in_front(model, layer):
+    """Returns the scalable batch normalization that only this layer reads, or None."""
+    readers = graph.readers(model)
+    outputs = {id(tensor) for tensor in model.outputs}
+    while True:
+        read = graph.inputs_of(model, layer)
+        finer = _finer_in_front(read[0]) if len(read) == 1 else None
+        if finer is not None:
+            layer = finer
+            continue
+        if len(read) != 1 or len(readers[id(read[0])]) != 1 or id(read[0]) in outputs:
+            return None
+        node = graph.producer(read[0])
+        layer = node.layer
+        if isinstance(layer, layer_registry.BATCH_NORMS):
+            is_once = len(graph.inputs_of(model, layer)) == 1
+            return layer if is_once and layer.scale and layer.trainable else None
+        if node.is_input or not passthrough.is_transparent(node):
+            return None
+
+
+def _finer_in_front(tensor):
+    """Returns the quantized ReLU of a shortcut that a tensor comes from, or None."""
+    node = graph.producer(tensor)
+    while passthrough.is_transparent(node):
+        node = graph.producer(passthrough.sources(node)[0])
+    config = getattr(node.layer, "quantize_config", None)
+    is_relu = getattr(config, "replaces", "linear") != "linear"
+    return node.layer if is_relu and config.shortcut else None
+
+
+def recalibrate_batch_norm(
+    model: keras.Model, dataset: Iterable[Any], batches: int = 32
+) -> list[str]:
+    """Measures the moving averages of batch normalization again.
+
+    Each becomes the plain average, over the batches, of the statistics of the network
+    as it is, quantized at its current bits. After training under other conditions, such
+    as stochastic precision without a tail, the moving averages are those of another
+    network. Dropout, noise and augmentation are off; no weight changes. Compare the
+    re-estimation after averaging weights (Izmailov et al., arXiv:1803.05407).
+
+    Args:
+        model: Any functional model, or a `LowBitTrainer` for its students.
+        dataset: Iterable of batches, `x` or `(x, y)` or `(x, y, weight)`, preferably of
+            the batch size of the training.
+        batches: Number of batches to use, at least 1.
+
+    Returns:
+        The names of the layers that were measured. Layers that are frozen, or called
+        with `training=False`, are left alone.
+
+    Raises:
+        ValueError: If the dataset is empty, `batches` is below 1, a statistic is NaN or
+            infinite, a layer sees one value of a channel in each batch, or a layer is
+            called several times, so that its average over the calls is unknown. Then
+            nothing is changed.
+    """
+    validate_batches(batches)
+    networks = inspection.networks(model)
+    if len(networks) > 1:  # Each reads the same batches.
+        dataset = list(itertools.islice(batches_of(dataset), batches))
+    state = [v for network in networks for v in network.non_trainable_variables]
+    with unchanged_on_error(state):
+        return [
+            layer.name
+            for network in networks
+            for layer in _average_batch_norm(network, dataset, batches)
+        ]
+
+
+def lag(
+    model: keras.Model, dataset: Iterable[Any], batches: int = 8
+) -> dict[str, float]:
+    """Measures how far moving statistics are from those that training uses.
+
+    Training normalizes by each batch's mean and variance, evaluation and a file by
+    their moving averages. These follow slowly: Keras's default momentum of 0.99 needs
+    about 500 steps. The lag is the root mean square, over the channels, of the
+    difference between the two normalized outputs, before gamma and beta: `sqrt((m -
+    m')^2 / v' + (sqrt(v / v') - 1)^2)`. `m` and `v` are measured as by
+    `recalibrate_batch_norm`; `m'` and `v'` are the moving averages. Nothing is changed.
+
+    Args:
+        model: Any functional model, or a `LowBitTrainer` for its students.
+        dataset: Iterable of batches, `x` or `(x, y)` or `(x, y, weight)`, preferably as
+            in training, also in batch size.
+        batches: Number of batches to use, at least 1.
+
+    Returns:
+        Layer name -> lag in standard deviations; 0 if both are equal. With several
+        students, the student's name and a slash stand in front. Layers that are frozen,
+        or called with `training=False`, are left out.
+
+    Raises:
+        ValueError: As `recalibrate_batch_norm`.
+    """
+    validate_batches(batches)
+    networks = _named_networks(model)
+    if len(networks) > 1:  # Each reads the same batches.
+        dataset = list(itertools.islice(batches_of(dataset), batches))
+    found = {}
+    for front, network in networks.items():
+        before = {id(layer): statistics_of(layer) for layer in norms_of(network)}
+        with restored(network.non_trainable_variables):
+            for layer in _average_batch_norm(network, dataset, batches):
+                distance = distance_between(
+                    before[id(layer)], statistics_of(layer), layer.epsilon
+                )
+                found[front + layer.name] = distance
+    return found
+
+
+def warn_of_lag(model: keras.Model, dataset: Iterable[Any], batches: int = 8) -> None:
+    """Warns if moving statistics lag behind on data.
+
+    Data that can be read only once are left alone, since they are needed elsewhere.
+    Arguments are as in `lag`.
+    """
+    try:
+        if batches_of(dataset) is dataset:
+            return
+        lags = lag(model, dataset, batches)
+    except ValueError:
+        return  # Not measurable: batches of one example, or a shared layer.
+    late = {name: value for name, value in lags.items() if value > NOTABLE_LAG}
+    if late:
+        warnings.warn(lag_message(late, "on the data"), QuantizationWarning, 3)
+
+
+def lag_message(late: dict[str, float], where: str) -> str:
+    """Says which layers (name -> lag) lag where they were measured, and what helps."""
+    worst = dict(sorted(late.items(), key=lambda item: -item[1])[:_MOST_NAMED])
+    received = ", ".join(f"{name} by {value:.2f}" for name, value in worst.items())
+    return (
+        "Moving statistics of batch normalization must be those of the trained "
+        "network, or it evaluates worse than it trains: call "
+        "tf_lowbit.recalibrate_batch_norm(model, data), train with "
+        "tf_lowbit.callbacks.BatchNormReestimation, or give the layers a lower "
+        f"momentum, such as 0.9. Received: {len(late)} layers that lag {where}, in "
+        f"standard deviations: {received}"
+    )
+
+
+def named_norms(model: keras.Model) -> dict:
+    """Returns the layers that use batch statistics in training, by name.
+
+    With several students of a `LowBitTrainer`, the student's name and a slash stand in
+    front.
+    """
+    return {
+        front + layer.name: layer
+        for front, network in _named_networks(model).items()
+        for layer in batch_normalized(network)
+    }
+
+
+def _named_networks(model) -> dict:
+    """Returns the networks by the prefix of their layers' names."""
+    networks = inspection.networks(model)
+    if len(networks) == 1:
+        return {"": networks[0]}
+    fronts = [f"{name}/" for name in model.student_names]
+    return dict(zip(fronts, networks, strict=True))
+
+
+def estimated_lag(
+    layer: keras.layers.Layer,
+    start: tuple[np.ndarray, np.ndarray],
+    end: tuple[np.ndarray, np.ndarray],
+    steps: int,
+) -> float:
+    """Estimates the lag of one layer from how far training still moves its averages.
+
+    An average M that follows a batch statistic B with momentum m keeps `m^k` of the gap
+    after k steps. So `B - M_end = m^k / (1 - m^k) * (M_end - M_start)`, if B did not
+    change during these steps.
+
+    Args:
+        layer: The layer, called once in each step.
+        start: Its (mean, variance) before the steps.
+        end: Its (mean, variance) after the steps.
+        steps: Number of steps, at least 1.
+
+    Returns:
+        The lag at the end (`lag`); 0 for a momentum of 1.
+    """
+    left = float(layer.momentum) ** steps
+    if left >= 1.0:
+        return 0.0  # The averages are meant to stay.
+    measured = [
+        m + left / (1.0 - left) * (m - s) for s, m in zip(start, end, strict=True)
+    ]
+    return distance_between(end, measured, layer.epsilon)
+
+
+def norms_of(network: keras.Model) -> list:
+    """Returns the batch normalizations of a network, also of nested models."""
+    return [m for m in network.submodules if isinstance(m, layer_registry.BATCH_NORMS)]
+
+
+def statistics_of(layer: keras.layers.Layer) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the moving mean and variance as arrays, under any strategy."""
+    averages = (layer.moving_mean, layer.moving_variance)
+    return tuple(tf.convert_to_tensor(average).numpy() for average in averages)
+
+
+def distance_between(
+    moving: Sequence[np.ndarray], measured: Sequence[np.ndarray], epsilon: float
+) -> float:
+    """Computes the lag of one layer (`lag`) from its (mean, variance).
+
+    Args:
+        moving: Those that evaluation uses.
+        measured: Those of the batches.
+        epsilon: Epsilon of the layer.
+    """
+    (mean, variance), (batch_mean, batch_variance) = moving, measured
+    deviation = np.sqrt(np.maximum(variance, 0.0) + epsilon)
+    batch_deviation = np.sqrt(np.maximum(batch_variance, 0.0) + epsilon)
+    shift = (batch_mean - mean) / deviation
+    scale = batch_deviation / deviation - 1.0
+    return float(np.sqrt(np.mean(shift**2 + scale**2)))
+
+
+def _average_batch_norm(network, dataset, batches) -> list:
+    with (
+        without_draws(network),
+        changed_setting(network, layer_registry.BATCH_NORMS, "momentum") as norms,
+    ):
+        norms = [layer for layer in norms if layer.trainable]
+        _refuse_shared(network, norms)
+        before = [layer.get_weights() for layer in norms]
+        for layer in norms:
+            # A weight of 0 would not remove a NaN from an average.
+            layer.moving_mean.assign(tf.zeros_like(layer.moving_mean))
+            layer.moving_variance.assign(tf.ones_like(layer.moving_variance))
+        largest = 0
+        for count, inputs in enumerate(input_batches(network, dataset, batches)):
+            largest = max(largest, len(tf.nest.flatten(inputs)[0]))
+            for layer in norms:
+                # The moving average becomes that of all batches up to this one.
+                layer.momentum = count / (count + 1)
+            network(inputs, training=True)
+    moved = []
+    for layer, values in zip(norms, before, strict=True):
+        if _is_at_start(layer):
+            layer.set_weights(values)  # Called with training=False.
+        else:
+            moved.append(layer)
+    norms = moved
+    for layer in norms:
+        for average in (layer.moving_mean, layer.moving_variance):
+            if not tf.reduce_all(tf.math.is_finite(average)):
+                raise ValueError(
+                    "Batch statistics must be finite: look for NaN in the data. "
+                    f"Received: {average.name} that is not"
+                )
+    require_values(norms, largest)
+    return norms
+
+
+def require_values(norms: Sequence[keras.layers.Layer], examples: int) -> None:
+    """Refuses batches too small for statistics, and warns of small ones.
+
+    `examples` is the number of examples in the largest batch.
+
+    Raises:
+        ValueError: If a layer sees one value of a channel in each batch.
+    """
+    counts = {layer.name: examples * _values_of_an_example(layer) for layer in norms}
+    if not counts:
+        return
+    name, count = min(counts.items(), key=lambda item: item[1])
+    if count < 2:
+        raise ValueError(
+            "Batch normalization must see several values of a channel: take "
+            "batches of more than one example. "
+            f"Received: {name!r}, with one value in each batch"
+        )
+    if count < _FEW_VALUES:
+        warnings.warn(
+            f"Batch normalization should see {_FEW_VALUES} values of a channel or "
+            "more, or measurements behind it are inaccurate: take larger batches. "
+            f"Received: {name!r}, with {count} values in each batch",
+            QuantizationWarning,
+            stacklevel=2,
+        )
+
+
+def batch_normalized(network: keras.Model) -> list:
+    """Returns the layers that use the batch's statistics in training."""
+    fixed = {
+        node.layer.name
+        for node in graph.calls(network)
+        if getattr(node, "call_kwargs", {}).get("training") is False
+    }
+    return [n for n in norms_of(network) if n.trainable and n.name not in fixed]
+
+
+def _is_at_start(layer) -> bool:
+    """Tells whether the averages are still 0 and 1, which no batch produces exactly."""
+    is_mean = tf.reduce_all(tf.equal(layer.moving_mean, 0.0))
+    return bool(is_mean & tf.reduce_all(tf.equal(layer.moving_variance, 1.0)))
+
+
+def _values_of_an_example(layer) -> int:
+    """Returns the number of values of each channel; unknown sizes count as 2."""
+    try:
+        sizes = enumerate(layer.get_output_shape_at(0))
+    except RuntimeError:  # Inside another layer, which has no graph.
+        return 2
+    return math.prod(s or 2 for axis, s in sizes if axis > 0 and axis not in layer.axis)
+
+
+def _layers_called(network):
+    """Yields each layer once per call by a network, also those of nested models."""
+    for node in graph.calls(network):
+        if getattr(node.layer, "_is_graph_network", False):
+            yield from _layers_called(node.layer)
+        else:
+            yield node.layer
+
+
+def _refuse_shared(network, norms):
+    calls = list(_layers_called(network))
+    shared = [layer.name for layer in norms if calls.count(layer) > 1]
+    if shared:
+        raise ValueError(
+            "Batch normalization must be called once in the network to be measured. "
+            f"Received: {shared}, called more often"
+        )

@@ -1,0 +1,1 @@
+"""From float models to quantized ones and back: quantize, strip, load, Keras 3."""

@@ -1,0 +1,1 @@
+"""The integer model (twin) of a network, and the arithmetic of its kernels."""

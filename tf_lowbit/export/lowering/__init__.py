@@ -1,0 +1,1 @@
+"""Lowering of a trained network to its integer model."""

@@ -1,0 +1,83 @@
+"""Multi-head attention as dense layers, matrix products and a softmax."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tf_lowbit.compat import KerasTensor, Node, keras
+from tf_lowbit.export.lowering.recurrent import joined
+from tf_lowbit.export.types import refusal
+
+_layers = keras.layers
+
+
+def require_plain(node: Node, layer: keras.layers.Layer) -> None:
+    """Raises `ExportError` for attention with a mask, or not over series."""
+    given = [*node.call_args[3:], *node.call_kwargs.values()]
+    tensors = [id(t) for t in node.keras_inputs]
+    is_plain = not any(
+        value is not None and value is not False and id(value) not in tensors
+        for value in given
+    )
+    if not is_plain or any(len(t.shape) != 3 for t in node.keras_inputs):
+        shapes = [tuple(tensor.shape) for tensor in node.keras_inputs]
+        raise refusal(
+            layer,
+            "Attention must be over series, (batch, steps, features), without a mask",
+            "put a Reshape in front, and call it without attention_mask, "
+            "use_causal_mask and return_attention_scores",
+            f"called with {shapes} and {sorted(node.call_kwargs)}",
+        )
+
+
+def split(
+    layer: Any, args: tuple, kwargs: dict, name: str, free_name: Callable[[str], str]
+) -> KerasTensor:
+    """Computes a `MultiHeadAttention` (arXiv:1706.03762) by stock layers.
+
+    Args:
+        layer: the layer, built.
+        args: positional arguments of its call.
+        kwargs: keyword arguments of its call.
+        name: name of the layer that outputs the result.
+        free_name: gives each other new layer its name.
+    """
+    named = dict(zip(("query", "value", "key"), args, strict=False)) | kwargs
+    query, value, key = named["query"], named["value"], named.get("key")
+    key = value if key is None else key
+    heads = []
+    for head in range(layer._num_heads):
+        # The weights absorb the scale 1 / sqrt(d).
+        q = _projected(
+            layer._query_dense, query, head, free_name, 1 / math.sqrt(layer._key_dim)
+        )
+        k = _projected(layer._key_dense, key, head, free_name)
+        v = _projected(layer._value_dense, value, head, free_name)
+        scores = _layers.Dot(axes=(2, 2), name=free_name("scores"))([q, k])
+        scores = _layers.Softmax(name=free_name("softmax"))(scores)
+        heads.append(_layers.Dot(axes=(2, 1), name=free_name("values"))([scores, v]))
+    together = joined(heads, -1, free_name("heads"), free_name)
+    output = layer._output_dense
+    kernel = output.kernel.numpy()
+    return _dense(
+        name,
+        together,
+        kernel.reshape(-1, kernel.shape[-1]),
+        None if output.bias is None else output.bias.numpy(),
+    )
+
+
+def _projected(dense, x, head, free_name, factor=1.0):
+    """One head's projection of a query, key or value."""
+    kernel = dense.kernel.numpy()[:, head] * np.float32(factor)
+    bias = None if dense.bias is None else dense.bias.numpy()[head] * np.float32(factor)
+    return _dense(free_name("projected"), x, kernel, bias)
+
+
+def _dense(name, x, kernel, bias):
+    made = _layers.Dense(kernel.shape[-1], use_bias=bias is not None, name=name)
+    outputs = made(x)
+    made.set_weights([kernel] if bias is None else [kernel, bias])
+    return outputs

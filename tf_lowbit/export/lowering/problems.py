@@ -1,0 +1,288 @@
+"""Layers of a network that cannot be exported at all, or not for a target."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from tf_lowbit import quantizers
+from tf_lowbit.compat import keras
+from tf_lowbit.export import layer_table, targets
+from tf_lowbit.export.integer import twin
+from tf_lowbit.export.lowering import elementwise, forms, stock_layers
+from tf_lowbit.export.lowering.builder import edges_of
+from tf_lowbit.export.targets import Target
+from tf_lowbit.export.types import ExportError, Problem, refusal
+from tf_lowbit.network import graph, inspection, layer_registry, separable
+
+_layers = keras.layers
+_POOLS = (_layers.AveragePooling1D, _layers.AveragePooling2D)
+_IN_FLOAT = (
+    layer_table.ACTIVATION,
+    layer_table.DOT,
+    layer_table.FLOATS,
+    layer_table.MULTIPLY,
+    layer_table.PARTS,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """The layers of a network that cannot be exported for a target.
+
+    Attributes:
+        problems: one for each such layer, in the graph's order.
+    """
+
+    problems: tuple[Problem, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no problem."""
+        return not self.problems
+
+    def __str__(self):
+        if self.ok:
+            return "Every layer can be exported."
+        lines = [f"{len(self.problems)} layers cannot be exported:"]
+        for p in self.problems:
+            lines.append(f"  {p.layer} ({p.type}): {p.reason}; it is {p.received}.")
+            lines.append(f"    Remedy: {p.remedy}.")
+        return "\n".join(lines)
+
+
+def check(model: keras.Model, target: str | Target = "xnnpack") -> Check:
+    """Lists every layer of a network that `to_tflite` would refuse for a target.
+
+    Call it on the float network before training: most problems are a layer's type or
+    setting. Call it again after `quantize`: it then checks the bits of the rules, too.
+
+    Args:
+        model: built Sequential or Functional model, float or quantized; or a
+            `LowBitTrainer`, for its students. Nested models are included.
+        target: as in `to_tflite`.
+
+    Returns:
+        The problems. If there are none, the layers' types and settings can be exported,
+        and the target has the operators. Only `to_tflite` checks the present bits,
+        missing ranges, and what depends on the data.
+
+    Raises:
+        ValueError: if the model is not built, or is subclassed, or the target does not
+            exist.
+    """
+    target = targets.find(target)
+    found: dict[str, Problem] = {}
+    for network in inspection.networks(model):
+        is_graph = isinstance(network, keras.Model) and network._is_graph_network
+        if not is_graph:
+            raise ValueError(
+                "model must be a built Sequential or Functional model of tf_keras. "
+                f"Received: {type(network).__name__} {getattr(network, 'name', '')!r}"
+            )
+        network = graph.flatten(network)
+        if not any(inspection.quantized_tensors(network)):
+            network, _ = separable.split_in_graph(network)  # As `quantize` does.
+        for problem in (
+            *problems(network),
+            *target_problems(network, target),
+            *_bit_problems(network, target),
+        ):
+            found.setdefault(problem.layer, problem)
+    return Check(tuple(found.values()))
+
+
+def problems(network: keras.Model) -> Iterator[Problem]:
+    """Yields the `Problem` of each input, node and quantizer that cannot be exported.
+
+    Args:
+        network: functional model without nested models.
+    """
+    for requirement, subjects in (
+        (_require_floats, network.inputs),
+        (forms.form, graph.calls(network)),
+        (_require_own_activation, network.layers),
+        (_require_zero, inspection.quantized_tensors(network)),
+    ):
+        for subject in subjects:
+            try:
+                requirement(subject)
+            except ExportError as error:
+                yield error.problem
+
+
+def target_problems(network: keras.Model, target: Target) -> Iterator[Problem]:
+    """Yields the `Problem` of each layer that can be exported, but not for a target.
+
+    `to_tflite` and `verify` check what depends on data or on neighbouring layers.
+
+    Args:
+        network: functional model without nested models.
+        target: target of the file.
+    """
+    if not target.open_sizes:
+        for tensor in network.inputs:
+            shape = list(tensor.shape)
+            if None in shape[1:]:
+                yield refusal(
+                    tensor._keras_history.layer,
+                    f"target={target.name!r} takes tensors of fixed sizes",
+                    "build the network with a fixed input shape",
+                    f"of {shape}",
+                ).problem
+    in_float = set() if target.floats else _float_layers(network)
+    for node in graph.calls(network):
+        try:
+            form = forms.form(node)
+            operators = _operators(node, form, target)
+        except ExportError:
+            continue  # `problems` yields it.
+        layer = inspection.wrapped_layer(node.layer)
+        missing = [name for name in operators if not target.has(name)]
+        if missing:
+            yield refusal(
+                layer,
+                f"target={target.name!r} supports only some operators",
+                "use another layer or target",
+                f"of type {type(layer).__name__}, which needs {', '.join(missing)}",
+            ).problem
+        elif not target.floats and (
+            form in _IN_FLOAT
+            or node.layer.name in in_float
+            or (type(layer) in _POOLS and layer.padding != "valid")
+            or _own_operators(layer)
+        ):
+            yield refusal(
+                layer,
+                f"target={target.name!r} computes in int8 only",
+                "quantize the layer by a rule, use a layer with an integer form in the "
+                "table of docs/how_to/deployment.md, or end the network in front of it",
+                f"of type {type(layer).__name__}, which computes in float",
+            ).problem
+
+
+def _operators(node, form, target) -> tuple[str, ...]:
+    """TFLite operators that a node always needs in a file for a target."""
+    layer = inspection.wrapped_layer(stock_layers.layer_of(node))
+    row = layer_table.row_of(layer)
+    if form == layer_table.LINEAR:
+        is_cells = row.kind == twin.TRANSPOSED and max(layer.strides) > 1
+        cells = ["DEPTH_TO_SPACE"] * is_cells
+        return (*row.operators, *cells, *_own_operators(layer))
+    if form == layer_table.ACTIVATION:
+        return elementwise.OPERATORS.get(elementwise.activation(node), ())
+    if form == layer_table.INTERPOLATE:
+        # Needed for codes. Floats use one operator, RESIZE_BILINEAR.
+        parts = ("RESIZE_NEAREST_NEIGHBOR", "MIRROR_PAD", "DEPTHWISE_CONV_2D")
+        return () if target.floats else parts
+    if form in (layer_table.ADD, layer_table.MULTIPLY):
+        join = _layers.Add if form == layer_table.ADD else _layers.Multiply
+        return layer_table.TABLE[join].operators
+    if form in (
+        *(layer_table.CODES, layer_table.CONCATENATE, layer_table.DOT),
+        *(layer_table.FLOATS, layer_table.PARTS),
+    ):
+        return row.operators
+    return ()
+
+
+def _own_operators(layer) -> tuple[str, ...]:
+    """Operators of a weight layer's own activation."""
+    if not forms.has_own_activation(layer):
+        return ()
+    own = layer.activation
+    if isinstance(own, _layers.Layer):
+        row = layer_table.row_of(own)
+        return () if row is None else row.operators
+    name = elementwise.function_name(own)
+    # A ReLU is fused into the layer.
+    return () if name in ("relu", "relu6") else elementwise.OPERATORS.get(name, ())
+
+
+def _float_layers(network) -> set[str]:
+    """Names of the weight layers that stay float: without a rule, not first or last."""
+    quantized = {
+        tensor.layer.name
+        for tensor in inspection.quantized_tensors(network)
+        if tensor.role == quantizers.WEIGHT
+    }
+    if not quantized:
+        return set()
+    first, last = edges_of(network)
+    weighted = {
+        layer.name
+        for layer in network.layers
+        if layer_registry.kernels(inspection.wrapped_layer(layer))
+    }
+    return weighted - quantized - first - last
+
+
+def _bit_problems(network, target):
+    """Yields the `Problem` of each quantizer whose rule has bits a target lacks."""
+    for tensor in inspection.quantized_tensors(network):
+        problem = bit_problem(tensor, tensor.quantizer.bits, target)
+        if problem is not None:
+            yield problem
+
+
+def bit_problem(
+    tensor: inspection.QuantizedTensor, bits: int, target: Target
+) -> Problem | None:
+    """The `Problem` of a quantizer whose bits the target does not support, or None.
+
+    Args:
+        tensor: the quantized tensor.
+        bits: the bits of its rule, or its present bits.
+        target: target of the file.
+    """
+    is_weight = tensor.role == quantizers.WEIGHT
+    allowed = target.weight_bits if is_weight else target.activation_bits
+    if bits in allowed:
+        return None
+    what = "weights" if is_weight else "activations"
+    return refusal(
+        inspection.wrapped_layer(tensor.layer),
+        f"target={target.name!r} takes {what} of {', '.join(map(str, allowed))} bits",
+        "give it these by a rule, or by allocate_bits(..., target=...)",
+        f"with its {tensor.attribute} at {bits} bits",
+    ).problem
+
+
+def _require_floats(tensor) -> None:
+    """Refuses an input that is not float."""
+    if not tensor.dtype.is_floating:
+        raise refusal(
+            tensor._keras_history.layer,
+            "Inputs must be floats",
+            "make the input float32, and export with input_type='uint8' if the file "
+            "takes pixels",
+            f"of {tensor.dtype.name}",
+        )
+
+
+def _require_own_activation(layer) -> None:
+    """Refuses a weight layer with an activation that cannot be exported."""
+    own = inspection.wrapped_layer(layer)
+    if (
+        not forms.has_own_activation(layer)
+        or layer_table.form_of(own) != layer_table.LINEAR
+    ):
+        return
+    if isinstance(own.activation, _layers.Layer):
+        relu = layer_registry.relu_kind(own.activation)
+        is_known = bool(layer_table.form_of(own.activation) or relu)
+    else:
+        is_known = elementwise.is_known(own.activation)
+    if not is_known:
+        raise elementwise.unknown_activation(own)
+
+
+def _require_zero(tensor) -> None:
+    """Refuses signed 1-bit activations, which have no zero."""
+    is_activation = tensor.role == quantizers.ACTIVATION
+    if is_activation and tensor.quantizer.signed and tensor.bits == 1:
+        raise refusal(
+            tensor.layer,
+            "A signed activation needs 2 bits or more: at 1 bit its levels -s and +s "
+            "include no zero, which padding needs",
+            "give it 2 bits or more, or put a ReLU in front",
+            "at 1 bit",
+        )

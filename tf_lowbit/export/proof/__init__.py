@@ -1,0 +1,1 @@
+"""Proof that a file equals its integer model, and its measurement on data."""

@@ -1,0 +1,191 @@
+"""Comparison of a file's outputs with its twin, the trained network and labels."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from tf_lowbit.export.proof.verification import (
+    SIGMAS,
+    Errors,
+    Predictions,
+    Report,
+    Values,
+)
+from tf_lowbit.network import predictions as classifying
+
+# Relative difference that the order of float32 sums may make.
+_ROUNDINGS = 1e-4
+# Significance level of "the agreement is too small".
+_CHANCE = 0.01
+
+
+class Classes:
+    """Counts predicted classes.
+
+    Args:
+        limit: threshold of class 1 for one unit, from `predictions.threshold`.
+    """
+
+    def __init__(self, limit: float):
+        self._limit = limit
+        self._found = Predictions()
+        self._confusion: dict[str, np.ndarray] = {}
+
+    def add(self, scores: dict, labels: Any) -> None:
+        """Adds one batch.
+
+        Args:
+            scores: "file", "twin" and perhaps "trained" -> [batch, ..., classes].
+            labels: labels of the batch, or None.
+        """
+        found = self._found
+        chosen = {n: classifying.classes(s, self._limit) for n, s in scores.items()}
+        found.examples += len(chosen["file"])
+        found.twin_agrees += int((chosen["file"] == chosen["twin"]).sum())
+        if "trained" in chosen:
+            agrees = int((chosen["file"] == chosen["trained"]).sum())
+            found.trained_agrees = (found.trained_agrees or 0) + agrees
+        if labels is None:
+            return
+        labels = classifying.labels(labels, scores["file"], [""])
+        if labels is None:
+            raise ValueError(
+                "Labels must be classes in every batch or in none. Received: labels "
+                "that are not classes, after a batch of classes"
+            )
+        right = {name: classes == labels for name, classes in chosen.items()}
+        found.labels += len(labels)
+        for name, hits in right.items():
+            found.right[name] = found.right.get(name, 0) + int(hits.sum())
+        if "trained" in right:
+            found.lost += int((right["trained"] & ~right["file"]).sum())
+            found.gained += int((right["file"] & ~right["trained"]).sum())
+        if scores["file"].ndim > 2:
+            self._add_map(chosen, labels, max(scores["file"].shape[-1], 2))
+
+    def _add_map(self, chosen, labels, count) -> None:
+        known = (labels >= 0) & (labels < count)
+        for name, classes in chosen.items():
+            pairs = labels[known] * count + classes[known]
+            table = np.bincount(pairs, minlength=count * count).reshape(count, count)
+            self._confusion[name] = self._confusion.get(name, 0) + table
+
+    def judge(self, report: Report, is_tainted: bool) -> None:
+        """Adds the counts and the failures to the report.
+
+        Args:
+            report: its predictions and failures are set.
+            is_tainted: whether an integer layer follows a float layer, so that
+                predictions may differ from the twin's.
+        """
+        found = report.predictions = self._found
+        for name, table in self._confusion.items():
+            both = np.diag(table)
+            either = table.sum(axis=0) + table.sum(axis=1) - both
+            found.mean_iou[name] = float((both[either > 0] / either[either > 0]).mean())
+        if found.twin_agrees != found.examples and not is_tainted:
+            report.failures.append(
+                f"{found.examples - found.twin_agrees} of {found.examples} predictions "
+                "are not the twin's"
+            )
+        if found.drop is not None:
+            if found.certain_drop > report.tolerance:
+                report.failures.append(
+                    f"the accuracy is {100 * found.drop:.2f} points below the trained "
+                    f"network's, allowed {100 * report.tolerance:g} plus chance"
+                )
+        elif found.trained_agrees is not None:
+            share = found.trained_agrees / found.examples
+            wanted = report.agreement
+            if _is_certainly_less(share, wanted, found.examples):
+                report.failures.append(
+                    f"{share:.1%} of the predictions are the trained network's, wanted "
+                    f"{wanted:.0%} minus chance"
+                )
+
+
+class Numbers:
+    """Measures the errors of outputs that are not classes."""
+
+    def __init__(self):
+        self._found = Values()
+        self._sums = np.zeros(3)  # Outputs: count, sum, sum of squares.
+        self._more = np.zeros(2)  # Additional error by example: sum, sum of squares.
+
+    def add(self, scores: dict, labels: Any) -> None:
+        """Adds one batch, as `Classes.add`."""
+        found, file = self._found, scores["file"].astype(np.float64)
+        found.examples += len(file)
+        reference = scores.get("trained", scores["twin"]).astype(np.float64)
+        self._sums += reference.size, reference.sum(), (reference**2).sum()
+        for name, values in scores.items():
+            if name != "file":
+                errors = found.against.setdefault(name, Errors())
+                _add_errors(errors, np.abs(file - values))
+        if labels is None:
+            return
+        labels = np.asarray(labels, np.float64)
+        if labels.size != file.size:
+            raise ValueError(
+                "Labels must have one number for each output. "
+                f"Received: labels of shape {labels.shape}, outputs of shape "
+                f"{file.shape}"
+            )
+        labels = labels.reshape(file.shape)
+        each = {}
+        for name, values in scores.items():
+            difference = np.abs(values - labels)
+            _add_errors(found.to_labels.setdefault(name, Errors()), difference)
+            each[name] = difference.reshape(len(file), -1).mean(axis=1)
+        if "trained" in each:
+            more = each["file"] - each["trained"]
+            self._more += more.sum(), (more**2).sum()
+
+    def judge(self, report: Report, is_tainted: bool) -> None:
+        """Adds the errors and the failures to the report."""
+        found = report.values = self._found
+        count, total, squares = self._sums
+        found.spread = math.sqrt(max(squares / count - (total / count) ** 2, 0.0))
+        if "trained" not in found.against:
+            return
+        least = _ROUNDINGS * math.sqrt(squares / count)
+        if found.to_labels:
+            mean, square = self._more / found.examples
+            noise = math.sqrt(max(square - mean**2, 0.0) / found.examples)
+            found.more, found.certain_more = mean, mean - SIGMAS * noise
+            allowed = report.tolerance * found.spread + least
+            if not found.certain_more <= allowed:
+                report.failures.append(
+                    f"the mean error is {mean:.4g} above the trained network's, "
+                    f"allowed {allowed:.4g} plus chance"
+                )
+            return
+        allowed = (1 - report.agreement) * found.spread + least
+        error = found.against["trained"].mean
+        if not error <= allowed:
+            report.failures.append(
+                f"outputs differ from the trained network's by {error:.4g} on average, "
+                f"allowed {allowed:.4g}"
+            )
+
+
+def _is_certainly_less(share: float, wanted: float, count: int) -> bool:
+    """Whether a measured share is significantly below the wanted one.
+
+    By Chernoff's bound of the binomial distribution, which also holds for few examples.
+    """
+    if share >= wanted:
+        return False
+    if wanted == 1:
+        return True
+    parts = (share, wanted), (1 - share, 1 - wanted)
+    divergence = sum(a * math.log(a / b) for a, b in parts if a)
+    return math.exp(-count * divergence) < _CHANCE
+
+
+def _add_errors(errors: Errors, differences) -> None:
+    errors.count += differences.size
+    errors.total += float(differences.sum())
+    largest = float(differences.max(initial=0.0))
+    errors.largest = float(np.maximum(errors.largest, largest))  # Keeps a NaN.

@@ -1,0 +1,1 @@
+"""QONNX files for FPGA tools (FINN, hls4ml)."""

@@ -1,0 +1,254 @@
+"""Deployment targets: one row for each, with what it can run."""
+
+import dataclasses
+from typing import Any
+
+from tf_lowbit.core import checks
+from tf_lowbit.core import grid as core_grid
+from tf_lowbit.export.integer import kernels as integer_kernels
+
+STORAGES = ("int8", "int4", "packed")
+PRECISIONS = ("int8", "float")
+END_TYPES = ("float32", "int8", "uint8")
+BITS = tuple(range(1, core_grid.MAX_BITS + 1))
+# Interpreters that `verify` runs files in.
+TFLITE = "tflite"
+TFLITE_MICRO = "tflite_micro"
+
+_ROUNDING = {
+    integer_kernels.XNNPACK: "float32 product, half to even",
+    integer_kernels.BUILTIN: "31-bit fixed point, both roundings half up",
+    integer_kernels.TFLM: (
+        "31-bit fixed point, first rounding half up, second half away from zero"
+    ),
+}
+_ALLOWED = {
+    "kernels": tuple(_ROUNDING),
+    "storage": STORAGES,
+    "first_layer": PRECISIONS,
+    "head": PRECISIONS,
+    "input_type": END_TYPES,
+    "output_type": (*END_TYPES, None),
+    "weight_bits": BITS,
+    "activation_bits": BITS,
+}
+# Options whose allowed values depend on the target.
+CHOICES = ("storage", "first_layer", "head", "input_type", "output_type")
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Target:
+    """A deployment target, and the rules of its files.
+
+    For five options of `to_tflite` (`storage` to `output_type`), a target lists the
+    values that it allows. The first value is the default.
+
+    Attributes:
+        name: the name for `to_tflite(target=...)`.
+        runs_on: what the target stands for, in words.
+        checked: how its files are checked here, in words.
+        kernels: kernels under whose rounding every layer must output the right codes,
+            one or more of "xnnpack", "builtin" and "tflm". The integer model rounds
+            like the first one.
+        interpreter: the interpreter in `verify`: "tflite" or "tflite_micro".
+        storage: "int8", "int4", "packed".
+        first_layer: "int8", "float", or both, for a first layer trained in float.
+        head: "int8", "float", or both, for the last layer.
+        input_type: "float32", "int8", "uint8".
+        output_type: the same. None means codes for a quantized end of the network, and
+            floats for another.
+        weight_bits: allowed bits of weight quantizers.
+        activation_bits: allowed bits of activation quantizers.
+        operators: TFLite names of its operators; None for all that `to_tflite` writes.
+        floats: whether it can compute in float.
+        open_sizes: whether a file may leave sizes besides the batch open.
+        zero_points: its rule for scales and zero points, in words.
+
+    Raises:
+        ValueError: for an unknown value.
+    """
+
+    name: str
+    runs_on: str
+    checked: str
+    kernels: tuple[str, ...]
+    interpreter: str = TFLITE
+    storage: tuple[str, ...] = ("int8", "int4")
+    first_layer: tuple[str, ...] = ("int8", "float")
+    head: tuple[str, ...] = ("float", "int8")
+    input_type: tuple[str, ...] = END_TYPES
+    output_type: tuple[str | None, ...] = END_TYPES
+    weight_bits: tuple[int, ...] = BITS
+    activation_bits: tuple[int, ...] = BITS
+    operators: tuple[str, ...] | None = None
+    floats: bool = True
+    open_sizes: bool = True
+    zero_points: str = (
+        "weights: zero point 0, a scale for each channel; activations: any zero point, "
+        "one scale"
+    )
+
+    def __post_init__(self):
+        for name in ("name", "runs_on", "checked", "zero_points"):
+            checks.instance(name, getattr(self, name), str)
+        for name, known in _ALLOWED.items():
+            values = getattr(self, name)
+            is_list = isinstance(values, tuple) and all(v in known for v in values)
+            if not is_list or not values:
+                raise ValueError(
+                    f"{name} must be a tuple of one or more of {known}. "
+                    f"Received: {name}={values!r}"
+                )
+        checks.choice("interpreter", self.interpreter, (TFLITE, TFLITE_MICRO))
+        is_list = isinstance(self.operators, tuple) and all(
+            isinstance(name, str) for name in self.operators
+        )
+        if self.operators is not None and not is_list:
+            raise ValueError(
+                "operators must be a tuple of TFLite's names, or None. "
+                f"Received: operators={self.operators!r}"
+            )
+        if "packed" in self.storage and self.interpreter != TFLITE_MICRO:
+            raise ValueError(
+                "storage='packed' needs interpreter='tflite_micro', which decodes it. "
+                f"Received: interpreter={self.interpreter!r}"
+            )
+        checks.flag("floats", self.floats)
+        checks.flag("open_sizes", self.open_sizes)
+
+    def __repr__(self):
+        return f"Target({self.name!r})"
+
+    @property
+    def rounding(self) -> str:
+        """How its kernels round accumulators to codes, in words."""
+        return "; ".join(_ROUNDING[kernel] for kernel in self.kernels)
+
+    def has(self, operator: str) -> bool:
+        """Whether it has the TFLite operator of this name."""
+        return self.operators is None or operator in self.operators
+
+
+# Operators with int8 kernels in XNNPACK and TFLite, and usually in accelerators.
+_INT8_OPERATORS = (
+    "ADD",
+    "CONCATENATION",
+    "CONV_2D",
+    "DEPTHWISE_CONV_2D",
+    "FULLY_CONNECTED",
+    "MAX_POOL_2D",
+    "PAD",
+    "QUANTIZE",
+    "RESHAPE",
+    "RESIZE_NEAREST_NEIGHBOR",
+    "STRIDED_SLICE",
+    "TRANSPOSE",
+)
+_ROWS = (
+    Target(
+        name="xnnpack",
+        runs_on="TFLite on x86 with XNNPACK, its default",
+        checked="run in TFLite's interpreter, every code against the integer model",
+        kernels=(integer_kernels.XNNPACK,),
+    ),
+    Target(
+        name="portable",
+        runs_on="TFLite on x86, with XNNPACK or its builtin kernels",
+        checked=(
+            "run with XNNPACK, every code against the integer model; decisions and "
+            "sums under both kernels"
+        ),
+        kernels=(integer_kernels.XNNPACK, integer_kernels.BUILTIN),
+    ),
+    Target(
+        name="int8",
+        runs_on="an accelerator for int8 files, such as an Edge TPU",
+        checked=(
+            "the file has int8 operators only; run on the CPU as for `portable`. No "
+            "accelerator and no vendor's compiler was run, so its rounding is unknown"
+        ),
+        kernels=(integer_kernels.XNNPACK, integer_kernels.BUILTIN),
+        storage=("int8",),
+        first_layer=("int8",),
+        head=("int8",),
+        input_type=("int8",),
+        output_type=("int8",),
+        operators=_INT8_OPERATORS,
+        floats=False,
+        open_sizes=False,
+    ),
+    Target(
+        name="tflm",
+        runs_on="TFLite Micro with its reference kernels",
+        checked=(
+            "run in TFLite Micro's interpreter on x86, every code against the integer "
+            "model. CMSIS-NN and a microcontroller were not run"
+        ),
+        kernels=(integer_kernels.TFLM,),
+        interpreter=TFLITE_MICRO,
+        storage=("int8", "packed"),
+        first_layer=("int8",),
+        head=("int8",),
+        input_type=("int8",),
+        output_type=(None, "int8", "float32"),
+        operators=(
+            *_INT8_OPERATORS,
+            "AVERAGE_POOL_2D",
+            "BATCH_MATMUL",
+            "DEPTH_TO_SPACE",
+            "DEQUANTIZE",
+            "LEAKY_RELU",
+            "LOGISTIC",
+            "MAXIMUM",
+            "MEAN",
+            "MIRROR_PAD",
+            "MUL",
+            "PRELU",
+            "RELU",
+            "RELU6",
+            "RESIZE_BILINEAR",
+            "RSQRT",
+            "SOFTMAX",
+            "SUB",
+            "TANH",
+        ),
+        open_sizes=False,
+    ),
+)
+TARGETS = {target.name: target for target in _ROWS}
+
+
+def find(target: str | dict[str, Any] | Target) -> Target:
+    """Returns the target of a name or of the result of `described`, or itself.
+
+    Args:
+        target: a key of `TARGETS`, a `Target`, or a dict of its fields.
+
+    Raises:
+        ValueError: for another value.
+    """
+    if isinstance(target, Target):
+        return target
+    if isinstance(target, dict):
+        fields: dict[str, Any] = {
+            n: tuple(v) if isinstance(v, list) else v for n, v in target.items()
+        }
+        try:
+            return Target(**fields)
+        except TypeError as error:
+            raise ValueError(
+                f"A target must have the fields of Target. Received: {error}"
+            ) from error
+    if not isinstance(target, str) or target not in TARGETS:
+        raise ValueError(
+            f"target must be one of {tuple(TARGETS)}, or a Target. "
+            f"{checks.received('target', target)}"
+        )
+    return TARGETS[target]
+
+
+def described(target: Target) -> str | dict:
+    """A target in a file's metadata: the name of a row of `TARGETS`, or all fields."""
+    if TARGETS.get(target.name) == target:
+        return target.name
+    return dataclasses.asdict(target)

@@ -1,0 +1,300 @@
+"""Operators of a TFLite file: their versions, shapes and options."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from tf_lowbit.compat import keras
+from tf_lowbit.export.integer import transposed, twin
+from tf_lowbit.export.integer.int8_grids import Grid
+from tf_lowbit.export.tflite.flatbuffer import FileBuilder, schema
+from tf_lowbit.export.types import ExportError
+
+Layer: TypeAlias = keras.layers.Layer
+Shape: TypeAlias = Sequence[int | None]
+# A tensor of the file: its index, and its grid or None for floats.
+Source: TypeAlias = tuple[int, Grid | None]
+Sources: TypeAlias = Sequence[Source]
+# Version of each operator that has the features used here, by the type of its input.
+INTEGER_VERSIONS = {
+    "ADD": 2,
+    "CONCATENATION": 2,
+    "CONV_2D": 3,
+    "DEPTHWISE_CONV_2D": 3,
+    "DEPTH_TO_SPACE": 1,
+    "DEQUANTIZE": 2,
+    "FULLY_CONNECTED": 5,
+    "MAX_POOL_2D": 2,
+    "MIRROR_PAD": 2,
+    "PAD": 2,
+    "QUANTIZE": 1,
+    "RESHAPE": 1,
+    "RESIZE_NEAREST_NEIGHBOR": 3,
+    "STRIDED_SLICE": 2,
+    "TRANSPOSE": 2,
+}
+INT4_VERSIONS = {"CONV_2D": 7, "DEPTHWISE_CONV_2D": 7, "FULLY_CONNECTED": 10}
+FLOAT_VERSIONS = {
+    "ADD": 1,
+    "AVERAGE_POOL_2D": 1,
+    "BATCH_MATMUL": 1,
+    "CONCATENATION": 1,
+    "CONV_2D": 1,
+    "DEPTHWISE_CONV_2D": 2,
+    "DEPTH_TO_SPACE": 1,
+    "FULLY_CONNECTED": 1,
+    "GELU": 1,
+    "LEAKY_RELU": 1,
+    "LOGISTIC": 1,
+    "MAXIMUM": 1,
+    "MAX_POOL_2D": 1,
+    "MEAN": 1,
+    "MUL": 1,
+    "PAD": 1,
+    "PRELU": 1,
+    "QUANTIZE": 1,
+    "RELU": 1,
+    "RELU6": 1,
+    "RESHAPE": 1,
+    "RESIZE_BILINEAR": 3,
+    "RESIZE_NEAREST_NEIGHBOR": 3,
+    "RSQRT": 1,
+    "SOFTMAX": 1,
+    "STRIDED_SLICE": 1,
+    "SUB": 1,
+    "TANH": 1,
+    "TRANSPOSE": 1,
+}
+# QUANTIZE between uint8 and int8.
+REQUANTIZE_VERSION = 2
+
+
+class OperatorWriter:
+    """Adds tensors and operators to a file; a tensor is an index, and a grid or None.
+
+    Attributes:
+        file: builder of the file.
+    """
+
+    def __init__(self):
+        self.file = FileBuilder("tf_lowbit")
+        self._shared: dict[tuple, int] = {}
+
+    def integer(self, name: str, shape: Shape, grid: Grid) -> int:
+        """Adds an int8 tensor of codes."""
+        return self.file.activation(name, shape, np.int8, (grid.scale, grid.zero_point))
+
+    def like(self, name: str, shape: Shape, grid: Grid | None) -> int:
+        """Adds a tensor of codes on a grid, or of floats without one."""
+        if grid is None:
+            return self.file.activation(name, shape, np.float32)
+        return self.integer(name, shape, grid)
+
+    def shared(self, name: str, values: np.ndarray) -> int:
+        """Adds a float constant, or returns the one with the same values.
+
+        The file then holds the weights of a layer with several calls once.
+        """
+        key = values.shape, values.tobytes()
+        if key not in self._shared:
+            self._shared[key] = self.file.constant(name, values)
+        return self._shared[key]
+
+    def operator(
+        self,
+        name: str,
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        options: Any = None,
+        grid: Grid | None = None,
+    ) -> None:
+        """Adds an operator in the version for floats, or for codes on a grid."""
+        versions = FLOAT_VERSIONS if grid is None else INTEGER_VERSIONS
+        self.file.operator(name, versions[name], inputs, outputs, options)
+
+    def reshaped(self, index: int, grid: Grid | None, name: str, shape: Shape) -> int:
+        """Adds a RESHAPE; returns the index of its output.
+
+        Raises:
+            ExportError: if a size besides the batch is open.
+        """
+        if list(shape).count(None) > 1:
+            raise ExportError(
+                "A reshaped tensor must have one open size, the batch. "
+                f"Received: {name!r} of shape {tuple(shape)}"
+            )
+        target = self.file.constant(
+            f"{name}/shape", np.array([s or -1 for s in shape], np.int32)
+        )
+        result = self.like(name, shape, grid)
+        options = schema.ReshapeOptionsT([s or -1 for s in shape])
+        self.operator("RESHAPE", [index, target], [result], options, grid)
+        return result
+
+    def padded(
+        self,
+        index: int,
+        grid: Grid | None,
+        name: str,
+        shape: Shape,
+        sides: Sequence[tuple[int, int]],
+    ) -> int:
+        """Adds a PAD with zeros; returns the index of its output.
+
+        Args:
+            index: index of the input.
+            grid: grid of both tensors, or None.
+            name: name of the output.
+            shape: shape of the output.
+            sides: (before, behind) for each axis between batch and channels.
+        """
+        table = np.array([(0, 0), *sides, (0, 0)], np.int32)
+        table = self.file.constant(f"{name}/paddings", table)
+        result = self.like(name, shape, grid)
+        self.operator("PAD", [index, table], [result], schema.PadOptionsT(), grid)
+        return result
+
+    def add_linear(
+        self,
+        layer: Layer,
+        name: str,
+        index: int,
+        grids: tuple[Grid | None, Grid | None],
+        shapes: Sequence[Shape],
+        add: Callable[[int, str, Shape, str | None], int],
+    ) -> int:
+        """Adds a linear operator, with operators that reshape its input and output.
+
+        Args:
+            layer: layer of the twin.
+            name: name of the operator.
+            index: index of the layer's input.
+            grids: grids of input and output, or None for floats.
+            shapes: shapes of input and output.
+            add: adds the operator itself: (index, name, shape, padding) -> index of its
+                output. With padding None it uses the layer's padding.
+        """
+        grid, out_grid = grids
+        in_shape, shape = map(tuple, shapes)
+        if is_transposed(layer):
+            return self._transposed(layer, index, grids, (in_shape, shape), add)
+        if name == "FULLY_CONNECTED" or len(in_shape) == 4:
+            return add(index, layer.name, shape, None)
+        index = self.reshaped(index, grid, f"{layer.name}/in", to_4d(in_shape))
+        result = add(index, f"{layer.name}/out", to_4d(shape), None)
+        return self.reshaped(result, out_grid, layer.name, shape)
+
+    def _transposed(self, layer, index, grids, shapes, add) -> int:
+        """Adds a plain convolution and a DEPTH_TO_SPACE: see `integer.transposed`."""
+        (batch, *sizes, inputs), shape = shapes
+        axes, channels = transposed.axes(layer), shapes[1][-1]
+        stride, padding = axes[0].stride, "same"
+        if not all(axis.is_same for axis in axes):
+            padding, sides = "valid", [axis.padding for axis in axes]
+            pairs = zip(sizes, sides, strict=True)
+            around = (batch, *(s and s + sum(side) for s, side in pairs), inputs)
+            index = self.padded(index, grids[0], f"{layer.name}/padded", around, sides)
+        if stride == 1:
+            return add(index, layer.name, shape, padding)
+        cells = [s and s + axis.more for s, axis in zip(sizes, axes, strict=True)]
+        deep = (batch, *cells, channels * stride**2)
+        index = add(index, f"{layer.name}/out", deep, padding)
+        sides = [(0, axis.rest) for axis in axes]
+        is_whole = not np.any(sides)
+        wide = (batch, *(s and s * stride for s in cells), channels)
+        name = layer.name if is_whole else f"{layer.name}/cells"
+        result = self.like(name, wide, grids[1])
+        options = schema.DepthToSpaceOptionsT(stride)
+        self.operator("DEPTH_TO_SPACE", [index], [result], options, grids[1])
+        if is_whole:
+            return result
+        return self.cropped(result, grids[1], layer.name, shape, sides)
+
+    def cropped(
+        self,
+        index: int,
+        grid: Grid | None,
+        name: str,
+        shape: Shape,
+        sides: Sequence[tuple[int, int]],
+    ) -> int:
+        """Adds a STRIDED_SLICE that crops borders; arguments as in `padded`."""
+        begin = np.array([0, *(before for before, _ in sides), 0], np.int32)
+        end = np.array([0, *(-behind for _, behind in sides), 0], np.int32)
+        # The mask turns an end of 0 into the end of the axis.
+        mask = sum(1 << axis for axis, stop in enumerate(end) if not stop)
+        parts = {"begin": begin, "end": end, "strides": np.ones_like(end)}
+        tables = [self.file.constant(f"{name}/{n}", t) for n, t in parts.items()]
+        result = self.like(name, shape, grid)
+        options = schema.StridedSliceOptionsT(beginMask=1, endMask=mask)
+        self.operator("STRIDED_SLICE", [index, *tables], [result], options, grid)
+        return result
+
+
+def is_transposed(layer: Layer) -> bool:
+    """Whether a twin's layer is a transposed convolution, of codes or floats."""
+    is_float = isinstance(layer, keras.layers.Conv2DTranspose)
+    return is_float or getattr(layer, "kind", None) == twin.TRANSPOSED
+
+
+def copies(layer: Layer) -> int:
+    """Number of channels of the file's operator for each channel of a layer."""
+    return layer.strides[0] * layer.strides[1] if is_transposed(layer) else 1
+
+
+def to_4d(shape: Shape) -> tuple[int | None, ...]:
+    """A shape of rank 2 to 4 as (batch, height, width, channels)."""
+    shape = tuple(shape)
+    return (shape[0], *(1,) * (4 - len(shape)), *shape[1:])
+
+
+def oriented(kind: str, kernel: np.ndarray) -> tuple[np.ndarray, str, int]:
+    """A Keras kernel in TFLite's layout, its operator and the axis of its channels.
+
+    A transposed convolution passes the kernel from `transposed.plain_kernel`.
+    """
+    if kind == twin.DENSE:
+        return kernel.T, "FULLY_CONNECTED", 0
+    if kind == twin.SCALE:
+        return kernel.reshape(1, 1, 1, -1), "DEPTHWISE_CONV_2D", 3
+    if kernel.ndim == 3:
+        kernel = kernel[np.newaxis]
+    if kind == twin.DEPTHWISE:
+        kernel = kernel.reshape(1, *kernel.shape[:2], -1)
+        return kernel, "DEPTHWISE_CONV_2D", 3
+    return kernel.transpose(3, 0, 1, 2), "CONV_2D", 0
+
+
+def padding_code(name: str) -> int:
+    """The schema's number for "same" or "valid"."""
+    return getattr(schema.Padding, name.upper())
+
+
+def linear_options(
+    layer: Layer, name: str, activation: int, rank: int, padding: str | None = None
+) -> Any:
+    """The schema's options of a linear operator.
+
+    `padding` replaces the layer's padding in a transposed convolution.
+    """
+    if name == "FULLY_CONNECTED":
+        return schema.FullyConnectedOptionsT(activation, keepNumDims=rank > 2)
+    is_scale = getattr(layer, "kind", None) == twin.SCALE
+    strides: tuple[int, ...] = (1, 1)
+    dilation: tuple[int, ...] = (1, 1)
+    if is_scale or is_transposed(layer):
+        padding = padding or "valid"
+    else:
+        strides = twin.window(layer.strides)
+        dilation = twin.window(getattr(layer, "dilation", None) or layer.dilation_rate)
+        padding = layer.padding
+    common = (padding_code(padding), strides[1], strides[0])
+    last = (activation, dilation[1], dilation[0])
+    if name == "CONV_2D":
+        return schema.Conv2DOptionsT(*common, *last)
+    multiplier = 1
+    if getattr(layer, "kind", twin.DEPTHWISE) == twin.DEPTHWISE:
+        shape = getattr(layer, "kernel_shape", None)
+        multiplier = shape[-1] if shape else layer.depth_multiplier
+    return schema.DepthwiseConv2DOptionsT(*common, multiplier, *last)

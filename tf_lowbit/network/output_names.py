@@ -1,0 +1,51 @@
+"""Names of a model's outputs, to which losses, metrics and targets refer.
+
+Keras takes them from the output layers. A quantized network may have another layer at
+an output, and its losses would then need another name.
+"""
+
+from typing import Any
+
+from tf_lowbit.compat import keras
+
+
+@keras.utils.register_keras_serializable(package="tf_lowbit")
+class NamedOutputs(keras.Model):
+    """A Functional model whose outputs have their own names.
+
+    Attributes:
+        output_names: The names, in the order of the outputs.
+    """
+
+    def get_config(self) -> dict[str, Any]:
+        """Keras's configuration, with the names."""
+        return {**super().get_config(), "output_names": list(self.output_names)}
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> "NamedOutputs":
+        """Makes the model from its configuration, without weights."""
+        others = {k: v for k, v in config.items() if k != "output_names"}
+        model = super().from_config(others, custom_objects)
+        # In place: Keras would track a newly assigned list in checkpoints.
+        model.output_names[:] = config["output_names"]
+        return model
+
+    @classmethod
+    def of(cls, network: keras.Model, names: list[str]) -> keras.Model:
+        """Makes one from a Functional model's layers and new names."""
+        model = cls(network._nested_inputs, network._nested_outputs, name=network.name)
+        model.output_names[:] = names
+        return model
+
+
+def kept(source: keras.Model, target: keras.Model) -> keras.Model:
+    """Returns the target, with the names of the source's outputs.
+
+    Both are Functional models with outputs in the same order. The target itself is
+    returned if it has these names already, else a model of its layers.
+    """
+    if target.output_names == source.output_names:
+        return target
+    return NamedOutputs.of(target, source.output_names)

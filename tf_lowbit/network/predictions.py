@@ -1,0 +1,130 @@
+"""Predicted classes, and labels as classes: every accuracy of the library counts these.
+
+The last axis of a network's first output holds a score per class, for an example or for
+each position of a map. A single unit is a binary classifier: class 1 or 0.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tf_lowbit.compat import keras
+from tf_lowbit.network import graph, inspection
+
+# Tolerance for the sum of an example's probabilities.
+_SLACK = 1e-3
+
+
+def threshold(network: keras.Model) -> float:
+    """Returns the value above which the unit of a binary classifier means class 1.
+
+    0.5 if the functional network's first output ends in a sigmoid, else 0, for a logit.
+    """
+    tensor = network.outputs[0]
+    while True:
+        node = graph.producer(tensor)
+        layer = inspection.wrapped_layer(node.layer)
+        activation = getattr(layer, "activation", None)
+        is_plain = activation is keras.activations.linear and not layer.weights
+        if not is_plain and not isinstance(
+            layer, keras.layers.Flatten | keras.layers.Reshape
+        ):
+            break
+        tensor = node.keras_inputs[0]
+    is_sigmoid = activation is keras.activations.sigmoid
+    return 0.5 if is_sigmoid or getattr(layer, "symbol", "") == "math.sigmoid" else 0.0
+
+
+def classes(outputs: np.typing.ArrayLike, limit: float) -> np.ndarray:
+    """Returns the predicted classes: int64, one per example and position, flat.
+
+    Args:
+        outputs: [batch, ..., classes], or one unit for two classes.
+        limit: For one unit: the `threshold` of the network.
+    """
+    outputs = np.asarray(outputs)
+    if outputs.shape[-1] == 1:
+        return (outputs > limit).ravel().astype(np.int64)
+    return outputs.argmax(axis=-1).ravel()
+
+
+def of_first_output(given: Any, names: Sequence[str]) -> Any:
+    """Returns the labels of a network's first output, or None.
+
+    Args:
+        given: Labels; for several outputs a tuple, list or dict of them.
+        names: Names of the network's outputs.
+    """
+    if isinstance(given, dict):
+        # A single entry belongs to a single output, whatever its name.
+        is_only = len(given) == len(names) == 1
+        return next(iter(given.values())) if is_only else given.get(names[0])
+    if isinstance(given, tuple | list) and len(names) > 1:
+        return given[0]
+    return given
+
+
+def are_classes(network: keras.Model, outputs: np.ndarray, given: Any = None) -> bool:
+    """Tells whether a network's first output holds class scores, as far as is known.
+
+    The labels `given` for that output decide. Without labels, an output with the shape
+    of an input does not (an autoencoder), nor does one unit without a sigmoid (a
+    regression).
+    """
+    if given is not None:
+        return labels(given, outputs, [""]) is not None
+    if outputs.shape[-1] == 1:
+        return threshold(network) > 0.0
+    shapes = [tuple(tensor.shape[1:]) for tensor in network.inputs]
+    return tuple(outputs.shape[1:]) not in shapes
+
+
+def labels(given: Any, outputs: np.ndarray, names: Sequence[str]) -> np.ndarray | None:
+    """Converts labels to classes, one for each prediction.
+
+    Args:
+        given: Integers, one per example or position; or probabilities of the classes,
+            such as one-hot, in the shape of the outputs. For a network with several
+            outputs a tuple, list or dict, of which the first output's labels count.
+        outputs: The network's first output.
+        names: Names of the network's outputs.
+
+    Returns:
+        Int64, one-dimensional; None if the numbers are not classes, such as the targets
+        of a regression.
+
+    Raises:
+        ValueError: If there is not one label per prediction, or an integer is not one
+            of the outputs' classes.
+    """
+    given = of_first_output(given, names)
+    if given is None:
+        return None
+    values, outputs = np.asarray(given), np.asarray(outputs)
+    if values.dtype.kind not in "biuf":
+        raise ValueError(
+            "Labels must be numbers: classes, probabilities of them, or what a "
+            f"regression is to give. Received: labels of dtype {values.dtype}"
+        )
+    units = outputs.shape[-1]
+    if units > 1 and values.shape == outputs.shape:
+        sums = values.sum(axis=-1)
+        if (values < 0).any() or not np.allclose(sums, 1.0, rtol=0.0, atol=_SLACK):
+            return None
+        return values.argmax(axis=-1).ravel()
+    if values.size * units != outputs.size:
+        raise ValueError(
+            "There must be one label for each example, or each position of a map. "
+            f"Received: labels of shape {values.shape}, outputs of shape "
+            f"{outputs.shape}"
+        )
+    whole = values.ravel().astype(np.int64)
+    are_whole = (whole == values.ravel()).all()
+    if units > 1 and are_whole and not ((whole >= 0) & (whole < units)).all():
+        raise ValueError(
+            f"Labels must be classes in [0, {units}). "
+            f"Received: labels in [{whole.min()}, {whole.max()}]"
+        )
+    is_class = are_whole and (units > 1 or ((whole == 0) | (whole == 1)).all())
+    return whole if is_class else None

@@ -1,0 +1,199 @@
+"""The recipe for few bits: LSQ, 8-bit edges and shortcuts, a float teacher."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+from tf_lowbit.calibration.activation_ranges import calibrate
+from tf_lowbit.callbacks import StagedPrecision
+from tf_lowbit.compat import is_keras3, keras
+from tf_lowbit.conversion.quantization import quantize
+from tf_lowbit.core import checks, grid
+from tf_lowbit.network import graph
+from tf_lowbit.network.keras3 import from_keras3
+from tf_lowbit.network.observation import require_rereadable
+from tf_lowbit.scheme.placement import edge_layers
+from tf_lowbit.scheme.rules import PrecisionRule
+from tf_lowbit.training import JointDistillation, LowBitTrainer
+from tf_lowbit.training.stages import Stage
+
+TEACHERS = ("joint", "frozen")
+_EDGE_BITS = 8
+_SHORTCUT_BITS = 8
+_RESIDUAL_BITS = 8
+_MOMENTUM = 0.9
+# Share of the training over which the learning rate rises from 0.
+_WARMUP = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A training that is ready to run.
+
+    Run it with `trainer.fit(data, epochs=epochs, callbacks=callbacks)`.
+
+    Attributes:
+        trainer: Compiled `LowBitTrainer`; `trainer.student` is the low-bit network.
+        callbacks: Of `fit`; add your own behind them.
+        epochs: Of `fit`.
+        settings: What was set, by name, as JSON can hold it.
+    """
+
+    trainer: LowBitTrainer
+    callbacks: list[keras.callbacks.Callback]
+    epochs: int
+    settings: dict
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name}: {value}" for name, value in self.settings.items())
+
+
+def low_bit(
+    model: keras.Model,
+    data: Iterable,
+    bits: int | tuple[int, int] = 2,
+    epochs: int = 30,
+    *,
+    learning_rate: float = 0.03,
+    teacher: str | None = "joint",
+    loss: Callable | str | None = None,
+    metrics: Sequence = ("accuracy",),
+    steps_per_epoch: int | None = None,
+) -> Recipe:
+    """Prepares the training of a low-bit network from a trained float one.
+
+    It sets, in one call:
+
+    - Rules: LSQ for weights and activations (Esser et al., arXiv:1902.08153); 8 bits,
+      uniform, for the first and the last weight layer, for shortcuts of residual
+      blocks and for residual sums.
+    - Ranges, calibrated on `data`.
+    - The float network as the teacher, trained jointly with the student (Zhuang et
+      al., arXiv:1908.04680), or frozen.
+    - SGD with momentum 0.9 and Nesterov's step. The learning rate rises from 0 during
+      5 % of the training, then falls by a cosine to 0.
+
+    `benchmarks/README.md` has its results beside those of other settings. Tune
+    `learning_rate` at the number of epochs that you train: it matters more than the
+    choice among most methods.
+
+    Args:
+        model: Trained float model of `tf_keras` or Keras 3, built, Sequential or
+            Functional. With a teacher or without `loss` it must put out logits.
+        data: Batches `(x, y)` or `(x, y, weight)` of the training, which can be read
+            again from the start: a `tf.data.Dataset` or a Keras `Sequence`.
+        bits: Of weights and activations, 1 to 8; or a pair (weights, activations).
+        epochs: Of the training, at least 1.
+        learning_rate: Of the student and of a joint teacher, after the warmup.
+        teacher: "joint", "frozen" or None.
+        loss: Of the task, a `keras.losses.Loss`, its name or a function; None for
+            sparse categorical cross-entropy from logits.
+        metrics: Of `compile`.
+        steps_per_epoch: Number of batches; None to take the length of `data`.
+
+    Returns:
+        The compiled trainer, the callbacks, and what was set. `model` is not changed.
+
+    Raises:
+        ValueError: For another value of an argument, data of unknown length without
+            `steps_per_epoch`, or a model that `quantize` or `LowBitTrainer` refuses.
+    """
+    pair = bits if isinstance(bits, tuple) else (bits, bits)
+    if len(pair) != 2:
+        raise ValueError(f"bits must be a number or a pair. Received: {bits=}")
+    for value in pair:
+        checks.choice("bits", value, range(1, grid.MAX_BITS + 1))
+    checks.integer("epochs", epochs, at_least=1)
+    checks.number("learning_rate", learning_rate, above=0)
+    loss = _loss(loss)
+    checks.instance("metrics", metrics, list | tuple)
+    if teacher is not None:
+        checks.choice("teacher", teacher, TEACHERS)
+    require_rereadable(data)
+    steps = epochs * _steps_per_epoch(data, steps_per_epoch)
+
+    model = from_keras3(model) if is_keras3(model) else model
+    checks.instance("model", model, keras.Model)
+    model = graph.clone(graph.flatten(model))  # A joint teacher is trained.
+    first, last = edge_layers(model)
+    names = "|".join(map(re.escape, sorted(first | last)))
+    rules = [
+        PrecisionRule(names, _EDGE_BITS, _EDGE_BITS, "uniform", "uniform"),
+        PrecisionRule(".*", *pair, "lsq", "lsq"),
+    ]
+    student = quantize(
+        model, rules, residual_bits=_RESIDUAL_BITS, shortcut_bits=_SHORTCUT_BITS
+    )
+    calibrate(student, data)
+    trainer = LowBitTrainer(
+        student,
+        None if teacher is None else model,
+        distillation=None if teacher is None else JointDistillation(teacher=teacher),
+    )
+    trainer.compile(
+        _sgd(learning_rate),
+        loss,
+        metrics=list(metrics),
+        teacher_optimizer=_sgd(_scheduled(learning_rate, steps))
+        if teacher == "joint"
+        else None,
+    )
+    stage = Stage(
+        epochs, *pair, learning_rate=learning_rate, decay="cosine", warmup=_WARMUP
+    )
+    settings = {
+        "weight_bits": pair[0],
+        "activation_bits": pair[1],
+        "quantizers": "lsq",
+        "edges": f"{_EDGE_BITS} bits, uniform: {', '.join(sorted(first | last))}",
+        "shortcut_bits": _SHORTCUT_BITS,
+        "residual_bits": _RESIDUAL_BITS,
+        "teacher": teacher,
+        "epochs": epochs,
+        "steps": steps,
+        "optimizer": f"SGD, momentum {_MOMENTUM}, Nesterov",
+        "learning_rate": learning_rate,
+        "schedule": f"cosine to 0, warmup over {_WARMUP:.0%}",
+    }
+    return Recipe(trainer, [StagedPrecision([stage])], epochs, settings)
+
+
+def _loss(given) -> Callable:
+    if given is None:
+        return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    if callable(given):
+        return given
+    try:
+        return keras.losses.get({} if given == "" else given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "loss must be a keras.losses.Loss, the name of one, or a function of "
+            f"labels and predictions. {checks.received('loss', given)}"
+        ) from error
+
+
+def _steps_per_epoch(data, given) -> int:
+    if given is not None:
+        return checks.integer("steps_per_epoch", given, at_least=1)
+    try:
+        return len(data)
+    except TypeError as error:
+        raise ValueError(
+            "data must have a length, or steps_per_epoch must say how many batches an "
+            f"epoch has. Received: data of type {type(data).__name__} ({error})"
+        ) from error
+
+
+def _sgd(rate) -> keras.optimizers.Optimizer:
+    return keras.optimizers.SGD(rate, momentum=_MOMENTUM, nesterov=True)
+
+
+def _scheduled(rate, steps) -> keras.optimizers.schedules.LearningRateSchedule:
+    """The schedule of a joint teacher; a callback sets that of the student."""
+    warmup = round(_WARMUP * steps)
+    return keras.optimizers.schedules.CosineDecay(
+        0.0 if warmup else rate,
+        max(steps - warmup, 1),
+        warmup_target=rate if warmup else None,
+        warmup_steps=warmup,
+    )

@@ -1,0 +1,147 @@
+"""Hints: pairs of layers of student and teacher whose features are matched.
+
+Reconstructed from memory of Zhuang et al. and, in part, from the authors' code.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from tf_lowbit.compat import keras, tf
+from tf_lowbit.network import inspection, layer_registry
+from tf_lowbit.quantizers import ACTIVATION
+
+STAGES = "stages"
+# Number of stages, from the last one, that give hints by default.
+_HINT_STAGES = 2
+
+
+class Hint(NamedTuple):
+    """A pair of layers whose outputs are matched.
+
+    Attributes:
+        student: name of the student's layer.
+        teacher: name of the teacher's layer.
+        quantizer: the student's activation quantizer there, or None.
+    """
+
+    student: str
+    teacher: str
+    quantizer: inspection.QuantizedTensor | None
+
+    def quantized(self, feature: tf.Tensor) -> tf.Tensor:
+        """Q: the teacher's feature, quantized by the student's quantizer."""
+        if self.quantizer is None:
+            return feature
+        return self.quantizer.declared(feature, True, self.quantizer.variables)
+
+
+def hint_distance(target: tf.Tensor, feature: tf.Tensor) -> tf.Tensor:
+    """`1/2 mean((target - feature)^2)` of each example: [batch, ...] -> [batch].
+
+    In float32, for any floating dtype. The gradient reaches both arguments.
+    """
+    target, feature = tf.cast(target, tf.float32), tf.cast(feature, tf.float32)
+    squared = tf.math.squared_difference(target, feature)
+    return 0.5 * tf.reduce_mean(squared, axis=list(range(1, squared.shape.rank)))
+
+
+def check_hints(hints: Any) -> None:
+    """Raises ValueError if `hints` is not valid for any networks."""
+
+    def is_hint(hint):
+        pair = (hint, hint) if isinstance(hint, str) else hint
+        is_pair = isinstance(pair, list | tuple) and len(pair) == 2
+        return is_pair and all(isinstance(name, str) for name in pair)
+
+    is_list = isinstance(hints, list | tuple) and hints and all(map(is_hint, hints))
+    if hints is not None and hints != STAGES and not is_list:
+        raise ValueError(
+            f'hints must be None, "{STAGES}" or a list of layer names and of pairs '
+            f"(student's layer, teacher's layer). Received: hints={hints!r}"
+        )
+
+
+def find_hints(
+    hints: str | Sequence[str | tuple[str, str]] | None,
+    student: keras.Model,
+    teacher: keras.Model,
+) -> list[Hint]:
+    """The pairs of layers for a setting of `hints`.
+
+    Args:
+        hints: as in `JointDistillation`.
+        student: quantized model.
+        teacher: the teacher.
+
+    Raises:
+        ValueError: for an unknown layer, a pair of different shapes, or if "stages"
+            finds no layer.
+    """
+    quantizers = {
+        tensor.layer.name: tensor
+        for tensor in inspection.quantized_tensors(student)
+        if tensor.role == ACTIVATION
+    }
+    if hints == STAGES:
+        hints = _last_of_stages(student, quantizers)
+    found = []
+    for hint in hints or ():
+        pair = (hint, _counterpart(hint, teacher)) if isinstance(hint, str) else hint
+        shapes = [
+            _output_shape(role, network, name)
+            for role, network, name in zip(
+                ("student", "teacher"), (student, teacher), pair, strict=True
+            )
+        ]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                "The layers of a hint must output the same shape. Received: student's "
+                f"{pair[0]!r} {shapes[0]}, teacher's {pair[1]!r} {shapes[1]}"
+            )
+        found.append(Hint(*pair, quantizers.get(pair[0])))
+    return found
+
+
+def _counterpart(name: str, teacher: keras.Model) -> str:
+    """The teacher's layer for a layer of the student.
+
+    `quantize` splits a layer `conv` with `activation="relu"` into `conv` and
+    `conv_relu`. The teacher may still have both as one layer, `conv`.
+    """
+    owner = name.removesuffix("_relu")
+    is_one = any(x.name == owner and layer_registry.own_relu(x) for x in teacher.layers)
+    return owner if owner != name and is_one else name
+
+
+def _last_of_stages(student, quantizers) -> list[str]:
+    """The last activation quantizer of each of the last stages (resolutions)."""
+    last: dict[tuple, str] = {}
+    for layer in student.layers:
+        tensor = quantizers.get(layer.name)
+        is_hint = tensor is not None and not tensor.is_residual
+        shape = layer.output_shape if is_hint else None
+        if shape is not None and len(shape) == 4:
+            if None in shape[1:3]:
+                raise ValueError(
+                    f'hints="{STAGES}" needs a student of fixed image size, because '
+                    "stages are found by resolution: name the layers instead. "
+                    f"Received: {layer.name!r} with outputs of {shape}"
+                )
+            last.pop(shape[1:3], None)  # Keeps the order of the last quantizers.
+            last[shape[1:3]] = layer.name
+    if not last:
+        raise ValueError(
+            f'hints="{STAGES}" needs a student with quantized image activations. '
+            f"Received: {student.name!r}, with activation quantizers {list(quantizers)}"
+        )
+    return list(last.values())[-_HINT_STAGES:]
+
+
+def _output_shape(role, network, name):
+    names = [layer.name for layer in network.layers]
+    if name not in names:
+        raise ValueError(
+            f"A hint must name a layer of the {role}. Received: {name!r}, "
+            f"and the {role} {network.name!r} has {names}"
+        )
+    return network.get_layer(name).output_shape

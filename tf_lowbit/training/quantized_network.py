@@ -1,0 +1,200 @@
+"""The class of quantized networks, whose `fit` and `evaluate` warn of mistakes."""
+
+import contextlib
+import functools
+import inspect
+import warnings
+from typing import Any
+
+from tf_lowbit.calibration import batch_norm
+from tf_lowbit.compat import keras, tf
+from tf_lowbit.network import inspection, keras3
+from tf_lowbit.network.output_names import NamedOutputs
+from tf_lowbit.scheme.layout import QuantizationWarning
+
+# Statistics of fewer steps are mostly noise: 10 batches of 32 values are 0.07 standard
+# deviations off, about half of a notable lag.
+_FEWEST_STEPS = 10
+
+
+class CheckedTraining:
+    """Mixin of a `keras.Model` whose `fit` and `evaluate` warn of common mistakes.
+
+    Training itself does not change. A `QuantizationWarning` reports
+
+    - activation ranges that are not calibrated, in `fit` and `evaluate`, once for each
+      range;
+    - moving statistics of batch normalization that lag behind, at the end of `fit`.
+
+    Callbacks such as `StagedPrecision` can have methods `before_fit(callbacks)` and
+    `after_fit()`. `fit` calls the first with the list of all callbacks, and the second
+    after the last `on_train_end`.
+    """
+
+    # Callbacks of the model, which every `fit` calls before the given ones.
+    _own_callbacks = ()
+
+    @functools.wraps(keras.Model.compile)
+    def compile(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102 (Keras's own)
+        with self.distribute_strategy.scope():
+            args, kwargs = keras3.as_tf_keras((args, kwargs))
+        super().compile(*args, **kwargs)
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compiles from a saved file, which Keras skips if `compile` is overridden."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if isinstance(self.optimizer, keras.optimizers.Optimizer) and self.built:
+            # The variables must exist before a file's values are read into them.
+            self.optimizer.build(self.trainable_variables)
+
+    @functools.wraps(keras.Model.fit)
+    def fit(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 (Keras's own)
+        given = inspect.signature(super().fit).bind(*args, **kwargs)
+        callbacks = given.arguments.get("callbacks")
+        keras3.require_callbacks(callbacks)
+        with _watched(self, callbacks) as given.arguments["callbacks"]:
+            return super().fit(*given.args, **given.kwargs)
+
+    @functools.wraps(keras.Model.evaluate)
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 (Keras's own)
+        keras3.require_callbacks(kwargs.get("callbacks"))
+        warn_of_open_ranges(self)
+        return super().evaluate(*args, **kwargs)
+
+
+@keras.utils.register_keras_serializable(package="tf_lowbit")
+class QuantizedNetwork(CheckedTraining, NamedOutputs):
+    """A Functional model from `quantize`, with the output names of the float model.
+
+    Its warnings are those of `CheckedTraining`.
+    """
+
+
+# HDF5 and JSON store a model's class without its package.
+for _kind in (NamedOutputs, QuantizedNetwork):
+    keras.utils.get_custom_objects()[_kind.__name__] = _kind
+
+
+def warn_of_open_ranges(model: keras.Model) -> None:
+    """Warns of activation ranges that are not calibrated, once for each range.
+
+    Args:
+        model: a quantized network or a `LowBitTrainer`.
+    """
+    tensors = inspection.quantized_tensors(model)
+    waiting = [tensor.name for tensor in tensors if not tensor.is_calibrated]
+    is_new = set(waiting) - getattr(model, "_ranges_told", frozenset())
+    # A frozenset, because Keras would track a list for checkpoints.
+    model._ranges_told = frozenset(waiting)
+    if is_new:
+        warnings.warn(
+            "Call tf_lowbit.calibrate(model, data) before training: the range of "
+            f"{len(waiting)} activation quantizers is still the default: {waiting}",
+            QuantizationWarning,
+            stacklevel=3,
+        )
+
+
+@contextlib.contextmanager
+def _watched(model, callbacks):
+    """Yields the callbacks of `fit`: `_Watch`, the model's own and the given ones."""
+    watch = _Watch()
+    own = [watch, *model._own_callbacks]
+    is_list = isinstance(callbacks, keras.callbacks.CallbackList)
+    others = callbacks.callbacks if is_list else tf.nest.flatten(callbacks or [])
+    others = list(others)
+    for callback in others:
+        if hasattr(callback, "before_fit"):
+            callback.before_fit(others)
+    if is_list:
+        # `fit` uses the list as it is, and it has set these on its callbacks already.
+        for callback in own:
+            callback.set_model(model)
+            callback.set_params(callbacks.params)
+        callbacks.callbacks[:0] = own
+    try:
+        yield callbacks if is_list else [*own, *others]
+    finally:
+        if is_list:
+            for callback in own:
+                callbacks.callbacks.remove(callback)
+    watch.warn_of_lag()
+    for callback in others:
+        if hasattr(callback, "after_fit"):
+            callback.after_fit()
+
+
+class _Watch(keras.callbacks.Callback):
+    """Checks ranges and moving statistics in training; must be the first callback.
+
+    Then it runs before callbacks that re-estimate the statistics at an epoch's end or
+    before a validation. Callbacks that restore the model do so in `on_train_begin`,
+    before it looks at the first epoch.
+    """
+
+    def __init__(self):
+        super().__init__()
+        # Without this flag, Keras would copy its logs for all callbacks.
+        self._supports_tf_logs = True
+        self._norms = None
+        self._starts = []  # (steps done, statistics), of the latest epochs.
+        self._end = None
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Checks the ranges once, and keeps the statistics."""
+        del epoch, logs
+        if self._norms is None:
+            warn_of_open_ranges(self.model)
+            self._norms = batch_norm.named_norms(self.model)
+        start = self._present()
+        # Of the starts that are long enough ago, only the latest is needed.
+        count = len(self._long_before(start[0]))
+        self._starts = [*self._starts[max(count - 1, 0) :], start]
+        self._end = None
+
+    def on_test_begin(self, logs=None):
+        """Keeps the statistics at the epoch's end."""
+        del logs
+        if self._end is None:
+            self._end = self._present()
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Keeps the statistics if there was no validation."""
+        del epoch
+        self.on_test_begin(logs)
+
+    def warn_of_lag(self):
+        """Warns of statistics that lag behind, estimated from the last steps."""
+        if self._end is None:
+            return  # No epoch was trained.
+        end, statistics = self._end
+        old = self._long_before(end)
+        if not old:
+            return
+        start, before = old[-1]
+        now = self._present()[1]
+        lags = {
+            name: batch_norm.estimated_lag(
+                layer, before[name], statistics[name], end - start
+            )
+            for name, layer in self._norms.items()
+            # Statistics that were set since, as by re-estimation, are not judged.
+            if all(
+                (a == b).all() for a, b in zip(now[name], statistics[name], strict=True)
+            )
+        }
+        late = {n: lag for n, lag in lags.items() if lag > batch_norm.NOTABLE_LAG}
+        if late:
+            where = f"at the end of training, by their last {end - start} steps"
+            message = batch_norm.lag_message(late, where)
+            warnings.warn(message, QuantizationWarning, stacklevel=4)
+
+    def _present(self):
+        """The number of steps of this `fit`, and the statistics of each layer."""
+        of = batch_norm.statistics_of
+        values = {name: of(layer) for name, layer in self._norms.items()}
+        return int(self.model._train_counter.numpy()), values
+
+    def _long_before(self, steps):
+        """The starts of epochs at least `_FEWEST_STEPS` before a step."""
+        return [start for start in self._starts if steps - start[0] >= _FEWEST_STEPS]
