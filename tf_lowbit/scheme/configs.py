@@ -9,7 +9,7 @@ from tf_lowbit.quantizers import LowBitQuantizer
 
 
 class _NothingQuantized(tfmot.quantization.keras.QuantizeConfig):
-    """Quantizes nothing; the subclasses override what they quantize."""
+    """Quantizes nothing. A subclass overrides the methods of what it quantizes."""
 
     def get_weights_and_quantizers(self, layer):
         return []

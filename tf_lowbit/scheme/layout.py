@@ -1,10 +1,10 @@
 """The layout transform: rewrites the graph so that quantizers have their places.
 
 Activations become separate layers, and quantized ReLUs replace ReLUs. Where a layer
-reads a tensor that no ReLU puts out (a linear bottleneck, the model's input), a
-quantizer is inserted, signed unless the tensor is never negative. BatchNormalization
-and Add stay. Around an Add, 8-bit quantizers can round as an int8 Add does
-(`residual_blocks`).
+reads a tensor that is not the output of a ReLU (a linear bottleneck, the model's
+input), a quantizer is inserted. It is signed, unless the tensor is never negative.
+BatchNormalization and Add stay. Around an Add, 8-bit quantizers can round as an int8
+Add does (`residual_blocks`).
 """
 
 import warnings
@@ -18,7 +18,7 @@ from tf_lowbit.scheme.rules import CATCH_ALL, PrecisionRule
 
 
 class QuantizationWarning(UserWarning):
-    """Something was not done as requested, or will not work later."""
+    """Warns that something was not done as requested, or will not work later."""
 
 
 def report_problems(problems: list[str], strict: bool) -> None:
@@ -29,21 +29,22 @@ def report_problems(problems: list[str], strict: bool) -> None:
     """
     if problems and strict:
         raise ValueError(
-            "With strict=True every rule must be followed, nothing left out, and every "
-            "layer must have a form in a file. Received:\n- " + "\n- ".join(problems)
+            "With strict=True every rule must apply, every layer that it matches must "
+            "be quantized, and every layer must be exportable. Received:\n- "
+            + "\n- ".join(problems)
         )
     for problem in problems:
         warnings.warn(problem, QuantizationWarning, stacklevel=3)
 
 
 class LowBitLayout(tfmot.quantization.keras.QuantizeLayoutTransform):
-    """Rewrites the model and makes a config for each layer that is quantized.
+    """Rewrites the model, and makes a config for each quantized layer.
 
     Args:
         rules: Tuple of `PrecisionRule`.
         strict: Whether to raise an error if a rule cannot be followed.
         residual_bits: 8 for quantizers on residual Adds, or None for none.
-        shortcut_bits: 1 to 8 for residual shortcuts, or None for those of the rules.
+        shortcut_bits: 1 to 8 for residual shortcuts, or None for the rules' bits.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class LowBitLayout(tfmot.quantization.keras.QuantizeLayoutTransform):
         return placed, {n: {"quantize_config": c} for n, c in configs.items()}
 
     def _why_nothing_is_quantized(self, model) -> str:
-        """Says what to change in rules that leave all layers in full precision."""
+        """Explains how to change rules that leave all layers in full precision."""
         edges = set().union(*edge_layers(model))
         spared = [
             layer.name
@@ -140,10 +141,10 @@ def _owned_relu(layer) -> str | None:
 
 
 def split_activations(model: keras.Model) -> keras.Model:
-    """Splits each `activation="relu"` of a weight layer off as a ReLU layer behind it.
+    """Replaces `activation="relu"` of each weight layer by a ReLU layer behind it.
 
-    `conv` gets `conv_relu`. Function and weights stay. Without such layers the given
-    functional model is returned.
+    The ReLU of `conv` is named `conv_relu`. Outputs and weights do not change. Without
+    such layers the given functional model is returned.
     """
     if not any(map(_owned_relu, model.layers)):
         return model
@@ -175,7 +176,7 @@ def _identity(name: str, dtype) -> keras.layers.Layer:
 
 
 def _place_quantizers(model: keras.Model, plan: Plan) -> keras.Model:
-    """Puts an identity layer wherever an activation quantizer is to be wrapped."""
+    """Puts an identity layer at the place of each activation quantizer."""
     copies = {}
     for layer in model.layers:
         if layer.name in plan.activations:

@@ -7,10 +7,10 @@ from tf_lowbit.network import graph, layer_registry, passthrough
 def is_nonnegative(tensor: KerasTensor) -> bool:
     """Tells whether a Keras tensor of a functional float model is never negative.
 
-    False also where the layers do not tell.
+    Returns False where the layers do not show it.
     """
     known: dict[int, bool] = {}
-    # A stack instead of recursion, since networks may be deep.
+    # A stack, because recursion fails in deep networks.
     waiting = [tensor]
     while waiting:
         node = graph.producer(waiting[-1])

@@ -1,4 +1,4 @@
-"""From rules and a graph to a plan: which quantizer stands where."""
+"""Plans from rules and a graph where each quantizer is placed."""
 
 import dataclasses
 from collections.abc import Callable, Set
@@ -15,12 +15,12 @@ _LARGEST_INT8 = 127
 
 
 class Insertion(NamedTuple):
-    """A quantizer for a tensor that no ReLU puts out.
+    """A quantizer for a tensor that is not the output of a ReLU.
 
     Attributes:
         name: Name of the new layer.
-        quantizer: Activation quantizer, signed if the tensor may be negative; or a
-            residual quantizer.
+        quantizer: A residual quantizer, or an activation quantizer that is signed if
+            the tensor may be negative.
     """
 
     name: str
@@ -29,17 +29,17 @@ class Insertion(NamedTuple):
 
 @dataclasses.dataclass
 class Plan:
-    """Where each quantizer stands.
+    """The place of each quantizer.
 
     Attributes:
         weights: Layer name -> (attribute name -> weight quantizer).
         activations: Name of a ReLU layer -> the quantizer that replaces it.
         insertions: (id of the reading node, id of the tensor) -> quantizer between
             them.
-        residuals: Id of a tensor -> residual quantizer on it, in front of all readers
-            and so of `insertions`.
+        residuals: Id of a tensor -> residual quantizer of the tensor. All readers and
+            `insertions` come after it.
         shortcuts: Names of the layers whose bits `shortcut_bits` set.
-        unused_rules: Rules that decided nothing.
+        unused_rules: Rules that apply to no layer.
         unsupported: Names of layers that a rule reaches but whose weights cannot be
             quantized.
         notes: Further messages for the user.
@@ -59,7 +59,7 @@ class Plan:
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def problems(self) -> list[str]:
-        """Returns what was requested and not done, one line each."""
+        """Returns one line for each request that the plan does not fulfil."""
         lines = [
             f"a rule matches no layer: {rule}; its pattern must match a whole name"
             + ("" if rule.reaches_edges else ", and edges=True lets it reach the edges")
@@ -88,11 +88,11 @@ def make_plan(
         rules: The rules, in order.
         eligible: Names of the layers whose weights may be quantized.
         residual_bits: Bits of the quantizers on residual Adds, or None for none.
-        split_off: Names of ReLUs that were split off other layers. A rule that also
-            fits the layer in front means that layer. Then the rules of the ReLU's
-            readers have priority.
+        split_off: Names of ReLUs that were split off other layers. If a rule matches
+            both the ReLU and the layer in front, it means that layer, and the rules of
+            the ReLU's readers have priority.
         shortcut_bits: Bits of the inputs and weights of residual shortcuts that a rule
-            quantizes; None for the bits of the rules.
+            quantizes; None for the rules' bits.
 
     Returns:
         The plan.
@@ -114,7 +114,8 @@ class _Planner:
         self._behind_relus = self._find_behind_relus()
         self._meant_for_owners: dict[str, PrecisionRule] = {}
         self._named_activations = self._plan_named_activations()
-        # Name of a ReLU -> ids of (node, tensor) that read it -> (node, tensor, rule).
+        # What the rules want of each ReLU: its name -> ids of reading node and tensor
+        # -> (node, tensor, rule).
         self._wishes: dict[str, dict] = {}
         shortcuts = (
             [] if shortcut_bits is None else residual_blocks.find_shortcuts(model)
@@ -204,10 +205,11 @@ class _Planner:
             rule: Rule whose quantizer is wanted there; None to record no wish.
 
         Yields:
-            (reading node, tensor, None), or (node, tensor, ReLU layer).
+            (reading node, tensor, ReLU layer that makes it). Without a ReLU: (reading
+            node, tensor, None).
         """
         place = node, tensor
-        # Each place once: paths fork and join.
+        # Paths fork and join, but each place is needed once.
         waiting, seen = [place], set()
         while waiting:
             node, tensor = waiting.pop()
@@ -229,10 +231,10 @@ class _Planner:
     def _plan_shortcuts(self, shortcuts, bits, eligible) -> None:
         """Gives shortcuts their own bits.
 
-        Of the quantizers wanted for one ReLU, the finest replaces it. The coarser ones
-        stand behind it, each in front of its readers. So the coarse values are a
-        function of the fine ones, as in an integer network, where a layer has one
-        output tensor.
+        If several quantizers are wanted for one ReLU, the finest replaces the ReLU. The
+        coarser ones are placed behind it, each in front of its readers. So they round
+        the fine values again, as in an integer network, where a layer has one output
+        tensor.
         """
         for shortcut in shortcuts:
             if shortcut.layer is None:
@@ -248,8 +250,8 @@ class _Planner:
                 self.plan.shortcuts.add(layer.name)
             if rule.activation_bits is None:
                 continue
-            for node, tensor, relu in list(
-                self._sources(shortcut.node, shortcut.tensor, None)
+            for node, tensor, relu in self._sources(
+                shortcut.node, shortcut.tensor, None
             ):
                 if relu is None:
                     self._insert(node, tensor, rule)
@@ -264,17 +266,17 @@ class _Planner:
             )
 
     def _plan_identity(self, shortcut, bits) -> None:
-        for _, _, relu in list(self._sources(shortcut.node, shortcut.tensor, None)):
-            wishes = self._wishes.get(relu.name, {}) if relu is not None else {}
-            for _, _, rule in list(wishes.values())[:1]:
+        for _, _, relu in self._sources(shortcut.node, shortcut.tensor, None):
+            if relu is not None and relu.name in self._wishes:
+                _, _, rule = next(iter(self._wishes[relu.name].values()))
                 self._split_relu(shortcut, relu, _at_bits(rule, bits))
 
     def _split_relu(self, shortcut, relu, rule) -> None:
-        """Lets a shortcut read a ReLU at its own bits."""
+        """Makes a shortcut read a ReLU at the shortcut's own bits."""
         if relu.name in self._named_activations:
             self.plan.notes.append(
-                f"a rule that names activation {relu.name} sets what the shortcut "
-                "reads there: leave the activation out of the rule"
+                f"a rule that names activation {relu.name} sets the bits that the "
+                "shortcut reads: leave the activation out of the rule"
             )
             return
         wanted = _relu_quantizer(rule)
@@ -286,14 +288,19 @@ class _Planner:
                 self._stand_behind(node, tensor, _relu_quantizer(other), wanted)
         elif present.bits > wanted.bits:
             name = self._stand_behind(shortcut.node, shortcut.tensor, wanted, present)
-            self.plan.shortcuts |= {name} - {""}
+            if name is not None:
+                self.plan.shortcuts.add(name)
         else:
             self.plan.shortcuts.add(relu.name)
 
-    def _stand_behind(self, node, tensor, quantizer, in_front) -> str:
-        """Puts an unsigned quantizer behind a finer one; returns its name, or ""."""
+    def _stand_behind(self, node, tensor, quantizer, in_front) -> str | None:
+        """Puts an unsigned quantizer behind a finer one.
+
+        Returns:
+            Name of the new layer; None if the tensor is not quantized again.
+        """
         if quantizer.bits >= in_front.bits:
-            return ""
+            return None
         if not nonnegative.is_nonnegative(tensor):
             source = tensor._keras_history.layer.name
             self.plan.notes.append(
@@ -301,13 +308,10 @@ class _Planner:
                 f"{quantizer.bits}: {source} joins a shortcut's ReLU with a tensor "
                 "that may be negative"
             )
-            return ""
-        key = (id(tensor), repr(quantizer))
-        if key not in self._inserted:
-            name = self._name_behind(tensor, "quantizer")
-            self._inserted[key] = Insertion(name, quantizer)
-        self.plan.insertions[id(node), id(tensor)] = self._inserted[key]
-        return self._inserted[key].name
+            return None
+        insertion = self._shared_insertion(tensor, quantizer)
+        self.plan.insertions[id(node), id(tensor)] = insertion
+        return insertion.name
 
     def _find_behind_relus(self) -> set[int]:
         """Returns the ids of the nodes that pass on the grid of a ReLU."""
@@ -339,14 +343,10 @@ class _Planner:
         )
 
     def _insert(self, node, tensor, rule) -> None:
-        """Inserts a quantizer, shared by all equal readers of a tensor."""
+        """Inserts a quantizer between a tensor and the node that reads it."""
         quantizer = _inserted_quantizer(rule, not nonnegative.is_nonnegative(tensor))
-        key = (id(tensor), repr(quantizer))
-        if key not in self._inserted:
-            name = self._name_behind(tensor, "quantizer")
-            self._inserted[key] = Insertion(name, quantizer)
+        wanted = self._shared_insertion(tensor, quantizer)
         place = id(node), id(tensor)
-        wanted = self._inserted[key]
         present = self.plan.insertions.setdefault(place, wanted)
         if present.quantizer == wanted.quantizer:
             return
@@ -358,6 +358,14 @@ class _Planner:
             f"layers of different precision: of {present.quantizer!r} and "
             f"{wanted.quantizer!r}, {kept.quantizer!r} is used"
         )
+
+    def _shared_insertion(self, tensor, quantizer) -> Insertion:
+        """Returns one insertion for all equal quantizers of a tensor."""
+        key = (id(tensor), repr(quantizer))
+        if key not in self._inserted:
+            name = self._name_behind(tensor, "quantizer")
+            self._inserted[key] = Insertion(name, quantizer)
+        return self._inserted[key]
 
     def _plan_residuals(self, bits) -> None:
         quantizer = quantizers.ResidualQuantizer(bits)
@@ -384,9 +392,9 @@ def edge_layers(
 ) -> tuple[set[str], set[str]]:
     """Returns the names of the first and of the last weight layers.
 
-    The first have no weight layer before them on any path, the last none after them. A
-    chain has one of each, a branched model may have several. For a quantized model,
-    `kernels` must look into the wrappers.
+    A first layer has no weight layer before it on any path; a last layer has none after
+    it. A chain has one of each, a branched model may have several. For a quantized
+    model, `kernels` must look into the wrappers.
     """
     # Tensor -> the nearest weight layers before it.
     before: dict[int, set[str]] = {}
@@ -410,7 +418,7 @@ def _weight_quantizer(rule, kernel):
     if "channel_axes" in quantizer.get_config():
         arguments["channel_axes"] = kernel.channel_axes
     if rule.weight_quantizer == "lsq" and rule.weight_bits == grid.MAX_BITS:
-        arguments["narrow_range"] = True  # int8 weights of a file have no -128.
+        arguments["narrow_range"] = True  # TFLite's int8 weights exclude -128.
     return quantizers.get(quantizer, quantizers.WEIGHT, **arguments)
 
 
@@ -425,9 +433,9 @@ def _relu_quantizer(rule):
 def _at_bits(rule, bits: int):
     """Changes a shortcut's rule to other bits, and to quantizers that support them.
 
-    The normalization in front fits DoReFa's clip of 1 only for the coarser quantizer
-    that shares it. DoReFa's 8-bit weights are not 8-bit integers. So uniform quantizers
-    replace both.
+    Uniform quantizers replace DoReFa's. For activations, because calibration scales the
+    normalization in front to DoReFa's clip of 1 for the coarser quantizer only. For
+    weights, because the codes of 8-bit DoReFa weights do not fit int8.
     """
     wanted: dict[str, Any] = {
         name: bits
@@ -444,7 +452,7 @@ def _at_bits(rule, bits: int):
 
 
 def _inserted_quantizer(rule, signed: bool):
-    """Returns the quantizer for a tensor that no ReLU puts out."""
+    """Returns the quantizer for a tensor that is not the output of a ReLU."""
     given = quantizers.get(rule.activation_quantizer, quantizers.ACTIVATION)
     learned = isinstance(given, quantizers.LSQActivationQuantizer)
     return quantizers.get(

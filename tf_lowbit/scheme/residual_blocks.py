@@ -1,4 +1,4 @@
-"""Residual blocks: which tensors are rounded to 8 bits, and what is a shortcut.
+"""Residual blocks: finds the tensors that are rounded to 8 bits, and the shortcuts.
 
 An int8 network holds the inputs and outputs of an Add in int8. In training, quantizers
 on these tensors round the same way, so that training sees the rounding.
@@ -48,8 +48,8 @@ class Shortcut(NamedTuple):
     """The short branch of a residual block.
 
     Attributes:
-        node: Call that reads the block's input: of the shortcut's weight layer, or of
-            the sum for an identity shortcut.
+        node: Call of the shortcut's weight layer, or of the sum for an identity
+            shortcut. It reads the block's input.
         tensor: Tensor that it reads.
         layer: Name of the weight layer; None for the identity.
     """
@@ -62,9 +62,8 @@ class Shortcut(NamedTuple):
 def find_shortcuts(model: keras.Model) -> list[Shortcut]:
     """Finds the shortcuts of a float network's residual blocks, in the graph's order.
 
-    A block ends in a sum of tensors with a common origin. Its shortcuts are the
-    branches from origin to sum with at most one weight layer, where another branch has
-    more.
+    A block ends in a sum of tensors with a common origin. A branch from origin to sum
+    is a shortcut if it has at most one weight layer and another branch has more.
 
     Args:
         model: Functional model.
@@ -123,12 +122,12 @@ def find_residual_tensors(
     """
     readers = graph.readers(model)
     outputs = {id(tensor) for tensor in model.outputs}
-    found: dict[int, object] = {}
+    found: list = []
     on_grid: set[int] = set()
     reached: set[int] = set()  # Outputs of quantized weight layers, passed on.
 
     def quantize(tensor):
-        found[id(tensor)] = tensor
+        found.append(tensor)
         on_grid.add(id(tensor))
 
     for node in graph.calls(model):
@@ -153,4 +152,4 @@ def find_residual_tensors(
             (reader,) = read_by if len(read_by) == 1 else (None,)
             if id(output) in outputs or reader not in activations:
                 quantize(output)
-    return list(found.values())
+    return found

@@ -1,4 +1,4 @@
-"""Which layer gets which precision: frozen rules, the first match wins."""
+"""Rules that set the precision of layers. The first rule that matches applies."""
 
 import dataclasses
 import re
@@ -28,10 +28,12 @@ class PrecisionRule:
         pattern: Regular expression that must match the whole layer name.
         weight_bits: 1 to 8; 16 or 32 for a quantizer that does not round; None for full
             precision.
-        activation_bits: Likewise. None leaves the layer's input unchanged.
+        activation_bits: Bits of the tensor that the layer reads, as `weight_bits`. None
+            leaves it unchanged.
         weight_quantizer: A name (`quantizers.names("weight")`), a quantizer, or its
             dict from `quantizers.serialize`. The rule's bits replace its own.
-        activation_quantizer: Likewise ("dorefa", "lsq", "pact", "uniform").
+        activation_quantizer: As `weight_quantizer` ("dorefa", "lsq", "pact",
+            "uniform").
         layer_type: Class name that the layer must have, such as "Conv2D"; None for any.
         edges: Whether the rule reaches the first and the last weight layer; None means
             yes, unless the pattern is `.*`.
@@ -75,8 +77,8 @@ class PrecisionRule:
         activation = quantizers.get(self.activation_quantizer, quantizers.ACTIVATION)
         if not activation.replaces_relu:
             raise ValueError(
-                "activation_quantizer must be unsigned: it takes a ReLU's place, and "
-                "where there is no ReLU another one is inserted. "
+                "activation_quantizer must be unsigned, because it replaces a ReLU. A "
+                "tensor without a ReLU gets another quantizer by itself. "
                 f"Received: activation_quantizer={activation!r}"
             )
 
@@ -100,10 +102,10 @@ class PrecisionRule:
 def with_parts(
     rule: PrecisionRule, split: Mapping[keras.layers.Layer, Sequence[str]]
 ) -> PrecisionRule:
-    """Returns a rule that also reaches what the layers that it matches were split into.
+    """Returns a rule that also matches the parts of layers that were split.
 
     Args:
-        rule: The rule.
+        rule: Rule that may match the layers before the split.
         split: Each layer that was split -> names of its parts.
     """
     names = [
@@ -113,7 +115,7 @@ def with_parts(
         names = [name for name in names if not re.fullmatch(rule.pattern, name)]
     if not names:
         return rule
-    # By the type of the layer that was split, the rule reaches no other layer.
+    # A rule with a type matched only layers of that type, and these were all split.
     own = [rule.pattern] if rule.layer_type is None else []
     return dataclasses.replace(
         rule,

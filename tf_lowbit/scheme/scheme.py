@@ -13,24 +13,24 @@ from tf_lowbit.scheme.rules import PrecisionRule, as_rules
 class LowBitScheme(tfmot.quantization.keras.QuantizeScheme):
     """Low-bitwidth quantization by a list of rules.
 
-    `tf_lowbit.quantize` uses it. The same with TF-MOT's own calls:
+    `tf_lowbit.quantize` uses it. TF-MOT's own calls do the same:
 
         annotated = tfmot.quantization.keras.quantize_annotate_model(model)
         quantized = tfmot.quantization.keras.quantize_apply(
             annotated, scheme=tf_lowbit.LowBitScheme(rules))
         tf_lowbit.inspection.initialize_weight_ranges(quantized)
 
-    Without the last line the learned steps of weights are 1. Separable convolutions are
-    not split here.
+    Without the last line, the learned steps of weights stay at 1. Separable
+    convolutions are not split here.
 
     Args:
-        rules: `PrecisionRule`s, the first match wins; None for W2A2.
+        rules: `PrecisionRule`s, of which the first match applies; None for W2A2.
         strict: Whether an unused rule or a layer that cannot be quantized raises an
             error instead of a `QuantizationWarning`.
         residual_bits: 8 for quantizers on residual Adds (`scheme.residual_blocks`), or
             None for none.
         shortcut_bits: 1 to 8 for the shortcuts of residual blocks
-            (`scheme.residual_blocks`), or None for the bits of the rules.
+            (`scheme.residual_blocks`), or None for the rules' bits.
 
     Raises:
         ValueError: If `rules` is not a list of rules, `residual_bits` is neither 8 nor

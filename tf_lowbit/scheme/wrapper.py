@@ -1,4 +1,4 @@
-"""TF-MOT's wrapper that respects `trainable = False` and reloads from `.keras`."""
+"""A wrapper for TF-MOT that respects `trainable = False` and `.keras` files."""
 
 from typing import Any
 
@@ -8,11 +8,12 @@ from tf_lowbit.network import graph
 
 @keras.utils.register_keras_serializable(package="tf_lowbit")
 class LowBitWrapper(tfmot.quantization.keras.QuantizeWrapperV2):
-    """A wrapper that freezes, and reloads from `.keras` files, as its layer would.
+    """A wrapper that can be frozen and loaded like the layer inside it.
 
-    TF-MOT's wrapper lists latent weights and learned steps as trainable even if frozen.
-    When a `.keras` file is read, its layer is built before the wrapper, and the weights
-    get another order. This one saves and reads weights by name.
+    TF-MOT's wrapper lists latent weights and learned steps as trainable even if the
+    layer is frozen. When it is loaded from a `.keras` file, the layer is built before
+    the wrapper, so that the weights change their order. This one saves and loads
+    weights by name.
     """
 
     trainable: bool
@@ -28,19 +29,19 @@ class LowBitWrapper(tfmot.quantization.keras.QuantizeWrapperV2):
         self._activity_regularizer = getattr(layer, "activity_regularizer", None)
 
     def add_weight(self, *args: Any, **kwargs: Any) -> tf.Variable:
-        """As Keras's; non-trainable weights are the same on every replica."""
+        """Adds a weight; a non-trainable one is the same on every replica."""
         if kwargs.get("trainable") is False:
             same = tf.VariableAggregation.ONLY_FIRST_REPLICA
             kwargs.setdefault("aggregation", same)
         return super().add_weight(*args, **kwargs)
 
     def build(self, input_shape: Any) -> None:
-        """Builds unfrozen: the order of the weights must not depend on the flag."""
+        """Builds as if trainable: the flag must not change the weights' order."""
         trainable, self.trainable = self.trainable, True
         super().build(input_shape)
         self.trainable = trainable
-        # With an input_spec, a SavedModel would trace the layer without this wrapper,
-        # and so without its quantized weights.
+        # With an input_spec, SavedModel traces the layer without this wrapper, and so
+        # without quantized weights.
         self.layer.input_spec = None
 
     def compute_output_shape(self, input_shape: Any) -> Any:
@@ -61,7 +62,7 @@ class LowBitWrapper(tfmot.quantization.keras.QuantizeWrapperV2):
         return self._dedup_weights(super().trainable_weights + state)
 
     def get_config(self) -> dict[str, Any]:
-        """As TF-MOT's, without the shape that the wrapped layer was built for."""
+        """Returns TF-MOT's config without the wrapped layer's `build_config`."""
         config = super().get_config()
         # The wrapper must build the layer, or its weights get other names and places.
         config["layer"].pop("build_config", None)
@@ -77,7 +78,7 @@ class LowBitWrapper(tfmot.quantization.keras.QuantizeWrapperV2):
             store[name] = weight.numpy()
 
     def load_own_variables(self, store: Any) -> None:
-        """Reads what `save_own_variables` wrote, or Keras's numbered weights.
+        """Reads weights that `save_own_variables` wrote, or numbered ones from Keras.
 
         Raises:
             ValueError: If the file's weights are not those of this layer.
@@ -98,7 +99,7 @@ class LowBitWrapper(tfmot.quantization.keras.QuantizeWrapperV2):
             weight.assign(store[name])
 
     def _named_weights(self) -> dict:
-        """The weights by the last part of their name, numbered if it is taken."""
+        """Returns weights by the last part of their names, numbered if it is taken."""
         taken: set[str] = set()
         return {
             graph.free_name(self._weight_name(weight.name), taken): weight
