@@ -1,4 +1,4 @@
-"""Argument checks: what an integer, a number or a choice must be is defined here only.
+"""Argument checks. Only this module defines what an integer, number or choice is.
 
 Each function returns `value`, so that a constructor checks and stores it in one line,
 or raises ValueError. The message names the argument by `name`, and states the

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-# A ZIP may unpack to this many times its size, or at least to this many bytes.
+# A ZIP may unpack to so many times its size, and in any case to so many bytes.
 _MOST_TIMES = 200
 _ALWAYS_FINE = 2**26
 
@@ -18,9 +18,9 @@ _ALWAYS_FINE = 2**26
 def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path; its file replaces `path` at the end of the context.
 
-    The temporary file has the same name, in a new private folder beside `path`, so that
-    other writers of `path`, and links placed there, cannot interfere. At the end the
-    content is flushed to disk and renamed. Of several writers, the last wins.
+    The temporary file has the same name, but is in a new private folder beside `path`,
+    so that other writers of `path`, and links, cannot interfere. At the end the content
+    is flushed to disk and renamed. Of several writers, the last wins.
 
     Args:
         path: Destination. An existing file stays until the new one is complete.

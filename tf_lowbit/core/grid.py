@@ -17,8 +17,9 @@ with `n = 2^k - 1`. At k = 1 the signed grid is {-1, +1}, since {-1, 0} and {0} 
 useless. 16 and 32 bits mean "not rounded". They are computed as 24 bits, the resolution
 of float32, so that one formula serves every k.
 
-`bits` is a Python int or a scalar int32 tensor. Assigning a variable that holds it
-changes the grid without a retrace. Rounding is half to even. NaN stays NaN.
+`bits` is a Python int or a scalar int32 tensor. If it is read from a variable,
+assigning the variable changes the grid without a retrace. Rounding is half to even. NaN
+stays NaN.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Progress bars for what may take its time, on a terminal or in a notebook."""
+"""Progress bars for long work, on a terminal or in a notebook."""
 
 import contextlib
 import time
@@ -9,26 +9,26 @@ import rich.progress
 
 from tf_lowbit.core import checks
 
-# Seconds after which a bar is worth its place on the screen.
+# Seconds before a bar appears.
 _DELAY = 2.0
 
 
 @contextlib.contextmanager
 def bar(description: str, verbose: int = 1) -> Iterator[Callable[[int, int], None]]:
-    """Shows a progress bar on the standard error, if the work takes long.
+    """Shows a progress bar on the standard error if the work takes long.
 
-    It comes after two seconds, on a terminal or in a notebook alone, and goes when the
-    work is done.
+    The bar appears after two seconds, only on a terminal or in a notebook, and
+    disappears when the work is done.
 
     Args:
-        description: what is being done.
+        description: Text in front of the bar.
         verbose: 0 shows nothing.
 
     Yields:
         A function (done, total) that moves the bar.
 
     Raises:
-        ValueError: if `verbose` is none of 0, 1, False and True.
+        ValueError: If `verbose` is none of 0, 1, False and True.
     """
     checks.choice("verbose", verbose, (0, 1, False, True))
     console = rich.console.Console(stderr=True)
@@ -51,11 +51,11 @@ def bar(description: str, verbose: int = 1) -> Iterator[Callable[[int, int], Non
 
 
 class Tracked(list):
-    """A list that moves a progress bar whenever somebody goes through it.
+    """A list that moves a progress bar when it is iterated.
 
     Args:
-        items: what is in it.
-        update: function (done, total), as `bar` yields it.
+        items: The items of the list.
+        update: Function (done, total) from `bar`.
     """
 
     def __init__(self, items: Iterable, update: Callable[[int, int], None]):

@@ -1,4 +1,4 @@
-"""Ratios of steps at which an int8 Add never has to round an exact half.
+"""Ratios of steps with which an int8 Add never rounds an exact half.
 
 TFLite's int8 Add computes `round(a s_a / s_out + b s_b / s_out)` from the codes `a` and
 `b`. Its kernels differ in how they round halves. If `s_a / s_out` and `s_b / s_out` are
@@ -27,7 +27,7 @@ RATIOS = tuple(
 def nearest_ratio(value: float) -> fractions.Fraction:
     """Returns the ratio in `RATIOS` nearest to a positive value on a logarithmic scale.
 
-    If two are equally near, the smaller one.
+    Of two that are equally near, it returns the smaller one.
 
     >>> nearest_ratio(0.7)
     Fraction(9, 13)
@@ -42,8 +42,9 @@ def nearest_ratio(value: float) -> fractions.Fraction:
 def at_least_ratio(value: float) -> fractions.Fraction:
     """Returns the smallest ratio in `RATIOS` that is not below a positive value.
 
-    A step that is multiplied by it, in place of `value`, clips nothing more. A float
-    equal to a ratio counts as that ratio. 15, the largest, if all are smaller.
+    A step that is multiplied by this ratio instead of by `value` clips no more. A float
+    equal to a ratio counts as that ratio. If all ratios are smaller, the result is 15,
+    the largest.
 
     >>> at_least_ratio(0.7)
     Fraction(5, 7)

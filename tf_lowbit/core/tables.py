@@ -1,4 +1,4 @@
-"""What rich shows on a terminal, as text and for notebooks."""
+"""Renders rich tables as plain text and as HTML for notebooks."""
 
 import io
 import textwrap
@@ -12,14 +12,14 @@ _HTML = '<pre style="line-height: 1.25; overflow-x: auto">{code}</pre>'
 
 
 def as_text(shown: RenderableType, width: int = _WIDEST) -> str:
-    """What rich shows, without colours.
+    """Renders as plain text without colours.
 
     Args:
-        shown: a `rich` table or another renderable.
-        width: characters in a line.
+        shown: A `rich` table or another renderable.
+        width: Characters in a line.
 
     Returns:
-        The lines, without spaces at their ends or in front of all of them.
+        The lines, without spaces at their ends and without a common indent.
     """
     stream = io.StringIO()
     console = rich.console.Console(file=stream, width=width, color_system=None)
@@ -29,15 +29,15 @@ def as_text(shown: RenderableType, width: int = _WIDEST) -> str:
 
 
 def as_html(shown: RenderableType, width: int = _WIDEST) -> str:
-    """What rich shows, for the `_repr_html_` of a notebook.
+    """Renders as HTML, for the `_repr_html_` of a notebook.
 
     Args:
-        shown: a `rich` table or another renderable.
-        width: characters in a line.
+        shown: A `rich` table or another renderable.
+        width: Characters in a line.
 
     Returns:
-        One `<pre>` element, in which text is no markup. It has the page's colours, so
-        that it is read on light and dark ground alike.
+        One `<pre>` element with escaped text. It takes its colours from the page, so
+        that it is readable on light and dark backgrounds.
     """
     console = rich.console.Console(
         file=io.StringIO(), width=width, record=True, force_jupyter=False

@@ -1,7 +1,7 @@
 """TF-MOT quantizers for 1 to 8 bits: one module per paper, and `residual` for Adds.
 
-Quantizers hold configuration; the layers hold the variables. `get` finds a quantizer by
-name.
+A quantizer holds configuration; its layer holds the variables. `get` finds a quantizer
+by name.
 """
 
 from tf_lowbit.quantizers.base import (

@@ -13,13 +13,13 @@ from tf_lowbit.quantizers import sampling
 # The smallest learned step or clip. A step of zero would divide by zero, and a negative
 # one would flip the grid (a known LSQ failure).
 SMALLEST_RANGE = 1e-6
-# Below it all weights count as equal: a standard deviation of 1e-8.
+# Weights of less variance, a standard deviation of 1e-8, count as equal.
 _LEAST_VARIANCE = 1e-16
 WEIGHT = "weight"
 ACTIVATION = "activation"
-# Values of the variable `calibrated`; it is 0 before `calibrate`. The second value also
-# means that the data held nothing below zero. One variable holds both facts, since
-# saved files know no other.
+# Values of the variable `calibrated`, which is 0 before `calibrate`. The second value
+# also means that the data held nothing below zero. Saved files have only this variable,
+# so it holds both facts.
 _CALIBRATED, _CALIBRATED_UNSIGNED = 1, 2
 
 
@@ -35,16 +35,17 @@ class KeptPositive(keras.constraints.Constraint):
 class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
     """A TF-MOT `Quantizer` whose bit-width is a variable.
 
-    The object holds configuration; the layer holds the variables. `build` returns them
-    as a dict, which the other methods take as `variables` (TF-MOT: `weights`): `bits`
-    (scalar int32), and what a subclass adds in `build_range`. Assigning
-    `variables["bits"]` changes the next step and never retraces. `assign_bits` also
-    adapts the range.
+    The quantizer holds configuration; its layer holds the variables. `build` returns
+    the variables as a dict: `bits` (scalar int32), and what a subclass adds in
+    `build_range`. The other methods take this dict as `variables` (TF-MOT: `weights`).
+    Assigning `variables["bits"]` takes effect at the next step and never retraces.
+    `assign_bits` also adapts the range.
 
-    Arithmetic is float32 for inputs of any floating dtype; the result has their dtype.
+    Inputs may have any floating dtype. Arithmetic is in float32, and the result has the
+    dtype of the inputs.
 
     Attributes:
-        bits: Bit-width that the quantizer is made for and starts with.
+        bits: Bit-width of the quantizer's rule, and at the start.
         signed: Whether codes below zero exist.
         narrow_range: Whether the lowest signed code is left out.
         per_axis: Whether each output channel has its own step.
@@ -70,7 +71,7 @@ class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
         self.build_range(tensor_shape, name, layer, variables)
         return variables
 
-    # Nothing below needs AutoGraph, which would only slow tracing down.
+    # AutoGraph is not needed and would slow down tracing.
     @tf.autograph.experimental.do_not_convert
     def __call__(
         self,
@@ -81,8 +82,8 @@ class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
     ) -> tf.Tensor:
         """Quantizes `inputs`, in training and inference alike.
 
-        Within `sampling.sampled`, a quantizer that is drawn unquantized keeps its range
-        and does not round; with raw weights, weights pass unchanged. Within
+        Within `sampling.sampled`, a quantizer that is drawn as unquantized keeps its
+        range and does not round; with raw weights, it does not change weights. Within
         `sampling.opened` it neither rounds nor clips.
         """
         del training, kwargs
@@ -95,7 +96,7 @@ class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
         is_quantized = sampling.drawn(weights)
         if is_quantized is not None:
             weights = sampling.with_rounding_bits(weights, is_quantized)
-        outputs = self._quantize_at_present(values, weights)
+        outputs = self._quantize(values, weights)
         if (
             is_quantized is not None
             and self.role == WEIGHT
@@ -104,7 +105,7 @@ class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
             outputs = tf.where(is_quantized, outputs, values)
         return tf.cast(outputs, inputs.dtype)
 
-    def _quantize_at_present(self, values, weights):
+    def _quantize(self, values, weights):
         return self.quantize(values, weights)
 
     @abc.abstractmethod
@@ -115,7 +116,7 @@ class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
 
         Args:
             inputs: Float32 tensor.
-            variables: The quantizer's variables, for one call also `rounding_bits`.
+            variables: The quantizer's variables; in some calls also `rounding_bits`.
 
         Returns:
             Float32 tensor of the same shape.
@@ -148,8 +149,8 @@ class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
     def level_codes(self, bits: int) -> range:
         """Returns a range that holds every code of the grid at `bits` in [1, 8].
 
-        Its step is 1; for odd codes from -n to n it is 2. It may hold codes that are no
-        levels, for example where the levels are powers of two.
+        Its step is 1; for odd codes from -n to n it is 2. It may hold codes that are
+        not levels, for example if the levels are powers of two.
         """
         return grid.level_codes(
             bits, signed=self.signed, narrow_range=self.narrow_range
@@ -162,7 +163,7 @@ class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
     def exact(self, inputs: tf.Tensor, variables: dict[str, tf.Variable]) -> tf.Tensor:
         """Returns the values that the grid approximates: float32, shape of `inputs`.
 
-        They are the float32 inputs, or their ReLU where the quantizer replaces it.
+        They are the float32 inputs, or their ReLU if the quantizer replaces a ReLU.
         """
         del variables
         return inputs if self.signed else tf.nn.relu(inputs)
@@ -194,8 +195,8 @@ class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
     def rounding_bits(variables: dict[str, tf.Variable]) -> tf.Tensor:
         """Returns the bits to round to: `bits`, or "not rounded" within the same range.
 
-        `quantize` must round by them and not by `variables["bits"]`: in the steps that
-        draw the quantizer unquantized, stochastic precision sets "not rounded".
+        `quantize` must round by them and not by `variables["bits"]`: stochastic
+        precision sets "not rounded" in steps that draw the quantizer as unquantized.
         """
         return tf.convert_to_tensor(variables.get("rounding_bits", variables["bits"]))
 
@@ -244,7 +245,7 @@ class ActivationQuantizer(LowBitQuantizer):
     """A quantizer of activations.
 
     Attributes:
-        replaces_relu: Whether it is unsigned, and so is a quantized ReLU by itself.
+        replaces_relu: Whether it clips at zero, and so replaces a ReLU.
         has_fixed_clip: Whether the method fixes the range. Then the class has `misfit`.
     """
 
@@ -255,7 +256,7 @@ class ActivationQuantizer(LowBitQuantizer):
     def unsigned(self) -> "ActivationQuantizer | None":
         """Returns the same quantizer without codes below zero, on the same variables.
 
-        None where it is unsigned already or its constructor has no argument `signed`.
+        None if it is unsigned already or its constructor has no argument `signed`.
         """
         config = self.get_config()
         if not config.get("signed"):
@@ -265,7 +266,7 @@ class ActivationQuantizer(LowBitQuantizer):
     def present(self, variables: dict) -> "ActivationQuantizer":
         """Returns the quantizer in use: this, or `unsigned()` if data had no negatives.
 
-        Not within `tf.function`: it reads the value of `calibrated`, which may change.
+        Do not call it within `tf.function`: it reads the value of a variable.
         """
         unsigned = self.unsigned()
         if unsigned is None or not self._can_lose_sign(variables):
@@ -300,10 +301,10 @@ class ActivationQuantizer(LowBitQuantizer):
     def _can_lose_sign(self, variables):
         return "calibrated" in variables and self.unsigned() is not None
 
-    def _quantize_at_present(self, values, weights):
+    def _quantize(self, values, weights):
         if not self._can_lose_sign(weights):
             return self.quantize(values, weights)
-        # A variable decides, so that checkpoints hold it and no retrace is needed.
+        # A variable decides, so checkpoints hold the sign and no retrace is needed.
         # Both branches are computed: replicas get no gradients through a conditional.
         return tf.where(
             weights["calibrated"] == _CALIBRATED_UNSIGNED,
@@ -313,13 +314,13 @@ class ActivationQuantizer(LowBitQuantizer):
 
     @property
     def replaces_relu(self) -> bool:
-        """Whether the quantizer clips at zero, and so replaces a ReLU."""
+        """Whether it clips at zero, and so replaces a ReLU."""
         return not self.signed
 
     def calibrate(
         self, samples: Sequence[np.ndarray], variables: dict[str, tf.Variable]
     ) -> None:
-        """Sets the range from data. Does nothing where the method fixes it.
+        """Sets the range from data. Does nothing if the method fixes the range.
 
         Args:
             samples: List of float32 NumPy arrays, one per batch: the quantizer's
@@ -332,8 +333,8 @@ class WeightQuantizer(LowBitQuantizer):
     """A quantizer of weights.
 
     Attributes:
-        standardize: Whether weights are standardized before they are rounded
-            (`prepared`). The next normalization must absorb the scale.
+        standardize: Whether weights are standardized before rounding (`prepared`). Then
+            the layer needs a normalization behind it, to absorb the scale.
     """
 
     role = WEIGHT
@@ -365,8 +366,8 @@ class WeightQuantizer(LowBitQuantizer):
 
         Args:
             codes: Integers of any dtype.
-            weights: The present latent weights, in the shape of `codes`. They give
-                what depends on the whole tensor, such as the step.
+            weights: The current latent weights, in the shape of `codes`. The step and
+                other statistics are computed from them.
             variables: The quantizer's variables, at 1 to 8 bits.
 
         Returns:
@@ -388,7 +389,7 @@ class WeightQuantizer(LowBitQuantizer):
     def initialize(
         self, weights: tf.Variable, variables: dict[str, tf.Variable]
     ) -> None:
-        """Sets the range from the latent weights. Does nothing where there is none."""
+        """Sets the range from the latent weights. Does nothing without a range."""
 
 
 def channel_shape(
@@ -415,7 +416,7 @@ def scaled_gradient(value: tf.Tensor, factor: float) -> tf.Tensor:
 
 
 def _moments(weights) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns mean and biased variance of a whole tensor; the latter is not zero."""
+    """Returns mean and biased variance of a whole tensor; the variance is not zero."""
     mean, variance = tf.nn.moments(weights, list(range(weights.shape.rank)))
     return mean, tf.maximum(variance, _LEAST_VARIANCE)
 
@@ -423,9 +424,8 @@ def _moments(weights) -> tuple[tf.Tensor, tf.Tensor]:
 def _list_layer_weights_first(wrapper) -> None:
     """Lists the wrapped layer's weights before the quantizer's own.
 
-    TF-MOT's wrapper lists the weights of a built layer before the quantizer's, but
-    those of a new layer after them. A reload by order (h5) would then meet another
-    order.
+    TF-MOT's wrapper lists the weights of a built layer before the quantizer's, and
+    those of a new layer after them. Loading by order (h5) needs one order.
     """
     listed = {id(weight) for weight in wrapper._trainable_weights}
     for weight in getattr(getattr(wrapper, "layer", None), "trainable_weights", ()):

@@ -1,4 +1,4 @@
-"""DoReFa quantizers, the ones that arXiv:1908.04680 trains.
+"""DoReFa quantizers, which arXiv:1908.04680 uses.
 
 Zhou et al., DoReFa-Net, arXiv:1606.06160, in the form of the code released with
 "Effective Training of CNNs with Low-bitwidth Weights and Activations".
@@ -25,7 +25,8 @@ class DoReFaWeightQuantizer(WeightQuantizer):
 
     Args:
         bits: 1 to 8, or 16 or 32 for `2u - 1` without rounding.
-        max_gradient: False leaves the maximum out of the gradient (an ablation).
+        max_gradient: False treats the maximum as a constant in the gradient (an
+            ablation).
         standardize: Standardizes weights first: `(w - mean) / std` (`prepared`).
     """
 
@@ -70,7 +71,7 @@ class DoReFaWeightQuantizer(WeightQuantizer):
         largest = tf.reduce_max(tf.abs(self.prepared(weights)))
         share = tf.cast(codes, tf.float32) * self.step(weights, variables)
         values = tf.where(
-            # Not computed: rounding would move the maximum a little each time.
+            # The maximum is not recomputed, because rounding would move it each time.
             tf.abs(share) >= 1.0,
             tf.sign(share) * largest,
             tf.atanh(share * tf.tanh(largest)),
@@ -123,7 +124,10 @@ class DoReFaActivationQuantizer(ActivationQuantizer):
         return grid.unsigned_step(self.clip, variables["bits"])
 
     def misfit(self, samples: Sequence[np.ndarray]) -> float:
-        """The clip of least squared error at `self.bits`, divided by the fixed clip."""
+        """Returns the clip of least squared error at `self.bits` over the fixed clip.
+
+        `samples` is as in `calibrate`.
+        """
         clip = ranges.least_error_clip(samples, self.bits, signed=False)
         return clip / self.clip
 

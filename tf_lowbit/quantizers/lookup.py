@@ -75,8 +75,8 @@ def get(
     """Returns a quantizer from a name, a quantizer or a dict.
 
     Args:
-        identifier: A name, the dict of `serialize`, or a quantizer. A quantizer is
-            returned itself, or as a copy with `arguments` replaced.
+        identifier: A name, the result of `serialize`, or a quantizer. A quantizer is
+            returned as it is, or as a copy with `arguments` replaced.
         role: "weight" or "activation".
         **arguments: Arguments of the constructor.
 
@@ -123,7 +123,7 @@ def deserialize(data: dict) -> LowBitQuantizer:
     """Makes a quantizer from data.
 
     Args:
-        data: What `serialize` returned.
+        data: Result of `serialize`.
 
     Returns:
         A quantizer equal to the original.
@@ -138,8 +138,9 @@ def deserialize(data: dict) -> LowBitQuantizer:
         )
     except (ValueError, TypeError) as error:
         raise ValueError(
-            "data must be what `serialize` returned, of a class that is registered: "
-            f"{error}. {checks.received('data', data)}"
+            "data must be the result of `serialize`, and its class registered with "
+            f"keras.utils.register_keras_serializable ({error}). "
+            f"{checks.received('data', data)}"
         ) from error
 
 

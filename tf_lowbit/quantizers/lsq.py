@@ -25,7 +25,7 @@ INITIALIZATIONS = (LEAST_ERROR, PAPER)
 
 
 def _highest_code(bits, signed: bool):
-    """Returns Q_P, the highest code; "not rounded" has that of 8 bits."""
+    """Returns Q_P, the highest code; for "not rounded" that of 8 bits."""
     if signed:
         return grid.signed_limits(bits, narrow_range=False)[1]
     return grid.unsigned_limit(tf.minimum(bits, grid.MAX_BITS))
@@ -38,10 +38,10 @@ class _LearnedStep:
     initialization: str
 
     def assign_bits(self, variables, bits):
-        """Sets the bits and rescales the step to them.
+        """Sets the bits and rescales the step.
 
-        The factor is the ratio of the first steps, at the new and at the old bits, of
-        normally distributed values (or of their ReLU). `initialize` and `calibrate`
+        The factor is the ratio of the first steps that normally distributed values (or
+        their ReLU) have at the new and at the old bits. `initialize` and `calibrate`
         measure the step again.
         """
         old, new = int(variables["bits"].numpy()), grid.validate_bits(bits)
@@ -50,18 +50,18 @@ class _LearnedStep:
         variables["bits"].assign(new)
 
     def _relative_step(self, bits: int) -> float:
-        """The first step of normally distributed values, up to a constant factor."""
+        """Returns the first step for normally distributed values, up to a factor."""
         highest = float(_highest_code(bits, self.signed))
         if self.initialization == PAPER:
             return 1.0 / math.sqrt(highest)
         return ranges.normal_clip(bits, self.signed, self.narrow_range) / highest
 
     def _gradient_scale(self, sharing, bits):
-        """ "g" in the paper, `1 / sqrt(N Q_P)`, or `1 / (Q_P sqrt(N))`.
+        """Returns "g" of the paper, `1 / sqrt(N Q_P)`, or `1 / (Q_P sqrt(N))`.
 
-        The paper's scale balances a step that starts by the paper's rule. Steps of
-        least error at many bits are several times smaller. With the paper's scale each
-        update would change them by a large share and soon lose most levels.
+        The paper's scale fits steps that start by the paper's rule. At many bits, steps
+        of least error are several times smaller. With the paper's scale, each update
+        would change them by a large share, and most levels would soon be unused.
         """
         highest = _highest_code(bits, self.signed)
         if self.initialization == PAPER:
@@ -69,7 +69,7 @@ class _LearnedStep:
         return tf.math.rsqrt(tf.cast(sharing, tf.float32)) / highest
 
     def _assign_first_step(self, variables, mean_magnitude, clip):
-        """Sets the first step at the current bits, as `initialization` says.
+        """Sets the first step at the current bits by `initialization`.
 
         Args:
             variables: The quantizer's variables.
@@ -87,7 +87,7 @@ class _LearnedStep:
 
     @staticmethod
     def _step(variables):
-        # An optimizer that ignores constraints must not flip the grid.
+        # Some optimizers ignore constraints; a negative step would flip the grid.
         return tf.maximum(as_float32(variables["step"]), SMALLEST_RANGE)
 
 
@@ -95,11 +95,14 @@ class _LearnedStep:
 class LSQWeightQuantizer(_LearnedStep, WeightQuantizer):
     """`s * round(clip(w / s, -Q_N, Q_P))` with a learned step `s`.
 
-    The grid has a zero; at one bit it is {-s, +s}. Gradients: `ste.stepped_round`; the
-    step's gradient is multiplied by `1 / (Q_P sqrt(N))`, where N weights share a step.
-    The step stays positive and starts at the least squared error of the weights. With
-    `initialization="paper"` it starts at `2 mean|w| / sqrt(Q_P)`, and its gradient is
-    scaled by `1 / sqrt(N Q_P)`.
+    The grid has a zero; at one bit it is {-s, +s}. Gradients are those of
+    `ste.stepped_round`. The step stays positive. N is the number of weights that share
+    a step:
+
+    - `initialization="least_error"`: the step starts at the least squared error of the
+      weights; its gradient is multiplied by `1 / (Q_P sqrt(N))`.
+    - `initialization="paper"`: the step starts at `2 mean|w| / sqrt(Q_P)`; its gradient
+      is multiplied by `1 / sqrt(N Q_P)`.
 
     Args:
         bits: 1 to 8, or 16 or 32 for the clip of 8 bits without rounding.
@@ -179,7 +182,7 @@ class LSQWeightQuantizer(_LearnedStep, WeightQuantizer):
     def initialize(
         self, weights: tf.Variable, variables: dict[str, tf.Variable]
     ) -> None:
-        """Sets the first step from the weights, as `initialization` says."""
+        """Sets the first step from the weights by `initialization`."""
         values = self.prepared(weights).numpy()
         axes = self.channel_axes if self.per_axis else None
 
@@ -212,13 +215,13 @@ class LSQWeightQuantizer(_LearnedStep, WeightQuantizer):
 class LSQActivationQuantizer(_LearnedStep, ActivationQuantizer):
     """`s * round(clip(x / s, 0, Q_P))` with a learned step `s`; or signed.
 
-    Gradients and first step: as in `LSQWeightQuantizer`; N is the number of features of
-    one example. `tf_lowbit.calibrate` sets the first step from data. The unsigned
-    quantizer replaces the ReLU.
+    Gradients and first step are as in `LSQWeightQuantizer`, with N the number of
+    features of one example. `tf_lowbit.calibrate` sets the first step from data. The
+    unsigned quantizer replaces the ReLU.
 
     Args:
         bits: 1 to 8, or 16 or 32 for the clip of 8 bits without rounding.
-        signed: True for activations that no ReLU puts out.
+        signed: True for activations that are not the output of a ReLU.
         implementation: "auto", "fused" or "composed"; signed is always composed.
         initialization: First step and gradient scale: "least_error" or "paper".
         gradient_factor: As in `LSQWeightQuantizer`.
@@ -289,7 +292,7 @@ class LSQActivationQuantizer(_LearnedStep, ActivationQuantizer):
     def step(
         self, inputs: tf.Tensor | None, variables: dict[str, tf.Variable]
     ) -> tf.Tensor:
-        """The learned step, as the grid's float32 arithmetic computes it."""
+        """The learned step, rounded as the grid's float32 arithmetic rounds it."""
         step = self._step(variables)
         if self.signed:
             return step
@@ -299,7 +302,7 @@ class LSQActivationQuantizer(_LearnedStep, ActivationQuantizer):
     def calibrate(
         self, samples: Sequence[np.ndarray], variables: dict[str, tf.Variable]
     ) -> None:
-        """Sets the first step from data, as `initialization` says."""
+        """Sets the first step from data by `initialization`."""
         self._assign_first_step(
             variables,
             lambda: ranges.mean_magnitude(samples, signed=self.signed),

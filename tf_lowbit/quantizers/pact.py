@@ -27,8 +27,8 @@ class PACTActivationQuantizer(ranges.FittedClip, ActivationQuantizer):
         bits: 1 to 8, or 16 or 32 for the clip without rounding.
         alpha: Initial clip, in the unit of the activations; `calibrate` replaces it.
         alpha_decay: The paper's L2 penalty on alpha, as a Keras `l2` factor; 0 for
-            none. 1e-4 has the gradient `2e-4 alpha`: the weight decay of the paper's
-            CIFAR-10 network, which alpha shares there (recalled, not verified).
+            none. 1e-4 adds the gradient `2e-4 alpha`, the weight decay in the paper's
+            CIFAR-10 training (recalled, not verified).
         implementation: "auto", "fused" or "composed".
         gradient_factor: Factor on alpha's gradient, without the penalty's. With SGD it
             is alpha's learning rate relative to that of the weights. Adam and similar
@@ -97,7 +97,7 @@ class PACTActivationQuantizer(ranges.FittedClip, ActivationQuantizer):
 
     @staticmethod
     def _alpha(variables):
-        # An optimizer that ignores constraints must not divide by zero.
+        # Some optimizers ignore constraints; a clip of zero would divide by zero.
         return tf.maximum(as_float32(variables["alpha"]), SMALLEST_RANGE)
 
     def get_config(self) -> dict[str, Any]:

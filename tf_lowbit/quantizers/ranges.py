@@ -11,8 +11,8 @@ from tf_lowbit.compat import tf
 from tf_lowbit.core import grid, ste
 from tf_lowbit.quantizers.base import SMALLEST_RANGE
 
-# Candidate clips as shares of the largest magnitude, from far outliers (1/64) to no
-# clipping; dense enough to find the best within a few per cent.
+# Candidate clips as shares of the largest magnitude, from 1/64 (far outliers) to 1 (no
+# clipping). The best is found within a few percent.
 _SHARES = 2.0 ** np.linspace(-6.0, 0.0, 49)
 _MOST_SAMPLES = 1 << 17
 # At most so many weights of a tensor are used, but at least so many per channel.
@@ -67,7 +67,7 @@ def least_error_clip(
     values = thinned(samples)
     target = values if signed else np.maximum(values, 0.0)
     if float(np.abs(target).max()) <= SMALLEST_RANGE:
-        return 1.0  # A dead activation: any clip will do.
+        return 1.0  # All values are zero: any clip fits.
     largest = np.abs(target).max()
     return float(_search(target, largest, bits, signed, narrow_range, None))
 
@@ -80,13 +80,13 @@ def least_error_weight_clips(
 ) -> np.ndarray:
     """Returns the clips of least squared error of a weight tensor or of its channels.
 
-    Large tensors are reduced by a random choice with a fixed seed, which may miss an
+    Of large tensors a random part, by a fixed seed, is measured, which may miss an
     outlier. No clip exceeds the largest magnitude of all weights that share it. The
     grid is signed; arguments are as in `least_error_clip`.
 
     Returns:
-        Float32 array: a scalar, or with `channel_axes` of the weights' rank with 1 off
-        these axes. 0 where all weights are 0.
+        Float32 array: a scalar, or with `channel_axes` of the weights' rank, with size
+        1 on all other axes. 0 where all weights are 0.
     """
     weights = np.asarray(weights, np.float32)
     kept = sorted(axis % weights.ndim for axis in channel_axes or ())
@@ -106,8 +106,8 @@ def least_error_weight_clips(
 def normal_clip(bits: int, signed: bool, narrow_range: bool = False) -> float:
     """Returns the clip of least squared error of normally distributed values.
 
-    It is in standard deviations. Not `signed` means the ReLU of the values; other
-    arguments are as in `least_error_clip`.
+    The clip is in standard deviations. If not `signed`, it is that of the ReLU of the
+    values. Arguments are as in `least_error_clip`.
     """
     normal = statistics.NormalDist()
     values = [normal.inv_cdf((i + 0.5) / _QUANTILES) for i in range(_QUANTILES)]
@@ -118,7 +118,7 @@ def normal_clip(bits: int, signed: bool, narrow_range: bool = False) -> float:
 def _search(target, largest, bits, signed, narrow_range, axis) -> np.ndarray:
     """Finds the clips of least error over an axis (kept as 1), or over all (None)."""
     bits = tf.constant(min(bits, grid.MAX_BITS))
-    # Many clips at once where they are small: TensorFlow's calls take the time.
+    # Tries many clips per call if tensors are small: then the calls take the time.
     count = max(_MOST_AT_ONCE // target.size, 1) if signed else 1
     best, least = largest, np.full(np.shape(largest), np.inf)
     for start in range(0, len(_SHARES), count):
@@ -147,7 +147,7 @@ def _on_grid(inputs, clip, bits, signed, narrow_range):
 
 
 class FittedClip:
-    """What the quantizers with one clip, set by `calibrate`, share.
+    """Base class of quantizers with one clip, which `calibrate` sets.
 
     Attributes:
         clip_name: Name of the clip among the quantizer's variables.
@@ -160,11 +160,11 @@ class FittedClip:
     mark_calibrated: Callable[[dict[str, tf.Variable]], None]
 
     def assign_bits(self, variables: dict[str, tf.Variable], bits: int) -> None:
-        """Sets the bits and rescales the clip to them.
+        """Sets the bits and rescales the clip.
 
-        The factor is the ratio of the clips of least squared error, at the new and at
-        the old bits, of normally distributed values (or of their ReLU). `calibrate`
-        measures the clip again.
+        The factor is the ratio of the clips of least squared error that normally
+        distributed values (or their ReLU) have at the new and at the old bits.
+        `calibrate` measures the clip again.
         """
         old, new = int(variables["bits"].numpy()), grid.validate_bits(bits)
         clips = [normal_clip(k, self.signed, self.narrow_range) for k in (old, new)]

@@ -19,8 +19,8 @@ _FIRST_STEP = 2.0**-4
 class ResidualQuantizer(ActivationQuantizer):
     """`s * round(clip(x / s, -128, 127))` with a calibrated step `s`.
 
-    The grid is all of int8 with zero point 0, since an int8 Add clamps at the range of
-    its type only. Gradient: `dy/dx = 1` in range, else 0; the step is not learned. "Not
+    The grid is all of int8 with zero point 0, because an int8 Add clamps only at the
+    range of int8. Gradient: `dy/dx = 1` in range, else 0; the step is not learned. "Not
     rounded" keeps the clip.
 
     Args:

@@ -1,8 +1,8 @@
-"""Which quantizers round in the training step that is being built.
+"""Draws: which quantizers round in one call of a model.
 
-A network's bits are variables. A *draw* leaves them unchanged and says, for one call of
-the model, which quantizers pass their values without rounding. So a call without a draw
-(evaluation, export) sees the network fully quantized.
+A draw does not change the variables `bits`. It sets, for one call, which quantizers
+pass their values without rounding. A call without a draw (evaluation, export) is fully
+quantized.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ class _Sample(NamedTuple):
     raw_weights: bool
 
 
-# Context variables, since each replica of a strategy builds its step in its own thread.
+# Context variables, because each replica of a strategy traces in its own thread.
 _SAMPLE: contextvars.ContextVar[_Sample | None] = contextvars.ContextVar(
     "sample", default=None
 )
@@ -33,15 +33,15 @@ _OPEN: contextvars.ContextVar[dict[int, float | None]] = contextvars.ContextVar(
 def sampled(
     draws: Iterable[tuple[dict[str, tf.Variable], tf.Tensor]], raw_weights: bool = False
 ) -> Iterator[None]:
-    """A context in which quantizers round only where their draw says so.
+    """A context in which only quantizers round that are drawn as quantized.
 
     An inner context replaces the outer one until it ends.
 
     Args:
         draws: Iterable of (variables, is_quantized): a quantizer's variables and a
             scalar bool tensor. Quantizers that are not listed round.
-        raw_weights: Whether weights that are not rounded pass unchanged, neither scaled
-            nor clipped by the quantizer (an ablation).
+        raw_weights: Whether weights that are not rounded are not scaled or clipped
+            either (an ablation).
     """
     table = {_key(variables): is_quantized for variables, is_quantized in draws}
     token = _SAMPLE.set(_Sample(table, raw_weights))
@@ -85,7 +85,7 @@ def drawn(variables: dict[str, tf.Variable]) -> tf.Tensor | None:
 
 
 def passes_raw_weights() -> bool:
-    """Tells whether weights that are not rounded pass unchanged."""
+    """Tells whether weights that are not rounded stay unchanged."""
     sample = _SAMPLE.get()
     return sample is not None and sample.raw_weights
 
@@ -93,7 +93,7 @@ def passes_raw_weights() -> bool:
 def with_rounding_bits(
     variables: dict[str, tf.Variable], is_quantized: tf.Tensor
 ) -> dict:
-    """Adds `rounding_bits` to the variables: the bits, or "not rounded" as drawn."""
+    """Adds `rounding_bits` to the variables: the bits, or "not rounded" by the draw."""
     bits = tf.convert_to_tensor(variables["bits"])
     unrounded = tf.constant(grid.UNROUNDED_BITS[-1], bits.dtype)
     return {**variables, "rounding_bits": tf.where(is_quantized, bits, unrounded)}

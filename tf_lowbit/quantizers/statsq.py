@@ -16,10 +16,10 @@ class StatsQWeightQuantizer(WeightQuantizer):
     """`s (2 round(n u) - n) / n`, `u = clip(w / s, -1, 1) / 2 + 1/2`, `s = 2 mean|w|`.
 
     `n = 2^k - 1`. Each output channel has its own scale, computed from the weights at
-    each step; nothing is learned. There is no zero level. The authors' code has `(2^k -
-    1) / 2^(k-1)` instead of the 2, which is 1.5 at 2 bits; here the scale does not
-    depend on the bits. Weights beyond `2 mean|w|` are clipped, so the quantizer is
-    meant for 1 to 4 bits.
+    each step; nothing is learned. There is no zero level. Weights beyond `2 mean|w|`
+    are clipped, so the quantizer is meant for 1 to 4 bits. The authors' code has the
+    factor `(2^k - 1) / 2^(k-1)` instead of 2, which is 1.5 at 2 bits; here the scale
+    does not depend on the bits.
 
     Gradient: `dy/dw = 1` everywhere, also beyond the clip; none through `s`.
 

@@ -18,11 +18,10 @@ from tf_lowbit.quantizers.base import (
 class UniformWeightQuantizer(WeightQuantizer):
     """`s * round(clip(w / s, -Q, Q))`, `Q = 2^(k-1) - 1`, `s = max|w| / Q`.
 
-    Narrow range, with a zero on the grid. At one bit: `{-s, +s}` with `s = mean|w|` (as
-    in XNOR-Net, arXiv:1603.05279), since the largest weight would be a poor scale. At 2
-    bits most weights become zero, since `s` is the largest weight: prefer LSQ or DoReFa
-    there. Gradient: `dy/dw = 1` everywhere, at one bit also beyond the levels; none
-    through `s`.
+    The grid has a zero and is symmetric (narrow range). At one bit it is `{-s, +s}`
+    with `s = mean|w|`, as in XNOR-Net (arXiv:1603.05279). At 2 bits `s` is the largest
+    weight, so that most weights become zero: prefer LSQ or DoReFa there. Gradient:
+    `dy/dw = 1` everywhere, at one bit also beyond the levels; none through `s`.
 
     Args:
         bits: 1 to 8, or 16 or 32 for "not rounded".
@@ -103,7 +102,7 @@ class UniformActivationQuantizer(ranges.FittedClip, ActivationQuantizer):
 
     Args:
         bits: 1 to 8, or 16 or 32 for the clip without rounding.
-        signed: True for activations that no ReLU puts out.
+        signed: True for activations that are not the output of a ReLU.
         clip: Initial clip, in the unit of the activations; `calibrate` replaces it.
         implementation: "auto", "fused" or "composed"; signed is always composed.
 
