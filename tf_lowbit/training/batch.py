@@ -1,4 +1,4 @@
-"""A batch, and the mean of a loss over its examples."""
+"""A batch, with the mean of a loss over its examples."""
 
 from typing import Any
 
@@ -9,10 +9,11 @@ class Batch:
     """One replica's part of a global batch, the argument of a Keras step.
 
     Attributes:
-        x: inputs.
-        y: targets, or None.
-        sample_weight: weights from Keras, or None.
-        examples: number of examples, int32 scalar; can be 0 in a small last batch.
+        x: Inputs.
+        y: Targets, or None.
+        sample_weight: Sample weights, or None.
+        examples: Number of examples, int32 scalar. It can be 0 if the last batch is
+            small.
     """
 
     def __init__(self, data: Any):
@@ -20,7 +21,7 @@ class Batch:
         self.examples = tf.shape(tf.nest.flatten(self.x)[0])[0]
 
     def mean(self, losses: tf.Tensor) -> tf.Tensor:
-        """`sum(weight * loss) / examples`, Keras's mean: [batch] -> scalar."""
+        """Returns Keras's mean `sum(weight * loss) / examples`: [batch] -> scalar."""
         if self.sample_weight is not None:
             (weights,) = tf.nest.flatten(self.sample_weight)
             losses *= tf.reshape(tf.cast(weights, tf.float32), [-1])
@@ -28,8 +29,11 @@ class Batch:
             tf.reduce_sum(losses), tf.cast(self.examples, tf.float32)
         )
 
-    def share(self) -> tf.Tensor:
-        """Share of the global batch, float32 scalar; None on a single replica."""
+    def share(self) -> tf.Tensor | None:
+        """Returns this replica's share of the global batch: float32 scalar.
+
+        None on a single replica.
+        """
         if replicas() == 1:
             return None
         here = tf.cast(self.examples, tf.float32)
@@ -38,5 +42,5 @@ class Batch:
 
 
 def replicas() -> int:
-    """The number of replicas of the present strategy."""
+    """Returns the number of replicas of the current strategy."""
     return tf.distribute.get_strategy().num_replicas_in_sync

@@ -1,10 +1,10 @@
-"""Counters that checkpoints save, equal on all replicas."""
+"""Counters that checkpoints save."""
 
 from tf_lowbit.compat import tf
 
 
 def counter(value: int = 0) -> tf.Variable:
-    """A scalar int64 variable, not trainable, equal on all replicas."""
+    """Makes a scalar int64 variable, not trainable, the same on every replica."""
     return tf.Variable(
         value,
         dtype=tf.int64,

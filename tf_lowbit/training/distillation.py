@@ -1,8 +1,8 @@
-"""Joint distillation: what teacher and student learn from each other.
+"""Joint distillation: the losses between teacher and student.
 
-Zhuang et al., arXiv:1908.04680: a full-precision teacher is trained together with the
+Zhuang et al., arXiv:1908.04680, train a full-precision teacher together with the
 low-bitwidth student. The posterior terms and their constants are those of the authors'
-code; the hints are reconstructed (recalled, half seen in it).
+code. The hints are reconstructed from memory and, in part, from that code.
 """
 
 import dataclasses
@@ -20,8 +20,7 @@ from tf_lowbit.training.stages import ABSENT, FROZEN
 POSTERIORS, LOGITS = "posteriors", "logits"
 JOINT, TASK_ONLY = "joint", "task"
 
-# The authors' CIFAR-100 constants; those for ImageNet are in examples/configs/. The
-# logits have one weight for both ways.
+# The authors' CIFAR-100 constants; those for ImageNet are in examples/configs/.
 _WEIGHTS = (
     "task_weight",
     "distillation_weight",
@@ -36,52 +35,55 @@ _DEFAULTS = {POSTERIORS: (0.7, 0.7, 1.0, 0.5), LOGITS: (0.3, 0.1, 1.0, 0.1)}
 class JointDistillation(Settings):
     """The losses of teacher and student.
 
-    With `CE` the compiled loss, `D` the mean over the batch of the distance to the
-    other's output, which is detached, and `H` the distance at the hint layers:
+    `CE` is the compiled loss. `D` is the distance to the other network's output,
+    averaged over the batch. `H` is the distance at the hint layers. `R` is the
+    regularization loss of the network:
 
-        student: task_weight CE + distillation_weight D(teacher, student)
-            + hint_weight H
-        teacher: teacher_task_weight CE
-            + teacher_distillation_weight D(student, teacher)
-            + hint_weight H, if its gradient is on
+        student: task_weight CE + R
+            + distillation_weight D(teacher, student) + hint_weight H
+        teacher: teacher_task_weight CE + R
+            + teacher_distillation_weight D(student, teacher) + hint_weight H
 
-    and the regularisation losses of each, with weight 1. With several students the
-    teacher's `D` and `H` are means over them.
+    The gradient of each network takes the other network as a constant. With several
+    students, the teacher's `D` and `H` are means over the students.
 
-    `target="posteriors"`: `D(p, q) = T^2 KL(p || q)`, the sum over the classes of
-    `p (log p - log q)`, with `p` and `q` the softmax of the logits over `T`. Where each
-    unit is a label of its own, as for a binary cross-entropy, and for a single unit:
-    the mean over the units of the KL of yes and no, with `p` and `q` the sigmoid of the
-    logits over `T`.
-    `target="logits"`: the mean over the units of the logits' squared difference.
-    Of networks that end in a sigmoid, the logits are what the sigmoid reads.
+    `target="posteriors"`: `D(p, q) = T^2 KL(p || q)`, with temperature T.
 
-    `H = 1/2 mean((Q(teacher's feature) - student's feature)^2)`, summed over
-    the hint layers, with Q the student's activation quantizer there; a layer without
-    one is matched as it is. Each side's gradient takes the other as a constant.
+    - Units are classes: `p` and `q` are the softmax of `logits / T`, and KL is the sum
+      over the classes of `p (log p - log q)`.
+    - Each unit is a binary label, as for a binary cross-entropy, or there is a single
+      unit: `p` and `q` are the sigmoid of `logits / T`, and KL is the mean over the
+      units of `p (log p - log q) + (1 - p) (log (1 - p) - log (1 - q))`.
+
+    `target="logits"`: D is the mean over the units of the squared difference of logits.
+    If the networks end in a sigmoid, the logits are the inputs of the sigmoid.
+
+    `H = 1/2 mean((Q(teacher's feature) - student's feature)^2)`, summed over the hint
+    layers. Q is the student's activation quantizer of that layer; a layer without one
+    is matched without Q.
 
     Attributes:
         target: "posteriors" or "logits".
         task_weight: None for 0.7 (posteriors) or 0.3 (logits), the authors' values.
-        distillation_weight: None for 0.7 or 0.1.
+        distillation_weight: None for 0.7 (posteriors) or 0.1 (logits).
         teacher_task_weight: None for 1.
-        teacher_distillation_weight: None for 0.5 or 0.1.
-        temperature: T; 1 by default, for posteriors only.
-        teacher: "joint"; "task" trains it with its own CE only; "frozen" not at all
-            (its batch normalisation then uses its moving statistics).
-        hints: None for no hints; "stages" for the last activation quantizer (residual
-            ones apart) of each of the last two resolutions of the student; or a list
-            of layer names, or of (student's layer, teacher's layer).
+        teacher_distillation_weight: None for 0.5 (posteriors) or 0.1 (logits).
+        temperature: T, for posteriors only; None for 1.
+        teacher: "joint" trains the teacher on all its terms, "task" on CE and R only.
+            "frozen" does not train it, and its batch normalization uses the moving
+            statistics.
+        hints: None for no hints. "stages" for the last activation quantizer (except
+            residual ones) of each of the last two resolutions of the student. Or a list
+            of layer names and of pairs (student's layer, teacher's layer).
         hint_weight: None for 1.
-        hint_teacher_gradient: whether the hints train the teacher too; None for
-            yes where the teacher is "joint".
+        hint_teacher_gradient: Whether the hints train the teacher too. None for yes if
+            the teacher is "joint".
 
-    Where None stands for a number, the attribute becomes it; where it has no effect, as
-    `hint_weight` without hints, it stays None.
+    A weight given as None is replaced by its default. It stays None where it has no
+    effect, such as `hint_weight` without hints.
 
     Raises:
-        ValueError: for a value outside of what is said above, and for one that would
-            have no effect.
+        ValueError: If a value is not one of those above, or has no effect.
     """
 
     target: str = POSTERIORS
@@ -121,9 +123,9 @@ class JointDistillation(Settings):
             if not has_effect.get(name, True):
                 if value is not None:
                     raise ValueError(
-                        f"{name} must have an effect. Received: {name}={value!r} with "
-                        f"target={self.target!r}, teacher={self.teacher!r}, "
-                        f"hints={self.hints!r}"
+                        f"{name} must be None where it has no effect. "
+                        f"Received: {name}={value!r} with target={self.target!r}, "
+                        f"teacher={self.teacher!r}, hints={self.hints!r}"
                     )
             elif value is None:
                 object.__setattr__(self, name, default)
@@ -136,11 +138,11 @@ class JointDistillation(Settings):
 
     @property
     def trains_teacher(self) -> bool:
-        """Whether the teacher's weights move."""
+        """Whether the teacher is trained."""
         return self.teacher != FROZEN
 
     def frozen(self) -> "JointDistillation":
-        """The same student's losses, under a teacher that is not trained."""
+        """Returns these settings for a frozen teacher; the students' losses stay."""
         return dataclasses.replace(
             self,
             teacher=FROZEN,
@@ -150,12 +152,15 @@ class JointDistillation(Settings):
         )
 
     def student_weights(self) -> dict[str, float]:
-        """The terms of a student's loss, and their weights."""
+        """Returns the weight of each term of a student's loss, by name."""
         weights = {TASK: self.task_weight, DISTILLATION: self.distillation_weight}
         return weights | ({} if self.hints is None else {HINT: self.hint_weight})
 
     def teacher_weights(self) -> dict[str, float]:
-        """The terms of the teacher's loss, and their weights; logged if frozen."""
+        """Returns the weight of each term of the teacher's loss, by name.
+
+        The loss of a frozen teacher is only logged.
+        """
         weights = {TASK: self.teacher_task_weight if self.trains_teacher else 1.0}
         if self.teacher == JOINT:
             weights[DISTILLATION] = self.teacher_distillation_weight
@@ -166,15 +171,15 @@ class JointDistillation(Settings):
     def distance(
         self, target: tf.Tensor, logits: tf.Tensor, *, are_labels: bool = False
     ) -> tf.Tensor:
-        """The distance D of logits to target logits.
+        """Returns the distance D between logits and target logits.
 
         Args:
-            target: logits [batch, units], any floating dtype.
-            logits: likewise.
-            are_labels: whether each unit is a label of its own instead of a class.
+            target: Logits [batch, units], any floating dtype.
+            logits: Logits [batch, units], any floating dtype.
+            are_labels: Whether each unit is a binary label, not a class.
 
         Returns:
-            Float32 tensor [batch], not negative but for rounding. The gradient reaches
+            Float32 tensor [batch], not negative up to rounding. It has a gradient for
             both arguments.
         """
         target, logits = tf.cast(target, tf.float32), tf.cast(logits, tf.float32)
@@ -182,14 +187,14 @@ class JointDistillation(Settings):
             return tf.reduce_mean(tf.math.squared_difference(target, logits), axis=-1)
         target, logits = target / self.temperature, logits / self.temperature
         if are_labels:
-            # Yes and no: 1 - sigmoid(z) = sigmoid(-z).
-            yes_and_no = [
+            # The label and its complement: 1 - sigmoid(z) = sigmoid(-z).
+            terms = [
                 _divergence(
                     tf.math.log_sigmoid(s * target), tf.math.log_sigmoid(s * logits)
                 )
                 for s in (1.0, -1.0)
             ]
-            divergence = tf.reduce_mean(tf.add_n(yes_and_no), axis=-1)
+            divergence = tf.reduce_mean(tf.add_n(terms), axis=-1)
         else:
             terms = _divergence(tf.nn.log_softmax(target), tf.nn.log_softmax(logits))
             divergence = tf.reduce_sum(terms, axis=-1)
@@ -197,7 +202,7 @@ class JointDistillation(Settings):
 
 
 def _divergence(log_p, log_q):
-    """The terms of KL(p || q)."""
+    """Returns the terms of KL(p || q), before their sum."""
     return tf.exp(log_p) * (log_p - log_q)
 
 
@@ -205,13 +210,13 @@ class Distiller:
     """Joint distillation between given networks.
 
     Attributes:
-        settings: what the trainer was given.
-        present: what holds in the present stage.
-        hints: of each student, the layers that are matched.
+        settings: The trainer's settings.
+        present: The settings of the current stage.
+        hints: For each student, the pairs of layers that are matched.
 
     Raises:
-        ValueError: if hints cannot be found, or the networks do not all put out logits
-            or all a sigmoid's values.
+        ValueError: If hints cannot be found, or the networks neither all output logits
+            nor all end in a sigmoid.
     """
 
     def __init__(
@@ -226,7 +231,11 @@ class Distiller:
         self.hints = [find_hints(settings.hints, s, teacher) for s in students]
 
     def participants(self, prefixes: Sequence[str]) -> list[Participant]:
-        """The students by the prefixes of their logs, and last the teacher."""
+        """Makes a participant of each network, the teacher last.
+
+        Args:
+            prefixes: For each student, the prefix of its names in the logs.
+        """
         weights = self.settings.student_weights()
         students = [
             Participant(student, prefix, weights, [hint.student for hint in hints])
@@ -242,10 +251,10 @@ class Distiller:
         return self._participants
 
     def assign_role(self, role: str | None) -> list[Participant]:
-        """Sets what the teacher does, one of `stages.ROLES`, and what each learns.
+        """Sets the teacher's role, one of `stages.ROLES`, and with it all losses.
 
         Returns:
-            The participants that are in a step; without the teacher if it is absent.
+            The participants of a training step, without an absent teacher.
         """
         self.present = self.settings if role is None else self.settings.frozen()
         *students, teacher = self._participants
@@ -257,7 +266,7 @@ class Distiller:
         return students if role == ABSENT else self._participants
 
     def compile(self, loss: Any) -> None:
-        """Learns from the compiled loss what the outputs are, as `outputs_of` says."""
+        """Finds the kind of the outputs from the compiled loss (`outputs_of`)."""
         self._outputs = outputs_of(
             loss,
             self._teacher.output_shape[-1],
@@ -266,22 +275,22 @@ class Distiller:
         )
 
     def losses(self, outputs: Any, features: Any, mean: Callable) -> list[dict]:
-        """What each network learns from the others on a batch.
+        """Returns the losses of each network against the others on a batch.
 
-        With z the logits, f the features at the hints (the teacher's as the student's
-        quantizers give them), and c(.) for what counts as a constant:
+        z are the logits, f the features at the hints (the teacher's after the student's
+        quantizer), and c(.) stops the gradient:
 
             student: D(c(z_teacher), z_student),  H(c(f_teacher), f_student)
             teacher: D(c(z_student), z_teacher),  H(f_teacher, c(f_student)),
                 each a mean over the students
 
         Args:
-            outputs: of each student, and last of the teacher.
-            features: likewise, each a dict by the names of layers.
-            mean: from the losses of examples, [batch], to their mean.
+            outputs: The outputs of each student, and last those of the teacher.
+            features: In the same order, layer name -> features.
+            mean: Function from the losses of the examples, [batch], to their mean.
 
         Returns:
-            Likewise: name of the term -> float32 scalar.
+            In the same order, name of the term -> float32 scalar.
         """
         *z_students, z_teacher = map(self._outputs.logits, outputs)
         *students, teacher = features
@@ -309,16 +318,16 @@ class Distiller:
         return [*of_students, average]
 
     def _distance(self, target, logits):
-        """D, [batch]."""
+        """Returns D: [batch]."""
         are_labels = self._outputs.are_labels
         return self.settings.distance(target, logits, are_labels=are_labels)
 
 
 def _hint_distance(targets, features):
-    """H: the sum over the hints, [batch]."""
+    """Returns H, the sum over the hints: [batch]."""
     return tf.add_n(list(map(hint_distance, targets, features)))
 
 
 def _constant(tensors):
-    """c(.): the same values, which no gradient passes."""
+    """Returns c(.): the same values without a gradient."""
     return tf.nest.map_structure(tf.stop_gradient, tensors)

@@ -1,4 +1,4 @@
-"""Hints: pairs of layers of student and teacher whose features are matched.
+"""Hints: pairs of layers, of student and teacher, whose features are matched.
 
 Reconstructed from memory of Zhuang et al. and, in part, from the authors' code.
 """
@@ -11,7 +11,7 @@ from tf_lowbit.network import inspection, layer_registry
 from tf_lowbit.quantizers import ACTIVATION
 
 STAGES = "stages"
-# Number of stages, from the last one, that give hints by default.
+# With "stages", so many of the last stages have a hint.
 _HINT_STAGES = 2
 
 
@@ -19,9 +19,9 @@ class Hint(NamedTuple):
     """A pair of layers whose outputs are matched.
 
     Attributes:
-        student: name of the student's layer.
-        teacher: name of the teacher's layer.
-        quantizer: the student's activation quantizer there, or None.
+        student: Name of the student's layer.
+        teacher: Name of the teacher's layer.
+        quantizer: Activation quantizer of the student's layer, or None.
     """
 
     student: str
@@ -29,16 +29,16 @@ class Hint(NamedTuple):
     quantizer: inspection.QuantizedTensor | None
 
     def quantized(self, feature: tf.Tensor) -> tf.Tensor:
-        """Q: the teacher's feature, quantized by the student's quantizer."""
+        """Returns Q(feature): the teacher's feature after the student's quantizer."""
         if self.quantizer is None:
             return feature
         return self.quantizer.declared(feature, True, self.quantizer.variables)
 
 
 def hint_distance(target: tf.Tensor, feature: tf.Tensor) -> tf.Tensor:
-    """`1/2 mean((target - feature)^2)` of each example: [batch, ...] -> [batch].
+    """Returns `1/2 mean((target - feature)^2)` per example: [batch, ...] -> [batch].
 
-    In float32, for any floating dtype. The gradient reaches both arguments.
+    Any floating dtype is cast to float32. There is a gradient for both arguments.
     """
     target, feature = tf.cast(target, tf.float32), tf.cast(feature, tf.float32)
     squared = tf.math.squared_difference(target, feature)
@@ -46,7 +46,7 @@ def hint_distance(target: tf.Tensor, feature: tf.Tensor) -> tf.Tensor:
 
 
 def check_hints(hints: Any) -> None:
-    """Raises ValueError if `hints` is not valid for any networks."""
+    """Checks `hints` without networks; raises ValueError."""
 
     def is_hint(hint):
         pair = (hint, hint) if isinstance(hint, str) else hint
@@ -66,15 +66,15 @@ def find_hints(
     student: keras.Model,
     teacher: keras.Model,
 ) -> list[Hint]:
-    """The pairs of layers for a setting of `hints`.
+    """Finds the pairs of layers for the setting `hints`.
 
     Args:
-        hints: as in `JointDistillation`.
-        student: quantized model.
-        teacher: the teacher.
+        hints: As in `JointDistillation`.
+        student: Quantized model.
+        teacher: Float model.
 
     Raises:
-        ValueError: for an unknown layer, a pair of different shapes, or if "stages"
+        ValueError: If a layer is unknown, the shapes of a pair differ, or "stages"
             finds no layer.
     """
     quantizers = {
@@ -103,7 +103,7 @@ def find_hints(
 
 
 def _counterpart(name: str, teacher: keras.Model) -> str:
-    """The teacher's layer for a layer of the student.
+    """Returns the name of the teacher's layer for a layer of the student.
 
     `quantize` splits a layer `conv` with `activation="relu"` into `conv` and
     `conv_relu`. The teacher may still have both as one layer, `conv`.
@@ -114,7 +114,7 @@ def _counterpart(name: str, teacher: keras.Model) -> str:
 
 
 def _last_of_stages(student, quantizers) -> list[str]:
-    """The last activation quantizer of each of the last stages (resolutions)."""
+    """Returns the last quantized activation of each of the last resolutions."""
     last: dict[tuple, str] = {}
     for layer in student.layers:
         tensor = quantizers.get(layer.name)
@@ -123,8 +123,8 @@ def _last_of_stages(student, quantizers) -> list[str]:
         if shape is not None and len(shape) == 4:
             if None in shape[1:3]:
                 raise ValueError(
-                    f'hints="{STAGES}" needs a student of fixed image size, because '
-                    "stages are found by resolution: name the layers instead. "
+                    f'hints="{STAGES}" needs a student of fixed image size, because it '
+                    "finds stages by their resolution: name the layers instead. "
                     f"Received: {layer.name!r} with outputs of {shape}"
                 )
             last.pop(shape[1:3], None)  # Keeps the order of the last quantizers.

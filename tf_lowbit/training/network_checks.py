@@ -8,7 +8,7 @@ from tf_lowbit.network import inspection
 from tf_lowbit.network.observation import RANDOM
 from tf_lowbit.training.participant import DISTILLATION, HINT, TASK
 
-# Random layers that do not change which image it is.
+# Random layers that only drop values or add noise: networks still see the same image.
 _DROPS = (
     keras.layers.AlphaDropout,
     keras.layers.Dropout,
@@ -18,21 +18,21 @@ _DROPS = (
 
 
 def check_networks(students: Mapping, teacher: keras.Model | None) -> None:
-    """Refuses networks that cannot be trained together; warns of augmentation layers.
+    """Checks that networks can be trained together; warns of augmentation layers.
 
     Args:
-        students: name -> student.
-        teacher: the teacher, or None.
+        students: Name -> student.
+        teacher: The teacher, or None.
 
     Raises:
-        ValueError: as documented in `LowBitTrainer`.
+        ValueError: As documented in `LowBitTrainer`.
     """
     taken = {"", "teacher", "val"}
     taken |= {term.removesuffix("_loss") for term in (TASK, DISTILLATION, HINT)}
     clashes = [n for n in students if not isinstance(n, str) or n in taken]
     if not students or clashes:
         raise ValueError(
-            "Students must have names that the logs do not use for other things. "
+            "Students must have names that have no other meaning in the logs. "
             f"Received: {clashes or 'no students'}"
         )
     networks = list(students.values())
@@ -81,7 +81,7 @@ def _check_shapes(student, teacher):
 
 
 def _warn_of_augmentation(networks):
-    """Warns of random layers, which give each network another image to compare."""
+    """Warns of augmentation layers: each network would see another image."""
     drawing = {
         module.name
         for network in networks
@@ -90,8 +90,8 @@ def _warn_of_augmentation(networks):
     }
     if drawing:
         warnings.warn(
-            "Teacher and students draw different augmentations if these are layers of "
-            "the networks, and so see different images: augment the data instead. "
+            "Teacher and students must see the same images, but augmentation layers "
+            "draw for each network anew: augment the data instead. "
             f"Received: {sorted(drawing)}",
             stacklevel=4,
         )

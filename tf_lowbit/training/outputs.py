@@ -1,4 +1,4 @@
-"""Kinds of outputs: logits or probabilities, of classes or of labels."""
+"""The kind of a network's outputs: logits or probabilities, classes or labels."""
 
 import dataclasses
 import functools
@@ -9,7 +9,7 @@ from tf_lowbit.compat import keras, logits_in_front, tf
 from tf_lowbit.network import graph
 
 SIGMOID, SOFTMAX = "Sigmoid", "Softmax"
-# Operators that output values of their inputs unchanged.
+# Operators whose outputs are values of their inputs.
 _KEEPING = {
     *("Cast", "CheckNumerics", "ConcatV2", "EnsureShape", "ExpandDims", "GatherV2"),
     *("Identity", "IdentityN", "Pack", "PreventGradient", "Reshape", "Slice", "Split"),
@@ -36,17 +36,18 @@ class Outputs:
     Attributes:
         are_labels: True if each unit is a binary label, with a sigmoid as posterior;
             False if the units are classes, with one softmax.
-        are_probabilities: whether the outputs are values of a sigmoid, not logits.
+        are_probabilities: Whether the outputs are values of a sigmoid, not logits.
     """
 
     are_labels: bool
     are_probabilities: bool
 
     def logits(self, outputs: tf.Tensor) -> tf.Tensor:
-        """The logits of a network's outputs, float32 [batch, units].
+        """Returns the logits of a network's outputs: float32 [batch, units].
 
-        For probabilities, the sigmoid's inputs if Keras kept them; else the log-odds,
-        whose gradient is 0 for probabilities within 1e-7 of 0 or 1.
+        For probabilities these are the sigmoid's inputs, if Keras kept them. Otherwise
+        they are the log-odds, whose gradient is 0 for probabilities within 1e-7 of 0 or
+        1.
         """
         if not self.are_probabilities:
             return tf.cast(outputs, tf.float32)
@@ -61,12 +62,12 @@ class Outputs:
 def end_functions(network: keras.Model) -> dict[str, str]:
     """Finds the operators that compute a network's outputs.
 
-    Layers that only pass values on are followed back. So a softmax is found in an
-    activation, in a Lambda, in a nested model, or behind a Reshape.
+    The search goes back through layers that only pass values on. So it finds a softmax
+    in an activation, in a Lambda, in a nested model, or in front of a Reshape.
 
     Returns:
         Type of the operator, such as "Softmax" or "BiasAdd" -> name of a layer that has
-        it; "Placeholder" for an output that is an input.
+        it. The type is "Placeholder" if an output is an input of the network.
     """
     found: dict[str, str] = {}
 
@@ -96,7 +97,11 @@ def _walk(tensors, read):
 
 
 def _traced(node, place: int) -> tuple[set[str], list]:
-    """The operators that compute an output of a node, and inputs it passes on."""
+    """Finds the operators that compute one output of a node.
+
+    Returns:
+        Types of the operators, and the inputs that the node passes on to this output.
+    """
     inputs = node.keras_inputs
 
     @functools.partial(tf.function, autograph=False)
@@ -131,11 +136,11 @@ def _traced(node, place: int) -> tuple[set[str], list]:
 
 
 def check_ends(students: Sequence[keras.Model], teacher: keras.Model) -> bool:
-    """Whether the networks end in a sigmoid.
+    """Checks the ends of the networks; tells whether they are a sigmoid.
 
     Raises:
-        ValueError: for a softmax, for a sigmoid at some of the outputs, and if the
-            networks differ.
+        ValueError: If a network ends in a softmax, only some of its outputs are a
+            sigmoid's, or the networks differ.
     """
     forms = {}
     for role, network in [("teacher", teacher), *(("student", s) for s in students)]:
@@ -165,17 +170,17 @@ def check_ends(students: Sequence[keras.Model], teacher: keras.Model) -> bool:
 def outputs_of(
     loss: Any, units: int, *, have_sigmoid: bool, match_logits: bool
 ) -> Outputs:
-    """The kind of the networks' outputs, from the loss of `compile` and the units.
+    """Finds the kind of the networks' outputs.
 
     Args:
-        loss: loss of one output.
-        units: number of units of the output.
-        have_sigmoid: result of `check_ends`.
-        match_logits: whether distillation compares logits, not posteriors.
+        loss: The loss given to `compile`, of one output.
+        units: Number of units of the output.
+        have_sigmoid: Result of `check_ends`.
+        match_logits: Whether distillation compares logits, not posteriors.
 
     Raises:
-        ValueError: if `from_logits` of the loss contradicts the outputs, or there are
-            no posteriors to compare.
+        ValueError: If `from_logits` of the loss contradicts the outputs, or the outputs
+            have no posteriors to compare.
     """
     name, from_logits = _named(loss)
     if name in _BINARY | _CATEGORICAL and from_logits == have_sigmoid:
@@ -184,7 +189,7 @@ def outputs_of(
             remedy += ", or the networks a sigmoid at their end"
         raise ValueError(
             "With a teacher, from_logits of the loss must match the networks' outputs: "
-            f"{remedy}. Received: {name} with from_logits={from_logits}, of networks "
+            f"{remedy}. Received: {name} with from_logits={from_logits}, and networks "
             f"that end {'in' if have_sigmoid else 'without'} a sigmoid"
         )
     is_meaningless = name in _REGRESSION or name in _CATEGORICAL
@@ -194,14 +199,12 @@ def outputs_of(
             'cross-entropy, or JointDistillation(target="logits") for a regression. '
             f"Received: the loss {name}"
         )
-    are_labels = have_sigmoid or name in _BINARY
-    if name not in _CATEGORICAL:
-        are_labels = are_labels or units == 1
-    return Outputs(are_labels, have_sigmoid)
+    is_single = units == 1 and name not in _CATEGORICAL
+    return Outputs(have_sigmoid or name in _BINARY or is_single, have_sigmoid)
 
 
 def _named(loss) -> tuple[str | None, bool]:
-    """The name and `from_logits` of a Keras loss; (None, False) for another loss."""
+    """Returns name and `from_logits` of a Keras loss; (None, False) for any other."""
     losses = tf.nest.flatten(loss)
     if len(losses) != 1 or losses[0] is None:
         return None, False

@@ -1,4 +1,4 @@
-"""A network in training: its losses and metrics on a batch."""
+"""One network of a training, with its losses and metrics."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -19,24 +19,24 @@ REGULARIZATION = "regularization_loss"
 
 
 class Participant:
-    """A network in training, with losses and metrics under its own names.
+    """One network of a training, with its losses and metrics.
 
-    Losses are dicts: name of the term -> mean over this replica's examples, a float32
-    scalar.
+    A dict of losses maps the name of a term to its mean over this replica's examples, a
+    float32 scalar.
 
     Args:
-        network: the model.
-        prefix: prefix of its names in the logs; "" for the first student.
-        weights: name of each loss term -> weight. Regularization has weight 1.
-        layers: names of the layers whose features distillation reads.
+        network: The model.
+        prefix: Prefix of its names in the logs; "" for the first student.
+        weights: Name of each loss term -> weight. Regularization has weight 1.
+        layers: Names of the layers whose features distillation reads.
         is_trained: False for a frozen teacher.
 
     Attributes:
-        weights: as above; those of the present stage.
-        is_trained: likewise.
+        weights: The weights of the current stage.
+        is_trained: Whether the network is trained in the current stage.
 
     Raises:
-        ValueError: if `layers` are given and some layer leads to no output.
+        ValueError: If `layers` are given and a layer of the network leads to no output.
     """
 
     @deep_graphs()
@@ -64,11 +64,11 @@ class Participant:
             self._with_features = model
 
     def compile(self, losses: Any, metrics: Any) -> None:
-        """Takes Keras's containers of losses and metrics, and makes the mean losses."""
+        """Stores Keras's containers of losses and metrics, and makes mean losses."""
         self._losses, self._metrics = losses, metrics
         self._is_named = self._prefix == ""
         self._total = keras.metrics.Mean(self._prefix + TOTAL)
-        # A single term equals the total, up to regularization.
+        # A single term is not logged: it is the total, up to regularization.
         terms = self.weights if len(self.weights) > 1 else ()
         self._terms = {name: keras.metrics.Mean(self._prefix + name) for name in terms}
 
@@ -80,20 +80,21 @@ class Participant:
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
-        """All metrics that are reset at the start of an epoch."""
+        """All metrics, which Keras resets at the start of an epoch."""
         return [*self.evaluated, *self._terms.values()]
 
     def see(self, x: Any) -> tuple:
-        """The forward pass in training: (outputs, layer name -> features)."""
+        """Runs the forward pass; returns (outputs, layer name -> features)."""
         if self._with_features is None:
             return self._network(x, training=self.is_trained), {}
         return self._with_features(x, training=self.is_trained)
 
     def task_losses(self, batch: Batch, outputs: Any) -> dict:
-        """CE, the compiled loss, and R, the regularization loss if there is one.
+        """Returns CE, the compiled loss, and R, the regularization loss if any.
 
         Raises:
-            ValueError: without a loss or targets, or if the loss is not a scalar.
+            ValueError: If the loss or the targets are missing, or the loss is not a
+                scalar.
         """
         loss = self._losses(batch.y, outputs, batch.sample_weight)
         if loss is None:
@@ -107,45 +108,51 @@ class Participant:
                 'give it reduction="sum_over_batch_size". '
                 f"Received: a loss of shape {loss.shape}"
             )
-        # Keras has divided by the number of replicas.
+        # Undoes Keras's division by the number of replicas.
         losses = {TASK: tf.cast(loss, tf.float32) * replicas()}
         if replicas() > 1:
-            # The mean over no examples is NaN.
+            # Without examples the mean is NaN.
             losses[TASK] = tf.where(batch.examples > 0, losses[TASK], 0.0)
         penalties = [tf.cast(penalty, tf.float32) for penalty in self._network.losses]
         if penalties:
             losses[REGULARIZATION] = tf.add_n(penalties)
         return losses
 
-    def objective(self, losses: dict, share: tf.Tensor) -> tf.Tensor:
-        """The weighted sum of the terms, which is also added to `losses` as `TOTAL`.
+    def objective(self, losses: dict, share: tf.Tensor | None) -> tf.Tensor:
+        """Computes the weighted sum of the terms, and stores it in `losses[TOTAL]`.
 
-        On several replicas it returns this replica's part of the global batch's loss,
-        from its `share` of the batch, because gradients are summed over replicas.
+        Args:
+            losses: The terms; changed in place.
+            share: This replica's share of the global batch; None on a single replica.
+
+        Returns:
+            The sum. On several replicas, this replica's part of the loss of the global
+            batch, because gradients are summed over replicas.
         """
         terms = {name: x * self.weights.get(name, 1.0) for name, x in losses.items()}
         losses[TOTAL] = tf.add_n(list(terms.values()))
         if share is None:
             return losses[TOTAL]
         shares = dict.fromkeys(terms, share) | {REGULARIZATION: 1.0 / replicas()}
-        # Keras sums a loss with reduction SUM over the replicas, too.
+        # With reduction SUM, Keras sums over the examples of all replicas: no share.
         kinds = {x.reduction for x in tf.nest.flatten(self._losses._losses) if x}
         if kinds == {keras.losses.Reduction.SUM}:
             shares[TASK] = 1.0 / replicas()
         return tf.add_n([x * shares[name] for name, x in terms.items()])
 
     def record(self, losses: dict, outputs: Any, batch: Batch) -> dict:
-        """Adds a batch to the mean losses and to the compiled metrics.
+        """Updates the mean losses and the compiled metrics.
 
         Returns:
-            Name in the logs -> present result.
+            Name in the logs -> result so far.
         """
         terms = {name: mean for name, mean in self._terms.items() if name in losses}
         for name, mean in {TOTAL: self._total, **terms}.items():
             mean.update_state(losses[name], sample_weight=batch.examples)
         self._metrics.update_state(batch.y, outputs, batch.sample_weight)
         if not self._is_named:
-            # The containers made them just now, with the same names in each network.
+            # The containers make their metrics at the first update, under the same
+            # names in each network.
             self._is_named = True
             for metric in self.evaluated[1:]:
                 metric._name = self._prefix + metric.name
@@ -166,10 +173,10 @@ def containers(
     weighted_metrics: Any,
     output_names: list[str] | None,
 ) -> tuple:
-    """New Keras containers of losses and of metrics, from the arguments of `compile`.
+    """Makes Keras's containers of losses and metrics from arguments of `compile`.
 
     Raises:
-        ValueError: if a metric cannot be copied by its configuration.
+        ValueError: If a metric cannot be copied by its configuration.
     """
     metrics, weighted_metrics = tf.nest.map_structure(
         _copy, (metrics, weighted_metrics)
@@ -181,7 +188,7 @@ def containers(
 
 
 def _copy(metric):
-    """A copy of a metric, because a metric holds the state of one network."""
+    """Copies a metric, because it holds the state of one network."""
     if not isinstance(metric, keras.metrics.Metric):
         return metric
     try:

@@ -1,4 +1,4 @@
-"""The class of quantized networks, whose `fit` and `evaluate` warn of mistakes."""
+"""The class of quantized networks. Its `fit` and `evaluate` warn of mistakes."""
 
 import contextlib
 import functools
@@ -12,8 +12,8 @@ from tf_lowbit.network import inspection, keras3
 from tf_lowbit.network.output_names import NamedOutputs
 from tf_lowbit.scheme.layout import QuantizationWarning
 
-# Statistics of fewer steps are mostly noise: 10 batches of 32 values are 0.07 standard
-# deviations off, about half of a notable lag.
+# Statistics of fewer steps are mostly noise: those of 10 batches of 32 values have an
+# error of 0.07 standard deviations, about half of a notable lag.
 _FEWEST_STEPS = 10
 
 
@@ -22,16 +22,17 @@ class CheckedTraining:
 
     Training itself does not change. A `QuantizationWarning` reports
 
-    - activation ranges that are not calibrated, in `fit` and `evaluate`, once for each
-      range;
-    - moving statistics of batch normalization that lag behind, at the end of `fit`.
+    - activation ranges that are not calibrated: once for each range, in `fit` and
+      `evaluate`;
+    - moving statistics of batch normalization that lag behind the weights: at the end
+      of `fit`.
 
     Callbacks such as `StagedPrecision` can have methods `before_fit(callbacks)` and
     `after_fit()`. `fit` calls the first with the list of all callbacks, and the second
     after the last `on_train_end`.
     """
 
-    # Callbacks of the model, which every `fit` calls before the given ones.
+    # Every `fit` calls these before the given callbacks.
     _own_callbacks = ()
 
     @functools.wraps(keras.Model.compile)
@@ -41,10 +42,13 @@ class CheckedTraining:
         super().compile(*args, **kwargs)
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
-        """Compiles from a saved file, which Keras skips if `compile` is overridden."""
+        """Compiles from a saved file.
+
+        Keras does not do this for a class that overrides `compile`.
+        """
         self.compile(**keras.saving.deserialize_keras_object(config))
         if isinstance(self.optimizer, keras.optimizers.Optimizer) and self.built:
-            # The variables must exist before a file's values are read into them.
+            # Loading needs the optimizer's variables.
             self.optimizer.build(self.trainable_variables)
 
     @functools.wraps(keras.Model.fit)
@@ -66,7 +70,7 @@ class CheckedTraining:
 class QuantizedNetwork(CheckedTraining, NamedOutputs):
     """A Functional model from `quantize`, with the output names of the float model.
 
-    Its warnings are those of `CheckedTraining`.
+    `fit` and `evaluate` warn as in `CheckedTraining`.
     """
 
 
@@ -79,12 +83,12 @@ def warn_of_open_ranges(model: keras.Model) -> None:
     """Warns of activation ranges that are not calibrated, once for each range.
 
     Args:
-        model: a quantized network or a `LowBitTrainer`.
+        model: A quantized network or a `LowBitTrainer`.
     """
     tensors = inspection.quantized_tensors(model)
     waiting = [tensor.name for tensor in tensors if not tensor.is_calibrated]
     is_new = set(waiting) - getattr(model, "_ranges_told", frozenset())
-    # A frozenset, because Keras would track a list for checkpoints.
+    # Not a list, which Keras would track for checkpoints.
     model._ranges_told = frozenset(waiting)
     if is_new:
         warnings.warn(
@@ -97,7 +101,7 @@ def warn_of_open_ranges(model: keras.Model) -> None:
 
 @contextlib.contextmanager
 def _watched(model, callbacks):
-    """Yields the callbacks of `fit`: `_Watch`, the model's own and the given ones."""
+    """Yields the callbacks of `fit`: `_Watch`, the model's own, then the given ones."""
     watch = _Watch()
     own = [watch, *model._own_callbacks]
     is_list = isinstance(callbacks, keras.callbacks.CallbackList)
@@ -107,7 +111,7 @@ def _watched(model, callbacks):
         if hasattr(callback, "before_fit"):
             callback.before_fit(others)
     if is_list:
-        # `fit` uses the list as it is, and it has set these on its callbacks already.
+        # `fit` takes a CallbackList as it is, so set here what Keras would set.
         for callback in own:
             callback.set_model(model)
             callback.set_params(callbacks.params)
@@ -127,9 +131,9 @@ def _watched(model, callbacks):
 class _Watch(keras.callbacks.Callback):
     """Checks ranges and moving statistics in training; must be the first callback.
 
-    Then it runs before callbacks that re-estimate the statistics at an epoch's end or
-    before a validation. Callbacks that restore the model do so in `on_train_begin`,
-    before it looks at the first epoch.
+    As the first, it reads the statistics before callbacks re-estimate them at the end
+    of an epoch or before a validation. It starts in `on_epoch_begin`, after callbacks
+    have restored the model in `on_train_begin`.
     """
 
     def __init__(self):
@@ -137,34 +141,35 @@ class _Watch(keras.callbacks.Callback):
         # Without this flag, Keras would copy its logs for all callbacks.
         self._supports_tf_logs = True
         self._norms = None
-        self._starts = []  # (steps done, statistics), of the latest epochs.
+        # (steps done, statistics): at the start of the last epochs, and at the end.
+        self._starts = []
         self._end = None
 
     def on_epoch_begin(self, epoch, logs=None):
-        """Checks the ranges once, and keeps the statistics."""
+        """Checks the ranges once, and stores the statistics."""
         del epoch, logs
         if self._norms is None:
             warn_of_open_ranges(self.model)
             self._norms = batch_norm.named_norms(self.model)
         start = self._present()
-        # Of the starts that are long enough ago, only the latest is needed.
+        # Of the starts that are long enough ago, only the last is needed.
         count = len(self._long_before(start[0]))
         self._starts = [*self._starts[max(count - 1, 0) :], start]
         self._end = None
 
     def on_test_begin(self, logs=None):
-        """Keeps the statistics at the epoch's end."""
+        """Stores the statistics at the end of the epoch's training."""
         del logs
         if self._end is None:
             self._end = self._present()
 
     def on_epoch_end(self, epoch, logs=None):
-        """Keeps the statistics if there was no validation."""
+        """Stores the statistics if there was no validation."""
         del epoch
         self.on_test_begin(logs)
 
     def warn_of_lag(self):
-        """Warns of statistics that lag behind, estimated from the last steps."""
+        """Warns of statistics that lag behind, judged by the last steps."""
         if self._end is None:
             return  # No epoch was trained.
         end, statistics = self._end
@@ -178,7 +183,7 @@ class _Watch(keras.callbacks.Callback):
                 layer, before[name], statistics[name], end - start
             )
             for name, layer in self._norms.items()
-            # Statistics that were set since, as by re-estimation, are not judged.
+            # Skips statistics that changed after the last step, as by re-estimation.
             if all(
                 (a == b).all() for a, b in zip(now[name], statistics[name], strict=True)
             )
@@ -190,11 +195,11 @@ class _Watch(keras.callbacks.Callback):
             warnings.warn(message, QuantizationWarning, stacklevel=4)
 
     def _present(self):
-        """The number of steps of this `fit`, and the statistics of each layer."""
+        """Returns the number of steps of this `fit`, and each layer's statistics."""
         of = batch_norm.statistics_of
         values = {name: of(layer) for name, layer in self._norms.items()}
         return int(self.model._train_counter.numpy()), values
 
     def _long_before(self, steps):
-        """The starts of epochs at least `_FEWEST_STEPS` before a step."""
+        """Returns the epoch starts at least `_FEWEST_STEPS` before a step."""
         return [start for start in self._starts if steps - start[0] >= _FEWEST_STEPS]

@@ -6,15 +6,15 @@ from tf_lowbit.compat import keras
 
 
 class Settings:
-    """A dataclass of settings that Keras can serialize."""
+    """Base class of a dataclass of settings, which Keras can serialize."""
 
     def get_config(self) -> dict:
-        """The fields, serialized."""
+        """Returns the serialized fields."""
         serialize = keras.saving.serialize_keras_object
         return {name: serialize(value) for name, value in vars(self).items()}
 
     @classmethod
     def from_config(cls, config: dict) -> Self:
-        """The settings from `get_config`."""
+        """Makes settings from the result of `get_config`."""
         deserialize = keras.saving.deserialize_keras_object
         return cls(**{name: deserialize(value) for name, value in config.items()})

@@ -1,10 +1,10 @@
-"""Staging as data: what bits and which learning rate hold in which epochs.
+"""Stages: lists that set bits and learning rates by epoch.
 
-A `Stage` says how long it lasts and what it trains with; a schedule is a list of
-stages. `two_stage`, `progressive` and `two_stage_progressive` return such lists,
-after Zhuang et al., arXiv:1908.04680, and `three_phase` after Kim et al.,
-arXiv:1911.12491; `tf_lowbit.callbacks.StagedPrecision` carries any list out. Nothing
-here touches TensorFlow.
+A `Stage` is a number of epochs with their bits and learning rate. `two_stage`,
+`progressive` and `two_stage_progressive` return lists of stages after Zhuang et al.,
+arXiv:1908.04680, and `three_phase` after Kim et al., arXiv:1911.12491. The callback
+`tf_lowbit.callbacks.StagedPrecision` trains by any such list. This module does not use
+TensorFlow.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from tf_lowbit.core import checks, grid
 DECAYS = ("constant", "cosine", "step")
 FROZEN, ABSENT = "frozen", "absent"
 ROLES = (None, FROZEN, ABSENT)
-# Paper's ladder as recalled; `8 -> 4 -> 2` is the "shortened" one.
+# The paper's ladder, as recalled.
 DEFAULT_LADDER = (32, 16, 8, 4, 2)
 FLOAT_BITS = 32
 # The authors' CIFAR-100 baseline: x 0.1 at epochs 60 and 120 of 200.
@@ -28,32 +28,32 @@ Bits = int | tuple[int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage of a training: so many epochs at these bits.
+    """One stage of a training: a number of epochs with their bits and learning rate.
 
-    A quantizer never goes below the bits that its rule gave it: a stage asks for
-    `max(stage bits, the rule's bits)`.
+    A quantizer never goes below the bits of its rule. In a stage it has
+    `max(stage bits, rule's bits)`.
 
     Attributes:
-        epochs: length in epochs, at least 1.
-        weight_bits: bits of the weights, 1 to 8, or 16 or 32 for "not rounded";
-            None for each quantizer's own.
-        activation_bits: likewise for the activations. "Not rounded" activations are
-            still clipped.
-        learning_rate: at the stage's start; None leaves the optimizer's alone.
+        epochs: Length in epochs, at least 1.
+        weight_bits: Bits of the weights: 1 to 8, or 16 or 32 for "not rounded". None
+            for the bits of each quantizer's rule.
+        activation_bits: Bits of the activations, as `weight_bits`. "Not rounded"
+            activations are still clipped.
+        learning_rate: Learning rate at the stage's start; None does not change it.
         decay: "constant"; "cosine" from `learning_rate` to 0 over the stage; or "step":
             x 0.1 at each of `milestones`.
-        milestones: shares of the stage, strictly rising, each in (0, 1). `15 / 30` is
-            the start of epoch 15 of 30 exactly. Others than the default are for
-            decay="step" only.
-        warmup: share of the stage, in [0, 1), over which the learning rate rises from
-            0: what `decay` gives is multiplied with progress / warmup there.
-        teacher: of a `LowBitTrainer` with a teacher; None trains both as its
-            `JointDistillation` says, "frozen" leaves the teacher's weights alone, and
-            "absent" trains the student alone on the compiled loss, with weight 1.
+        milestones: Shares of the stage, strictly rising, each in (0, 1). `15 / 30` is
+            exactly the start of epoch 15 of 30. For decay="step" only.
+        warmup: Share of the stage, in [0, 1). During it, the learning rate is
+            multiplied by progress / warmup, so that it rises from 0.
+        teacher: Role of the teacher in a `LowBitTrainer`. None trains student and
+            teacher by the trainer's `JointDistillation`. "frozen" does not train the
+            teacher. "absent" trains the student alone, on the compiled loss with weight
+            1.
 
     Raises:
-        ValueError: for a value outside of what is said above, and for milestones or a
-            warmup that would have no effect.
+        ValueError: If a value is not one of those above, or milestones or a warmup have
+            no effect.
     """
 
     epochs: int
@@ -82,7 +82,7 @@ class Stage:
         object.__setattr__(self, "milestones", _rising_shares(self.milestones))
         if self.decay != "step" and self.milestones != STEP_MILESTONES:
             raise ValueError(
-                'milestones must have an effect, which needs decay="step". '
+                'milestones need decay="step". '
                 f"Received: milestones={self.milestones}, decay={self.decay!r}"
             )
         checks.number("warmup", self.warmup, at_least=0, below=1)
@@ -94,7 +94,7 @@ class Stage:
         checks.choice("teacher", self.teacher, ROLES)
 
     def learning_rate_at(self, progress: float) -> float | None:
-        """The learning rate after a share of the stage.
+        """Returns the learning rate after a share of the stage.
 
         >>> Stage(4, learning_rate=0.1, decay="cosine").learning_rate_at(0.5)
         0.05
@@ -102,10 +102,10 @@ class Stage:
         0.05
 
         Args:
-            progress: share of the stage that has passed, in [0, 1].
+            progress: Share of the stage that has passed, in [0, 1].
 
         Returns:
-            The learning rate, or None where the stage leaves it alone.
+            The learning rate, or None if the stage does not set it.
         """
         if self.learning_rate is None:
             return None
@@ -114,7 +114,7 @@ class Stage:
         return rate * progress / self.warmup if progress < self.warmup else rate
 
     def _decayed(self, progress: float) -> float:
-        """What is left of the learning rate after a share of the stage."""
+        """Returns the factor of `decay` after a share of the stage."""
         if self.decay == "step":
             passed = sum(progress >= milestone for milestone in self.milestones)
             return _STEP_FACTOR**passed
@@ -130,20 +130,20 @@ def two_stage(
     decay: str = "constant",
     milestones: Sequence[float] = STEP_MILESTONES,
 ) -> list[Stage]:
-    """TS: quantized weights first, then quantized activations too.
+    """TS, two-stage training: quantizes the weights first, then the activations too.
 
     >>> [(s.weight_bits, s.activation_bits) for s in two_stage(2, (10, 10))]
     [(2, 32), (2, 2)]
 
     Args:
-        bits: final bits, one int or (weight, activation).
-        epochs: epochs of each stage, or one int for either.
-        learning_rate: one for both, one each, or None.
-        decay: as in `Stage`.
-        milestones: as in `Stage`, shares of each stage.
+        bits: Final bits, one int or (weight, activation).
+        epochs: Epochs of each stage, or one int for both.
+        learning_rate: One for both, one for each, or None.
+        decay: As in `Stage`.
+        milestones: As in `Stage`, shares of each stage.
 
     Returns:
-        Two stages. In the first, activations are clipped and not rounded.
+        Two stages. In the first, activations are clipped but not rounded.
     """
     weight_bits, activation_bits = _pair(bits)
     pairs = [(weight_bits, FLOAT_BITS), (weight_bits, activation_bits)]
@@ -158,22 +158,23 @@ def progressive(
     decay: str = "constant",
     milestones: Sequence[float] = STEP_MILESTONES,
 ) -> list[Stage]:
-    """PQ: weights and activations together, from many bits down to few.
+    """PQ, progressive quantization: from many bits to few.
 
     >>> [(s.weight_bits, s.activation_bits) for s in progressive(2, 5, (8, 4, 2))]
     [(8, 8), (4, 4), (2, 2)]
 
     Args:
-        bits: final bits, one int or (weight, activation).
-        epochs: epochs of each stage, or one int for every stage.
-        ladder: falling bit-widths. A rung below a final bit-width stands at it; the
-            final pair is appended where the ladder does not reach it.
-        learning_rate: one for all, one each, or None.
-        decay: as in `Stage`.
-        milestones: as in `Stage`, shares of each stage.
+        bits: Final bits, one int or (weight, activation).
+        epochs: Epochs of each stage, or one int for every stage.
+        ladder: Bit-widths in falling order. Weights and activations both step down it,
+            but not below their final bits. A stage at the final bits is added if the
+            ladder does not end there.
+        learning_rate: One for all, one for each, or None.
+        decay: As in `Stage`.
+        milestones: As in `Stage`, shares of each stage.
 
     Returns:
-        One stage a rung.
+        One stage for each rung of the ladder.
     """
     return _stages(
         _rungs(_pair(bits), ladder), epochs, learning_rate, decay, milestones
@@ -189,25 +190,23 @@ def two_stage_progressive(
     last_only: bool = False,
     milestones: Sequence[float] = STEP_MILESTONES,
 ) -> list[Stage]:
-    """TS+PQ: at each rung of the ladder weights first, then activations.
-
-    The paper's abstract names the two together; their order within a rung is ours.
+    """TS+PQ: at each rung of the ladder the weights first, then the activations.
 
     >>> [(s.weight_bits, s.activation_bits)
     ...  for s in two_stage_progressive(2, 5, (4, 2))]
     [(4, 32), (4, 4), (2, 4), (2, 2)]
 
     Args:
-        bits: final bits, one int or (weight, activation).
-        epochs: epochs of each stage, or one int for every stage.
-        ladder: as in `progressive`.
-        learning_rate: one for all, one each, or None.
-        decay: as in `Stage`.
-        last_only: take weights and activations apart only at the last rung.
-        milestones: as in `Stage`, shares of each stage.
+        bits: Final bits, one int or (weight, activation).
+        epochs: Epochs of each stage, or one int for every stage.
+        ladder: As in `progressive`.
+        learning_rate: One for all, one for each, or None.
+        decay: As in `Stage`.
+        last_only: Whether only the last rung has two stages.
+        milestones: As in `Stage`, shares of each stage.
 
     Returns:
-        Up to two stages a rung; a stage that would change nothing is left out.
+        Up to two stages for each rung. A stage that changes no bits is left out.
     """
     checks.flag("last_only", last_only)
     rungs = _rungs(_pair(bits), ladder)
@@ -227,23 +226,25 @@ def three_phase(
     decay: str = "constant",
     milestones: Sequence[float] = STEP_MILESTONES,
 ) -> list[Stage]:
-    """QKD: the student alone, then with its teacher, then under the teacher frozen.
+    """QKD: the student alone, then with its teacher, then under a frozen teacher.
 
     Kim et al., QKD: Quantization-aware Knowledge Distillation, arXiv:1911.12491: a
-    teacher that comes too early hurts a student of few bits. "Self-studying" trains the
-    student on the task alone, "co-studying" both together, as the trainer's
-    `JointDistillation` says, and "tutoring" the student alone under the trained
-    teacher.
+    teacher that starts too early hurts a student of few bits. Their phases are:
+
+    1. Self-studying: trains the student on the task alone.
+    2. Co-studying: trains both by the trainer's `JointDistillation`.
+    3. Tutoring: trains the student; the teacher stays as it is.
 
     >>> [(s.weight_bits, s.activation_bits, s.teacher) for s in three_phase(2, 5)]
     [(2, 2, 'absent'), (2, 2, None), (2, 2, 'frozen')]
 
     Args:
-        bits: bits of all phases, one int or (weight, activation).
-        epochs: epochs of each phase, or one int for every phase.
-        learning_rate: of the student: one for all, one each, or None.
-        decay: as in `Stage`.
-        milestones: as in `Stage`, shares of each phase.
+        bits: Bits of all phases, one int or (weight, activation).
+        epochs: Epochs of each phase, or one int for every phase.
+        learning_rate: The student's learning rate: one for all phases, one for each, or
+            None.
+        decay: As in `Stage`.
+        milestones: As in `Stage`, shares of each phase.
 
     Returns:
         Three stages, for a `LowBitTrainer` whose teacher is "joint" or "task".
@@ -256,20 +257,20 @@ def three_phase(
 
 
 def split_epochs(total: int, parts: int) -> tuple[int, ...]:
-    """Shares epochs out over stages, the rest to the last ones.
+    """Divides epochs among stages; the last stages get what remains.
 
     >>> split_epochs(20, 3)
     (6, 7, 7)
 
     Args:
-        total: of the epochs.
-        parts: number of stages.
+        total: Number of epochs.
+        parts: Number of stages.
 
     Returns:
         Epochs of each stage.
 
     Raises:
-        ValueError: if there are fewer epochs than parts.
+        ValueError: If there are fewer epochs than stages.
     """
     checks.integer("total", total, at_least=1)
     checks.integer("parts", parts, at_least=1)
@@ -282,20 +283,20 @@ def split_epochs(total: int, parts: int) -> tuple[int, ...]:
 
 
 def stage_at(stages: Sequence[Stage], epoch: int) -> tuple[int, int]:
-    """Which stage an epoch belongs to.
+    """Finds the stage of an epoch.
 
     >>> stage_at([Stage(3), Stage(2)], 3)
     (1, 3)
 
     Args:
-        stages: the stages.
-        epoch: epoch, from 0.
+        stages: The stages.
+        epoch: Epoch, from 0.
 
     Returns:
         The stage's index and the epoch at which it starts.
 
     Raises:
-        ValueError: if `epoch` is negative or the stages end before it.
+        ValueError: If `epoch` is negative or the stages end before it.
     """
     checks.integer("epoch", epoch, at_least=0)
     start = 0

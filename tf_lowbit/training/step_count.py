@@ -8,20 +8,20 @@ from tf_lowbit.training.stochastic_precision import StochasticPrecision
 
 
 class StepCount(keras.callbacks.Callback):
-    """Counts the steps of a trainer, which stochastic precision draws by.
+    """Counts the steps of a trainer; stochastic precision draws by them.
 
-    It is a callback of each `fit`. The first step is computed from epoch and batch, so
-    that it is right if a training starts, continues after another `fit`, or resumes
-    within an epoch.
+    It is a callback of each `fit`. It computes the first step from epoch and batch, so
+    that the step is right if a training starts, continues after another `fit`, or
+    resumes within an epoch.
 
     Args:
-        precision: stochastic precision, which needs the number of steps and may give
-            it; or None.
+        precision: Stochastic precision, which needs the number of steps, or None. Its
+            `steps`, if given, is that number.
 
     Attributes:
-        progress: checkpointed counters: `step`, the steps since epoch 0 of the present
-            training, and `total_steps`.
-        is_known: whether `total_steps` is known for the present training.
+        progress: Counters in checkpoints: `step`, the steps since epoch 0 of the
+            current training, and `total_steps`.
+        is_known: Whether `total_steps` is known for the current training.
     """
 
     def __init__(self, precision: StochasticPrecision | None):
@@ -32,18 +32,18 @@ class StepCount(keras.callbacks.Callback):
         self._is_first_batch = True
         self._has_trained = False
         self.is_known = total is not None
-        # In a tf.train.Checkpoint, so that checkpoints save the counters, but they are
-        # not weights of the model.
+        # In a tf.train.Checkpoint, checkpoints save the counters, but they are not
+        # weights of the model.
         self.progress = tf.train.Checkpoint(
             step=counter(), total_steps=counter(total or 0)
         )
 
     def variables(self) -> dict[str, tf.Variable]:
-        """The counters by name."""
+        """Returns the counters by name."""
         return {n: getattr(self.progress, n) for n in ("step", "total_steps")}
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Checks that the length of the training is known, if it is needed."""
+        """Checks that the number of steps is known, if it is needed."""
         del logs
         self._is_first_batch = True
         self.is_known = self._total is not None or bool(self.params.get("steps"))
@@ -55,7 +55,7 @@ class StepCount(keras.callbacks.Callback):
             )
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Sets the first step of `fit`, unless a checkpoint is within the epoch."""
+        """Sets the first step of `fit`, unless a checkpoint within the epoch did."""
         del logs
         self._epoch = epoch
         steps, done = self.params.get("steps"), int(self.progress.step.numpy())
@@ -63,14 +63,14 @@ class StepCount(keras.callbacks.Callback):
             first = epoch * steps
             self._begin_at(done if first <= done < first + steps else first)
         elif self._is_first_batch and epoch == 0 and self._has_trained:
-            # The count is from another training: a checkpoint would be restored into a
-            # trainer that has not trained yet.
+            # The count is from an earlier training. It is not from a checkpoint, which
+            # is restored into a trainer that has not trained yet.
             self.progress.step.assign(0)
 
     def on_train_batch_begin(
         self, batch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        """Sets the first step by the batch; a `CallbackList` may skip this hook."""
+        """Sets the first step from the batch; Keras may skip this hook."""
         del logs
         steps = self.params.get("steps")
         if self._is_first_batch and steps:
@@ -78,7 +78,7 @@ class StepCount(keras.callbacks.Callback):
         self._is_first_batch = False
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Remembers that the counters are from a finished training."""
+        """Stores that the counters are from a finished training."""
         del logs
         self._has_trained = True
 

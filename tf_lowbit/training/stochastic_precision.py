@@ -1,8 +1,8 @@
-"""Stochastic precision: sampled sub-networks are quantized, the rest is not.
+"""Stochastic precision: each step quantizes a random part of the network.
 
 Zhuang et al., arXiv:1908.04680, "randomly sample and quantize sub-networks while
-keeping other parts in full-precision", so that one stage replaces several. This is our
-reading of the abstract: unit and schedule are not verified against the paper. It is not
+keeping other parts in full-precision", so that one stage replaces several. We know only
+the abstract: unit and schedule are not verified against the paper. The method is not
 stochastic rounding, and not Stochastic Quantization (arXiv:1708.01001).
 """
 
@@ -33,25 +33,25 @@ class StochasticPrecision(Settings):
         unit i is quantized if u(seed, step)_i < p(t),       u uniform in [0, 1)
 
     Evaluation, export and checkpoints are always fully quantized. The draw is a pure
-    function of (seed, step, unit), so every replica draws the same sub-network, and a
-    resumed training draws the same as an uninterrupted one.
+    function of (seed, step, unit). So every replica draws the same units, and a resumed
+    training draws as an uninterrupted one would.
 
     Attributes:
-        start: p at the start, in [0, 1]; None for 0.5. It rises linearly to 1.
-        tail: share of the training at its end with p = 1, in [0, 1]; None for 0.2. With
-            a shorter tail, see `tf_lowbit.recalibrate_batch_norm`.
-        schedule: another p, in place of `start` and `tail`: a function from t, scalar
-            float32 tensor in [0, 1], to a scalar in [0, 1]. To save a trainer, register
-            it (`keras.saving.register_keras_serializable`).
+        start: The p at the start, in [0, 1]; None for 0.5. It rises linearly to 1.
+        tail: Share of the training, at its end, with p = 1; in [0, 1]. None for 0.2.
+            With a shorter tail, see `tf_lowbit.recalibrate_batch_norm`.
+        schedule: Replaces `start` and `tail`: a function from t, scalar float32 tensor
+            in [0, 1], to p, a scalar in [0, 1]. To save a trainer, register it with
+            `keras.saving.register_keras_serializable`.
         unit: "layer", "block" or a list of patterns (`find_units`).
-        seed: seed of the draws, an int in [0, 2**63).
-        steps: steps of the whole training; None for the steps of `fit`, counted from
+        seed: Seed of the draws, an int in [0, 2**63).
+        steps: Steps of the whole training; None for the steps of `fit`, counted from
             epoch 0.
-        raw_weights: whether weights in full precision are the latent weights, without
-            the quantizer's scale (an ablation: a draw then changes their scale, too).
+        raw_weights: Whether weights in full precision lose the quantizer's scale and
+            are the latent weights (an ablation: each draw changes their scale).
 
     Raises:
-        ValueError: for a value out of its range.
+        ValueError: If a value is out of its range.
     """
 
     start: float | None = None
@@ -64,7 +64,7 @@ class StochasticPrecision(Settings):
 
     def __post_init__(self):
         shape = self._shape()
-        LinearRamp(**shape)  # Checks them.
+        LinearRamp(**shape)  # Checks `start` and `tail`.
         if self.schedule is not None and shape:
             raise ValueError(
                 "schedule must be given in place of start and tail, not with them. "
@@ -83,7 +83,7 @@ class StochasticPrecision(Settings):
             checks.integer("steps", self.steps, at_least=1, below=2**63)
 
     def _shape(self) -> dict:
-        """The given arguments of the linear ramp."""
+        """Returns the arguments of the linear ramp that are not None."""
         shape = {"start": self.start, "tail": self.tail}
         return {name: value for name, value in shape.items() if value is not None}
 
@@ -105,39 +105,39 @@ class StochasticPrecision(Settings):
                 )
 
     def probability(self, step: tf.Tensor, total_steps: tf.Tensor) -> tf.Tensor:
-        """p(t) at a step, scalar float32 tensor in [0, 1].
+        """Returns p(t) at a step: scalar float32 tensor in [0, 1].
 
         Args:
-            step: scalar int64 tensor, from 0.
-            total_steps: scalar int64 tensor, the steps of the whole training.
+            step: Scalar int64 tensor, from 0.
+            total_steps: Scalar int64 tensor, the steps of the whole training.
         """
         t = tf.cast(step, tf.float64) / tf.cast(total_steps, tf.float64)
         return tf.cast(self._p(tf.cast(tf.minimum(t, 1.0), tf.float32)), tf.float32)
 
     def draw(self, step: tf.Tensor, count: int, probability: tf.Tensor) -> tf.Tensor:
-        """Draws the units that are quantized at a step, bool tensor [count].
+        """Draws the units that are quantized at a step: bool tensor [count].
 
         Args:
-            step: scalar int64 tensor.
-            count: number of units.
-            probability: scalar float32 tensor in [0, 1].
+            step: Scalar int64 tensor.
+            count: Number of units.
+            probability: Scalar float32 tensor in [0, 1].
         """
         seed = tf.stack([tf.constant(self.seed, tf.int64), tf.cast(step, tf.int64)])
-        # The automatic generator differs between devices, and XLA's floats differ from
-        # TensorFlow's: so draw integers by a named generator.
+        # A named generator, because the default one differs between devices. Integers,
+        # because XLA's floats differ from TensorFlow's.
         integers = tf.random.stateless_uniform(
             [count], seed, minval=None, maxval=None, dtype=tf.uint32, alg="philox"
         )
-        # 24 bits are exact in float32: in [0, 1), so that p = 1 always quantizes.
+        # 24 bits are exact in float32, so u < 1, and p = 1 always quantizes.
         uniform = tf.cast(tf.bitwise.right_shift(integers, 8), tf.float32) * 2.0**-24
         return uniform < probability
 
 
 class Sampler:
-    """Draws the units of networks by stochastic precision.
+    """Draws the quantized units of networks by stochastic precision.
 
     Raises:
-        ValueError: if the schedule leaves [0, 1], or a unit cannot be found.
+        ValueError: If the schedule leaves [0, 1], or a unit cannot be found.
     """
 
     def __init__(self, settings: StochasticPrecision, networks: Sequence[keras.Model]):
@@ -147,14 +147,14 @@ class Sampler:
         self.metrics: list[keras.metrics.Mean] = []
 
     def compile(self) -> None:
-        """Makes the mean share of quantized units and the mean of p."""
+        """Makes the logged means: share of quantized units, and p."""
         names = ("quantized_share", "quantization_probability")
         self.metrics = [keras.metrics.Mean(name) for name in names]
 
     def sampled(
         self, step: tf.Tensor, total_steps: tf.Tensor
     ) -> contextlib.AbstractContextManager:
-        """Draws for a step; returns a context in which only drawn units round."""
+        """Draws for a step; returns a context in which only the drawn units round."""
         p = self.settings.probability(step, total_steps)
         is_quantized = self.settings.draw(step, len(self.units), p)
         mean_share, mean_p = self.metrics
@@ -163,11 +163,15 @@ class Sampler:
         return self.applied(is_quantized)
 
     def logs(self) -> dict:
-        """Name in the logs -> present result."""
+        """Returns name in the logs -> mean so far."""
         return {mean.name: mean.result() for mean in self.metrics}
 
     def applied(self, is_quantized: tf.Tensor) -> contextlib.AbstractContextManager:
-        """A context in which only the units of a draw, bool tensor [units], round."""
+        """Returns a context in which only the drawn units round.
+
+        Args:
+            is_quantized: The draw, bool tensor [units].
+        """
         draws = [
             (tensor.variables, unit_is_quantized)
             for unit, unit_is_quantized in zip(

@@ -23,48 +23,50 @@ class LowBitTrainer(CheckedTraining, keras.Model):
     """Trains low-bitwidth networks, alone or together with a teacher.
 
     `fit` trains the students, plainly or with stochastic precision. A teacher is
-    trained together with them: all see each batch once, in one step, and the teacher
-    has its own optimizer. `evaluate` and `predict` are the student's, fully quantized;
-    the network to be deployed is `trainer.student`. Staging callbacks work on a trainer
-    as on a network. `save` writes networks, optimizers and counters to a `.keras` file,
-    which `tf_lowbit.load_model` reads.
+    trained in the same step, on the same batch, by its own optimizer. `evaluate` and
+    `predict` use the fully quantized student. To deploy, export `trainer.student`.
+    Staging callbacks work on a trainer as on a network. `save` writes networks,
+    optimizers and counters to a `.keras` file, and `tf_lowbit.load_model` reads it.
 
-    Logged: `loss`, the student's whole loss, and the compiled metrics. With a teacher
-    also the terms `task_loss`, `distillation_loss` and `hint_loss`, without their
-    weights, and the same of the teacher, as far as it has them, under `teacher_`. In
-    evaluation `loss` is the compiled loss and the regularisation only, so that with a
-    teacher `val_loss` compares with `task_loss`. With stochastic precision
-    `quantized_share`, the share of units that were quantized, and
-    `quantization_probability`, the p that they were drawn with. Sample and class
-    weights count in every term, as in the compiled loss.
+    The logs have
 
-    On several replicas the losses are means over the global batch, also where it does
-    not divide evenly.
+    - `loss`, the student's whole loss, and the compiled metrics. In evaluation it is
+      the compiled loss and the regularization only, so that with a teacher `val_loss`
+      compares with `task_loss`;
+    - with a teacher: the terms `task_loss`, `distillation_loss` and `hint_loss`,
+      without their weights, and the loss, terms and metrics of the teacher, with the
+      prefix `teacher_`;
+    - with stochastic precision: `quantized_share`, the share of quantized units, and
+      `quantization_probability`, the p of their draw.
+
+    Sample and class weights count in every term, as in the compiled loss. On several
+    replicas the losses are means over the global batch, even if it does not divide
+    evenly.
 
     Args:
-        student: what `tf_lowbit.quantize` made; or a dict of several, by name, which
-            learn from one teacher, with one optimizer. The first is the one that
-            `predict` means; the others' logs have `<name>_` in front.
-        teacher: a built Sequential or Functional float model; where only outputs are
-            matched it may be of any architecture. One of Keras 3 is converted
-            (`from_keras3`): `trainer.teacher` is then a copy.
-        distillation: the losses; None for `JointDistillation()` if there is a teacher.
-        stochastic_precision: None quantizes the whole network at every step. It must
-            know the number of steps: data of unknown length need `steps_per_epoch` in
-            `fit`, or its `steps`.
-        name: of the model.
+        student: Model from `tf_lowbit.quantize`. Or a dict, name -> model, of several
+            students with one teacher and one optimizer: `predict` uses the first, and
+            the logs of the others have the prefix `<name>_`.
+        teacher: A built Sequential or Functional float model. Without hints it may have
+            any architecture. A Keras 3 model is converted (`from_keras3`), so that
+            `trainer.teacher` is a copy.
+        distillation: The losses; None for `JointDistillation()` if there is a teacher.
+        stochastic_precision: None quantizes the whole network at every step. Stochastic
+            precision needs the number of steps: if the length of the data is unknown,
+            give `fit` its `steps_per_epoch`, or `StochasticPrecision` its `steps`.
+        name: Name of the model.
 
     Attributes:
-        students: the low-bitwidth networks.
-        teacher: the teacher, or None.
-        progress: checkpointed counters: `step`, the steps done since epoch 0 of the
-            present training, from which the draws come, and `total_steps`.
+        students: The low-bitwidth networks.
+        teacher: The teacher, or None.
+        progress: Counters in checkpoints: `step`, the steps since epoch 0 of the
+            current training, by which units are drawn, and `total_steps`.
 
     Raises:
-        ValueError: if a student is not quantized or its name is taken in the logs,
-            networks share variables, teacher and student differ in inputs or outputs
-            or do not put out logits [batch, units] or a sigmoid's values of them, or
-            hints or units cannot be found.
+        ValueError: If a student is not quantized, its name has another meaning in the
+            logs, networks share variables, teacher and student differ in inputs or
+            outputs, the outputs are neither logits [batch, units] nor a sigmoid's
+            values, or hints or units cannot be found.
     """
 
     def __init__(
@@ -110,7 +112,7 @@ class LowBitTrainer(CheckedTraining, keras.Model):
         self.teacher_optimizer = None
         self._names = names
         self._participants = participants  # The teacher is the last.
-        self._present = participants  # Those that are in the present stage's steps.
+        self._present = participants  # Those of the current stage.
         self._role: str | None = None
         self._distiller = distiller
         self._sampler = None
@@ -120,36 +122,36 @@ class LowBitTrainer(CheckedTraining, keras.Model):
         self.progress = self._count.progress
         self.built = True
         self.output_names = self.student.output_names
-        # Logs are results of metrics, the same on all replicas: Keras's default would
-        # add them up over the workers.
+        # Logs are results of metrics, equal on all replicas. Keras would add them over
+        # the workers.
         self.distribute_reduction_method = "first"
 
     @property
     def student(self) -> keras.Model:
-        """The low-bitwidth network; the first, if there are several."""
+        """The low-bitwidth network; the first of several."""
         return self.students[0]
 
     @property
     def student_names(self) -> list[str]:
-        """Of the students, in their order; "student" for a single one without."""
+        """The students' names, in order; a single student is named "student"."""
         return list(self._names)
 
     @property
     def trains_teacher(self) -> bool:
-        """Whether there is a teacher whose weights move, with its own optimizer."""
+        """Whether there is a teacher that is trained, by its own optimizer."""
         return self._distiller is not None and self._distiller.settings.trains_teacher
 
     def assign_teacher(self, role: str | None) -> None:
-        """Sets what the teacher does from the next step on, which is traced anew.
+        """Sets the teacher's role, and retraces the training step.
 
         `StagedPrecision` calls it at each stage.
 
         Args:
-            role: `Stage.teacher`: None for what `distillation` says, or "frozen", or
+            role: As `Stage.teacher`: None for the role in `distillation`, "frozen" or
                 "absent".
 
         Raises:
-            ValueError: if there is no teacher.
+            ValueError: If there is no teacher, or the role is another one.
         """
         checks.choice("role", role, ROLES)
         if role == self._role:
@@ -168,7 +170,7 @@ class LowBitTrainer(CheckedTraining, keras.Model):
         return (self._count,)
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
-        """The student's outputs."""
+        """Returns the student's outputs."""
         return self.student(inputs, training=training, mask=mask)
 
     def compile(
@@ -185,32 +187,34 @@ class LowBitTrainer(CheckedTraining, keras.Model):
         """Configures the training; see `keras.Model.compile`.
 
         Args:
-            optimizer: of the students.
-            loss: the task's loss, of students and teacher alike.
-            metrics: of each network.
-            loss_weights: as in Keras.
-            weighted_metrics: of each network.
-            teacher_optimizer: of the teacher, not the same object. It keeps its state
-                over the stages of `StagedPrecision`, which sets the students' learning
-                rate only: a schedule of `keras.optimizers.schedules` goes in here.
-            **arguments: others of `keras.Model.compile`.
+            optimizer: Optimizer of the students.
+            loss: Task loss of each network.
+            metrics: Metrics of each network.
+            loss_weights: As in Keras.
+            weighted_metrics: Metrics of each network that use the sample weights.
+            teacher_optimizer: Optimizer of the teacher, another object. It keeps its
+                state over the stages of `StagedPrecision`, which sets the students'
+                learning rate only. To change the teacher's, use a schedule of
+                `keras.optimizers.schedules`.
+            **arguments: Other arguments of `keras.Model.compile`.
 
         Raises:
-            ValueError: if there is a teacher to train and no optimizer for it, or an
-                optimizer and no such teacher; or a teacher and an optimizer that
-                averages weights; or a teacher and a loss that reads logits where the
-                networks put out probabilities, or the reverse.
+            ValueError: If the teacher is trained without a `teacher_optimizer` or
+                without trainable weights, or a `teacher_optimizer` is given and no
+                teacher is trained. With a teacher: if an optimizer averages weights, or
+                `from_logits` of the loss contradicts the networks' outputs.
         """
         is_same = teacher_optimizer is optimizer and not isinstance(optimizer, str)
         if self.trains_teacher and (teacher_optimizer is None or is_same):
             raise ValueError(
-                "compile must be given a teacher_optimizer, another object than the "
-                f"optimizer, for the teacher is trained. Received: {teacher_optimizer}"
+                "compile must be given a teacher_optimizer to train the teacher: "
+                f"another object than optimizer. Received: {teacher_optimizer}"
             )
         if self.trains_teacher and not self.teacher.trainable_variables:
             raise ValueError(
-                'The teacher must have weights to train, or be "frozen" in '
-                f"JointDistillation. Received: {self.teacher.name!r} without any"
+                "The teacher must have trainable weights: without them, use "
+                'JointDistillation(teacher="frozen"). '
+                f"Received: {self.teacher.name!r} without any"
             )
         if teacher_optimizer is not None and not self.trains_teacher:
             raise ValueError(
@@ -226,9 +230,9 @@ class LowBitTrainer(CheckedTraining, keras.Model):
             averaging = [o for o in (optimizer, teacher_optimizer) if _averages(o)]
             if averaging:
                 raise ValueError(
-                    "Optimizers must not average weights (use_ema) where there is a "
-                    "teacher: Keras would look for both networks' in one of them. "
-                    f"Received: {averaging}"
+                    "Optimizers must not average weights (use_ema) if there is a "
+                    "teacher: Keras looks for the averages of all networks in one "
+                    f"optimizer. Received: {averaging}"
                 )
             self._distiller.compile(loss)
         super().compile(
@@ -237,7 +241,7 @@ class LowBitTrainer(CheckedTraining, keras.Model):
         with self.distribute_strategy.scope():
             _build_optimizer(self.optimizer, self._student_variables())
             if self.trains_teacher:
-                # By name, and with a loss scale in float16, as Keras has the other.
+                # As for the optimizer: resolves a name, and scales the loss in float16.
                 self.teacher_optimizer = self._get_optimizer(teacher_optimizer)
                 variables = self.teacher.trainable_variables
                 _build_optimizer(self.teacher_optimizer, variables)
@@ -251,7 +255,7 @@ class LowBitTrainer(CheckedTraining, keras.Model):
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
-        """Keras's: what is reset at an epoch's start."""
+        """All metrics, which Keras resets at the start of an epoch."""
         if not self._is_compiled:
             return []
         of_networks = [m for each in self._participants for m in each.metrics]
@@ -259,23 +263,23 @@ class LowBitTrainer(CheckedTraining, keras.Model):
 
     @property
     def metrics_names(self) -> list[str]:
-        """Keras's: the order of what `evaluate` returns, if not as a dict."""
+        """Names of the values that `evaluate` returns, in order."""
         students = self._participants[: len(self.students)] if self._is_compiled else []
         return [metric.name for each in students for metric in each.evaluated]
 
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
-        """One step of all networks on one batch; Keras calls it.
+        """Trains all networks for one step on one batch; Keras calls it.
 
-        With CE the compiled loss, R the regularisation, and D and H the distances of
-        `JointDistillation`, for which the other network is a constant:
+        CE is the compiled loss, R the regularization. D and H are the distances of
+        `JointDistillation`, which take the other network as a constant:
 
             loss of a student = task_weight CE + R
                 + distillation_weight D(teacher, student) + hint_weight H
             loss of the teacher = teacher_task_weight CE + R
                 + teacher_distillation_weight D(student, teacher) + hint_weight H
 
-        The students round as `StochasticPrecision` draws by seed and step. In a stage
-        with an absent teacher, the loss of a student is CE + R.
+        `StochasticPrecision` draws by seed and step which units round. If the teacher
+        is absent in this stage, the loss of a student is CE + R.
 
         Args:
             data: `x`, `(x, y)` or `(x, y, sample_weight)`.
@@ -288,7 +292,7 @@ class LowBitTrainer(CheckedTraining, keras.Model):
         moves_teacher = has_teacher and self._distiller.present.trains_teacher
         share = batch.share()
         with tf.control_dependencies(tf.nest.flatten(batch.x)):
-            # Where the data have ended there is no step, and nothing is counted.
+            # The step is read after the data, so at their end no step is counted.
             step = tf.identity(self.progress.step)
         with self._drawn(step), tf.GradientTape(persistent=moves_teacher) as tape:
             seen = (network.see(batch.x) for network in networks)
@@ -307,7 +311,7 @@ class LowBitTrainer(CheckedTraining, keras.Model):
             student_loss = tf.add_n(objectives[: len(self.students)])
         self.optimizer.minimize(student_loss, self._student_variables(), tape=tape)
         if moves_teacher:
-            # From the students' outputs before their update: they are on the tape.
+            # The tape holds the students' outputs from before their update.
             self.teacher_optimizer.minimize(
                 objectives[-1], self.teacher.trainable_variables, tape=tape
             )
@@ -318,7 +322,7 @@ class LowBitTrainer(CheckedTraining, keras.Model):
         return logs | (self._sampler.logs() if self._sampler else {})
 
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
-        """Measures the students on one batch, fully quantized; Keras calls it."""
+        """Evaluates the fully quantized students on one batch; Keras calls it."""
         batch = Batch(data)
         logs: dict[str, tf.Tensor] = {}
         for student, network in zip(self.students, self._participants, strict=False):
@@ -329,13 +333,13 @@ class LowBitTrainer(CheckedTraining, keras.Model):
         return logs
 
     def _drawn(self, step):
-        """A context in which the students round as drawn for a step."""
+        """Returns a context in which only the units drawn for a step round."""
         if self._sampler is None:
             return contextlib.nullcontext()
         if not self._count.is_known:
             raise ValueError(
-                "StochasticPrecision must know how many steps the training has: train "
-                "with fit, or give it steps=. Received: steps=None, outside of fit"
+                "StochasticPrecision must know the number of steps: train with fit, or "
+                "give it steps=. Received: steps=None, outside of fit"
             )
         return self._sampler.sampled(step, self.progress.total_steps)
 
@@ -343,18 +347,18 @@ class LowBitTrainer(CheckedTraining, keras.Model):
         """Saves networks, settings, optimizers and counters; see `keras.Model.save`.
 
         Args:
-            filepath: of a `.keras` file. A single network may have another format:
-                `trainer.student.save(path)`.
-            *args: as in Keras.
-            **kwargs: likewise.
+            filepath: Path of a `.keras` file. For another format, save a single
+                network: `trainer.student.save(path)`.
+            *args: As in Keras.
+            **kwargs: As in Keras.
 
         Raises:
-            ValueError: for another kind of file.
+            ValueError: If the file is of another format.
         """
         if not os.fspath(filepath).endswith(".keras"):
             raise ValueError(
-                "A LowBitTrainer is saved to a .keras file; its networks, such as "
-                "trainer.student, to any format. "
+                "A LowBitTrainer must be saved to a .keras file: for another format, "
+                "save a network, such as trainer.student. "
                 f"Received: filepath={os.fspath(filepath)!r}"
             )
         super().save(filepath, *args, **kwargs)
@@ -365,14 +369,14 @@ class LowBitTrainer(CheckedTraining, keras.Model):
         """Saves the networks' weights and optimizers; see `keras.Model.save_weights`.
 
         Args:
-            filepath: of a `.weights.h5` file, or the prefix of a checkpoint; where the
-                networks have names of their own, also of a `.h5` file.
-            *args: as in Keras.
-            **kwargs: likewise.
+            filepath: Path of a `.weights.h5` file, or prefix of a checkpoint. If the
+                networks have different names, also path of a `.h5` file.
+            *args: As in Keras.
+            **kwargs: As in Keras.
 
         Raises:
-            ValueError: for a file of Keras's older HDF5 format, which cannot hold two
-                networks of one name.
+            ValueError: If networks have the same name and the file is of Keras's older
+                HDF5 format, which cannot hold both.
         """
         path, names = os.fspath(filepath), [layer.name for layer in self.layers]
         is_hdf5 = path.endswith((".h5", ".hdf5", ".keras"))
@@ -380,13 +384,13 @@ class LowBitTrainer(CheckedTraining, keras.Model):
         is_older = is_hdf5 and not path.endswith(".weights.h5")
         if is_older and len(set(names)) < len(names):
             raise ValueError(
-                "The weights of networks of one name are saved to a .weights.h5 file. "
+                "Networks with the same name must be saved to a .weights.h5 file. "
                 f"Received: filepath={path!r} of {names}"
             )
         super().save_weights(filepath, *args, **kwargs)
 
     def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments, serialized."""
+        """Returns the serialized arguments of the constructor."""
         arguments = {
             "student": dict(zip(self._names, self.students, strict=True)),
             "teacher": self.teacher,
@@ -401,13 +405,13 @@ class LowBitTrainer(CheckedTraining, keras.Model):
     def from_config(
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> "LowBitTrainer":
-        """The trainer that `get_config` wrote; its weights are new."""
+        """Makes a trainer from the result of `get_config`, with new weights."""
         with keras.utils.custom_object_scope(custom_objects or {}):
             deserialize = keras.saving.deserialize_keras_object
             return cls(**{name: deserialize(value) for name, value in config.items()})
 
     def get_compile_config(self) -> dict[str, Any] | None:
-        """What `compile` was given, serialized; None if it was not called."""
+        """Returns the serialized arguments of `compile`; None before `compile`."""
         config = super().get_compile_config()
         if config is not None:
             config["teacher_optimizer"] = keras.saving.serialize_keras_object(
@@ -416,16 +420,16 @@ class LowBitTrainer(CheckedTraining, keras.Model):
         return config
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
-        """Compiles as `get_compile_config` says."""
+        """Compiles with the result of `get_compile_config`."""
         self.compile(**keras.saving.deserialize_keras_object(config))
 
     def save_own_variables(self, store: Any) -> None:
-        """Keras's: writes what is neither a network's nor an optimizer's."""
+        """Writes the counters; Keras saves networks and optimizers itself."""
         for name, counted in self._count.variables().items():
             store[name] = counted.numpy()
 
     def load_own_variables(self, store: Any) -> None:
-        """Keras's: reads it; older files of weights have none of it."""
+        """Reads the counters, which older files of weights lack."""
         if store.keys():
             for name, counted in self._count.variables().items():
                 counted.assign(store[name][()])
@@ -435,19 +439,19 @@ class LowBitTrainer(CheckedTraining, keras.Model):
 
 
 def _policy(networks) -> str | None:
-    """mixed_float16 where a layer computes in it, for Keras then scales the loss."""
+    """Returns "mixed_float16" if a layer computes in float16: Keras scales the loss."""
     layers = (layer for network in networks for layer in network.layers)
     dtypes = {inspection.wrapped_layer(layer).compute_dtype for layer in layers}
     return "mixed_float16" if "float16" in dtypes else "float32"
 
 
 def _averages(optimizer) -> bool:
-    """Whether Keras puts averaged weights in place when `fit` ends."""
+    """Tells whether Keras assigns averaged weights when `fit` ends."""
     return getattr(getattr(optimizer, "inner_optimizer", optimizer), "use_ema", False)
 
 
 def _build_optimizer(optimizer, variables):
-    # Slots exist from the start, in the order of the variables: a checkpoint that is
-    # restored before the first step finds them. Legacy optimizers make them later.
+    # A checkpoint that is restored before the first step needs the optimizer's
+    # variables. Legacy optimizers have no `build`.
     if hasattr(optimizer, "build"):
         optimizer.build(variables)

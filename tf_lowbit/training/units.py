@@ -9,7 +9,7 @@ from tf_lowbit.network import graph, inspection, layer_registry
 
 LAYER = "layer"
 BLOCK = "block"
-# Symbols of `x + y` in a functional model.
+# Symbols of `x + y` and `tf.add_n` in a functional model.
 _SUMS = ("__operators__.add", "math.add", "math.add_n")
 
 
@@ -17,8 +17,8 @@ class Unit(NamedTuple):
     """A part of a network whose quantizers are on or off together.
 
     Attributes:
-        name: name of its layer, name of the Add that ends its block, or its pattern.
-        tensors: its weight and activation quantizers.
+        name: Its pattern, or the name of its layer or of the sum that ends its block.
+        tensors: Its weight and activation quantizers.
     """
 
     name: str
@@ -28,22 +28,22 @@ class Unit(NamedTuple):
 def find_units(model: keras.Model, unit: str | Sequence[str] = LAYER) -> list[Unit]:
     """Divides a network's quantizers into units.
 
-    A unit holds whole weight layers. An activation quantizer belongs to the unit of the
-    first weight layer that reads it, in the graph's order. A residual quantizer belongs
-    to the unit of the last weight layer in front of it.
+    A weight layer is in one unit with all its weights. An activation quantizer belongs
+    to the unit of the first weight layer that reads it, in the graph's order. A
+    residual quantizer belongs to the unit of the last weight layer in front of it.
 
     Args:
-        model: quantized model.
+        model: Quantized model.
         unit: "layer": each weight layer is a unit. "block": each residual block
-            (`residual_blocks`) is a unit, and so is each layer outside of blocks. Or a
-            list of regular expressions: each makes a unit of the layers whose whole
-            name it matches (the first match wins); other layers are units of their own.
+            (`residual_blocks`) is a unit, and each layer outside of blocks. Or a list
+            of regular expressions: all layers whose whole name matches one are a unit,
+            by the first match, and each other layer is a unit.
 
     Returns:
         The units that hold a quantizer, in the graph's order.
 
     Raises:
-        ValueError: if a pattern matches no quantized layer.
+        ValueError: If a pattern is no layer's first match.
     """
     tensors = inspection.require_quantized(model)
     owners = _owners(model, tensors)
@@ -59,7 +59,7 @@ def find_units(model: keras.Model, unit: str | Sequence[str] = LAYER) -> list[Un
 
 
 def check_unit(unit: Any) -> None:
-    """Raises ValueError if `unit` is not valid for any network."""
+    """Checks `unit` without a network; raises ValueError."""
 
     def is_pattern(pattern):
         try:
@@ -79,8 +79,8 @@ def residual_blocks(model: keras.Model) -> dict[str, frozenset[str]]:
     """Finds the residual blocks of a network from its graph.
 
     A block ends where branches with a common origin are added (`Add`, `x + y`,
-    `tf.add_n`). It holds the layers on some, but not all, of the branches. A block
-    within another one is a block of its own.
+    `tf.add_n`). It holds the layers that are on some, but not on all, of the branches.
+    The layers of an inner block do not belong to the outer one.
 
     Returns:
         Name of the adding layer -> names of the block's weight layers. No layer is in
@@ -115,7 +115,7 @@ def _is_sum(layer) -> bool:
 
 
 def _unit_names(model, unit, owners: Iterable[str]) -> dict[str, str]:
-    """Layer name -> unit name, for layers that are not units of their own."""
+    """Returns layer name -> unit name, for units of patterns and blocks."""
     if unit == LAYER:
         return {}
     if unit == BLOCK:
@@ -138,7 +138,7 @@ def _unit_names(model, unit, owners: Iterable[str]) -> dict[str, str]:
 
 
 def _owners(model, tensors) -> dict[str, str]:
-    """Quantizer name -> name of the weight layer whose unit it belongs to."""
+    """Returns quantizer name -> name of the weight layer whose unit it belongs to."""
     readers: dict[str, str] = {}
     for reader, sources in inspection.input_activations(model).items():
         for source in sources:
@@ -154,7 +154,7 @@ def _owners(model, tensors) -> dict[str, str]:
 
 
 def _last_weight_layers(model) -> dict[str, str]:
-    """Layer name -> name of the last weight layer in front of it."""
+    """Returns layer name -> name of the last weight layer in front of it."""
     position: dict[str, int] = {}
     last: dict[int, str] = {}  # Tensor -> last weight layer that it depends on.
     found: dict[str, str] = {}
