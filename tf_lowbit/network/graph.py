@@ -10,8 +10,8 @@ from typing import Any
 
 from tf_lowbit.compat import KerasTensor, Node, call_untraced, deep_graphs, keras, tf
 
-# Packages whose layers make all their weights in `build`, and have them after a call as
-# before. A wrapper of this library takes quantized weights out of its layer.
+# Packages whose layers make all their weights in `build` and do not replace them in a
+# call, as this library's wrapper does.
 _BUILTIN = {"tf_keras", "tensorflow_model_optimization"}
 
 
@@ -93,7 +93,7 @@ def rebuild(
     edge: Callable | None = None,
     behind: Callable | None = None,
 ) -> keras.Model:
-    """Builds a model of the same topology that calls something else at each node.
+    """Builds a model of the same topology, with another call at each node.
 
     Args:
         model: Functional model.
@@ -129,7 +129,7 @@ def run(
     put_out: Callable[[KerasTensor, Any], object],
     edge: Callable[[Node, KerasTensor, Any], Any] | None = None,
 ) -> Any:
-    """Calls something at each node; returns what then replaces the model's outputs.
+    """Calls a function at each node; returns the replacements of the model's outputs.
 
     Args:
         model: Functional model.
@@ -182,7 +182,7 @@ def call_copy(
 
 
 def _is_builtin(layer) -> bool:
-    """Whether a layer is of Keras or TF-MOT."""
+    """Tells whether a layer is of Keras or TF-MOT."""
     return type(layer).__module__.partition(".")[0] in _BUILTIN
 
 
@@ -192,11 +192,11 @@ def nested_models(model: keras.Model) -> list[keras.Model]:
 
 
 def flatten(model: keras.Model) -> keras.Model:
-    """Copies a model with its weights; nested models become their layers.
+    """Copies a model with its weights; nested models are replaced by their layers.
 
-    A layer keeps its name if that is free; otherwise the name of its nested model is
-    put in front. A nested model that is called with `training` passes it to its layers,
-    except to those that were called with their own.
+    A layer keeps its name if the name is free; otherwise it gets the name of its nested
+    model as prefix. The argument `training` of a nested model's call is passed to its
+    layers, except to those that were called with their own.
 
     Args:
         model: Functional model; it is not changed.
@@ -280,9 +280,9 @@ def copy_flags(source: keras.layers.Layer, target: keras.layers.Layer) -> None:
 
 
 def set_weights(source: keras.layers.Layer, target: keras.layers.Layer) -> None:
-    """Copies the weights of a layer to another, whichever inner layers are frozen.
+    """Copies the weights of a layer to another, even if inner layers are frozen.
 
-    Keras lists trainable weights before the others, so both are thawed meanwhile.
+    Keras lists trainable weights first, so both layers are trainable during the copy.
     """
     if not source.weights:
         return
@@ -315,15 +315,15 @@ def clone(
     model: keras.Model,
     copy: Callable[[keras.layers.Layer], keras.layers.Layer] = copy_layer,
 ) -> keras.Model:
-    """Copies a model with its weights; each new layer has only this model's calls.
+    """Copies a model with its weights; each new layer is called by this model only.
 
-    TF-MOT passes layers from one intermediate model to the next, after which
-    `layer.output` is ambiguous. In the copy it is not. `copy` is a function layer ->
-    new layer with the same weights in the same order.
+    TF-MOT shares layers between its intermediate models, so that `layer.output` is
+    ambiguous. In the copy it is not. `copy` is a function layer -> new layer with the
+    same weights in the same order.
     """
     copies = {layer.name: copy(layer) for layer in model.layers}
     result = rebuild(model, lambda n, a, k: call_copy(copies[n.layer.name], n, a, k))
-    # Not by name: a copy may have another one (TF-MOT's annotation has).
+    # Not by name: a copy may have another name, such as TF-MOT's annotation.
     for layer in model.layers:
         set_weights(layer, copies[layer.name])
     return result

@@ -1,6 +1,7 @@
-"""What is quantized in a model. Only this module reads TF-MOT's private attributes.
+"""Finds the quantizers in a model.
 
-Callbacks, calibration, reports and export all ask here.
+Callbacks, calibration, reports and export use it. Only this module reads TF-MOT's
+private attributes.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ class QuantizedTensor:
         layer: Layer of the model: TF-MOT's wrapper.
         role: "weight" or "activation".
         attribute: Name of the weight ("kernel", ...), or "output".
-        declared: The quantizer as the rules made it.
+        declared: The quantizer that the rules made.
         variables: Its variables by name; `variables["bits"]` is the current bit-width.
         latent: Float weight variable that is trained; None for an activation.
     """
@@ -50,10 +51,10 @@ class QuantizedTensor:
 
     @property
     def quantizer(self) -> LowBitQuantizer:
-        """The quantizer in use; `quantizer.bits` is what the rule asked for.
+        """The quantizer in use; `quantizer.bits` are the bits of the rule.
 
-        It has no codes below zero if `calibrate` saw no negative value, even if
-        `declared` has some.
+        It is unsigned if `calibrate` saw no negative value, even if `declared` is
+        signed.
         """
         if self.role == WEIGHT:
             return self.declared
@@ -66,15 +67,12 @@ class QuantizedTensor:
 
     @property
     def is_calibrated(self) -> bool:
-        """False while the range is still the default.
-
-        Then `calibrate` should set it and has not, and training has not changed it.
-        """
+        """False if `calibrate` should set the range, but it is still the default."""
         flag = self.variables.get("calibrated")
         return flag is None or bool(flag.numpy()) or self._is_trained()
 
     def _is_trained(self) -> bool:
-        """Whether a learned step or clip differs from a new one at these bits."""
+        """Tells whether a learned step or clip differs from a new one at these bits."""
         names = [name for name, value in self.variables.items() if value.trainable]
         if not names:
             return False
@@ -91,12 +89,12 @@ class QuantizedTensor:
 
     @property
     def is_residual(self) -> bool:
-        """Whether it is on a residual stream: 8 bits, whatever the rules say."""
+        """Whether it is on a residual stream: 8 bits, independent of the rules."""
         return isinstance(self.declared, ResidualQuantizer)
 
     @property
     def is_shortcut(self) -> bool:
-        """Whether `shortcut_bits` set its bits, whatever the rules say."""
+        """Whether `shortcut_bits` set its bits instead of the rules."""
         return getattr(self.layer.quantize_config, "shortcut", False)
 
     @property
@@ -106,7 +104,7 @@ class QuantizedTensor:
         return 6.0 if getattr(config, "replaces", None) == "relu6" else None
 
     def assign_bits(self, bits: int) -> None:
-        """Sets the bits of the next step, and what depends on them."""
+        """Sets the bits of the next step, and adapts the range."""
         self.quantizer.assign_bits(self.variables, bits)
 
     def quantized(self) -> tf.Tensor:
@@ -274,8 +272,8 @@ def learned_ranges(model: keras.Model) -> list[tf.Variable]:
 def input_activations(model: keras.Model) -> dict[str, list[QuantizedTensor | None]]:
     """Maps each weight layer's name to the activation quantizers of its inputs.
 
-    They may stand in front of pooling, padding, concatenation and the like. None stands
-    for a float input. The functional model need not be quantized.
+    Pooling, padding, concatenation and the like may be in between. None means a float
+    input. The functional model need not be quantized.
     """
     model = single_network(model)
     by_layer = _activations_by_layer(model)
@@ -298,7 +296,7 @@ def _activations_by_layer(model) -> dict[str, QuantizedTensor]:
 
 
 def _sources(tensor, by_layer) -> Iterator[QuantizedTensor | None]:
-    # Each tensor once: paths fork and join.
+    # Paths fork and join, but each tensor is needed once.
     waiting, seen = [tensor], set()
     while waiting:
         tensor = waiting.pop()
@@ -321,7 +319,7 @@ class ResidualAdd(NamedTuple):
         name: Name of the layer.
         inputs: For each input tensor, the quantizer of its grid; None if it has none.
         output: The residual quantizer behind it, or the quantized ReLU that is its only
-            reader; None for neither.
+            reader, or None.
     """
 
     name: str

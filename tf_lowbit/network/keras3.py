@@ -22,7 +22,7 @@ _RENAMED = {"LeakyReLU": {"negative_slope": "alpha"}}
 _ACTIVATIONS = {"hard_sigmoid": hard_sigmoid, "hard_silu": hard_silu}
 # Layers that `tf_keras` lacks.
 _OWN_LAYERS = {"RMSNormalization": RMSNormalization}
-# Its `from_config` wants the shapes that `get_config` of Keras 3 does not give.
+# Their `from_config` needs shapes that `get_config` of Keras 3 lacks.
 _BY_ARGUMENTS = (keras.layers.MultiHeadAttention,)
 # Float32 sums may differ in their order.
 _TOLERANCE = 1e-4
@@ -45,7 +45,7 @@ def from_keras3(model: Any) -> keras.Model:
             are converted too.
 
     Returns:
-        A Functional model of `tf_keras`, not compiled, of the same function.
+        A Functional model of `tf_keras`, not compiled, that computes the same.
 
     Raises:
         ValueError: If the model is not of Keras 3, is not built or is subclassed; if a
@@ -100,7 +100,7 @@ def load_file(path: str | os.PathLike[str], safe_mode: bool = True) -> Any:
         ) from error
 
 
-# Objects that a trainer may get: base class -> module of its kinds.
+# Objects that `compile` may get: base class -> module of its subclasses.
 _FAMILIES = {
     "optimizers.schedules.LearningRateSchedule": "optimizers.schedules",
     "optimizers.Optimizer": "optimizers",
@@ -148,8 +148,8 @@ def _made_anew(value, family: str):
 
     def refusal(reason):
         return ValueError(
-            f"Optimizers, losses and metrics must be of tf_keras or have a counterpart "
-            f"there: use one of tf_keras.{family}. Received: {name} of Keras 3: "
+            "Optimizers, losses and metrics must be of tf_keras or have a counterpart "
+            f"in it: use one of tf_keras.{family}. Received: {name} of Keras 3: "
             f"{reason}"
         )
 
@@ -327,7 +327,7 @@ def _without_none(config: dict) -> dict:
 
 
 def _arguments(kind) -> set[str]:
-    """The arguments of a layer class, also those that it passes to its base classes."""
+    """Returns the arguments of a layer class and of its base classes."""
     names = {"name", "trainable", "dtype", "synchronized"}
     for base in kind.__mro__:
         if base is keras.layers.Layer:
@@ -392,7 +392,7 @@ def _check_outputs(model, converted) -> None:
         theirs, ours = (value.astype(np.float64) for value in (theirs, ours))
         finite = theirs[np.isfinite(theirs)]
         allowed = _TOLERANCE * max(1.0, float(np.abs(finite).max(initial=0.0)))
-        # Infinity and NaN must be where they are in the other.
+        # Infinity and NaN must be at the same places in both.
         near = np.isclose(ours, theirs, rtol=0.0, atol=allowed, equal_nan=True)
         if not near.all():
             difference = float(np.abs(theirs - ours)[~near].max())
@@ -403,7 +403,7 @@ def _check_outputs(model, converted) -> None:
 
 
 def _samples(model, open_size: int):
-    """Random inputs, two examples; 0 and 1 for integer inputs."""
+    """Makes random inputs, two examples; 0 and 1 for integer inputs."""
     random = np.random.default_rng(0)
 
     def sample(tensor):

@@ -30,7 +30,7 @@ def layer(node: Any) -> keras.layers.Layer | None:
     make = _LAYERS.get(_kind(node))
     if make is None:
         return None
-    # In the operation's dtype, whatever the policy: an operation casts nothing.
+    # The operation's dtype, not the policy's: a layer must not cast either.
     return make(node, name=node.operation.name, dtype=node.outputs[0].dtype)
 
 
@@ -74,7 +74,7 @@ def _without_backend(value):
 
 
 def _promoted(node, values):
-    """Casts what is computed with to the dtype of the result, as Keras 3 does."""
+    """Casts operands to the dtype of the result, as Keras 3 does."""
     dtype = tf.as_dtype(node.outputs[0].dtype)
 
     def cast(value):
@@ -87,12 +87,12 @@ def _promoted(node, values):
 
 
 def _same(compute):
-    """For an operation of tensors alone."""
+    """Converts an operation whose only arguments are tensors."""
     return lambda node, *tensors: compute(*tensors)
 
 
 def _promoting(compute):
-    """For an operation of tensors alone, whose types may differ."""
+    """Converts an operation whose only arguments are tensors, of any types."""
     return lambda node, *tensors: compute(*_promoted(node, tensors))
 
 
@@ -122,7 +122,7 @@ def _extreme(compute, limit):
 def _permuting(permute, *names):
     def transpose(node, x):
         axes = [getattr(node.operation, name) for name in names]
-        # Each axis has its number as size, and the array no elements.
+        # An empty array whose sizes are the axes' numbers shows the permutation.
         return tf.transpose(x, permute(np.empty(range(len(x.shape))), *axes).shape)
 
     return transpose
@@ -193,7 +193,7 @@ def _activation(activation):
 
 
 def _pooling(*kinds):
-    """Pooling over 1, 2 or 3 dimensions."""
+    """Converts pooling over 1, 2 or 3 dimensions."""
 
     def pool(node, **given):
         own = node.operation

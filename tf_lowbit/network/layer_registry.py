@@ -1,4 +1,4 @@
-"""What the library knows about Keras layers with weights, and about ReLUs."""
+"""The table of layers with weights, and tests for ReLUs and sums."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -53,8 +53,8 @@ _RELU_FUNCTIONS = {
 def register_layer(layer_class: type, kernels: Mapping | None = None) -> None:
     """Registers your own layer class.
 
-    The library knows layers by their exact class, because a subclass may use its kernel
-    in another way. So register subclasses of Keras's layers too.
+    The library compares the exact class, because a subclass may use its kernel in
+    another way. So register subclasses of Keras's layers too.
 
     Args:
         layer_class: Subclass of `keras.layers.Layer`. If it has kernels, it must make
@@ -64,9 +64,9 @@ def register_layer(layer_class: type, kernels: Mapping | None = None) -> None:
             `register_keras_serializable`.
         kernels: Attribute name of each weight to quantize -> its output-channel axes,
             for per-channel steps, such as `{"kernel": (-1,)}`. None for a layer without
-            kernels that passes on the values of its only input or, like pooling, a
-            weighted mean of them. The quantizer in front of such a layer serves the
-            layers behind it.
+            kernels that outputs the values of its only input or, like pooling, weighted
+            means of them. The quantizer in front of such a layer also serves the layers
+            behind it.
 
     Raises:
         ValueError: If the class is not a layer class or is registered with other

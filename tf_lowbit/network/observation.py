@@ -27,8 +27,8 @@ def batches_of(dataset: Any) -> Iterator:
     """Iterates over batches.
 
     Raises:
-        ValueError: For arrays, also in a list `[x, y]`, since iterating would yield
-            single examples; and for anything that is not iterable.
+        ValueError: If the data are arrays, also in a list `[x, y]`, because iterating
+            would yield single examples; or if they are not iterable.
     """
     if isinstance(dataset, np.ndarray | tf.Tensor | tuple | dict | str | bytes):
         raise ValueError(
@@ -51,14 +51,14 @@ def batches_of(dataset: Any) -> Iterator:
 
 
 def _is_pair(dataset) -> bool:
-    """Tells whether a list holds inputs and labels, not batches, judging by shapes."""
+    """Guesses from shapes whether a list holds inputs and labels, not batches."""
     if not isinstance(dataset, list) or len(dataset) not in (2, 3):
         return False
     if not all(isinstance(part, np.ndarray | tf.Tensor) for part in dataset):
         return False
     if len({np.ndim(part) for part in dataset}) > 1:
         return True
-    # Rows of features and of labels have other widths; images may differ in size.
+    # Features and labels differ in width. Batches of images may differ in size.
     return np.ndim(dataset[0]) == 2 and len({np.shape(p)[1] for p in dataset}) > 1
 
 
@@ -83,9 +83,8 @@ def batches_for(
         batches: Number of batches; None for all of a finite dataset.
 
     Raises:
-        ValueError: If `batches` is not a count, if all of an endless dataset are asked
-            for, or as `batches_of`. While iterating: if a batch does not fit the
-            network.
+        ValueError: As `batches_of`, or if `batches` is not at least 1, or is None for
+            an endless dataset. While iterating: if a batch does not fit the network.
     """
     if batches is None:
         require_end(dataset)
@@ -106,7 +105,7 @@ def inputs_in(batch: Any) -> Any:
 
 
 def require_end(dataset: Any) -> None:
-    """Raises ValueError if all of an endless `tf.data.Dataset` is to be read."""
+    """Raises ValueError for an endless `tf.data.Dataset`."""
     cardinality = getattr(dataset, "cardinality", None)
     if callable(cardinality) and cardinality() == tf.data.INFINITE_CARDINALITY:
         raise ValueError(
@@ -196,7 +195,7 @@ def input_batches(
     """Yields the inputs of a dataset's first batches, as `batches_for`.
 
     Raises:
-        ValueError: At the end, if there was none.
+        ValueError: At the end, if there was no batch.
     """
     batch = None
     for batch in batches_for(network, dataset, batches):
@@ -214,7 +213,7 @@ def quantizer_inputs(
     training: bool,
     keep: Callable = lambda name, values: values,
 ) -> dict[str, list]:
-    """Records what activation quantizers read.
+    """Records the inputs of activation quantizers.
 
     Args:
         model: A network.
@@ -223,7 +222,7 @@ def quantizer_inputs(
         batches: Number of batches to use.
         training: Whether normalization uses each batch's statistics, and random layers
             are random.
-        keep: Function (name, tensor) -> what to record of it.
+        keep: Function (name, tensor) -> the record.
 
     Returns:
         Name -> list of records, for each batch one per call of the layer.
@@ -243,10 +242,9 @@ def quantizer_inputs(
 def calibration_samples(
     model: keras.Model, tensors: Sequence[QuantizedTensor], batches: list
 ) -> dict[str, list]:
-    """Records samples of what activation quantizers read in training.
+    """Records samples of the inputs of activation quantizers in training.
 
-    Where a quantizer replaced a ReLU6, samples are clipped at 6, as in the float
-    network.
+    If a quantizer replaced a ReLU6, samples are clipped at 6, as in the float network.
 
     Raises:
         ValueError: If there is no batch, or a value is NaN or infinite.
@@ -269,7 +267,7 @@ def calibration_samples(
 
 @contextlib.contextmanager
 def without_draws(model: keras.Model) -> Iterator[None]:
-    """A context in which Keras's random layers act in training as in inference."""
+    """A context in which random layers are off in training, as in inference."""
     layers = [module for module in model.submodules if isinstance(module, RANDOM)]
     for layer in layers:
         layer.call = functools.partial(_at_rest, layer.call)

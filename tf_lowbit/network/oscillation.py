@@ -1,4 +1,4 @@
-"""Weights whose codes oscillate between two levels, and how they are frozen.
+"""Finds and freezes weights whose codes oscillate between two levels.
 
 Nagel et al., Overcoming Oscillations in Quantization-Aware Training, arXiv:2203.11086.
 """
@@ -11,8 +11,8 @@ from tf_lowbit.network import inspection
 from tf_lowbit.network.inspection import QuantizedTensor
 from tf_lowbit.quantizers import WEIGHT
 
-# Tensors of more bits are left alone, as in the authors' code: between fine levels
-# most weights oscillate, and it does little harm.
+# Tensors of more bits are not watched, as in the authors' code: between fine levels
+# most weights oscillate, with little harm.
 MOST_BITS = 4
 # A weight that flips in a larger share of the steps counts as oscillating.
 OSCILLATING = 0.005
@@ -20,7 +20,7 @@ _ATTRIBUTE = "oscillation"
 
 
 class WeightOscillation:
-    """One weight tensor: how often each weight flips, and which are frozen.
+    """The flips of each weight of one tensor, and the frozen weights.
 
     A flip is a change of the code against the direction of its last change.
 
@@ -48,9 +48,9 @@ class WeightOscillation:
         return _share(self.frozen)
 
     def look(self, threshold: tf.Tensor, momentum: float) -> None:
-        """Takes the weights after a step into account, and freezes those that flip.
+        """Updates the statistics after a step, and freezes weights that flip.
 
-        With `c` the codes, `d` the direction of their last change, and `m` the
+        `c` are the codes, `d` the direction of their last change, and `m` is the
         momentum:
 
             flipped = sign(c - c_before) d = -1
@@ -58,9 +58,9 @@ class WeightOscillation:
             frozen = frozen or frequency > threshold
             average = m c + (1 - m) average
 
-        A weight that freezes is put on the level of its rounded `average`, and back
-        there after each later step. Where the bits have changed since the last look,
-        all of this starts anew.
+        A weight that freezes is set to the level of its rounded `average`, and set back
+        after each later step. If the bits have changed since the last call, everything
+        starts anew.
 
         Args:
             threshold: Scalar float32.
@@ -102,17 +102,17 @@ class WeightOscillation:
 
 
 def track(network: keras.Model) -> list[WeightOscillation]:
-    """Returns the state of a network's weights, which it makes where there is none.
+    """Returns the state of a network's weights, and makes it if there is none.
 
-    It hangs on the network, so that checkpoints save it. Quantizers made for more than
-    4 bits have none.
+    It is an attribute of the network, so that checkpoints save it. Quantizers of rules
+    with more than 4 bits have none.
 
     Args:
         network: A model from `quantize`.
     """
     if not hasattr(network, _ATTRIBUTE):
         with network.distribute_strategy.scope():
-            # Its variables are no weights of the model, whose files keep their format.
+            # A Checkpoint, so that its variables are not weights of the model's files.
             tensors = [_first_state(tensor) for tensor in _tracked_tensors(network)]
             setattr(network, _ATTRIBUTE, tf.train.Checkpoint(tensors=tensors))
     return tracked(network)
@@ -136,7 +136,7 @@ def _tracked_tensors(network) -> Iterable[QuantizedTensor]:
 
 
 def _first_state(tensor) -> tf.train.Checkpoint:
-    """The variables of a tensor; at 0 bits, so that the first look fills them."""
+    """Makes the variables of a tensor; 0 bits make the first `look` start anew."""
 
     def zeros(dtype, shape=tensor.latent.shape):
         return tf.Variable(
@@ -157,7 +157,7 @@ def _first_state(tensor) -> tf.train.Checkpoint:
 
 
 def _nearest_level(quantizer, codes, bits):
-    """The level code nearest to each value."""
+    """Returns the nearest code to each value."""
     levels = [quantizer.level_codes(bits) for bits in range(1, grid.MAX_BITS + 1)]
     index = tf.minimum(bits, grid.MAX_BITS) - 1
     first = tf.gather(tf.constant([float(own[0]) for own in levels]), index)

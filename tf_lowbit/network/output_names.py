@@ -1,7 +1,7 @@
 """Names of a model's outputs, to which losses, metrics and targets refer.
 
-Keras takes them from the output layers. A quantized network may have another layer at
-an output, and its losses would then need another name.
+Keras takes them from the output layers. A quantized network may have another output
+layer, which would change the names.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ class NamedOutputs(keras.Model):
     """
 
     def get_config(self) -> dict[str, Any]:
-        """Keras's configuration, with the names."""
+        """Returns Keras's configuration with the names."""
         return {**super().get_config(), "output_names": list(self.output_names)}
 
     @classmethod
@@ -41,10 +41,10 @@ class NamedOutputs(keras.Model):
 
 
 def kept(source: keras.Model, target: keras.Model) -> keras.Model:
-    """Returns the target, with the names of the source's outputs.
+    """Returns the target with the source's output names.
 
-    Both are Functional models with outputs in the same order. The target itself is
-    returned if it has these names already, else a model of its layers.
+    Both are Functional models with outputs in the same order. If the names differ, the
+    result is a new model of the target's layers.
     """
     if target.output_names == source.output_names:
         return target

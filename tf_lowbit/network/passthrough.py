@@ -1,7 +1,7 @@
-"""What layers and TensorFlow operations preserve of the values that they read.
+"""Properties of values that layers and TensorFlow operations preserve.
 
-One table maps a layer's type, or an operation's name, to what it preserves. It decides
-where a quantizer can stand, and whether its codes need a sign.
+Two tables map a layer's type, or an operation's name, to a `Kept`. They decide where a
+quantizer can be placed, and whether its codes need a sign.
 """
 
 import enum
@@ -17,12 +17,15 @@ _layers = keras.layers
 
 
 class Kept(enum.IntEnum):
-    """What an output has in common with the inputs at inference.
+    """The properties of the inputs that the output has too, at inference.
 
-    `SIGN`: no output is negative if no input is. `PLACE`: the output is a weighted mean
-    of inputs, or joins several inputs; a quantizer in front serves the readers of the
-    output. `GRID`: each output is one of the inputs, or zero, so that the output is on
-    the grid of the only input. Each implies those before it.
+    - `SIGN`: no output is negative if no input is.
+    - `PLACE`: outputs are weighted means of inputs, or several inputs are joined. A
+      quantizer in front serves the readers of the output.
+    - `GRID`: each output is one of the inputs, or zero. So it is on the grid of the
+      only input.
+
+    Each implies those before it.
     """
 
     NOTHING = 0
@@ -41,7 +44,7 @@ def kept(node: Node) -> Kept:
 
 
 def is_transparent(node: Node) -> bool:
-    """Tells whether a quantizer in front of the node serves what is behind it."""
+    """Tells whether a quantizer in front of the node serves the node's readers."""
     return kept(node) >= Kept.PLACE
 
 
@@ -60,7 +63,7 @@ def is_identity(node: Node) -> bool:
 
 
 def sources(node: Node) -> list:
-    """Returns the tensors whose values the node reads; no shapes, sizes or indices."""
+    """Returns the tensors whose values the node reads, without shapes and indices."""
     floats = [t for t in node.keras_inputs if tf.as_dtype(t.dtype).is_floating]
     return floats or list(node.keras_inputs)
 
@@ -75,7 +78,7 @@ def operation(layer: keras.layers.Layer) -> str:
 
 
 def makes_nonnegative(node: Node) -> bool:
-    """Tells whether a node never outputs a negative number, whatever it reads."""
+    """Tells whether a node never outputs a negative number, for any input."""
     layer = node.layer
     if isinstance(layer, _layers.ReLU | _layers.ThresholdedReLU):
         return _is_relu(layer)
@@ -101,7 +104,7 @@ def is_nonnegative_function(activation: Any) -> bool:
 
 
 def register(layer_class: type) -> None:
-    """Adds a layer class that passes on a grid, or a mean of what it reads."""
+    """Adds a layer class that outputs values of its input, or means of them."""
     _LAYERS[layer_class] = Kept.PLACE
 
 
@@ -162,7 +165,7 @@ def _interpolated(method) -> Kept:
 
 
 def _is_at_rest(node) -> bool:
-    """Tells whether a layer that is random in training is not so at inference."""
+    """Tells whether a layer that is random in training is called for inference."""
     training = node.call_kwargs.get("training")
     return training is None or training is False
 
@@ -190,14 +193,14 @@ def _of_cast(node) -> Kept:
     return Kept.SIGN if dtypes[1].is_floating else Kept.NOTHING
 
 
-# Random in training, the identity at inference.
+# Random in training, identities at inference.
 _DRAWN_IDENTITIES = (
     *(_layers.AlphaDropout, _layers.GaussianDropout, _layers.GaussianNoise),
     *(_layers.RandomBrightness, _layers.RandomContrast, _layers.RandomFlip),
     *(_layers.RandomHeight, _layers.RandomRotation, _layers.RandomTranslation),
     *(_layers.RandomWidth, _layers.RandomZoom),
 )
-# Likewise; in training they output zero or a positive multiple of the input.
+# The same; in training they output zero or a positive multiple of the input.
 _DROPOUTS = (
     *(_layers.Dropout, _layers.SpatialDropout1D, _layers.SpatialDropout2D),
     *(_layers.SpatialDropout3D, StochasticDepth),

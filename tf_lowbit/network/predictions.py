@@ -1,7 +1,7 @@
-"""Predicted classes, and labels as classes: every accuracy of the library counts these.
+"""Predicted classes, and labels as classes, for every accuracy of the library.
 
-The last axis of a network's first output holds a score per class, for an example or for
-each position of a map. A single unit is a binary classifier: class 1 or 0.
+The last axis of a network's first output holds one score per class, for an example or
+for each position of a map. A single unit is a binary classifier: class 1 or 0.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ _SLACK = 1e-3
 def threshold(network: keras.Model) -> float:
     """Returns the value above which the unit of a binary classifier means class 1.
 
-    0.5 if the functional network's first output ends in a sigmoid, else 0, for a logit.
+    0.5 if the functional network's first output ends in a sigmoid, else 0 (a logit).
     """
     tensor = network.outputs[0]
     while True:
@@ -41,7 +41,7 @@ def classes(outputs: np.typing.ArrayLike, limit: float) -> np.ndarray:
 
     Args:
         outputs: [batch, ..., classes], or one unit for two classes.
-        limit: For one unit: the `threshold` of the network.
+        limit: The `threshold` of the network; used for one unit only.
     """
     outputs = np.asarray(outputs)
     if outputs.shape[-1] == 1:
@@ -66,11 +66,11 @@ def of_first_output(given: Any, names: Sequence[str]) -> Any:
 
 
 def are_classes(network: keras.Model, outputs: np.ndarray, given: Any = None) -> bool:
-    """Tells whether a network's first output holds class scores, as far as is known.
+    """Guesses whether a network's first output holds class scores.
 
-    The labels `given` for that output decide. Without labels, an output with the shape
-    of an input does not (an autoencoder), nor does one unit without a sigmoid (a
-    regression).
+    The labels `given` for that output decide. Without labels, the answer is no if the
+    output has the shape of an input (an autoencoder), or is one unit without a sigmoid
+    (a regression).
     """
     if given is not None:
         return labels(given, outputs, [""]) is not None
@@ -104,8 +104,8 @@ def labels(given: Any, outputs: np.ndarray, names: Sequence[str]) -> np.ndarray 
     values, outputs = np.asarray(given), np.asarray(outputs)
     if values.dtype.kind not in "biuf":
         raise ValueError(
-            "Labels must be numbers: classes, probabilities of them, or what a "
-            f"regression is to give. Received: labels of dtype {values.dtype}"
+            "Labels must be numbers: classes, probabilities of classes, or targets of "
+            f"a regression. Received: labels of dtype {values.dtype}"
         )
     units = outputs.shape[-1]
     if units > 1 and values.shape == outputs.shape:

@@ -1,4 +1,4 @@
-"""Splits separable convolutions in two layers, with a quantization point between."""
+"""Splits separable convolutions into two layers, so that both can be quantized."""
 
 from tf_lowbit.compat import deep_graphs, keras
 from tf_lowbit.network import graph
@@ -28,11 +28,11 @@ def split_separable(model: keras.Model) -> keras.Model:
     """Replaces each separable convolution by a depthwise and a 1x1 convolution.
 
     A separable convolution does not round between its two kernels, so it has no integer
-    form. Between two layers, `quantize` can put a quantizer, and the network can be
-    exported. Until then the function is the same, up to float rounding.
+    form. Between the two new layers, `quantize` can put a quantizer. The float function
+    stays the same, up to rounding.
 
-    `quantize` splits by itself, under other names ("conv_depthwise" and "conv"): call
-    this one to see or train the parts in float.
+    `quantize` splits by itself, under other names ("conv_depthwise" and "conv"). Call
+    this function to see or train the parts in float.
 
     Args:
         model: Float Sequential or Functional model. It is not changed. Nested models
@@ -60,7 +60,7 @@ def split_separable(model: keras.Model) -> keras.Model:
 
 
 def _copy(layer):
-    """Returns a new layer without the weights, or what replaces it."""
+    """Returns a new layer without the weights, or the parts that replace it."""
     if isinstance(layer, keras.Model):
         return split_separable(layer)
     if type(layer) in _SPLIT:
@@ -74,7 +74,7 @@ def split_in_graph(
     """Splits the separable convolutions of a network, and keeps its layers' names.
 
     A layer "conv" becomes "conv_depthwise" and "conv", after a "conv_padding" if it is
-    causal. "conv" puts out what it did.
+    causal. The output of "conv" stays the same.
 
     Args:
         model: Float functional model without nested ones.
@@ -133,7 +133,7 @@ def _split(layer) -> keras.Sequential:
 
 
 def _parts(layer, padding, depthwise, pointwise) -> list[keras.layers.Layer]:
-    """The new layers of these names; the padding only of a causal one."""
+    """Makes the new layers; the padding only for a causal convolution."""
     config = layer.get_config()
     common = {name: config[name] for name in ("data_format", "dtype", "trainable")}
     kinds = _SPLIT[type(layer)]

@@ -1,4 +1,4 @@
-"""How well the values of a network fit their grids."""
+"""Measures how well the values of a network fit their grids."""
 
 import dataclasses
 import math
@@ -29,7 +29,7 @@ class TensorStatistics:
     Attributes:
         name: Name such as `conv1/kernel` or `relu1/output`.
         role: "weight" or "activation".
-        bits: Current bit-width; 16 and 32 are not rounded.
+        bits: Current bit-width; 16 and 32 mean "not rounded".
         step: Value of code 1; the mean over channels.
         sqnr: Power of the exact values divided by that of the rounding and clipping
             error, in decibels; infinite without an error.
@@ -37,12 +37,12 @@ class TensorStatistics:
             explains.
         codes: Codes of the grid, ascending; empty if nothing is rounded.
         occupancy: Share of the values on each code.
-        edges: Edges of the histogram's bins, in steps. The first and last bin include
-            all values beyond. Empty if nothing is rounded.
+        edges: Edges of the histogram's bins, in steps. The first and the last bin
+            include all values beyond them. Empty if nothing is rounded.
         counts: Share of the exact values in each bin.
         oscillating: Share of the weights whose code flips in more than 0.5 % of the
             steps; None if `callbacks.OscillationFreezing` did not measure it.
-        frozen: Share of the weights that this callback has frozen; None likewise.
+        frozen: Share of the weights that this callback has frozen, or None.
     """
 
     name: str
@@ -73,8 +73,8 @@ def statistics(
 ) -> list[TensorStatistics]:
     """Measures every quantizer of a network at its current bits.
 
-    "Exact" values are those that the grid approximates: after the ReLU that a quantizer
-    replaces, and on the scale of DoReFa's weights.
+    "Exact" values are those that the grid approximates: activations after the ReLU that
+    a quantizer replaces, and weights on the scale of the grid.
 
     Args:
         model: A model from `tf_lowbit.quantize`.
@@ -84,7 +84,7 @@ def statistics(
         batches: Number of batches to use, at least 1.
 
     Returns:
-        One for each quantizer, in the layers' order.
+        One item for each quantizer, in the layers' order.
 
     Raises:
         ValueError: If the model is not quantized or not a single network, the dataset
@@ -119,7 +119,7 @@ def statistics(
 
 
 def _statistics(tensor, parts) -> TensorStatistics:
-    """Measures a quantizer over all `parts`, the tensors that it is applied to."""
+    """Measures a quantizer over `parts`, all tensors that it quantizes."""
     quantizer, variables = tensor.quantizer, tensor.variables
     is_rounded = tensor.bits <= grid.MAX_BITS
     levels = quantizer.level_codes(tensor.bits) if is_rounded else range(0)
@@ -133,7 +133,7 @@ def _statistics(tensor, parts) -> TensorStatistics:
         exact = quantizer.exact(values, variables).numpy()
         if not np.isfinite(exact).all():
             raise ValueError(
-                "What is measured must be finite: look for NaN in data and weights. "
+                "Measured values must be finite: look for NaN in data and weights. "
                 f"Received: {tensor.name} with NaN or infinite values"
             )
         error = quantizer(values, False, variables).numpy() - exact
