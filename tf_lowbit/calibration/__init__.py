@@ -1,1 +1,1 @@
-"""What is measured on data, not trained: ranges, and statistics of normalization."""
+"""Measures on data, without training: ranges, and statistics of normalization."""

@@ -1,4 +1,4 @@
-"""Ranges of activation quantizers, measured on data."""
+"""Measures the ranges of activation quantizers on data."""
 
 import warnings
 from collections.abc import Iterable
@@ -26,8 +26,8 @@ from tf_lowbit.network.variables import restored, unchanged_on_error
 from tf_lowbit.quantizers import sampling
 from tf_lowbit.scheme.layout import QuantizationWarning
 
-# Float32 may put a step just above its ratio. With this slack, tying twice equals tying
-# once; a range that is a millionth shorter clips nothing notable.
+# Float32 may round a step to just above its ratio. With this slack, tying twice equals
+# tying once. The range may be a millionth shorter, which is harmless.
 _SLACK = 1.0 - 2.0**-20
 
 
@@ -41,33 +41,32 @@ def calibrate(
 ) -> list[str]:
     """Fits activation quantizers and their inputs to each other, before training.
 
-    PACT, uniform and LSQ get the range of least squared error at their current bits
-    (the paper's start of LSQ is an option of its quantizer). DoReFa's clip is fixed at
-    1. There the batch normalization in front is fitted: its gamma and beta are divided
-    by the clip of least squared error. It is left alone if it has another reader, is
-    frozen, has no gamma or does not exist.
+    - PACT, uniform and LSQ get the range of least squared error at their current bits
+      (the paper's start of LSQ is an option of its quantizer).
+    - DoReFa's clip is fixed at 1. So the batch normalization in front is scaled: its
+      gamma and beta are divided by the clip of least squared error. A normalization
+      that has another reader, is frozen or has no gamma is not changed.
+    - Residual quantizers are measured like uniform ones and then tied
+      (`tie_residuals`).
 
     During the measurement, the ranges to be set neither clip nor round, weights are
     quantized, and dropout, noise and augmentation are off. Normalization uses each
-    batch's statistics: quantized weights have another scale than float ones, so the
-    moving averages would mislead. No other weight and no moving average changes.
+    batch's statistics, because the moving averages belong to float weights, which have
+    another scale. No other weight and no moving average changes.
 
-    If an inserted quantizer has levels for negative numbers but sees none, all its
-    levels are used from zero on, and a `QuantizationWarning` names it. Another call
-    with other data can revert that. The sign is a variable, which every kind of
-    checkpoint holds.
+    If a signed inserted quantizer sees no negative value, it becomes unsigned, with all
+    levels from zero on, and a `QuantizationWarning` names it. Another call with other
+    data can revert that. The sign is a variable, and every kind of checkpoint saves it.
 
-    Where a quantized ReLU replaced a ReLU6, its range ends at 6 or below.
-
-    Residual quantizers are measured like uniform ones and then tied (`tie_residuals`).
-    Frozen layers get ranges too, since they have none before.
+    If a quantized ReLU replaced a ReLU6, its range ends at 6 or below. Frozen layers
+    get ranges too.
 
     Args:
         model: A model from `tf_lowbit.quantize`, or a `LowBitTrainer` for its students.
         dataset: Iterable of batches, `x` or `(x, y)` or `(x, y, weight)`.
         batches: Number of batches to use, at least 1. They are kept in memory.
-        fit_batch_norm: False leaves gamma and beta alone, as for a network whose
-            training will continue.
+        fit_batch_norm: False does not change gamma and beta, for example in a network
+            whose training will continue.
         verbose: 1 shows a progress bar on a terminal or in a notebook if it takes long,
             0 is silent.
 
@@ -76,9 +75,9 @@ def calibrate(
 
     Raises:
         ValueError: If the model is not quantized, the dataset is empty, `batches` is
-            below 1, a batch normalization sees one value of a channel in each batch, or
-            an activation is NaN or infinite. Then nothing is changed. Below 8 values a
-            `QuantizationWarning` names the layer.
+            below 1, a batch normalization sees only one value per channel in each
+            batch, or an activation is NaN or infinite. Then nothing is changed. Below 8
+            values a `QuantizationWarning` names the layer.
     """
     validate_batches(batches)
     checks.flag("fit_batch_norm", fit_batch_norm)
@@ -99,7 +98,7 @@ def calibrate(
 def _calibrate(model, batches, fit_batch_norm) -> list[str]:
     inputs = [inputs_in(batch) for batch in batches]
     examples = max((len(tf.nest.flatten(x)[0]) for x in inputs), default=0)
-    if examples:  # Empty data are refused below, where they are needed.
+    if examples:  # Empty data raise an error below.
         require_values(batch_normalized(model), examples)
     names = fit_to_fixed_clips(model, batches) if fit_batch_norm else []
     tensors = [
@@ -114,7 +113,7 @@ def _calibrate(model, batches, fit_batch_norm) -> list[str]:
 def measure(
     model: keras.Model, tensors: list[inspection.QuantizedTensor], batches: list
 ) -> None:
-    """Sets the ranges of some activation quantizers at their current bits.
+    """Sets the ranges of the given activation quantizers at their current bits.
 
     Other ranges stay, but residual steps are tied again. Errors are as in `calibrate`.
     """
@@ -137,9 +136,9 @@ def measure(
         _lower_to_ceiling(tensor)
     if unsigned:
         warnings.warn(
-            "The data held no negative value there, so all levels are for values from "
-            "zero on, and a negative value would become zero. If negative values can "
-            f"occur, calibrate on data that hold them. Received: {unsigned}",
+            "A signed quantizer must see negative values to keep its levels for them: "
+            "these saw none, and now round negative values to zero. If negative values "
+            f"can occur, calibrate on data that hold them. Received: {unsigned}",
             QuantizationWarning,
             stacklevel=4,
         )
@@ -148,7 +147,7 @@ def measure(
 
 
 def _lower_to_ceiling(tensor) -> None:
-    """Ends the range of a quantizer that replaced a ReLU6 at 6, if it is larger."""
+    """Shortens the range of a quantizer that replaced a ReLU6 to at most 6."""
     if tensor.ceiling is None or tensor.quantizer.bits > grid.MAX_BITS:
         return
     codes = tensor.quantizer.level_codes(tensor.quantizer.bits)

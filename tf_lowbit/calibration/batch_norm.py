@@ -23,23 +23,23 @@ from tf_lowbit.quantizers import sampling
 from tf_lowbit.scheme.layout import QuantizationWarning
 
 # Lag of the worst layer, in standard deviations. A compromise: 2-bit networks on the
-# digits lost 1.5 to 76 points beyond it; one below it lost 10.
+# digits lost 1.5 to 76 points of accuracy above it; one below it lost 10.
 NOTABLE_LAG = 0.15
 _MOST_NAMED = 5
-# Statistics of fewer values are mostly chance.
+# Statistics of fewer values are mostly noise.
 _FEW_VALUES = 8
 
-# In the first pass, layers in front do not fit yet. Normalization in between removes
-# most of that error, and a second pass the rest.
+# In the first pass, the layers in front do not fit yet. The normalization in between
+# removes most of the error, and the second pass removes the rest.
 _PASSES = 2
 
 
 def fit_to_fixed_clips(model: keras.Model, batches: list) -> list[str]:
     """Scales the normalization in front of fixed clips, so that the clips fit.
 
-    Gamma and beta are divided by the clip of least squared error at the quantizer's own
-    bits, relative to its fixed clip (`tf_lowbit.calibrate`). Returns the names of the
-    quantizers that fit now.
+    Gamma and beta are divided by the ratio of two clips: that of least squared error at
+    the bits of the quantizer's rule, and the fixed one (`tf_lowbit.calibrate`). Returns
+    the names of the quantizers that fit now.
 
     Raises:
         ValueError: If there is no batch, or an activation is NaN or infinite.
@@ -115,11 +115,11 @@ def recalibrate_batch_norm(
 ) -> list[str]:
     """Measures the moving averages of batch normalization again.
 
-    Each becomes the plain average, over the batches, of the statistics of the network
-    as it is, quantized at its current bits. After training under other conditions, such
-    as stochastic precision without a tail, the moving averages are those of another
-    network. Dropout, noise and augmentation are off; no weight changes. Compare the
-    re-estimation after averaging weights (Izmailov et al., arXiv:1803.05407).
+    Each becomes the plain average, over the batches, of the statistics that the network
+    has now, quantized at its current bits. Moving averages lag behind the weights, and
+    training with stochastic precision without a tail leaves those of another network.
+    Dropout, noise and augmentation are off; no weight changes. Averaged weights need
+    the same (Izmailov et al., arXiv:1803.05407).
 
     Args:
         model: Any functional model, or a `LowBitTrainer` for its students.
@@ -129,12 +129,12 @@ def recalibrate_batch_norm(
 
     Returns:
         The names of the layers that were measured. Layers that are frozen, or called
-        with `training=False`, are left alone.
+        with `training=False`, do not change.
 
     Raises:
         ValueError: If the dataset is empty, `batches` is below 1, a statistic is NaN or
-            infinite, a layer sees one value of a channel in each batch, or a layer is
-            called several times, so that its average over the calls is unknown. Then
+            infinite, a layer sees only one value per channel in each batch, or a layer
+            is called several times, so that its average over the calls is unknown. Then
             nothing is changed.
     """
     validate_batches(batches)
@@ -155,10 +155,10 @@ def lag(
 ) -> dict[str, float]:
     """Measures how far moving statistics are from those that training uses.
 
-    Training normalizes by each batch's mean and variance, evaluation and a file by
-    their moving averages. These follow slowly: Keras's default momentum of 0.99 needs
-    about 500 steps. The lag is the root mean square, over the channels, of the
-    difference between the two normalized outputs, before gamma and beta: `sqrt((m -
+    Training normalizes by each batch's mean and variance; evaluation and exported files
+    use their moving averages. These follow slowly: with Keras's default momentum of
+    0.99 they need about 500 steps. The lag is the difference between the two normalized
+    outputs, before gamma and beta: the root mean square over the channels of `sqrt((m -
     m')^2 / v' + (sqrt(v / v') - 1)^2)`. `m` and `v` are measured as by
     `recalibrate_batch_norm`; `m'` and `v'` are the moving averages. Nothing is changed.
 
@@ -170,7 +170,7 @@ def lag(
 
     Returns:
         Layer name -> lag in standard deviations; 0 if both are equal. With several
-        students, the student's name and a slash stand in front. Layers that are frozen,
+        students, the name has the prefix `<student's name>/`. Layers that are frozen,
         or called with `training=False`, are left out.
 
     Raises:
@@ -195,7 +195,7 @@ def lag(
 def warn_of_lag(model: keras.Model, dataset: Iterable[Any], batches: int = 8) -> None:
     """Warns if moving statistics lag behind on data.
 
-    Data that can be read only once are left alone, since they are needed elsewhere.
+    It does not read data that can be read only once, because others need them.
     Arguments are as in `lag`.
     """
     try:
@@ -210,7 +210,12 @@ def warn_of_lag(model: keras.Model, dataset: Iterable[Any], batches: int = 8) ->
 
 
 def lag_message(late: dict[str, float], where: str) -> str:
-    """Says which layers (name -> lag) lag where they were measured, and what helps."""
+    """Returns a warning that names the worst layers and the remedies.
+
+    Args:
+        late: Layer name -> lag.
+        where: Place of the measurement, such as "on the data".
+    """
     worst = dict(sorted(late.items(), key=lambda item: -item[1])[:_MOST_NAMED])
     received = ", ".join(f"{name} by {value:.2f}" for name, value in worst.items())
     return (
@@ -226,8 +231,8 @@ def lag_message(late: dict[str, float], where: str) -> str:
 def named_norms(model: keras.Model) -> dict:
     """Returns the layers that use batch statistics in training, by name.
 
-    With several students of a `LowBitTrainer`, the student's name and a slash stand in
-    front.
+    With several students of a `LowBitTrainer`, the name has the prefix `<student's
+    name>/`.
     """
     return {
         front + layer.name: layer
@@ -251,7 +256,7 @@ def estimated_lag(
     end: tuple[np.ndarray, np.ndarray],
     steps: int,
 ) -> float:
-    """Estimates the lag of one layer from how far training still moves its averages.
+    """Estimates the lag of one layer from the last changes of its moving averages.
 
     An average M that follows a batch statistic B with momentum m keeps `m^k` of the gap
     after k steps. So `B - M_end = m^k / (1 - m^k) * (M_end - M_start)`, if B did not
@@ -292,8 +297,8 @@ def distance_between(
     """Computes the lag of one layer (`lag`) from its (mean, variance).
 
     Args:
-        moving: Those that evaluation uses.
-        measured: Those of the batches.
+        moving: The moving averages, which evaluation uses.
+        measured: The statistics of the batches.
         epsilon: Epsilon of the layer.
     """
     (mean, variance), (batch_mean, batch_variance) = moving, measured
@@ -313,7 +318,7 @@ def _average_batch_norm(network, dataset, batches) -> list:
         _refuse_shared(network, norms)
         before = [layer.get_weights() for layer in norms]
         for layer in norms:
-            # A weight of 0 would not remove a NaN from an average.
+            # A NaN in the old average would stay, even with a momentum of 0.
             layer.moving_mean.assign(tf.zeros_like(layer.moving_mean))
             layer.moving_variance.assign(tf.ones_like(layer.moving_variance))
         largest = 0
@@ -325,20 +330,19 @@ def _average_batch_norm(network, dataset, batches) -> list:
             network(inputs, training=True)
     moved = []
     for layer, values in zip(norms, before, strict=True):
-        if _is_at_start(layer):
-            layer.set_weights(values)  # Called with training=False.
+        if _is_at_start(layer):  # Called with training=False.
+            layer.set_weights(values)
         else:
             moved.append(layer)
-    norms = moved
-    for layer in norms:
+    for layer in moved:
         for average in (layer.moving_mean, layer.moving_variance):
             if not tf.reduce_all(tf.math.is_finite(average)):
                 raise ValueError(
                     "Batch statistics must be finite: look for NaN in the data. "
                     f"Received: {average.name} that is not"
                 )
-    require_values(norms, largest)
-    return norms
+    require_values(moved, largest)
+    return moved
 
 
 def require_values(norms: Sequence[keras.layers.Layer], examples: int) -> None:
@@ -347,7 +351,7 @@ def require_values(norms: Sequence[keras.layers.Layer], examples: int) -> None:
     `examples` is the number of examples in the largest batch.
 
     Raises:
-        ValueError: If a layer sees one value of a channel in each batch.
+        ValueError: If a layer sees only one value per channel in each batch.
     """
     counts = {layer.name: examples * _values_of_an_example(layer) for layer in norms}
     if not counts:
@@ -355,14 +359,14 @@ def require_values(norms: Sequence[keras.layers.Layer], examples: int) -> None:
     name, count = min(counts.items(), key=lambda item: item[1])
     if count < 2:
         raise ValueError(
-            "Batch normalization must see several values of a channel: take "
-            "batches of more than one example. "
+            "Batch normalization must see several values per channel: take batches "
+            "of more than one example. "
             f"Received: {name!r}, with one value in each batch"
         )
     if count < _FEW_VALUES:
         warnings.warn(
-            f"Batch normalization should see {_FEW_VALUES} values of a channel or "
-            "more, or measurements behind it are inaccurate: take larger batches. "
+            f"Batch normalization should see at least {_FEW_VALUES} values per channel "
+            "to give accurate measurements behind it: take larger batches. "
             f"Received: {name!r}, with {count} values in each batch",
             QuantizationWarning,
             stacklevel=2,
@@ -408,6 +412,6 @@ def _refuse_shared(network, norms):
     shared = [layer.name for layer in norms if calls.count(layer) > 1]
     if shared:
         raise ValueError(
-            "Batch normalization must be called once in the network to be measured. "
-            f"Received: {shared}, called more often"
+            "Batch normalization must be called only once in the network to be "
+            f"measured. Received: {shared}, called more often"
         )

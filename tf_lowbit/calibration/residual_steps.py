@@ -1,4 +1,4 @@
-"""Ties the steps around an Add, so that an int8 Add never rounds an exact half."""
+"""Ties the steps around each Add, so that an int8 Add never rounds an exact half."""
 
 from collections.abc import Callable
 from fractions import Fraction
@@ -15,24 +15,25 @@ def tie_residuals(model: keras.Model) -> None:
     """Makes the steps around each Add simple multiples of one another.
 
     Afterwards `step of an input / step of the output` is a fraction of odd denominator
-    (`core.ratios`), to float32 precision. An int8 Add then never has to round an exact
-    half. Add by Add, in the graph's order:
+    (`core.ratios`), to float32 precision. An int8 Add then never rounds an exact half.
 
-    - The output's step is that of the quantized ReLU that is its only reader. Without
-      one, the residual quantizer's step moves to the nearest ratio with a settled input
-      step, if there is one: that of k-bit activations or of tensors tied at earlier
-      Adds.
-    - The other residual quantizers on its inputs get the nearest ratio to it. In
-      `calibrate` they get the smallest ratio (up to 15) that clips no more than what
-      was measured.
+    A step is fixed if it is that of a k-bit activation, at the bits of its rule, or was
+    tied at an earlier Add. For each Add, in the graph's order:
 
-    Steps of k-bit activations are read, at the bits they are made for, and never moved.
-    So two settled steps around one Add stay as they are, even if they do not fit: those
-    of an input and of the ReLU behind it, as in post-activation networks (DoReFa's do
-    fit), or of inputs that do not depend on one another. Learned steps (LSQ, PACT) move
-    on in training, away from what was tied to them. `StagedPrecision` ties them after
-    each epoch. Without it, call this after training and before export. A second call
-    changes nothing.
+    1. The output. If a quantized ReLU is its only reader, its step is that of the ReLU.
+       Otherwise the residual quantizer's step changes to the nearest ratio to a fixed
+       step of an input, if there is one.
+    2. The inputs. Each residual quantizer that is not fixed changes to the nearest
+       ratio to the output's step. `calibrate` takes the smallest ratio (up to 15) that
+       clips no more than was measured.
+
+    Two fixed steps around one Add stay, even if their ratio does not fit: an input and
+    the ReLU behind the Add, as in post-activation networks (DoReFa's steps do fit), or
+    two independent inputs.
+
+    Training changes learned steps (LSQ, PACT), and so their ratios. `StagedPrecision`
+    ties the steps after each epoch. Without it, call this function after training and
+    before export. A second call changes nothing.
 
     Args:
         model: A model from `tf_lowbit.quantize`, or a `LowBitTrainer` for its students.
@@ -46,8 +47,8 @@ def tie_residuals(model: keras.Model) -> None:
 
 
 def tie(model: keras.Model, choose: Callable[[float], Fraction]) -> None:
-    """Ties each Add; `choose` returns the new ratio for an input's current one."""
-    settled: dict[str, float] = {}  # Steps of residual quantizers, the newest last.
+    """Ties each Add; `choose` maps an input's current ratio to the new one."""
+    settled: dict[str, float] = {}  # Tied residual quantizers -> steps, newest last.
 
     def settle(tensor, step) -> float:
         tensor.variables["step"].assign(np.float32(step))
@@ -73,7 +74,7 @@ def tie(model: keras.Model, choose: Callable[[float], Fraction]) -> None:
 
 
 def _settled_step(tensors, settled) -> float | None:
-    """Returns the newest settled step: a multiple of those before it in a chain."""
+    """Returns the newest fixed step of the tensors, or None."""
     names = {tensor.name for tensor in tensors}
     residual = [step for name, step in settled.items() if name in names]
     others = [step_as_made(tensor) for tensor in tensors if not tensor.is_residual]
@@ -91,7 +92,7 @@ def step_as_made(tensor: inspection.QuantizedTensor) -> float | None:
         return None
     if tensor.bits == tensor.quantizer.bits:
         return _current_step(tensor)
-    # A training stage may set other bits, which change the step of some quantizers.
+    # A training stage may have set other bits, with which some steps change.
     with restored(tensor.variables.values()):
         tensor.assign_bits(tensor.quantizer.bits)
         return _current_step(tensor)

@@ -19,7 +19,7 @@ from tf_lowbit.network import (
 )
 from tf_lowbit.quantizers import ACTIVATION, WEIGHT
 
-# Arguments that only training needs, or that a layer determines when it is built.
+# Endings of arguments that only training needs; arguments that `build` determines.
 _NOT_FOR_INFERENCE = ("_initializer", "_regularizer", "_constraint")
 _FOUND_AT_BUILD = ("batch_input_shape", "query_shape", "key_shape", "value_shape")
 # Renamed arguments: class -> {name in tf_keras: name in Keras 3}.
@@ -34,9 +34,9 @@ _FUNCTIONS = {
     tf.nn.silu: "silu",
 }
 _MOST_EXPLAINED = 300
-# For one layer on equal inputs: sums in another order, in float32 or 16 bits.
+# Allowed difference of one layer on equal inputs, because sums have another order.
 _TOLERANCE, _TOLERANCE_16_BIT = 1e-4, 5e-2
-# Share of a quantizer's inputs that may lie on the edge between two codes.
+# Share of a quantizer's outputs that may differ, for inputs between two codes.
 _MOST_ON_EDGES = 1e-3
 _SIZES_OF_OPEN_DIMENSIONS = (32, 64, 128, 256)
 
@@ -127,7 +127,7 @@ class _ToKeras3:
         kwargs = {
             name: value
             for name, value in kwargs.items()
-            # Options that are off are off by default, including `training`.
+            # None and False are the defaults of all these, including `training`.
             if name != "name" and value is not None and value is not False
         }
         try:
@@ -137,7 +137,7 @@ class _ToKeras3:
         if isinstance(function, _keras3().Layer):
             self._set_weights(node.layer, function)
         else:
-            # A name that Keras generates may be that of a layer.
+            # Keras's generated name may be that of a layer.
             (tensor,) = tf.nest.flatten(outputs)
             operation = tensor._keras_history.operation
             if not isinstance(operation, _keras3().Layer):
@@ -163,7 +163,7 @@ class _ToKeras3:
         return self._layers[layer.name]
 
     def _set_weights(self, source, target):
-        """Sets weights by name, and in order where a name repeats; quantized if so."""
+        """Sets weights by name, or in order if a name repeats; quantized values."""
         values = {
             inspection.short_name(t.latent): t.quantized().numpy()
             for t in inspection.quantized_tensors(self._network)
@@ -189,13 +189,13 @@ class _ToKeras3:
         for weight in target.weights:
             weight.assign(waiting[weight.name].pop(0))
         if hasattr(target, "finalize_state"):
-            target.finalize_state()  # Normalization computes with derived values.
+            target.finalize_state()  # Normalization derives values from its weights.
 
     def check(self):
-        """Compares each call on the inputs that it has in the network.
+        """Compares each call with the original on the same inputs.
 
-        One by one, because a different float rounding may change a code, and with it
-        all later values.
+        Calls are compared one by one, because another float rounding may change a code
+        and so all later values.
         """
         values = _values(self._network)
         to_tensor = _keras3().ops.convert_to_tensor

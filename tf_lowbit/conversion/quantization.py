@@ -32,61 +32,60 @@ def quantize(
 ) -> keras.Model:
     """Makes a low-bitwidth network from a float one.
 
-    The layers that the rules name get weight quantizers, and the ReLUs that they read
-    become quantized ReLUs. Where a layer reads a tensor that no ReLU puts out, a
-    quantizer is inserted: signed, unless the layers in front show that no value is
-    negative, as behind squeeze-and-excite. Names of layers and outputs stay. An
-    `activation="relu"` of a weight layer becomes a separate layer behind it, `conv` ->
-    `conv_relu`. A quantized ReLU clips at its own range, also where it replaces a
-    ReLU6.
+    The layers that the rules match get weight quantizers, and the ReLUs that they read
+    become quantized ReLUs. Where a layer reads a tensor that is not the output of a
+    ReLU, a quantizer is inserted. It is signed, unless the layers in front show that no
+    value is negative, as behind squeeze-and-excite.
 
-    A separable convolution rounds nothing between its kernels, so it is split: "conv"
-    becomes a depthwise convolution "conv_depthwise" and a 1x1 convolution "conv". A
-    rule that matches the layer, by name or type, matches both.
+    Layers and outputs keep their names. These layers change:
 
-    Nested models are flattened. Their layers keep their names; if a name occurs twice,
-    the nested model's name is put in front, `backbone_conv1`.
+    - `activation="relu"` of a weight layer `conv` becomes a layer `conv_relu`.
+    - A separable convolution does not round between its kernels, so it is split: `conv`
+      becomes a depthwise convolution `conv_depthwise` and a 1x1 convolution `conv`. A
+      rule that matches the layer, by name or type, matches both.
+    - Nested models are flattened. If a name occurs twice, the layer in the nested model
+      gets the model's name as prefix: `backbone_conv1`.
+    - A quantized ReLU clips at its own range, even if it replaces a ReLU6.
 
-    The float weights carry over as latent weights (float64 weights rounded to float32),
-    and learned weight steps start from them. Learned and calibrated activation ranges
-    need `tf_lowbit.calibrate`. The float model is not changed.
+    Float weights become latent weights (float64 is rounded to float32), and learned
+    weight steps start from them. Activation ranges that are learned or calibrated need
+    `tf_lowbit.calibrate`. The float model is not changed.
 
     Args:
         model: Built Sequential or Functional model of `tf_keras`, or of Keras 3
             (`from_keras3`).
-        rules: `PrecisionRule`s, the first match wins; None for 2-bit weights and
-            activations everywhere except at the first and the last layer.
+        rules: `PrecisionRule`s, of which the first match applies; None for 2-bit
+            weights and activations everywhere except at the first and the last layer.
         strict: Whether these raise an error instead of a `QuantizationWarning`: a rule
             that matches nothing; a layer that cannot be quantized; a loss, metric or
             `train_step` of the model, or an activity regularizer, that is left out; a
-            layer without a form in a TFLite file (`tf_lowbit.export.check`), which
-            matters only for export.
+            layer that TFLite export does not support (`tf_lowbit.export.check`).
         residual_bits: 8 puts signed 8-bit quantizers on the inputs and outputs of
             residual Adds (`<layer>_residual`), so that training sees the rounding of an
             int8 residual stream. `tf_lowbit.calibrate` sets their steps. None leaves
-            the stream in float. A warning says if no Add reads a quantized layer.
-        shortcut_bits: 1 to 8 lets the shortcuts of residual blocks read activations at
-            these bits and, wherever a rule quantizes them, gives their convolutions
-            weights at these bits. The finer quantizer replaces the ReLU. The coarser
-            one stands behind it, in front of its readers (`<layer>_quantizer`).
-            Identity shortcuts that start at a quantized ReLU also read it at these
-            bits. On shortcuts, DoReFa's fixed clip becomes a calibrated one (uniform).
-            A warning says if there is no shortcut. None gives shortcuts the bits of the
-            rules.
+            the stream in float. A warning tells if no Add reads a quantized layer.
+        shortcut_bits: 1 to 8 sets the bits of residual shortcuts that a rule quantizes:
+            of the activations that they read, and of the weights of their convolutions.
+            An identity shortcut that starts at a quantized ReLU also reads it at these
+            bits. If other layers read the same ReLU, the finer quantizer replaces the
+            ReLU, and the coarser one is placed behind it, in front of its readers
+            (`<layer>_quantizer`). On shortcuts, a calibrated clip (uniform) replaces
+            DoReFa's fixed clip. A warning tells if there is no shortcut. None gives
+            shortcuts the bits of the rules.
         verbose: 1 shows a progress bar on a terminal or in a notebook if it takes long,
             0 is silent.
 
     Returns:
-        A new Functional model, not compiled. Its `fit` and `evaluate` are Keras's. They
-        also warn of ranges that need `calibrate` and, when `fit` ends, of moving
-        statistics of batch normalization that lag.
+        A new Functional model, not compiled. In addition to Keras's, its `fit` and
+        `evaluate` warn of ranges that need `calibrate` and, when `fit` ends, of moving
+        statistics of batch normalization that lag behind.
 
     Raises:
         ValueError: If the model, or a nested one, is subclassed; if it is not built, is
             already quantized, has Keras masks, a layer that cannot be copied, or none
             that the rules quantize; if `residual_bits` is neither 8 nor None, or
             `shortcut_bits` neither 1 to 8 nor None; if a weight is NaN or infinite; or
-            as `strict` says.
+            if `strict` and one of the problems above occurs.
     """
     scheme = LowBitScheme(rules, strict, residual_bits, shortcut_bits)
     _report_own_parts(model, strict)
@@ -98,7 +97,7 @@ def quantize(
 
 
 def _quantize(model, scheme, strict, update) -> keras.Model:
-    """The float model, which is Functional, as a low-bitwidth one."""
+    """Makes the low-bitwidth model of a Functional float model."""
     with _unmixed():
         annotated = _annotate(model)
         update(1, 4)
@@ -121,8 +120,8 @@ def _quantize(model, scheme, strict, update) -> keras.Model:
 def copy_flags_by_name(source: keras.Model, target: keras.Model) -> None:
     """Copies `trainable` and `synchronized` flags to layers of the same name.
 
-    An inserted quantizer is trainable if a layer that it belongs to is. Either model
-    may have layers that the other lacks.
+    An inserted quantizer is trainable if a layer in front of it is; behind an input, if
+    a layer that reads it is. Either model may have layers that the other lacks.
     """
     given = {layer.name: layer for layer in source.layers}
     for layer in target.layers:
@@ -134,7 +133,7 @@ def copy_flags_by_name(source: keras.Model, target: keras.Model) -> None:
 
 
 def _owners(model, layer, given) -> set[str]:
-    """Returns the layers in front of a new layer, or, behind an input, its readers."""
+    """Returns the given layers in front of a new one; behind an input, its readers."""
     found, sources = set(), list(graph.inputs_of(model, layer))
     while sources:
         node = graph.producer(sources.pop())
@@ -164,7 +163,7 @@ def _regularizes_alike(layer, other) -> bool:
 def _unmixed():
     """A context without mixed precision.
 
-    TF-MOT's wrappers take the global policy, whatever their layers have.
+    TF-MOT's wrappers take the global policy, not that of their layers.
     """
     policy = keras.mixed_precision.global_policy()
     keras.mixed_precision.set_global_policy("float32")
@@ -195,7 +194,7 @@ def _own_wrapper(layer, policies):
 
 
 def _report_own_parts(model, strict) -> None:
-    """Reports losses, metrics and methods of the model that the new one lacks."""
+    """Reports losses, metrics and methods of the model that are left out."""
     steps = [
         name
         for name in _STEPS
@@ -268,8 +267,8 @@ def _functional(model) -> keras.Model:
     spoilt = inspection.nonfinite_weight(model)
     if spoilt is not None:
         raise ValueError(
-            "Weights must be finite, since steps start from them: load weights from "
-            f"before the training diverged. Received: NaN or infinity in {spoilt}"
+            "Weights must be finite: load weights from before the training diverged. "
+            f"Received: NaN or infinity in {spoilt}"
         )
     masked = [
         node.layer.name
@@ -278,14 +277,14 @@ def _functional(model) -> keras.Model:
     ]
     if masked:
         raise ValueError(
-            "model must have no Keras masks: make the masking a part of the "
-            f"computation. Received: masked tensors that {masked[:5]} read"
+            "model must have no Keras masks: mask with ordinary layers, such as a "
+            f"product. Received: masked tensors that {masked[:5]} read"
         )
     return model
 
 
 def _report_problems_of_export(model, strict) -> None:
-    """Reports, in one message, the layers without a form in a file, with remedies."""
+    """Reports, in one message, the layers that cannot be exported, with remedies."""
     layers: dict[str, dict[str, str]] = {}
     for problem in problems.problems(model):
         what = layers.setdefault(f"{problem.reason}: {problem.remedy}", {})
@@ -302,7 +301,7 @@ def _report_problems_of_export(model, strict) -> None:
 
 
 def _annotate(model: keras.Model) -> keras.Model:
-    """Annotates what may be quantized; the scheme's layout decides what is."""
+    """Annotates the layers that may be quantized; the scheme's layout decides."""
     annotate = tfmot.quantization.keras.quantize_annotate_layer
     found = [
         layer.name

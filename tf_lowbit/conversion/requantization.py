@@ -1,4 +1,4 @@
-"""Back to a float model, and on to other bits and rules."""
+"""Converts a low-bitwidth model back to float, or to other bits and rules."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -19,16 +19,14 @@ _RELUS = {"relu": None, "relu6": 6.0}
 def strip(model: keras.Model, weights: str = LATENT) -> keras.Model:
     """Makes a float network from a low-bitwidth one.
 
-    Weight layers become plain again. A quantized ReLU becomes the ReLU that it
-    replaced, with its name. Inserted quantizers, also residual ones, are removed. Clips
-    go with the quantizers, so the outputs differ from before, also with quantized
-    weights.
+    Weight layers lose their quantizers. A quantized ReLU becomes the ReLU that it
+    replaced, with its name. Inserted and residual quantizers are removed. Without the
+    quantizers' clips the outputs change, even with quantized weights.
 
     Args:
         model: A model from `tf_lowbit.quantize`. It is not changed.
-        weights: "latent" for the float weights that were trained, from which `quantize`
-            makes the same low-bitwidth weights again; "quantized" for their values on
-            the grid.
+        weights: "latent" for the trained float weights, from which `quantize` makes the
+            same low-bitwidth weights again; "quantized" for the values on the grid.
 
     Returns:
         A Functional model of Keras's own layers, not compiled, with the layers' names
@@ -69,19 +67,17 @@ def requantize(
 ) -> keras.Model:
     """Quantizes a low-bitwidth network again, by other rules.
 
-    The latent weights carry over. So do learned and calibrated ranges, wherever the
-    same kind of quantizer with the same options stands in the same place; the step or
-    clip is rescaled to the new bits, as in staged training. Other quantizers start as
-    in `quantize`, and some need `tf_lowbit.calibrate`.
+    The latent weights are kept. Learned and calibrated ranges are kept where the new
+    quantizer has the same place, class and options; the step or clip is rescaled to the
+    new bits, as in staged training. Other quantizers start as in `quantize`, and some
+    need `tf_lowbit.calibrate`.
 
     Args:
         model: A model from `quantize`. It is not changed.
         rules: As in `quantize`.
         strict: As in `quantize`.
-        residual_bits: As in `quantize`; or "same", the bits of the model's residual
-            sums, if they are quantized.
-        shortcut_bits: As in `quantize`; or "same", the bits that `shortcut_bits` gave
-            the model's shortcuts, if it did.
+        residual_bits: As in `quantize`; or "same" for the model's present value.
+        shortcut_bits: As in `quantize`; or "same" for the model's present value.
 
     Returns:
         A new Functional model, not compiled.
@@ -110,7 +106,7 @@ def requantize(
 
 
 def _chosen(bits, present: list[int]) -> int | None:
-    """The bits of an argument that may be `SAME`: then the present ones."""
+    """Returns the bits of an argument; for `SAME`, the present ones."""
     return max(present, default=None) if bits == SAME else bits
 
 
@@ -138,7 +134,7 @@ def _stripped(layer) -> keras.layers.Layer | None:
         return graph.copy_layer(own)
     if not isinstance(config, ActivationQuantizeConfig):
         raise ValueError(
-            "Every quantizer must be one of tf_lowbit. "
+            "Every layer must be quantized by tf_lowbit. "
             f"Received: layer {layer.name!r} with {type(config).__name__}"
         )
     if config.replaces not in _RELUS:
@@ -149,11 +145,11 @@ def _stripped(layer) -> keras.layers.Layer | None:
 
 
 def _copy_weights(source, target) -> None:
-    """By name if a wrapper has more weights than its layer, else in order."""
+    """Copies weights: by name out of a wrapper, else in order."""
     if inspection.wrapped_layer(source) is source:
         graph.set_weights(source, target)
         return
-    # An inner layer may have a weight of the same name.
+    # Apart from the others, because an inner layer may have a weight of the same name.
     latent = {inspection.short_name(v): v for v, _, _ in source._weight_vars}
     own = {name: getattr(target, name) for name in latent}
     for name, weight in own.items():

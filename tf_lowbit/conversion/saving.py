@@ -34,14 +34,14 @@ _STARTS = (b"PK", b"\x89HDF")
 def load_model(path: str | os.PathLike[str], **arguments: Any) -> keras.Model:
     """Loads a quantized model from a file or folder that `model.save` wrote.
 
-    Latent weights, learned ranges, bits and batch statistics are restored exactly in
-    all three formats. So is the optimizer's state, except that Keras starts it fresh
-    from a SavedModel. A `LowBitTrainer`, saved as `.keras`, comes back with its
-    networks, optimizers and counters. `model.save_weights` and `load_weights` also
+    Latent weights, learned ranges, bits and batch statistics are restored exactly from
+    all three formats. The optimizer's state is restored from `.keras` and `.h5`, but
+    not from a SavedModel. A `LowBitTrainer` is saved as `.keras`, and is loaded with
+    its networks, optimizers and counters. `model.save_weights` and `load_weights` also
     work, on a model that `quantize` made from the same float model and rules.
 
-    Files from strangers: a Python lambda is code that loading would run, so `.keras`
-    and `.h5` files with one are refused. Keras still imports the modules of the classes
+    Files from strangers: loading a Python lambda would run its code, so `.keras` and
+    `.h5` files with one are refused. Keras still imports the modules of the classes
     that a file names. A SavedModel holds a TensorFlow graph, which can read and write
     files when it runs.
 
@@ -59,8 +59,8 @@ def load_model(path: str | os.PathLike[str], **arguments: Any) -> keras.Model:
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it has none of these formats, is a SavedModel of Keras 3, is
-            damaged, holds a lambda, or would unpack to far more than its size allows;
-            or for another argument.
+            damaged, holds a lambda, or would unpack to more than 64 MiB and 200 times
+            its size; or if an argument is unknown or of the wrong type.
     """
     checks.path("path", path)
     _check_arguments(arguments)
@@ -89,7 +89,8 @@ def load_model(path: str | os.PathLike[str], **arguments: Any) -> keras.Model:
         try:
             return keras.models.load_model(path, **arguments)
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-            # h5py raises a plain OSError for damage, and its kinds for a disk's errors.
+            # h5py raises a plain OSError for a damaged file. Subclasses of OSError are
+            # errors of the disk.
             if isinstance(error, OSError) and type(error) is not OSError:
                 raise
             raise ValueError(
@@ -119,7 +120,7 @@ def _require_model(path) -> None:
     if not is_model:
         raise ValueError(
             "path must be a .keras or .h5 file or a SavedModel folder. "
-            f"Received: {os.fspath(path)!r}, which is none"
+            f"Received: {os.fspath(path)!r}, which is none of them"
         )
 
 
@@ -135,7 +136,7 @@ def _refuse_exported(path) -> None:
             if b"_tf_keras_" in file.read():
                 return
         raise ValueError(
-            "A SavedModel must be one that tf_keras wrote: one of Keras 3 holds a "
-            "graph and no layers. Save the Keras 3 model as a .keras file. "
+            "A SavedModel must be written by tf_keras, because one of Keras 3 holds a "
+            "graph without layers: save the Keras 3 model as a .keras file. "
             f"Received: {folder!r}"
         )
