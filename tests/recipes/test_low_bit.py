@@ -100,7 +100,7 @@ def test_the_teachers_rate_follows_the_students(trained):
         ({"learning_rate": 0}, r"learning_rate must .* Received"),
         ({"teacher": "both"}, r"teacher must be one of .* Received"),
         ({"data": iter(())}, r"read again from its start"),
-        ({"data": data().repeat()}, r"steps_per_epoch must say"),
+        ({"data": data().repeat()}, r"give steps_per_epoch\. Received"),
     ],
 )
 def test_what_is_wrong_is_said(trained, changed, message):

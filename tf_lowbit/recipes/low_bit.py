@@ -34,9 +34,9 @@ class Recipe:
 
     Attributes:
         trainer: Compiled `LowBitTrainer`; `trainer.student` is the low-bit network.
-        callbacks: Of `fit`; add your own behind them.
-        epochs: Of `fit`.
-        settings: What was set, by name, as JSON can hold it.
+        callbacks: Callbacks for `fit`; add your own after them.
+        epochs: Epochs for `fit`.
+        settings: All settings by name, JSON-ready.
     """
 
     trainer: LowBitTrainer
@@ -62,41 +62,43 @@ def low_bit(
 ) -> Recipe:
     """Prepares the training of a low-bit network from a trained float one.
 
-    It sets, in one call:
+    The recipe is:
 
-    - Rules: LSQ for weights and activations (Esser et al., arXiv:1902.08153); 8 bits,
-      uniform, for the first and the last weight layer, for shortcuts of residual
-      blocks and for residual sums.
-    - Ranges, calibrated on `data`.
-    - The float network as the teacher, trained jointly with the student (Zhuang et
-      al., arXiv:1908.04680), or frozen.
-    - SGD with momentum 0.9 and Nesterov's step. The learning rate rises from 0 during
-      5 % of the training, then falls by a cosine to 0.
+    - Quantizers: LSQ for weights and activations (Esser et al., arXiv:1902.08153). The
+      first and the last weight layer, shortcuts of residual blocks and residual sums
+      have 8 bits, uniform.
+    - Ranges are calibrated on `data`.
+    - The teacher is the float network, trained jointly with the student (Zhuang et al.,
+      arXiv:1908.04680), or frozen.
+    - SGD with Nesterov momentum 0.9. The learning rate rises from 0 during 5 % of the
+      training, then falls by a cosine to 0.
 
-    `benchmarks/README.md` has its results beside those of other settings. Tune
+    `benchmarks/README.md` compares its results with those of other settings. Tune
     `learning_rate` at the number of epochs that you train: it matters more than the
     choice among most methods.
 
     Args:
         model: Trained float model of `tf_keras` or Keras 3, built, Sequential or
-            Functional. With a teacher or without `loss` it must put out logits.
-        data: Batches `(x, y)` or `(x, y, weight)` of the training, which can be read
-            again from the start: a `tf.data.Dataset` or a Keras `Sequence`.
-        bits: Of weights and activations, 1 to 8; or a pair (weights, activations).
-        epochs: Of the training, at least 1.
-        learning_rate: Of the student and of a joint teacher, after the warmup.
+            Functional. With a teacher, or with the default loss, it must output logits.
+        data: Training batches `(x, y)` or `(x, y, weight)` that can be read repeatedly:
+            a `tf.data.Dataset` or a Keras `Sequence`.
+        bits: Bits of weights and activations, 1 to 8; or a pair (weights, activations).
+        epochs: Epochs of the training, at least 1.
+        learning_rate: Learning rate after the warmup, of the student and of a joint
+            teacher.
         teacher: "joint", "frozen" or None.
-        loss: Of the task, a `keras.losses.Loss`, its name or a function; None for
-            sparse categorical cross-entropy from logits.
-        metrics: Of `compile`.
-        steps_per_epoch: Number of batches; None to take the length of `data`.
+        loss: Task loss: a `keras.losses.Loss`, its name or a function. None for sparse
+            categorical cross-entropy from logits.
+        metrics: Metrics for `compile`.
+        steps_per_epoch: Number of batches in an epoch; None for the length of `data`.
 
     Returns:
-        The compiled trainer, the callbacks, and what was set. `model` is not changed.
+        The compiled trainer, the callbacks and the settings. `model` is not changed.
 
     Raises:
-        ValueError: For another value of an argument, data of unknown length without
-            `steps_per_epoch`, or a model that `quantize` or `LowBitTrainer` refuses.
+        ValueError: If an argument has another value, data have no length and
+            `steps_per_epoch` is None, or `quantize` or `LowBitTrainer` refuses the
+            model.
     """
     pair = bits if isinstance(bits, tuple) else (bits, bits)
     if len(pair) != 2:
@@ -179,8 +181,8 @@ def _steps_per_epoch(data, given) -> int:
         return len(data)
     except TypeError as error:
         raise ValueError(
-            "data must have a length, or steps_per_epoch must say how many batches an "
-            f"epoch has. Received: data of type {type(data).__name__} ({error})"
+            "data must have a length: without it, give steps_per_epoch. "
+            f"Received: data of type {type(data).__name__} ({error})"
         ) from error
 
 
@@ -189,7 +191,7 @@ def _sgd(rate) -> keras.optimizers.Optimizer:
 
 
 def _scheduled(rate, steps) -> keras.optimizers.schedules.LearningRateSchedule:
-    """The schedule of a joint teacher; a callback sets that of the student."""
+    """Returns the schedule of a joint teacher; a callback sets the student's."""
     warmup = round(_WARMUP * steps)
     return keras.optimizers.schedules.CosineDecay(
         0.0 if warmup else rate,
