@@ -17,8 +17,8 @@ Augmentation = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 def random_crop(images: tf.Tensor, seed: tf.Tensor, *, padding: int) -> tf.Tensor:
     """Pads with zeros on all sides, then crops to the original size at random.
 
-    Equals a shift by at most `padding` pixels in each direction. All `(2 * padding + 1)
-    ** 2` shifts are equally likely. Zero is black: pad before normalizing.
+    The result is shifted by at most `padding` pixels in each direction. All `(2 *
+    padding + 1) ** 2` shifts are equally likely. Zero is black: pad before normalizing.
     """
     count, (height, width) = tf.shape(images)[0], images.shape[1:3]
     padded = tf.pad(images, [[0, 0], [padding, padding], [padding, padding], [0, 0]])

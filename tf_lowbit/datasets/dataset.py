@@ -35,7 +35,7 @@ class Normalization:
                 checks.number(name, value)
         if not self.mean or len(self.mean) != len(self.deviation):
             raise ValueError(
-                "mean and deviation must have a value per channel each. "
+                "mean and deviation must each have one value per channel. "
                 f"Received: mean={self.mean}, deviation={self.deviation}"
             )
         if not all(value > 0.0 for value in self.deviation):
@@ -77,11 +77,10 @@ class Normalization:
 
 @dataclasses.dataclass(frozen=True)
 class PipelineOptions:
-    """The options of `load` that every data set has, described there.
+    """The options that every data set has; see `load`.
 
     Raises:
-        ValueError: If a value is out of range. Whether the epoch has a batch
-            `start_step` is checked by the pipeline.
+        ValueError: If a value is out of range. The pipeline checks `start_step`.
     """
 
     batch_size: int
@@ -137,7 +136,8 @@ class Dataset:
 
     `train` never ends. An epoch has `steps_per_epoch` batches, of which the last may be
     smaller, and holds each training example exactly once. The order and the
-    augmentation of epoch e are a pure function of (seed, e). Hence
+    augmentation of epoch e are a pure function of (seed, e). So a run that resumes at
+    `step` of `epoch` gets the same batches as an uninterrupted one:
 
     ```python
     recovery = tfl.callbacks.Recovery("checkpoints", every=10)
@@ -152,12 +152,11 @@ class Dataset:
     )
     ```
 
-    feeds a run that resumes at `step` of `epoch` exactly what it would have seen
-    without the interruption. Each new iterator over `train` starts there again. `test`
-    and `validation` are one pass, in stored order, never augmented.
+    Each new iterator over `train` starts at the same batch again. `test` and
+    `validation` are one pass, in stored order, not augmented.
 
     Attributes:
-        name: Name it was loaded by.
+        name: Name given to `load`.
         train: Infinite pipeline of training batches.
         test: Finite pipeline of test batches.
         validation: Finite pipeline of the held-out part of the training set, or None.
@@ -167,7 +166,7 @@ class Dataset:
         test_size: Test examples.
         validation_size: Held-out examples; 0 if `validation` is None.
         batch_size: Images in a full batch.
-        normalization: From stored pixels to the images in a batch.
+        normalization: Conversion from stored pixels to the images in a batch.
     """
 
     name: str

@@ -30,7 +30,7 @@ def read(*, data_dir: str | None = None) -> InMemorySource:
             dataset-fashion-mnist, then the default of TensorFlow Datasets.
 
     Raises:
-        FileNotFoundError: If it is in neither place, or an IDX file is missing.
+        FileNotFoundError: If it is in none of these folders, or an IDX file is missing.
         ValueError: If an IDX file is malformed, or training and test images differ in
             size.
     """
@@ -39,8 +39,8 @@ def read(*, data_dir: str | None = None) -> InMemorySource:
     if parts is None:
         raise FileNotFoundError(
             "fashion_mnist must be on this machine: install the Debian package "
-            "dataset-fashion-mnist, or name the folder that holds its IDX files, or "
-            "that TensorFlow Datasets prepared it in, with --data_dir. "
+            "dataset-fashion-mnist, or give --data_dir the folder of its IDX files or "
+            "of TensorFlow Datasets. "
             f"Received: data_dir={data_dir!r}, nothing in {folder}"
         )
     train, test = parts

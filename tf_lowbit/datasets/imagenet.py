@@ -39,9 +39,9 @@ def load(
 ) -> Dataset:
     """Builds the pipelines of ImageNet: 1281167 and 50000 images, 1000 classes.
 
-    `test` is the split that TensorFlow Datasets calls "validation", since the labels of
-    the test images were never published. Training examples are shuffled by file, then
-    within a buffer that is refilled at the start of each epoch. Images are decoded and
+    `test` is the split that TensorFlow Datasets calls "validation", because the labels
+    of the test images were never published. Training examples are shuffled by file,
+    then within a buffer, which is filled anew in each epoch. Images are decoded and
     cropped one by one, in parallel.
 
     Args:
@@ -178,7 +178,7 @@ def _training_batches(
         records = records.shuffle(
             shuffle_buffer, seed=record_seed[0], reshuffle_each_iteration=False
         )
-        # Skipped before decoding, so that only reading takes time.
+        # Skipped before decoding, which would take more time.
         records = records.enumerate().skip(start_step * options.batch_size)
         images = records.map(
             functools.partial(decode, augmentation_seed),

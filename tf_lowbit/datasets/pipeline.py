@@ -15,7 +15,7 @@ from tf_lowbit.datasets.dataset import (
 )
 from tf_lowbit.datasets.splitting import stratified_split
 
-# Enough to bridge the end of an epoch, few enough for ImageNet's 150 MB batches.
+# Enough to bridge the end of an epoch; ImageNet's batches have 150 MB each.
 _BATCHES_AHEAD = 4
 
 
@@ -139,7 +139,7 @@ def repeat_epochs(
 
     Args:
         epoch_pipeline: Function (epoch, first batch), int64 scalar tensors ->
-            tf.data.Dataset of the epoch's batches from that one on.
+            tf.data.Dataset of the epoch's batches, starting with that batch.
         steps_per_epoch: Batches in a whole epoch.
         options: For `start_epoch` and `start_step`.
 
@@ -177,15 +177,12 @@ def epoch_seeds(seed: int, epoch: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 
 
 def finish(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """Adds prefetching, and demands a deterministic order.
-
-    Several workers share each batch; sharing files would give them other batches.
-    """
+    """Adds prefetching and a deterministic order; several workers share each batch."""
     options = tf.data.Options()
     options.deterministic = True
-    # The autotune thread sleeps for up to a minute, and the end of an iterator at times
-    # waits for it, which stalled `fit` and `evaluate`. Without it there are as many
-    # parallel calls as cores.
+    # The autotune thread sleeps for up to a minute. The end of an iterator can wait for
+    # it, which stalled `fit` and `evaluate`. Without it there are as many parallel
+    # calls as cores.
     options.autotune.enabled = False
     sharding = options.experimental_distribute
     sharding.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
@@ -217,8 +214,8 @@ def _training_batches(
             batch = source.augmentation(batch, seed)
         return source.normalization(batch), tf.gather(labels, indices)
 
-    # The epochs yield only indices. Pixels are processed after flat_map, so that this
-    # runs in parallel and ahead, also across the end of an epoch.
+    # The epochs yield only indices. Pixels are processed after flat_map, so that the
+    # work runs in parallel and ahead, even across the end of an epoch.
     dataset = repeat_epochs(epoch_pipeline, steps, options)
     return finish(dataset.map(read, num_parallel_calls=tf.data.AUTOTUNE))
 

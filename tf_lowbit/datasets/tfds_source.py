@@ -44,8 +44,8 @@ def prepared_builder(name: str, data_dir: str | None) -> Any:
     if not builder.is_prepared():
         raise FileNotFoundError(
             f"{name} must be prepared on this machine: run `tfds build {name}`, or "
-            "name the folder that holds it with the environment variable "
-            "TFDS_DATA_DIR or with --data_dir. "
+            "give its folder by the environment variable TFDS_DATA_DIR or by "
+            "--data_dir. "
             f"Received: data_dir={data_dir!r}, nothing in {builder.data_dir}"
         )
     return builder

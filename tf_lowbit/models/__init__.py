@@ -1,12 +1,12 @@
-"""The float networks of the low-bitwidth papers, ready to be quantized.
+"""The float networks of the low-bitwidth papers.
 
-`plain_cnn` and `mobilenet_v2` are two more for small images: a chain, and depthwise
-convolutions with linear bottlenecks.
+Two more networks are for small images: `plain_cnn`, a chain, and `mobilenet_v2`, with
+depthwise convolutions and linear bottlenecks.
 
 In every network the first convolution is "stem" and the dense layer of the logits is
 "head". In every residual network the last activation is "final_relu". The papers' code
-leaves these in full precision, so the rule "stem|head|final_relu" fits all networks (a
-rule matches whole names).
+leaves these in full precision, and the rule "stem|head|final_relu" does so in all
+networks (a rule matches whole names).
 """
 
 from tf_lowbit.models.alexnet import alexnet

@@ -28,10 +28,10 @@ def alexnet(
     Krizhevsky, One weird trick for parallelizing convolutional neural networks,
     arXiv:1404.5997: torchvision's one-column AlexNet, without the original's local
     response normalization. "stem" is the first convolution, then "conv2" to "conv5",
-    "fc1", "fc2", and "head", the last dense layer. Each but the head is followed by
+    "fc1", "fc2", and "head", the last dense layer. All but the head are followed by
     "<layer>_bn" and "<layer>_relu"; "stem", "conv2" and "conv5" also by "<layer>_pool"
-    (3x3, stride 2). An image of 224x224 reaches fc1 as 6x6x256, flattened in the order
-    height, width, channels (torch: channels first).
+    (3x3, stride 2). For an image of 224x224, the input of fc1 is 6x6x256, flattened in
+    the order height, width, channels (torch: channels first).
 
     Convolutions start from an untruncated normal distribution of variance 2 / fan_out.
     BN has momentum 0.9 and epsilon 1e-5. With the default arguments there are
@@ -43,8 +43,8 @@ def alexnet(
             63. The size of fc1 depends on it.
         dropout: Share of the inputs of fc1 and fc2 to drop in training, in [0, 1). 0,
             as in the low-bitwidth papers' code, leaves the layers out; torchvision has
-            0.5. The rest is multiplied by 1 / (1 - dropout), which takes a quantized
-            activation off its grid in training.
+            0.5. Dropout multiplies the other inputs by 1 / (1 - dropout), so that
+            quantized activations are off their grid in training.
         weight_decay: As in `preact_resnet`.
         name: Name of the model; "alexnet" if None.
 

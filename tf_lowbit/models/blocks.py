@@ -79,8 +79,8 @@ def basic(filters: int, strides: int) -> tuple[Conv, ...]:
 def bottleneck(filters: int, strides: int) -> tuple[Conv, ...]:
     """1x1, 3x3 and 1x1 convolutions; the last has 4 times the filters.
 
-    The stride is in the 3x3 convolution, as in torchvision ("v1.5"). In
-    arXiv:1512.03385 it is in the first 1x1, which skips three pixels of four.
+    The 3x3 convolution has the stride, as in torchvision ("v1.5"). In arXiv:1512.03385
+    the first 1x1 has it, and skips three of four pixels.
     """
     return Conv(filters, 1, 1), Conv(filters, 3, strides), Conv(4 * filters, 1, 1)
 

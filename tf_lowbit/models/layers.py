@@ -1,4 +1,4 @@
-"""The layers that every network of this package is made of.
+"""The layers of all networks in this package.
 
 Each function applies one Keras layer (or a padding and a layer) with the settings that
 the networks share: torch's padding geometry, the initializers of the reference recipes,
