@@ -3,9 +3,9 @@
   python examples/classify.py runs/w2a2/tflite/network.tflite one.png two.jpg
   python examples/classify.py runs/w2a2/tflite/network.tflite --dataset=digits
 
-The file says itself how pixels are normalised (export_tflite.py puts it in). For images
-nothing but LiteRT (`ai-edge-litert`), NumPy and Pillow is needed, as on a small device;
-without LiteRT, TensorFlow runs the file.
+export_tflite.py stores in the file how pixels are normalized. To classify images,
+LiteRT (`ai-edge-litert`), NumPy and Pillow are enough, as on a small device. Without
+LiteRT, TensorFlow runs the file.
 """
 
 import json
@@ -28,18 +28,18 @@ FLAGS = flags.FLAGS
 
 flags.DEFINE_string("dataset", None, "A data set to classify, instead of images.")
 flags.DEFINE_string("data_dir", None, "Folder of the data, as in train.py.")
-flags.DEFINE_integer("limit", None, "At most so many images of the data set.")
+flags.DEFINE_integer("limit", None, "Largest number of images of the data set.")
 flags.DEFINE_integer("batch_size", 100, "Images of the data set in a batch.")
 flags.DEFINE_integer("threads", 1, "Threads of the interpreter.", lower_bound=1)
-flags.DEFINE_integer("top", 3, "How many classes to print for an image.", lower_bound=1)
+flags.DEFINE_integer("top", 3, "Classes to print for each image.", lower_bound=1)
 
 
 class Classifier:
-    """A file, ready to be given normalised images.
+    """A TFLite file that classifies normalized images.
 
     Args:
-        path: the file.
-        threads: how many it may use.
+        path: Path of the file.
+        threads: Number of threads of the interpreter.
     """
 
     def __init__(self, path: Path, threads: int):
@@ -63,7 +63,7 @@ class Classifier:
         return tuple(int(size) for size in self._input["shape"][1:])
 
     def __call__(self, images) -> np.ndarray:
-        """Logits, float32 [N, classes], of float32 images [N, H, W, C]."""
+        """Returns the logits, float32 [N, classes], of float32 images [N, H, W, C]."""
         if len(images) != self._batch:
             self._interpreter.resize_tensor_input(self._input["index"], images.shape)
             self._interpreter.allocate_tensors()
@@ -87,7 +87,7 @@ class Classifier:
 
 
 def read_info(data: bytes) -> dict:
-    """What the exporter put into the file; empty where another program wrote it."""
+    """Returns the `info` of the export; empty if another program wrote the file."""
     model = schema.ModelT.InitFromPackedBuf(data, 0)
     for entry in model.metadata or []:
         if entry.name == b"tf_lowbit":
@@ -96,7 +96,7 @@ def read_info(data: bytes) -> dict:
 
 
 def read_image(path: str, shape, info: dict) -> np.ndarray:
-    """A picture as the network wants it: float32 [H, W, C], normalised."""
+    """Reads a picture as input of the network: float32 [H, W, C], normalized."""
     from PIL import Image
 
     if len(shape) != 3 or shape[-1] not in (1, 3):
@@ -107,12 +107,12 @@ def read_image(path: str, shape, info: dict) -> np.ndarray:
     height, width, channels = shape
     with Image.open(path) as image:
         if image.mode.startswith("I;16"):
-            # Pillow would clip: most of the picture would be white.
+            # Pillow would clip, and most of the picture would be white.
             image = Image.fromarray(in_8_bits(np.asarray(image)))
         if image.mode in ("I", "F"):
             raise ValueError(
-                "A picture must have 8 or 16 bits a channel, whose black and white are "
-                f"known. Received: {path!r} of mode {image.mode!r}"
+                "A picture must have 8 or 16 bits per channel, because only these have "
+                f"a known range. Received: {path!r} of mode {image.mode!r}"
             )
         image = image.convert({1: "L", 3: "RGB"}[channels])
         if image.size != (width, height):
@@ -127,7 +127,7 @@ def read_image(path: str, shape, info: dict) -> np.ndarray:
 
 
 def in_8_bits(pixels: np.ndarray) -> np.ndarray:
-    """16-bit pixels as the nearest 8-bit ones: 65535 is 257 times 255."""
+    """Rounds 16-bit pixels to 8 bits: 65535 is 257 times 255."""
     return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
@@ -147,7 +147,7 @@ def classify_images(classifier: Classifier, paths: list[str]) -> None:
 
 
 def classify_dataset(classifier: Classifier, name: str) -> None:
-    """Prints the accuracy on the data set's test part."""
+    """Prints the accuracy on a data set's test part."""
     from tf_lowbit import datasets
 
     data = datasets.load(
@@ -169,7 +169,7 @@ def classify_dataset(classifier: Classifier, name: str) -> None:
 
 
 def main(argv):
-    """Classifies what the arguments name."""
+    """Classifies images or a data set."""
     if len(argv) < 2 or (FLAGS.dataset is None) == (len(argv) == 2):
         raise app.UsageError(
             f"Give a .tflite file, and images or --dataset. Received: {argv[1:]}"

@@ -1,7 +1,7 @@
 """The command line of the example programs: help by groups, and errors in one line.
 
-Nothing here imports TensorFlow, which takes ten seconds: a program can check its flags
-before it does.
+This module does not import TensorFlow, which takes ten seconds. So a program can check
+its flags first.
 """
 
 import sys
@@ -20,13 +20,13 @@ FLAGS = flags.FLAGS
 def run(main: Callable, groups: Mapping[str, str] | None = None) -> None:
     """Parses the flags and runs a program's `main`.
 
-    An error that names what it received, as the library's do, ends the program with
-    that one line and code 1. Any other error is a defect, and shows its traceback.
+    An error whose message has "Received: ", as the library's have, ends the program
+    with one line and code 1. Any other error is a defect, and shows its traceback.
 
     Args:
-        main: function of what is left of the command line.
-        groups: title -> the first flag of the group, in the order in which the flags
-            are defined. None for one group.
+        main: Function of the arguments that are not flags.
+        groups: Title of a group -> its first flag. A group has all flags up to the next
+            group, in the order of their definition. None for one group.
     """
 
     def parse(argv):
@@ -50,10 +50,10 @@ def run(main: Callable, groups: Mapping[str, str] | None = None) -> None:
 
 
 def show_help(groups: Mapping[str, str]) -> None:
-    """Prints what the program does, and its flags group by group.
+    """Prints the program's docstring, and its flags by group.
 
     Args:
-        groups: as in `run`.
+        groups: As in `run`.
     """
     titles = {first: title for title, first in groups.items()}
     title, parts = "Flags", {}

@@ -1,11 +1,11 @@
-"""The main job, on real data that needs no download.
+"""Demo of all methods on scikit-learn's digits, without any download.
 
-Trains a float pre-activation ResNet on the digits that scikit-learn holds, makes
-2-bit networks of it by plain fine-tuning, two-stage and progressive training,
-stochastic precision and joint distillation with the same total of epochs, and a 4-bit
-one, and prints a table. At the end a 2-bit network that was trained for deployment
-becomes an integer TFLite file, which is proved equal to its integer model, and is
-compared with the float network's file.
+1. Trains a float pre-activation ResNet-8.
+2. Trains 2-bit networks from it by plain fine-tuning, two-stage and progressive
+   training, stochastic precision and joint distillation, with the same total of epochs,
+   and a 4-bit network. Prints a table.
+3. Exports a 2-bit network that was trained for deployment to an integer TFLite file,
+   proves the file equal to its integer model, and compares it with the float file.
 
   python examples/demo.py
 """
@@ -35,20 +35,22 @@ flags.DEFINE_integer("float_epochs", 30, "Epochs of the float training.")
 flags.DEFINE_integer("epochs", 30, "Epochs of each quantized training, in total.")
 flags.DEFINE_integer("width", 16, "Channels of the network's first stage.")
 flags.DEFINE_integer("batch_size", 32, "Images in a batch.")
-flags.DEFINE_float("float_learning_rate", 0.1, "Of the float training.")
-flags.DEFINE_float("learning_rate", 0.02, "At the start of each quantized stage.")
+flags.DEFINE_float("float_learning_rate", 0.1, "Learning rate of the float training.")
+flags.DEFINE_float(
+    "learning_rate", 0.02, "Learning rate at the start of each quantized stage."
+)
 flags.DEFINE_integer(
     "seed",
     0,
-    "Of the initial weights and the data's order.",
+    "Seed of the initial weights and the order of the data.",
     lower_bound=0,
     upper_bound=experiment.LARGEST_SEED,
 )
 flags.DEFINE_string(
-    "output_dir", "runs/demo", "Where the networks go; an earlier demo is replaced."
+    "output_dir", "runs/demo", "Folder for the networks; an earlier demo is replaced."
 )
 
-# In each folder that the demo makes: what another program left is not replaced.
+# A file in each folder of a demo. The files of other programs are not replaced.
 MARK = ".demo"
 # All that the demo writes to a folder.
 WRITTEN = (
@@ -56,7 +58,7 @@ WRITTEN = (
     *("network.tflite", "float.tflite", "deployment.json"),
 )
 LADDER = (8, 4, 2)
-# The one that is deployed: first layer, last layer and residual sums train at 8 bits.
+# The deployed network: first layer, last layer and residual sums train at 8 bits.
 DEPLOYED = "W2A2 deployed"
 # Label, method, distillation, and bits of weights and activations.
 NETWORKS = (
@@ -71,7 +73,7 @@ NETWORKS = (
 
 
 def load_data(first_epoch: int = 0, first_step: int = 0) -> datasets.Dataset:
-    """The digits, the training part starting at an epoch and a step."""
+    """Loads the digits; the training part starts at an epoch and a step."""
     return datasets.load(
         "digits",
         batch_size=FLAGS.batch_size,
@@ -82,7 +84,7 @@ def load_data(first_epoch: int = 0, first_step: int = 0) -> datasets.Dataset:
 
 
 def float_model() -> keras.Model:
-    """The float network that all others start from, untrained."""
+    """Makes the float network that all others start from, untrained."""
     data = load_data()
     model = models.preact_resnet(
         8, width=FLAGS.width, classes=data.classes, input_shape=data.input_shape
@@ -92,14 +94,14 @@ def float_model() -> keras.Model:
 
 
 def float_stage() -> tfl.Stage:
-    """The single stage of the float training."""
+    """Returns the single stage of the float training."""
     return tfl.Stage(
         FLAGS.float_epochs, learning_rate=FLAGS.float_learning_rate, decay="cosine"
     )
 
 
 def stages(method: str, bits: tuple[int, int]) -> list[tfl.Stage]:
-    """The stages of one of the `NETWORKS`."""
+    """Returns the stages of one of the `NETWORKS`."""
     return experiment.stages_for(
         method, bits, FLAGS.epochs, FLAGS.learning_rate, "cosine", LADDER
     )
@@ -121,7 +123,7 @@ def train_quantized(
         model, rules, residual_bits=8 if label == DEPLOYED else None
     )
     tfl.calibrate(quantized, load_data().train)
-    # A copy teaches: the other networks start from the float one as it is.
+    # The teacher is a copy, because the other networks start from the float one.
     teacher = keras.models.clone_model(model)
     teacher.set_weights(model.get_weights())
     trainer = experiment.trainer_for(
@@ -143,7 +145,7 @@ def train_quantized(
 
 
 def results_table(rows) -> rich.table.Table:
-    """The table of (label, bits, outcome, folder)."""
+    """Makes a table of rows (label, bits, outcome, folder)."""
     table = rich.table.Table(title="scikit-learn digits, pre-activation ResNet-8")
     for column in ("network", "W / A bits"):
         table.add_column(column, no_wrap=True)
@@ -165,7 +167,7 @@ def deploy(float_model: keras.Model, folder: Path, console) -> dict:
     """Exports the network in `folder`, verifies the file and compares it.
 
     Returns:
-        What the table of files shows, JSON-ready.
+        The content of `files_table`, JSON-ready.
     """
     data = load_data()
     model = tfl.load_model(folder / "model.keras", compile=False)
@@ -201,7 +203,7 @@ def deploy(float_model: keras.Model, folder: Path, console) -> dict:
 
 
 def classify(content: bytes, data: datasets.Dataset) -> float:
-    """A file's accuracy on the test set."""
+    """Measures a file's accuracy on the test set."""
     run = tfl.export.Runner(content)
     right = 0
     for images, labels in data.test.as_numpy_iterator():
@@ -211,7 +213,7 @@ def classify(content: bytes, data: datasets.Dataset) -> float:
 
 
 def files_table(deployed: dict) -> rich.table.Table:
-    """The float file beside the low-bit one."""
+    """Makes a table of the float file and the low-bit one."""
     table = rich.table.Table(title="TFLite files, one thread")
     table.add_column("file", no_wrap=True)
     for column in ("bytes", "gzipped", "latency", "test accuracy"):
@@ -238,7 +240,7 @@ def main(argv):
     output = Path(FLAGS.output_dir)
     keras.utils.set_random_seed(FLAGS.seed)
     settings = experiment.flag_settings(__name__)
-    # Made first: what is wrong is said before an earlier demo is lost, or time.
+    # Made first, so that errors come before an earlier demo is replaced.
     model, stage = float_model(), float_stage()
     for _, method, _, bits in NETWORKS:
         stages(method, bits)
@@ -263,29 +265,28 @@ def main(argv):
 
 
 def folder_of(output: Path, label: str) -> Path:
-    """Where a network goes."""
+    """Returns the folder of a network."""
     return output / label.replace(" ", "-").lower()
 
 
 def claim(folders: list[Path]) -> None:
-    """Makes the demo's folders and marks them, if nothing of another program is lost.
+    """Makes and marks the demo's folders, if no file of another program is lost.
 
     Raises:
-        FileExistsError: if there are files to be replaced that are not an earlier
-            demo's.
-        OSError: if a folder cannot be made or written.
+        FileExistsError: If a folder has files that are not of an earlier demo.
+        OSError: If a folder cannot be made or written.
     """
     held = [f for f in folders if any((f / name).exists() for name in WRITTEN)]
     # Runs of train.py have settings.
     likely = [f for f in held if not (f / experiment.SETTINGS).exists()]
     own = [f for f in likely if (f / MARK).exists() or has_unmarked_result(f)]
-    # A demo without marks that was broken off: its last network has no result.
+    # The last network of an interrupted demo without marks has no result.
     torn = [f for f in likely if own and not (f / "result.json").exists()]
     foreign = [str(f) for f in held if f not in own + torn]
     if foreign:
         raise FileExistsError(
-            "--output_dir must hold no run of another program, which the demo would "
-            f"replace; choose another or delete it. Received: {foreign}"
+            "--output_dir must have no run of another program, because the demo would "
+            f"replace it; choose another or delete it. Received: {foreign}"
         )
     for folder in folders:
         experiment.require_writable(folder)
@@ -293,7 +294,7 @@ def claim(folders: list[Path]) -> None:
 
 
 def has_unmarked_result(folder: Path) -> bool:
-    """Whether a demo that did not leave marks yet has written the result in there."""
+    """Tells whether a demo of an earlier version, without marks, wrote the result."""
     path = folder / "result.json"
     if not path.exists():
         return False
@@ -302,7 +303,7 @@ def has_unmarked_result(folder: Path) -> bool:
 
 
 def fresh(folder: Path) -> Path:
-    """A folder of the demo without what an earlier one wrote there."""
+    """Deletes the files of an earlier demo in a folder; returns the folder."""
     for name in WRITTEN:
         path = folder / name
         if path.is_dir():

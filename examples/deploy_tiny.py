@@ -1,17 +1,18 @@
-r"""Makes files for TFLite Micro of a trained float network, at several bits.
+r"""Makes TFLite Micro files from a trained float network, at several bits.
 
   python examples/deploy_tiny.py --model=model.h5 --data=images.npz \
       --bits=8/8,4/4,2/2 --output_dir=runs/tiny
 
-The network is read from an .h5 or .keras file of Keras 2 or 3, or from a SavedModel's
-folder. At each pair of bits (weights/activations) it is quantized, calibrated on the
-data, trained for --epochs if there are labels, and exported with packed and with plain
-weights. Both files run in TFLite Micro's interpreter (pip install '.[micro]'); the
-packed one is proved equal to its integer model. One table shows what came of it.
+The network is an .h5 or .keras file of Keras 2 or 3, or the folder of a SavedModel. For
+each pair of bits (weights/activations) it is quantized, calibrated on the data, trained
+for --epochs if there are labels, and exported with packed and with plain weights. Both
+files run in TFLite Micro's interpreter (pip install '.[micro]'). The packed one is
+proved equal to its integer model. One table shows the results.
 
-The output folder gets deployment.json, the figures, and a folder for each pair, such as
-w2a2. It has packed.tflite, int8.tflite, model_data.cc and model_data.h (the packed file
-as a C array) and model_setup.h (the operators' resolver and the arena's size).
+The output folder gets deployment.json with the results, and a folder for each pair,
+such as w2a2. The folder has packed.tflite, int8.tflite, model_data.cc and model_data.h
+(the packed file as a C array) and model_setup.h (the operators' resolver and the
+arena's size).
 """
 
 import json
@@ -37,23 +38,25 @@ flags.DEFINE_string(
     "model", None, "The float network: .h5, .keras or a SavedModel's folder."
 )
 flags.DEFINE_list(
-    "bits", ["8/8", "4/4", "2/2"], "Weights/activations of all but the edges."
+    "bits",
+    ["8/8", "4/4", "2/2"],
+    "Pairs of weight/activation bits, except for the first and the last layer.",
 )
 flags.DEFINE_string(
-    "data", None, "NPZ file with x and optionally y; random images without it."
+    "data", None, "NPZ file with x and optionally y; without it, random images."
 )
-flags.DEFINE_integer("epochs", 0, "Of training at each pair of bits; wants labels.")
-flags.DEFINE_float("learning_rate", 0.001, "Of Adam, in the training.")
-flags.DEFINE_integer("batch_size", 32, "Of the training and the calibration.")
-flags.DEFINE_integer("examples", 100, "Test examples run in the interpreter, at most.")
-flags.DEFINE_string("output_dir", None, "Where the files go; none without it.")
+flags.DEFINE_integer("epochs", 0, "Training epochs at each pair of bits; needs y.")
+flags.DEFINE_float("learning_rate", 0.001, "Adam's learning rate in the training.")
+flags.DEFINE_integer("batch_size", 32, "Batch size of training and calibration.")
+flags.DEFINE_integer("examples", 100, "Most test examples to run in the interpreter.")
+flags.DEFINE_string("output_dir", None, "Folder for the files; without it, no files.")
 flags.mark_flag_as_required("model")
 
 NOTHING = "-"
 
 
 def bits_of(text: str) -> tuple[int, int]:
-    """Weight and activation bits of a text such as 4/8."""
+    """Parses weight and activation bits, such as 4/8."""
     weights, _, activations = text.partition("/")
     if not (weights.isdigit() and activations.isdigit()):
         raise ValueError(
@@ -64,7 +67,7 @@ def bits_of(text: str) -> tuple[int, int]:
 
 
 def float_accuracy(model, data) -> float | None:
-    """Of the float network, on the test examples that the files are run on."""
+    """Measures the float network on the test examples of the files."""
     if data.test_labels is None:
         return None
     shown = slice(FLAGS.examples)
@@ -73,12 +76,12 @@ def float_accuracy(model, data) -> float | None:
 
 
 def table(found, float_bytes: int, accuracy: float | None) -> rich.table.Table:
-    """The figures, a column for each pair of bits.
+    """Makes the table of results, with a column for each pair of bits.
 
     Args:
-        found: the deployments.
-        float_bytes: of the float network's file.
-        accuracy: of the float network; None without labels.
+        found: The deployments.
+        float_bytes: Bytes of the float network's file.
+        accuracy: Accuracy of the float network; None without labels.
     """
 
     def percent(share):
@@ -138,7 +141,7 @@ def write(deployment, folder: Path) -> None:
 
 
 def main(argv):
-    """Deploys at each pair of bits, prints and writes."""
+    """Deploys at each pair of bits, prints the results and writes the files."""
     if len(argv) > 1:
         raise app.UsageError(f"Received: arguments that are no flags: {argv[1:]}")
     experiment.quiet()
@@ -151,18 +154,18 @@ def main(argv):
     if FLAGS.data is None:
         data = micro_deployment.random_data(shape)
         print(
-            "No --data: calibrated on random images. Bytes and operators are right; "
-            "the network's outputs mean nothing."
+            "Without --data the calibration uses random images: bytes and operators "
+            "are right, accuracies and outputs are not."
         )
     else:
         data = micro_deployment.load_data(FLAGS.data, shape)
         print(
-            f"{len(data.train)} examples to calibrate and train on, the last "
-            f"{len(data.test)} to test on."
+            f"Calibration and training: {len(data.train)} examples; test: the last "
+            f"{len(data.test)}."
         )
     if FLAGS.epochs and data.train_labels is None:
         raise ValueError(
-            "--epochs wants labels: y in the file of --data. "
+            "--epochs needs labels: y in the file of --data. "
             f"Received: --epochs={FLAGS.epochs}, --data={FLAGS.data}"
         )
     found = []

@@ -1,4 +1,4 @@
-"""Where a program runs: one device, all GPUs of a machine, or several machines."""
+"""Devices of a program: one device, all GPUs of a machine, or several machines."""
 
 import json
 import os
@@ -9,25 +9,24 @@ STRATEGIES = ("auto", "one", "mirrored", "multi_worker")
 
 
 def strategy(name: str = "auto", logical_cpus: int = 1) -> tf.distribute.Strategy:
-    """Makes the strategy to train under.
+    """Makes the distribution strategy of a training.
 
-    To be called before anything else runs TensorFlow: several workers must find one
-    another first, and devices cannot be split later.
+    Call it before anything else runs TensorFlow: workers must connect first, and
+    devices cannot be split later.
 
     Args:
         name: "one" device; "mirrored" over all GPUs of this machine (or its logical
-            CPUs); "multi_worker", on each of the machines that TF_CONFIG names;
-            "auto" for the last where TF_CONFIG names several, else for "mirrored"
-            where there are several GPUs, else "one".
-        logical_cpus: splits the CPU into so many devices, to try "mirrored" without
+            CPUs); or "multi_worker", on each machine that TF_CONFIG names. "auto" is
+            "multi_worker" if TF_CONFIG names several machines, else "mirrored" if there
+            are several GPUs, else "one".
+        logical_cpus: Number of devices to split the CPU into, to try "mirrored" without
             GPUs.
 
     Returns:
         The strategy. Batches are split among its replicas.
 
     Raises:
-        ValueError: if there are no such devices, or TF_CONFIG does not say which
-            workers there are.
+        ValueError: If there are no such devices, or TF_CONFIG is invalid.
     """
     if name not in STRATEGIES:
         raise ValueError(f"strategy must be one of {STRATEGIES}. Received: {name!r}")
@@ -54,7 +53,7 @@ def strategy(name: str = "auto", logical_cpus: int = 1) -> tf.distribute.Strateg
 
 
 def _workers() -> list[str]:
-    """The addresses of the workers that TF_CONFIG names."""
+    """Returns the addresses of the workers that TF_CONFIG names."""
     text = os.environ.get("TF_CONFIG", "{}")
     try:
         return list(json.loads(text).get("cluster", {}).get("worker", []))

@@ -1,7 +1,7 @@
-"""Joint distillation in short: a float teacher and a 2-bit student learn together.
+"""Joint distillation in short: trains a float teacher and a 2-bit student together.
 
-Both start from the same float network, see each batch in one step, and learn from the
-labels and from one another. On the digits that scikit-learn holds:
+Both start from the same float network. In each step both see the same batch, and learn
+from the labels and from each other. For scikit-learn's digits:
 
   python examples/distill.py --epochs=20
 
@@ -24,29 +24,29 @@ from tf_lowbit.core.files import replaced
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_enum("dataset", "digits", datasets.names(), "What to train on.")
-flags.DEFINE_string("model", "preact_resnet8", "The network of both.")
+flags.DEFINE_enum("dataset", "digits", datasets.names(), "Data set to train on.")
+flags.DEFINE_string("model", "preact_resnet8", "Network of teacher and student.")
 flags.DEFINE_integer("bits", 2, "Bits of the student's weights and activations.")
 flags.DEFINE_integer(
-    "float_epochs", 20, "Epochs of the float network, their start.", lower_bound=1
+    "float_epochs", 20, "Epochs of the float training before it.", lower_bound=1
 )
 flags.DEFINE_integer("epochs", 20, "Epochs of the joint training.", lower_bound=1)
-flags.DEFINE_float("learning_rate", 0.02, "Of both, at the start; at batch 32.")
+flags.DEFINE_float("learning_rate", 0.02, "Learning rate at the start of a training.")
 flags.DEFINE_integer("batch_size", 32, "Images in a batch.")
 flags.DEFINE_integer(
     "seed",
     0,
-    "Of the initial weights and the data's order.",
+    "Seed of the initial weights and the order of the data.",
     lower_bound=0,
     upper_bound=experiment.LARGEST_SEED,
 )
-flags.DEFINE_string("output_dir", "runs/distill", "Where student.keras goes.")
+flags.DEFINE_string("output_dir", "runs/distill", "Folder for student.keras.")
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
 def sgd(steps: int) -> keras.optimizers.Optimizer:
-    """SGD with momentum, its learning rate falling to zero in so many steps."""
+    """Makes SGD with momentum, whose learning rate falls to 0 in `steps`."""
     rate = keras.optimizers.schedules.CosineDecay(FLAGS.learning_rate, steps)
     return keras.optimizers.SGD(rate, momentum=0.9, nesterov=True)
 
@@ -56,7 +56,7 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Received: arguments that are no flags: {argv[1:]}")
     experiment.quiet()
-    # Made first: what is wrong with them is said before any training.
+    # Made first, so that errors come before any training.
     rule = tfl.PrecisionRule(".*", weight_bits=FLAGS.bits, activation_bits=FLAGS.bits)
     output = experiment.require_writable(Path(FLAGS.output_dir)) / "student.keras"
     keras.utils.set_random_seed(FLAGS.seed)
@@ -79,7 +79,7 @@ def main(argv):
     )
     trainer.fit(data.train, epochs=FLAGS.epochs, **epoch)
 
-    # Of the student alone, fully quantized.
+    # Evaluates the fully quantized student.
     _, accuracy = trainer.evaluate(data.test, verbose=0)
     with replaced(output) as path:
         student.save(path)

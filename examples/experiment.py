@@ -1,6 +1,6 @@
-"""What the example programs share: one training run, resumable, with its records.
+"""Training runs for the example programs: resumable, with records.
 
-A run lives in a folder: `settings.json` (what must stay the same when it goes on),
+A run has a folder: `settings.json` (the settings that a resumed run must have),
 `checkpoints/` (networks, optimizers, stage, epoch and step), `log.csv`, `tensorboard/`,
 and at the end `model.keras` and `result.json`.
 """
@@ -29,24 +29,23 @@ from tf_lowbit.training.stages import STEP_MILESTONES
 
 SETTINGS = "settings.json"
 METHODS = ("plain", "ts", "pq", "ts+pq", "sp")
-# What NumPy takes.
-LARGEST_SEED = 2**32 - 1
+LARGEST_SEED = 2**32 - 1  # NumPy's limit.
 DISTILLATIONS = ("none", "joint", "task", "frozen")
-# From the epoch and the step that the training part starts with.
+# (first epoch, first step) of the training part -> data set.
 DataLoader = Callable[[int, int], datasets.Dataset]
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
-        accuracy: top-1 on the test set after the last epoch, in [0, 1].
-        loss: test loss, weight decay included.
-        epochs: epochs trained, over all sittings.
-        new_epochs: how many of them this sitting trained, or went on with.
-        seconds: wall time of this sitting's training.
-        cost: what the network costs at its final bits.
+        accuracy: Top-1 on the test set after the last epoch, in [0, 1].
+        loss: Test loss, including weight decay.
+        epochs: Epochs of the whole run.
+        new_epochs: Epochs that this process trained, whole or in part.
+        seconds: Wall time that this process trained.
+        cost: Cost of the network at its final bits.
     """
 
     accuracy: float
@@ -58,17 +57,17 @@ class Outcome:
 
 
 def flag_settings(module: str) -> dict:
-    """A program's flags that say what was run, by name; where it was written is none.
+    """Returns a program's flags by name, without `output_dir` and `resume`.
 
     Args:
-        module: the program's `__name__`.
+        module: The program's `__name__`.
     """
     own = flags.FLAGS.get_key_flags_for_module(module)
     return {f.name: f.value for f in own if f.name not in ("output_dir", "resume")}
 
 
 def quiet() -> None:
-    """Keeps the notes of TensorFlow and Keras off the screen; warnings stay."""
+    """Hides information messages of TensorFlow and Keras; warnings stay."""
     tf.get_logger().setLevel("WARNING")
     logging.set_verbosity(logging.WARNING)
 
@@ -84,22 +83,22 @@ def stages_for(
     milestones: Sequence[float] = STEP_MILESTONES,
     warmup: float = 0.0,
 ) -> list[tfl.Stage]:
-    """The stages of a method, with a given total of epochs.
+    """Returns the stages of a method with a given total of epochs.
 
     Args:
-        method: one of `METHODS`.
-        bits: final (weight, activation) bits.
-        epochs: total epochs, shared out evenly over the stages.
-        learning_rate: at the start of every stage.
-        decay: within a stage, as in `Stage`.
-        ladder: bit-widths of the progressive methods.
-        last_only: whether "ts+pq" takes weights and activations apart only at the
-            last rung.
-        milestones: of the decay "step", as in `Stage`; shares of every stage.
-        warmup: of every stage, as in `Stage`.
+        method: One of `METHODS`.
+        bits: Final (weight, activation) bits.
+        epochs: Total epochs, divided evenly among the stages.
+        learning_rate: Learning rate at the start of every stage.
+        decay: Decay within a stage, as in `Stage`.
+        ladder: Bit-widths of the progressive methods.
+        last_only: Whether only the last rung of "ts+pq" has two stages.
+        milestones: Milestones of the decay "step", as in `Stage`; shares of every
+            stage.
+        warmup: Warmup of every stage, as in `Stage`.
 
     Raises:
-        ValueError: if the method is unknown or has more stages than epochs.
+        ValueError: If the method is unknown or has more stages than epochs.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}. Received: {method!r}")
@@ -120,7 +119,7 @@ def stages_for(
             bits, epochs_per_stage, ladder, **rate, last_only=last_only
         )
 
-    # How many stages a ladder comes to is known once they are made.
+    # Counts the stages of the ladder by making them.
     count = 2 if method == "ts" else len(made(1))
     stages = made(tfl.split_epochs(epochs, count))
     return [dataclasses.replace(stage, warmup=warmup) for stage in stages]
@@ -139,21 +138,20 @@ def trainer_for(
     start: float = 0.5,
     seed: int = 0,
 ) -> tfl.LowBitTrainer:
-    """What trains a student by a method, with the teacher if it is to.
+    """Makes the trainer of a student, with or without the teacher.
 
     Args:
-        student: what `quantize` made.
-        teacher: the float network.
-        method: one of `METHODS`; "sp" is stochastic precision.
-        distill: one of `DISTILLATIONS`: "none", or how the teacher is trained.
-        target: of the distillation, "posteriors" or "logits".
-        hints: whether the last two stages give hints.
-        weights: of the parts of the losses, by their names in
-            `tfl.JointDistillation`; None in place of one, or of all, for its
-            defaults.
-        unit: of stochastic precision, "layer" or "block".
-        start: its probability at the start.
-        seed: of its draws.
+        student: Model from `quantize`.
+        teacher: The float network.
+        method: One of `METHODS`; "sp" is stochastic precision.
+        distill: One of `DISTILLATIONS`: "none" for no teacher, or its role.
+        target: Target of the distillation, "posteriors" or "logits".
+        hints: Whether features of the last two resolutions are matched too.
+        weights: Weights of the losses, by their names in `tfl.JointDistillation`. None
+            for the defaults of all, or of one.
+        unit: Unit of stochastic precision, "layer" or "block".
+        start: Probability of stochastic precision at the start.
+        seed: Seed of its draws.
     """
     precision = tfl.StochasticPrecision(start=start, unit=unit, seed=seed)
     distillation = tfl.JointDistillation(
@@ -171,7 +169,7 @@ def trainer_for(
 
 
 def sgd(learning_rate) -> keras.optimizers.Optimizer:
-    """The method's authors' optimizer: SGD, momentum 0.9, Nesterov."""
+    """Makes the authors' optimizer: SGD with Nesterov momentum 0.9."""
     return keras.optimizers.SGD(learning_rate, momentum=0.9, nesterov=True)
 
 
@@ -181,10 +179,10 @@ def compile_model(
     """Compiles for classification, with `sgd`.
 
     Args:
-        model: a network or a `LowBitTrainer`.
-        learning_rate: of the network, or of the student.
+        model: A network or a `LowBitTrainer`.
+        learning_rate: Learning rate of the network, or of the student.
         from_logits: False for a network that ends in a softmax.
-        **arguments: others of `compile`, such as `teacher_optimizer`.
+        **arguments: Other arguments of `compile`, such as `teacher_optimizer`.
     """
     model.compile(
         optimizer=sgd(learning_rate),
@@ -202,18 +200,19 @@ def teacher_optimizer(
     milestones: Sequence[float] = STEP_MILESTONES,
     warmup: float = 0.0,
 ) -> keras.optimizers.Optimizer | None:
-    """The teacher's `sgd`, whose learning rate decays once over the whole training.
+    """Makes the teacher's `sgd`; its rate decays once over the whole training.
 
     Args:
-        distill: one of `DISTILLATIONS`.
-        learning_rate: at the start.
-        decay: as in `Stage`.
-        steps: of the whole training.
-        milestones: of the decay "step", as in `Stage`; shares of the whole training.
-        warmup: as in `Stage`; a share of the whole training.
+        distill: One of `DISTILLATIONS`.
+        learning_rate: Learning rate at the start.
+        decay: As in `Stage`.
+        steps: Steps of the whole training.
+        milestones: Milestones of the decay "step", as in `Stage`; shares of the whole
+            training.
+        warmup: As in `Stage`; a share of the whole training.
 
     Returns:
-        None where no teacher is trained.
+        The optimizer, or None if no teacher is trained.
     """
     if distill not in ("joint", "task"):
         return None
@@ -226,11 +225,10 @@ def _decayed(learning_rate, decay, steps, milestones):
     if decay == "cosine":
         return schedules.CosineDecay(learning_rate, steps)
     if decay == "step":
-        # As in Stage, step by step.
         stage = tfl.Stage(
             1, learning_rate=learning_rate, decay="step", milestones=milestones
         )
-        # A boundary is the last step at the rate before it.
+        # In Keras a boundary is the last step with the rate before it.
         edges = [_first_step_at(share, steps) - 1 for share in stage.milestones]
         rates = [stage.learning_rate_at(share) for share in (0.0, *stage.milestones)]
         return schedules.PiecewiseConstantDecay(edges, rates)
@@ -239,11 +237,11 @@ def _decayed(learning_rate, decay, steps, milestones):
 
 @keras.utils.register_keras_serializable("tf_lowbit_examples")
 class Warmup(keras.optimizers.schedules.LearningRateSchedule):
-    """Multiplies a learning rate with `step / steps` in the first steps.
+    """Multiplies a learning rate by `step / steps` during the first `steps`.
 
     Args:
-        rate: a learning rate, or a schedule of it.
-        steps: how long it rises; may be a fraction.
+        rate: A learning rate or a schedule.
+        steps: Number of steps of the rise; may be a fraction.
     """
 
     def __init__(self, rate, steps: float):
@@ -251,12 +249,12 @@ class Warmup(keras.optimizers.schedules.LearningRateSchedule):
         self.rate, self.steps = rate, steps
 
     def __call__(self, step):
-        """The learning rate at a step, counted from 0."""
+        """Returns the learning rate at a step, counted from 0."""
         rate = self.rate(step) if callable(self.rate) else self.rate
         return rate * tf.minimum(tf.cast(step, tf.float32) / self.steps, 1.0)
 
     def get_config(self):
-        """The arguments; a schedule among them is written as Keras writes it."""
+        """Returns the arguments; a schedule is serialized."""
         rate = self.rate
         if callable(rate):
             rate = keras.optimizers.schedules.serialize(rate)
@@ -264,7 +262,7 @@ class Warmup(keras.optimizers.schedules.LearningRateSchedule):
 
     @classmethod
     def from_config(cls, config):
-        """From what `get_config` gave."""
+        """Makes it from the result of `get_config`."""
         rate = config["rate"]
         if isinstance(rate, dict):
             rate = keras.optimizers.schedules.deserialize(rate)
@@ -272,17 +270,17 @@ class Warmup(keras.optimizers.schedules.LearningRateSchedule):
 
 
 def _first_step_at(share: float, steps: int) -> int:
-    """The first step whose `step / steps`, as a float, has reached a share."""
+    """Returns the first step with `step / steps >= share`, in floats as in `Stage`."""
     # The product may be rounded to the wrong side of a whole number.
     near = math.floor(share * steps)
     return next(step for step in range(near - 1, near + 3) if step / steps >= share)
 
 
 def require_writable(folder: Path) -> Path:
-    """Makes a folder, or says before any training that it cannot be written.
+    """Makes a folder, and checks before any training that it is writable.
 
     Raises:
-        OSError: if the folder cannot be made or written.
+        OSError: If the folder cannot be made or written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -298,18 +296,18 @@ def require_writable(folder: Path) -> Path:
 
 
 def check_folder(folder: Path, settings: dict, resume: bool) -> None:
-    """Says before any training whether a run may go to a folder.
+    """Checks before any training that a run may use a folder.
 
-    A run that began before there was `settings.json` goes on without the check.
+    The settings of a run without `settings.json` are not checked.
 
     Args:
-        folder: of the run.
-        settings: what must be as it was when a run began, as for `train`.
-        resume: whether to go on with what is there.
+        folder: Folder of the run.
+        settings: Settings that a resumed run must have, as in `train`.
+        resume: Whether to continue the run in the folder.
 
     Raises:
-        FileExistsError: if the folder holds a run already and `resume` is False.
-        ValueError: if the run there began with other settings, or they are torn.
+        FileExistsError: If the folder holds a run already and `resume` is False.
+        ValueError: If that run began with other settings, or its file is damaged.
     """
     if not _has_run(folder):
         return
@@ -328,7 +326,7 @@ def check_folder(folder: Path, settings: dict, resume: bool) -> None:
             "The settings that a run began with must be whole; without the file it "
             f"goes on unchecked. Received: {str(path)!r} ({error})"
         ) from error
-    # As the file has them: its lists were tuples, maybe.
+    # As JSON stores them: tuples become lists.
     settings = json.loads(json.dumps(settings))
     changed = [
         f"--{name}={value!r}, begun with {begun[name]!r}"
@@ -357,30 +355,31 @@ def train(
     label: str | None = None,
     settings: dict | None = None,
 ) -> Outcome:
-    """Trains a compiled model through its stages and leaves a full record.
+    """Trains a compiled model through its stages and writes the records.
 
     Args:
-        model: compiled; a `LowBitTrainer`, a quantized network, or a float one with a
-            single stage for its learning rate.
-        load_data: gives the data set, its training part starting at an epoch and step.
-        stages: what to train when. Of a float model's stage only the epochs and the
-            learning rate count.
-        folder: where the record goes; must be writable.
-        resume: go on from the newest intact checkpoint in the folder, if there is one.
-        save_every: steps between checkpoints within an epoch; None for one an epoch.
-        label: shows one progress bar under this name instead of Keras's own.
-        settings: JSON-ready; written down at the start, and to be the same when the
-            training goes on. None for none.
+        model: Compiled `LowBitTrainer`, quantized network, or float network.
+        load_data: Function (first epoch, first step) -> data set, whose training part
+            starts there.
+        stages: Stages of the training. A float network has one, of which only the
+            epochs and the learning rate are used.
+        folder: Folder of the run; must be writable.
+        resume: Whether to continue from the newest intact checkpoint in the folder.
+        save_every: Steps between checkpoints within an epoch; None to save only at the
+            end of each epoch.
+        label: Name of one progress bar, which replaces Keras's own bars; or None.
+        settings: JSON-ready settings. They are written at the start, and a resumed run
+            must have the same. None for no settings.
 
     Returns:
         The outcome, measured on the test set after the last epoch.
 
     Raises:
-        FileExistsError: if the folder holds a run already and `resume` is False.
-        ValueError: if the run there began with other settings, the model does not fit
-            the data (`require_fitting`), or the training diverges. The checkpoints then
-            end with the last good epoch; with `save_every` one within an epoch may hold
-            weights that are finite still.
+        FileExistsError: If the folder holds a run already and `resume` is False.
+        ValueError: If that run began with other settings, the model does not fit the
+            data (`require_fitting`), or the training diverges. If it diverges, the last
+            checkpoint is of the last good epoch, or with `save_every` of a later step
+            with finite weights.
     """
     epochs = sum(stage.epochs for stage in stages)
     recovery = tfl.callbacks.Recovery(folder / "checkpoints", every=save_every)
@@ -391,7 +390,7 @@ def train(
     require_fitting(network, data)
     is_quantized = any(tfl.inspection.quantized_tensors(model))
     with _records(model, folder) as records:
-        # What an earlier version began has none: nobody knows now how it began.
+        # A run of an earlier version has no settings, and they are unknown now.
         if settings is not None and not _has_run(folder):
             require_writable(records)
             replace_file(records / SETTINGS, json.dumps(settings, indent=2) + "\n")
@@ -426,9 +425,9 @@ def train(
 
 @contextlib.contextmanager
 def _records(model, folder: Path):
-    """Yields where this worker's records go: the run's folder is the chief's.
+    """Yields the folder of this worker's records: the run's folder for the chief.
 
-    The others take part in all that reads variables, and their copies are dropped.
+    Other workers must take part when variables are read. Their files are temporary.
     """
     if model.distribute_strategy.extended.should_save_summary:
         yield folder
@@ -441,12 +440,12 @@ def write_result(folder: Path, outcome: Outcome, settings: dict) -> Path:
     """Writes `result.json`: outcome, settings, versions and machine.
 
     Args:
-        folder: the run's folder.
-        outcome: what `train` returned.
-        settings: JSON-ready, such as `flag_settings` gives.
+        folder: The run's folder.
+        outcome: Result of `train`.
+        settings: JSON-ready settings, such as `flag_settings`.
 
     Returns:
-        The file.
+        The path of the file.
     """
     result = {
         "test_accuracy": outcome.accuracy,
@@ -463,11 +462,11 @@ def write_result(folder: Path, outcome: Outcome, settings: dict) -> Path:
 
 
 def comparison(rows) -> rich.table.Table:
-    """A table of a float network beside low-bit ones.
+    """Makes a table of a float network and low-bit ones.
 
     Args:
-        rows: (label, bits of weights and activations as text, accuracy in [0, 1] or
-            None where it was not measured, `tfl.Cost`) of each network.
+        rows: For each network (label, bits of weights and activations as text,
+            accuracy in [0, 1] or None if not measured, `tfl.Cost`).
     """
     table = rich.table.Table()
     for column in ("network", "W / A bits"):
@@ -486,14 +485,14 @@ def comparison(rows) -> rich.table.Table:
 
 
 def read_history(folder: Path) -> dict[str, list[float]]:
-    """The log of a run as `fit(...).history` has it: name -> value at each epoch."""
+    """Reads the log of a run like `fit(...).history`: name -> value at each epoch."""
     with (folder / "log.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     return {n: [float(row[n]) for row in rows] for n in rows[0] if n != "epoch"}
 
 
 def deployment_info(data: datasets.Dataset) -> dict:
-    """What a deployed file should say of itself: how pixels become its input.
+    """Returns the `info` of a deployed file: how pixels become its input.
 
     Pixels are in [0, 1]; the input is `(pixels - mean) / deviation`.
     """
@@ -508,17 +507,17 @@ def deployment_info(data: datasets.Dataset) -> dict:
 
 
 def float_tflite(model: keras.Model) -> bytes:
-    """A float network as TensorFlow's own converter writes it."""
+    """Converts a float network with TensorFlow's own converter."""
     converter = tf.lite.TFLiteConverter.from_keras_model(model)
     with contextlib.redirect_stdout(io.StringIO()):
         return converter.convert()
 
 
 class StayFinite(keras.callbacks.Callback):
-    """Ends a training that diverges, before its weights are measured or saved.
+    """Ends a training that diverges, before its weights are evaluated or saved.
 
     Args:
-        save_every: steps between checkpoints within an epoch, or None.
+        save_every: Steps between checkpoints within an epoch, or None.
     """
 
     def __init__(self, save_every: int | None = None):
@@ -526,14 +525,14 @@ class StayFinite(keras.callbacks.Callback):
         self._save_every = save_every
 
     def on_train_batch_end(self, batch, logs=None):
-        """Checks the loss, and the weights if they are to be saved."""
+        """Checks the loss, and the weights if this step saves them."""
         if not math.isfinite(logs["loss"]):
             self._fail(f"a loss of {logs['loss']} after batch {batch} of its epoch")
         if self._save_every and (batch + 1) % self._save_every == 0:
             self._check_weights()
 
     def on_test_begin(self, logs=None):
-        """Checks the weights, which the last step may have spoiled."""
+        """Checks the weights after the last step."""
         self._check_weights()
 
     def _check_weights(self):
@@ -542,7 +541,7 @@ class StayFinite(keras.callbacks.Callback):
                 self._fail(f"weights {weight.name} that are not finite")
 
     def on_test_end(self, logs=None):
-        """Checks the test loss: finite weights can be too large to compute with."""
+        """Checks the test loss, which overflows if finite weights are too large."""
         if not math.isfinite(logs["loss"]):
             self._fail(f"a test loss of {logs['loss']}")
 
@@ -555,10 +554,10 @@ class StayFinite(keras.callbacks.Callback):
 
 
 def require_fitting(model: keras.Model, data: datasets.Dataset) -> None:
-    """Refuses a network that cannot take a data set's images or tell its classes apart.
+    """Checks that a network takes a data set's images and has enough outputs.
 
     Raises:
-        ValueError: naming the shapes, or the number of outputs.
+        ValueError: If the image shapes differ, or there are fewer outputs than classes.
     """
     if not tf.TensorShape(model.input_shape[1:]).is_compatible_with(data.input_shape):
         raise ValueError(
@@ -576,12 +575,12 @@ def require_fitting(model: keras.Model, data: datasets.Dataset) -> None:
 def float_learning_rate(
     stage: tfl.Stage, data: datasets.Dataset, first_epoch: int = 0
 ) -> keras.callbacks.Callback:
-    """Follows the single stage of a float training, step by step.
+    """Makes a callback that sets the learning rate of a float training at each step.
 
     Args:
-        stage: whose learning rate it is.
-        data: what is trained on.
-        first_epoch: the one that the training starts with.
+        stage: The single stage, which has the learning rate.
+        data: The data set, which has the steps of an epoch.
+        first_epoch: First epoch of the training.
     """
 
     class LearningRate(keras.callbacks.Callback):
@@ -598,11 +597,11 @@ def float_learning_rate(
 
 
 def _drop_rows_from(path: Path, epoch: int) -> None:
-    """Drops the log's rows of epochs that will be trained (again), and torn ones."""
+    """Drops the log's rows of epochs that will be trained, and incomplete rows."""
     if not path.exists():
         return
     with path.open(newline="") as file:
-        # A machine that fails may leave a part of the last line.
+        # After a crash the last line may be incomplete.
         rows = list(csv.reader(line for line in file if line.endswith("\n")))
     whole = [row for row in rows[1:] if len(row) == len(rows[0])]
     kept = [row for row in whole if int(row[0]) < epoch]
@@ -615,7 +614,7 @@ def _drop_rows_from(path: Path, epoch: int) -> None:
 
 @contextlib.contextmanager
 def _progress(label: str | None, epochs: int, first_epoch: int):
-    """Yields the callback that moves a progress bar, in a list; none without label."""
+    """Yields a list with the callback of a progress bar; empty without a label."""
     if label is None:
         yield []
         return

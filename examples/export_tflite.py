@@ -1,13 +1,13 @@
-r"""Writes a trained low-bitwidth network as an integer TFLite file, and verifies it.
+r"""Exports a trained low-bitwidth network to an integer TFLite file and verifies it.
 
   python examples/train.py --first_last_bits=8 --residual_bits=8 \
       --weight_quantizer=lsq --activation_quantizer=lsq --output_dir=runs/w2a2
   python examples/export_tflite.py --model=runs/w2a2/quantized/model.keras \
       --dataset=digits --output_dir=runs/w2a2/tflite
 
-The output folder gets network.tflite, report.txt and report.json (what was checked) and
-archive.npz (the weights' true k-bit codes, for other hardware). With --strict the
-program ends with code 1 where the file breaks a promise.
+The output folder gets network.tflite, report.txt and report.json (the results of
+`verify`) and archive.npz (the weights' true k-bit codes, for other hardware). With
+--strict the program ends with code 1 if the verification fails.
 """
 
 import dataclasses
@@ -36,40 +36,40 @@ REPORTS = ("report.txt", "report.json")
 flags.DEFINE_string(
     "model", None, "The trained network: a .keras or .h5 file or a SavedModel."
 )
-flags.DEFINE_enum("dataset", "digits", datasets.names(), "What it was trained on.")
+flags.DEFINE_enum("dataset", "digits", datasets.names(), "Data set of the training.")
 flags.DEFINE_string("data_dir", None, "Folder of the data, as in train.py.")
-flags.DEFINE_integer("limit", None, "Use only so many examples, for a quick try.")
+flags.DEFINE_integer("limit", None, "Largest number of examples, for a quick try.")
 flags.DEFINE_integer("batch_size", 100, "Images in a batch.")
 flags.DEFINE_enum(
     "target",
     "xnnpack",
     tuple(TARGETS),
-    "Where the file is to run: docs/how_to/deployment.md has the table.",
+    "Target of the file; docs/how_to/deployment.md has a table.",
 )
-flags.DEFINE_enum("storage", "int8", STORAGES, "How the file holds low-bit weights.")
+flags.DEFINE_enum("storage", "int8", STORAGES, "Storage of low-bit weights.")
 flags.DEFINE_enum(
-    "first_layer", "int8", PRECISIONS, "Of a first layer that was trained in float."
-)
-flags.DEFINE_enum(
-    "head", None, PRECISIONS, "Of the last layer; by default as the other flags want."
+    "first_layer", "int8", PRECISIONS, "Type of a first layer that was trained float."
 )
 flags.DEFINE_enum(
-    "input_type", None, END_TYPES, "What the file takes; by default the target's."
+    "head", None, PRECISIONS, "Type of the last layer; by default the target's."
 )
 flags.DEFINE_enum(
-    "output_type", None, END_TYPES, "What the file puts out; by default the target's."
+    "input_type", None, END_TYPES, "Type of the input; by default the target's."
+)
+flags.DEFINE_enum(
+    "output_type", None, END_TYPES, "Type of the output; by default the target's."
 )
 flags.DEFINE_integer(
-    "finetune_epochs", 0, "Epochs of fine-tuning the twin, its scales and biases fixed."
+    "finetune_epochs", 0, "Epochs of fine-tuning the twin with fixed scales and biases."
 )
-flags.DEFINE_float("learning_rate", 0.001, "Of the fine-tuning.")
-flags.DEFINE_bool("strict", False, "End with code 1 where the file breaks a promise.")
-flags.DEFINE_string("output_dir", "runs/tflite", "Where the files go.")
+flags.DEFINE_float("learning_rate", 0.001, "Learning rate of the fine-tuning.")
+flags.DEFINE_bool("strict", False, "End with code 1 if the verification fails.")
+flags.DEFINE_string("output_dir", "runs/tflite", "Folder for the files.")
 flags.mark_flag_as_required("model")
 
 
 def load_data() -> datasets.Dataset:
-    """The flags' data set."""
+    """Loads the data set of the flags, without augmentation."""
     return datasets.load(
         FLAGS.dataset,
         batch_size=FLAGS.batch_size,
@@ -99,9 +99,9 @@ def export(model, data: datasets.Dataset, folder: Path) -> tfl.export.Report:
     }
     options["info"] = experiment.deployment_info(data)
     path = folder / "network.tflite"
-    for name in REPORTS:  # Those of an earlier file say nothing of this one.
+    for name in REPORTS:  # Reports of an earlier file.
         (folder / name).unlink(missing_ok=True)
-    # Without augmentation: ranges are to be those of what the file will see.
+    # The data are not augmented: ranges must be those of the file's inputs.
     result = tfl.export.to_tflite(model, path, data.train, **options)
     source, trained = model, None
     if FLAGS.finetune_epochs:

@@ -1,8 +1,8 @@
-"""From a float network to files for TFLite Micro: what `deploy_tiny.py` is made of.
+"""Functions of `deploy_tiny.py`: from a float network to files for TFLite Micro.
 
 `deploy` quantizes a network, exports it twice (weights in bytes, weights packed), runs
-both files in TFLite Micro's interpreter and counts bytes. `source_files` writes what a
-firmware project includes.
+both files in TFLite Micro's interpreter and counts bytes. `source_files` makes the C++
+files of a firmware project.
 """
 
 import dataclasses
@@ -17,27 +17,27 @@ from tf_lowbit.compat import keras
 from tf_lowbit.export.tflite import flatbuffer
 
 STORAGES = ("int8", "packed")
-# Of the first and of the last layer, and of residual sums.
+# Bits of the first and the last layer, and of residual sums.
 EDGE_BITS = 8
-# A share of a user's examples is kept for the test.
+# Share of a user's examples for the test.
 TEST_SHARE = 0.2
-# How many random images stand in for missing data.
+# Number of random images that replace missing data.
 RANDOM_IMAGES = 32
-# How many inputs of random codes both files are compared on.
+# Number of random inputs on which both files are compared.
 COMPARED = 2
 _BYTES_IN_A_LINE = 12
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Examples to calibrate and train on, and others to test on.
+    """Examples for calibration and training, and others for the test.
 
     Attributes:
-        train: float32 inputs.
-        test: likewise.
-        train_labels: integers; None where there are none.
-        test_labels: likewise.
-        is_random: whether the inputs are noise: sizes are right then, and nothing else.
+        train: Float32 inputs.
+        test: Float32 inputs.
+        train_labels: Integers, or None.
+        test_labels: Integers, or None.
+        is_random: Whether the inputs are noise, so that only sizes are right.
     """
 
     train: np.ndarray
@@ -49,17 +49,17 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Deployment:
-    """A network at some bits, as files for TFLite Micro.
+    """A network at given bits, as files for TFLite Micro.
 
     Attributes:
-        bits: of weights and of activations.
-        network: the quantized network.
-        files: the file by storage.
-        arena: bytes of the arena by storage, on this machine.
-        operators: TFLite's names of the operators of each file, by storage.
-        equal: whether both files put out the same codes.
-        report: what `verify` found of the packed file.
-        bops: bit operations of one inference; None where a size is open.
+        bits: Bits of weights and of activations.
+        network: The quantized network.
+        files: Storage -> content of the file.
+        arena: Storage -> bytes of the arena, on this machine.
+        operators: Storage -> TFLite's names of the file's operators.
+        equal: Whether both files output the same codes.
+        report: Result of `verify` for the packed file.
+        bops: Bit operations of one inference; None if a size is open.
     """
 
     bits: tuple[int, int]
@@ -73,14 +73,14 @@ class Deployment:
 
     @property
     def name(self) -> str:
-        """Such as "W2A2"."""
+        """The bits as a name, such as "W2A2"."""
         return "W{}A{}".format(*self.bits)
 
     def accuracy(self, what: str) -> float | None:
-        """Of "trained" or "file", on the test examples; None without labels.
+        """Returns the accuracy on the test examples; None without labels.
 
         Args:
-            what: the quantized network, or the packed file.
+            what: "trained" for the quantized network, "file" for the packed file.
         """
         found = self.report.predictions
         if found is None or not found.labels:
@@ -89,12 +89,12 @@ class Deployment:
 
     @property
     def agreement(self) -> float | None:
-        """The share of the file's classes that are the network's; None without such."""
+        """Share of examples to which file and network give one class; or None."""
         found = self.report.predictions
         return None if found is None else found.trained_agrees / found.examples
 
     def as_dict(self) -> dict:
-        """The figures, JSON-ready."""
+        """Returns the results, JSON-ready."""
         return {
             "bytes": {storage: len(self.files[storage]) for storage in STORAGES},
             "arena": self.arena,
@@ -111,11 +111,11 @@ class Deployment:
 
 
 def random_data(shape, seed: int = 0) -> Data:
-    """Images of random numbers in [0, 1], where a user has none.
+    """Makes images of random numbers in [0, 1], which replace missing data.
 
     Args:
-        shape: of one input.
-        seed: of the numbers.
+        shape: Shape of one input.
+        seed: Seed of the numbers.
     """
     rng = np.random.default_rng(seed)
     inputs = rng.uniform(0, 1, (RANDOM_IMAGES, *shape)).astype(np.float32)
@@ -123,16 +123,16 @@ def random_data(shape, seed: int = 0) -> Data:
 
 
 def load_data(path, shape) -> Data:
-    """A user's examples: the last fifth is for the test.
+    """Reads a user's examples; the last fifth is for the test.
 
     Args:
-        path: `.npz` file with `x`, what the network takes, and optionally `y`, integer
+        path: `.npz` file with `x`, the network's inputs, and optionally `y`, integer
             labels.
-        shape: of one input.
+        shape: Shape of one input.
 
     Raises:
-        ValueError: if it has no such arrays.
-        OSError: if it cannot be read.
+        ValueError: If the file does not have such arrays.
+        OSError: If the file cannot be read.
     """
     with np.load(path, allow_pickle=False) as found:
         arrays = {name: found[name] for name in ("x", "y") if name in found}
@@ -159,11 +159,11 @@ def load_data(path, shape) -> Data:
 
 
 def quantized(model: keras.Model, bits: tuple[int, int]) -> keras.Model:
-    """A float network at some bits; first and last layer and residual sums at 8.
+    """Quantizes a float network; first and last layer and residual sums get 8 bits.
 
     Args:
-        model: float network.
-        bits: of weights and of activations of all other layers.
+        model: Float network.
+        bits: Bits of weights and of activations of all other layers.
     """
     rules = [
         tfl.PrecisionRule(".*", *bits, *map(_quantizer, bits)),
@@ -173,21 +173,21 @@ def quantized(model: keras.Model, bits: tuple[int, int]) -> keras.Model:
 
 
 def _quantizer(bits: int) -> str:
-    """Learned steps, where the bits have steps to be learned and a file holds them."""
+    """Returns the quantizer for a bit-width: LSQ from 2 to 7 bits."""
     if bits == 1:
         return "dorefa"
     return "uniform" if bits == EDGE_BITS else "lsq"
 
 
 def fit(network, data: Data, epochs: int, learning_rate: float, batch_size: int):
-    """Trains a classifier by its labels, with Adam.
+    """Trains a classifier on its labels with Adam.
 
     Args:
-        network: that ends in logits or in probabilities.
-        data: with labels.
-        epochs: how many.
-        learning_rate: constant.
-        batch_size: of a step.
+        network: Network that outputs logits or probabilities.
+        data: Examples with labels.
+        epochs: Number of epochs.
+        learning_rate: Constant learning rate.
+        batch_size: Examples in a step.
     """
     outputs = np.asarray(network(data.train[:batch_size], training=False))
     are_shares = outputs.min() >= 0 and np.allclose(outputs.sum(-1), 1, atol=1e-3)
@@ -210,16 +210,16 @@ def deploy(
     batch_size: int = 32,
     examples: int = 100,
 ) -> Deployment:
-    """Quantizes a network, trains it if wanted, and makes and runs its files.
+    """Quantizes and trains a network, and makes and runs its files.
 
     Args:
-        model: float network of one input of fixed size. It is not changed.
-        bits: of weights and of activations.
-        data: to calibrate, train and test on.
-        epochs: of the training, which wants labels; 0 for none.
-        learning_rate: of it.
-        batch_size: of it, and of the calibration.
-        examples: how many test examples are run in TFLite Micro's interpreter at most.
+        model: Float network with one input of fixed size. It is not changed.
+        bits: Bits of weights and of activations.
+        data: Examples for calibration, training and test.
+        epochs: Epochs of the training, which needs labels; 0 for no training.
+        learning_rate: Learning rate of the training.
+        batch_size: Batch size of training and calibration.
+        examples: Largest number of test examples to run in TFLite Micro's interpreter.
     """
     batches = [
         data.train[start : start + batch_size]
@@ -229,7 +229,7 @@ def deploy(
     if data.test_labels is not None:
         test = (test, data.test_labels[:examples])
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
-        # What they say of the network, the report says of the file.
+        # The report has the same facts about the file.
         warnings.simplefilter("ignore", tfl.QuantizationWarning)
         network = quantized(model, bits)
         tfl.calibrate(network, batches)
@@ -272,7 +272,7 @@ def _exported(network, batches, storage, path) -> bytes:
 
 
 def operators(content: bytes) -> tuple[str, ...]:
-    """The names of a file's operators, each once; DECODE unpacks weights."""
+    """Returns the names of a file's operators, each once; DECODE unpacks weights."""
     names = set()
     for code in flatbuffer.unpack(content).operatorCodes:
         number = max(code.builtinCode, code.deprecatedBuiltinCode)
@@ -282,13 +282,13 @@ def operators(content: bytes) -> tuple[str, ...]:
 
 
 def source_files(deployment: Deployment) -> dict[str, str]:
-    """C++ sources of the packed file: an array, the operators and the arena's size.
+    """Makes C++ sources of the packed file: array, operators and arena size.
 
     Args:
-        deployment: what `deploy` made.
+        deployment: Result of `deploy`.
 
     Returns:
-        From the name of a source file to its text.
+        Name of a source file -> its text.
     """
     content = deployment.files["packed"]
     lines = [
@@ -326,7 +326,7 @@ def source_files(deployment: Deployment) -> dict[str, str]:
         ),
         "model_setup.h": "\n".join(
             [
-                f"// What the network at {deployment.name} needs of TFLite Micro.",
+                f"// TFLite Micro's setup for the network at {deployment.name}.",
                 "#ifndef MODEL_SETUP_H_",
                 "#define MODEL_SETUP_H_",
                 "",
@@ -348,7 +348,7 @@ def source_files(deployment: Deployment) -> dict[str, str]:
 
 
 def _add(name: str) -> str:
-    """The resolver's method of an operator: CONV_2D is AddConv2D."""
+    """Returns the resolver's method for an operator: CONV_2D is AddConv2D."""
     parts = (
         part if part[0].isdigit() else part.capitalize() for part in name.split("_")
     )

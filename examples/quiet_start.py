@@ -1,9 +1,8 @@
-"""Imports the library without the notes of TensorFlow's start. Import it first.
+"""Imports the library without TensorFlow's notes at start. Import this module first.
 
-TensorFlow's libraries write to the standard error before anybody can set their level:
-that there are no CUDA drivers, that a plug-in is there twice, which instructions the
-CPU has. Such notes are left out. Warnings and errors stay, and with
-TF_CPP_MIN_LOG_LEVEL=0 everything.
+TensorFlow's libraries write to the standard error before their log level can be set:
+missing CUDA drivers, plug-ins registered twice, the CPU's instructions. These notes are
+removed. Warnings and errors stay; with TF_CPP_MIN_LOG_LEVEL=0 everything stays.
 """
 
 import contextlib
@@ -14,14 +13,14 @@ from collections.abc import Iterator
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-# Information, and what is said where there is no GPU.
+# Information, and messages of a machine without a GPU.
 _NOTES = re.compile(
     rb"^I\d{4} |^WARNING: All log messages before absl|cuInit|Unable to register cu"
 )
 
 
 def without_notes(text: bytes) -> bytes:
-    """What TensorFlow's libraries wrote, without the notes."""
+    """Removes the notes from a text that TensorFlow's libraries wrote."""
     if os.environ["TF_CPP_MIN_LOG_LEVEL"] == "0":
         return text
     lines = text.splitlines(keepends=True)
@@ -30,7 +29,7 @@ def without_notes(text: bytes) -> bytes:
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """Holds back the process's standard error, to write it without notes at the end."""
+    """Holds back the standard error, and writes it without notes at the end."""
     screen = os.dup(2)
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)
@@ -46,5 +45,5 @@ def held_back() -> Iterator[None]:
 with held_back():
     from tf_lowbit.compat import tf
 
-    # Looks for GPUs, which is when CUDA complains.
+    # This looks for GPUs, and so triggers CUDA's messages.
     tf.config.list_physical_devices()

@@ -1,4 +1,4 @@
-"""What the flags of train.py say, as data, networks, rules and stages; and its run."""
+"""Makes data, networks, rules and stages from the flags of train.py, and runs them."""
 
 import fractions
 from pathlib import Path
@@ -15,15 +15,15 @@ from tf_lowbit.training.outputs import SOFTMAX, end_functions
 
 FLAGS = flags.FLAGS
 
-# Where the data are, and how the work is done, not what: a run may go on with others.
+# Flags that may differ in a resumed run: they do not change what is trained.
 _FREE = ("data_dir", "save_every", "strategy", "logical_cpus", "jit_compile", "report")
-# All that the float training depends on; the quantized one depends on all flags.
+# Flags that change the float training. All others change only the quantized one.
 _FLOAT_TRAINING = (
     *("dataset", "limit", "augment", "batch_size", "seed", "policy"),
     *("model", "width", "weight_decay", "float_model", "schedule", "milestones"),
     *("float_epochs", "float_learning_rate"),
 )
-# Of the losses of teacher and student, with their defaults in `JointDistillation`.
+# Flags with the weights of the losses; `JointDistillation` has the defaults.
 _LOSS_WEIGHTS = (
     *("task_weight", "distillation_weight"),
     *("teacher_task_weight", "teacher_distillation_weight"),
@@ -31,7 +31,7 @@ _LOSS_WEIGHTS = (
 
 
 def load_data(first_epoch: int = 0, first_step: int = 0) -> datasets.Dataset:
-    """The flags' data set, its training part starting at an epoch and a step."""
+    """Loads the flags' data set; the training part starts at an epoch and a step."""
     return datasets.load(
         FLAGS.dataset,
         batch_size=FLAGS.batch_size,
@@ -45,7 +45,7 @@ def load_data(first_epoch: int = 0, first_step: int = 0) -> datasets.Dataset:
 
 
 def float_network(data: datasets.Dataset) -> keras.Model:
-    """The flags' float network: of one's own from a file, or one of `models`."""
+    """Returns the flags' float network: from a file, or one of `models`."""
     if FLAGS.float_model is None:
         return build_model(data)
     network = tfl.load_model(FLAGS.float_model, compile=False)
@@ -54,7 +54,7 @@ def float_network(data: datasets.Dataset) -> keras.Model:
 
 
 def build_model(data: datasets.Dataset) -> keras.Model:
-    """The network of --model, untrained."""
+    """Builds the network of --model, untrained."""
     arguments = {} if FLAGS.width is None else {"width": FLAGS.width}
     if arguments and FLAGS.model == "alexnet":
         raise ValueError(f"--width is not for alexnet. Received: --model={FLAGS.model}")
@@ -68,7 +68,7 @@ def build_model(data: datasets.Dataset) -> keras.Model:
 
 
 def rules() -> list[tfl.PrecisionRule]:
-    """The flags' precision rules."""
+    """Returns the flags' precision rules."""
     chosen = {
         "weight_quantizer": FLAGS.weight_quantizer,
         "activation_quantizer": FLAGS.activation_quantizer,
@@ -82,10 +82,10 @@ def rules() -> list[tfl.PrecisionRule]:
 
 
 def milestones() -> tuple[float, ...]:
-    """The flags' milestones; a fraction becomes the float that is nearest to it.
+    """Returns the flags' milestones; a fraction becomes the nearest float.
 
     Raises:
-        ValueError: if one is no number. Their order and range are `Stage`'s affair.
+        ValueError: If one is not a number. `Stage` checks their order and range.
     """
     try:
         return tuple(float(fractions.Fraction(share)) for share in FLAGS.milestones)
@@ -97,7 +97,7 @@ def milestones() -> tuple[float, ...]:
 
 
 def float_stage(epochs: int) -> tfl.Stage:
-    """The flags' single stage of the float training."""
+    """Returns the single stage of the float training."""
     return tfl.Stage(
         epochs,
         learning_rate=FLAGS.float_learning_rate,
@@ -107,7 +107,7 @@ def float_stage(epochs: int) -> tfl.Stage:
 
 
 def stages() -> list[tfl.Stage]:
-    """The flags' stages of the quantized training; none with --epochs=0."""
+    """Returns the stages of the quantized training; none with --epochs=0."""
     if not FLAGS.epochs:
         return []
     return experiment.stages_for(
@@ -124,10 +124,10 @@ def stages() -> list[tfl.Stage]:
 
 
 def check() -> None:
-    """Refuses numbers that the library would refuse late.
+    """Checks numbers early that the library would refuse late.
 
     Raises:
-        ValueError: naming the setting.
+        ValueError: If a number is out of range.
     """
     tfl.StochasticPrecision(start=FLAGS.sp_start, seed=FLAGS.seed)
     tfl.Stage(1, learning_rate=FLAGS.teacher_learning_rate)
@@ -139,13 +139,13 @@ def check() -> None:
 
 
 def run(settings: dict) -> None:
-    """Trains a float network, quantizes it, trains that, and writes the results.
+    """Trains a float network, quantizes it, trains the result, and writes records.
 
     Args:
-        settings: the flags by name, as `experiment.flag_settings` gives them.
+        settings: The flags by name, from `experiment.flag_settings`.
     """
     experiment.quiet()
-    # Made first: what is wrong with the flags is said before any training.
+    # Made first, so that errors in flags come before any training.
     check()
     precision, schedule = rules(), stages()
     output = Path(FLAGS.output_dir)
@@ -166,7 +166,7 @@ def run(settings: dict) -> None:
 
 
 def _binding(settings, part) -> dict:
-    """The flags that must be the same in all sittings of a training, by name."""
+    """Returns the flags by name that a resumed training must have unchanged."""
     return {
         name: value
         for name, value in settings.items()
@@ -175,7 +175,7 @@ def _binding(settings, part) -> dict:
 
 
 def _train(model, schedule, folder, settings) -> experiment.Outcome:
-    """Trains what was compiled, and writes what came out."""
+    """Trains a compiled model, and writes the result."""
     outcome = experiment.train(
         model,
         load_data,
@@ -194,15 +194,15 @@ def _train(model, schedule, folder, settings) -> experiment.Outcome:
 
 
 def _is_chief() -> bool:
-    """Whether this one of several workers is to write."""
+    """Tells whether this worker writes the files."""
     return tf.distribute.get_strategy().extended.should_save_summary
 
 
 def _train_float(model, folder, settings) -> float | None:
-    """Gives the float model its weights, from a file or by training.
+    """Loads or trains the weights of the float model.
 
     Returns:
-        Its accuracy on the test set, or None of an untrained one.
+        Its accuracy on the test set, or None if it is untrained.
     """
     if FLAGS.float_checkpoint:
         model.load_weights(FLAGS.float_checkpoint)
@@ -225,7 +225,7 @@ def _train_float(model, folder, settings) -> float | None:
 
 
 def _train_quantized(model, accuracy, precision, schedule, output, settings) -> None:
-    """Quantizes the float model, trains the result and writes what came out."""
+    """Quantizes the float model, trains the result and writes the records."""
     floats = tfl.cost(model)
     trainer = make_trainer(model, precision)
     outcome = _train(trainer, schedule, output / "quantized", settings)
@@ -254,7 +254,7 @@ def _train_quantized(model, accuracy, precision, schedule, output, settings) -> 
 def make_trainer(
     model: keras.Model, precision: list[tfl.PrecisionRule]
 ) -> tfl.LowBitTrainer:
-    """Quantizes the float model, and compiles what trains the result."""
+    """Quantizes the float model, and makes and compiles its trainer."""
     quantized = tfl.quantize(model, precision, residual_bits=FLAGS.residual_bits)
     data = load_data()
     tfl.calibrate(quantized, data.train)

@@ -2,16 +2,16 @@
 
   python examples/recipe_costs.py --tflops=10
 
-The networks are built and their multiply-accumulates (MACs) counted. A training step
-is taken as three forward passes, of two floating-point operations a MAC:
+The program builds each network and counts its multiply-accumulates (MACs). A training
+step costs as much as three forward passes, with two floating-point operations per MAC:
 
   FLOPs = 3 x 2 x MACs x training images x epochs
 
-of each network that is trained: a teacher that is trained counts like the student, one
-that is frozen with its forward pass only, and a float training before the quantized
-one is added. Evaluation, normalisation, the quantizers' own arithmetic and reading the
-data are left out, so this says which recipe costs how many times another one. The
-hours are at a sustained speed that is assumed, not measured.
+This is counted for each trained network, teachers included. A frozen teacher counts one
+forward pass. A float training before the quantized one is added. Evaluation,
+normalization, the quantizers' arithmetic and reading the data are left out, so the
+numbers compare recipes with each other. The hours assume a sustained speed, which was
+not measured.
 """
 
 import dataclasses
@@ -34,21 +34,21 @@ CONFIGS = Path(__file__).resolve().parent / "configs"
 flags.DEFINE_list(
     "recipes",
     None,
-    "Flag files of train.py; all of examples/configs/ without this flag.",
+    "Flag files of train.py; by default all of examples/configs/.",
 )
 flags.DEFINE_float(
-    "tflops", 10.0, "Assumed sustained speed, in 10^12 floating-point operations a s."
+    "tflops", 10.0, "Assumed sustained speed, in 10^12 floating-point operations per s."
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What is known of a data set that is not here.
+    """Facts about a data set that need not be on this machine.
 
     Attributes:
-        classes: number of classes.
+        classes: Number of classes.
         input_shape: (height, width, channels) of one image.
-        images: number of training images.
+        images: Number of training images.
     """
 
     classes: int
@@ -68,15 +68,15 @@ _PASSES = 3
 
 @dataclasses.dataclass(frozen=True)
 class RecipeCost:
-    """What a recipe costs.
+    """The training cost of a recipe.
 
     Attributes:
-        name: the flag file's, without its ending.
-        parameters: of the network, which is also the teacher's.
-        macs: multiply-accumulates of one image's forward pass.
-        epochs: float epochs and quantized ones.
-        networks: how many are trained together in the quantized epochs.
-        flops: floating-point operations of the whole training.
+        name: Name of the flag file, without its ending.
+        parameters: Parameters of the network; a teacher has as many.
+        macs: Multiply-accumulates of one image's forward pass.
+        epochs: Numbers of float and of quantized epochs.
+        networks: Number of networks that are trained in the quantized epochs.
+        flops: Floating-point operations of the whole training.
     """
 
     name: str
@@ -87,14 +87,14 @@ class RecipeCost:
     flops: int
 
     def hours(self, tflops: float) -> float:
-        """The time at a sustained speed in 10^12 operations a second."""
+        """Returns the hours at a sustained speed in 10^12 operations per second."""
         return self.flops / (tflops * 1e12) / 3600
 
 
 def training_flops(
     macs: int, images: int, float_epochs: int, epochs: int, distill: str = "none"
 ) -> int:
-    """Floating-point operations of a recipe.
+    """Returns the floating-point operations of a recipe.
 
     >>> training_flops(1000, 10, 0, 2)
     120000
@@ -102,14 +102,14 @@ def training_flops(
     300000
 
     Args:
-        macs: of one image's forward pass.
-        images: in an epoch.
-        float_epochs: of the float training.
-        epochs: of the quantized training.
-        distill: one of `experiment.DISTILLATIONS`.
+        macs: Multiply-accumulates of one image's forward pass.
+        images: Images in an epoch.
+        float_epochs: Epochs of the float training.
+        epochs: Epochs of the quantized training.
+        distill: One of `experiment.DISTILLATIONS`.
 
     Returns:
-        The operations, by the module's rule.
+        The operations, by the formula of this module.
     """
     passes = {"none": _PASSES, "frozen": _PASSES + 1}.get(distill, 2 * _PASSES)
     return _FLOPS_PER_MAC * macs * images * (_PASSES * float_epochs + passes * epochs)
@@ -117,28 +117,25 @@ def training_flops(
 
 @functools.cache
 def _network_cost(model: str, width: int | None, source: Source) -> tfl.Cost:
-    """The cost of the network of the flags that are set, of which these are two."""
-    del model, width  # Read from the flags: many recipes have the same.
+    """Returns the cost of the network of the current flags."""
+    del model, width  # Keys of the cache; `build_model` reads the flags.
     return tfl.cost(recipe.build_model(source))
 
 
 def recipe_cost(path: Path) -> RecipeCost:
-    """The cost of the recipe in a flag file; all flags are what the file says.
+    """Returns the cost of the recipe in a flag file; sets all flags from the file.
 
     Args:
-        path: of the flag file.
-
-    Returns:
-        The cost.
+        path: Path of the flag file.
 
     Raises:
-        ValueError: if the recipe's data set has no entry in `SOURCES`.
+        ValueError: If the recipe's data set has no entry in `SOURCES`.
     """
     FLAGS.unparse_flags()
     try:
         FLAGS([train.__name__, f"--flagfile={path}"])
     finally:
-        # Whoever shows an error reads flags, too.
+        # Code that shows an error reads flags, too.
         FLAGS.mark_as_parsed()
     if FLAGS.dataset not in SOURCES:
         raise ValueError(
@@ -161,14 +158,14 @@ def recipe_cost(path: Path) -> RecipeCost:
 
 
 def table(costs: list[RecipeCost], tflops: float) -> str:
-    """The costs as a Markdown table.
+    """Formats costs as a Markdown table.
 
     Args:
-        costs: one a row.
-        tflops: sustained speed of the last column.
+        costs: One for each row.
+        tflops: Sustained speed for the last column.
 
     Returns:
-        The table, its lines ending in newlines.
+        The table, with a newline after each line.
     """
     lines = [
         "| recipe | parameters | MACs per image | epochs, float + quantized "
@@ -189,14 +186,14 @@ def main(argv):
     """Prints the table of all recipes."""
     if len(argv) > 1:
         raise app.UsageError(f"Received: arguments that are no flags: {argv[1:]}")
-    # Read now: each recipe sets all flags anew.
+    # Read now, because each recipe sets all flags.
     tflops, recipes = FLAGS.tflops, FLAGS.recipes or []
     if not tflops > 0:
         raise ValueError(f"--tflops must be positive. Received: --tflops={tflops}")
     missing = [name for name in recipes if not Path(name).is_file()]
     if missing:
         raise FileNotFoundError(
-            f"--recipes must name files that are there. Received: {missing}"
+            f"--recipes must name files that exist. Received: {missing}"
         )
     of_train = FLAGS.get_key_flags_for_module(train.__name__)
     given = [f"--{flag.name}" for flag in of_train if flag.present]

@@ -1,23 +1,23 @@
 r"""Trains a low-bitwidth network, from a float one or from scratch.
 
-First a float network is trained, or read from a file, then it is quantized and trained
-by one of the methods:
+The program trains a float network or reads it from a file. Then it quantizes the
+network and trains the result by one of these methods:
 
-  plain  quantized weights and activations from the first step
-  ts     two stages: quantized weights first, then activations too
+  plain  quantizes weights and activations from the first step
+  ts     two stages: quantizes the weights first, then the activations too
   pq     progressive quantization: falling bits, by --ladder
-  ts+pq  at each rung of the ladder weights first, then activations
-  sp     stochastic precision: sampled parts are quantized, ever more of them
+  ts+pq  at each rung of the ladder the weights first, then the activations
+  sp     stochastic precision: quantizes random parts, with rising probability
 
-and, with --distill, jointly with the float network as its teacher:
+With --distill the float network is the teacher:
 
-  joint   teacher and student learn from the labels and from one another
-  task    the teacher goes on learning from the labels only
-  frozen  the teacher stays as it is
+  joint   teacher and student learn from the labels and from each other
+  task    the teacher learns from the labels only
+  frozen  the teacher is not trained
 
-The total of epochs is --epochs for every method, shared out over its stages.
+--epochs is the total for every method. It is divided among the method's stages.
 
-Example, 2-bit weights and activations on the digits that scikit-learn holds:
+Example, 2-bit weights and activations on scikit-learn's digits:
 
   python examples/train.py --dataset=digits --model=preact_resnet8 \
       --weight_bits=2 --activation_bits=2 --method=ts --output_dir=runs/ts
@@ -26,7 +26,7 @@ Stochastic precision and joint distillation together, on all GPUs of the machine
 
   python examples/train.py --method=sp --distill=joint --output_dir=runs/sp-jkd
 
-A network of your own, from a file that either Keras wrote, and a page about the result:
+A network of your own, from a file of Keras 2 or 3, and a report on the result:
 
   python examples/train.py --float_model=mine.keras --dataset=cifar10 --report
 
@@ -35,8 +35,8 @@ The settings of a published recipe, from a file (examples/configs/ has more):
   python examples/train.py --flagfile=examples/configs/cifar100_resnet20_jkd.flags
 
 The output folder gets float/ and quantized/, each with settings.json, checkpoints,
-log.csv, tensorboard/, model.keras and result.json. The same command with --resume goes
-on where a stopped run was.
+log.csv, tensorboard/, model.keras and result.json. To continue a stopped run, add
+--resume to the same command.
 """
 
 import importlib.util
@@ -48,7 +48,7 @@ from absl import app, flags
 
 FLAGS = flags.FLAGS
 
-# What the library has, known before it is imported.
+# Names of the library, copied so that flags are checked before it is imported.
 DATASETS = (
     *("cifar10", "cifar100", "digits", "fashion_mnist", "imagenet2012", "synthetic"),
 )
@@ -78,7 +78,7 @@ GROUPS = {
     "Devices": "strategy",
 }
 
-flags.DEFINE_enum("dataset", "digits", DATASETS, "What to train on.")
+flags.DEFINE_enum("dataset", "digits", DATASETS, "Data set to train on.")
 flags.DEFINE_string(
     "data_dir",
     None,
@@ -86,7 +86,7 @@ flags.DEFINE_string(
     "cifar100 and imagenet2012. Each data set has a default.",
 )
 flags.DEFINE_integer(
-    "limit", None, "Use only so many examples, for a quick try.", lower_bound=1
+    "limit", None, "Largest number of examples, for a quick try.", lower_bound=1
 )
 flags.DEFINE_integer(
     "batch_size",
@@ -105,17 +105,17 @@ flags.DEFINE_string(
 flags.DEFINE_integer(
     "width",
     None,
-    "Channels of the network's first stage; 16, or 64 for ImageNet's, without it.",
+    "Channels of the network's first stage; by default 16, or 64 for ImageNet's.",
     lower_bound=1,
 )
-flags.DEFINE_float("weight_decay", 1e-4, "Coupled L2 decay, as torch counts it.")
+flags.DEFINE_float("weight_decay", 1e-4, "Coupled weight decay, as in torch.")
 flags.DEFINE_string(
     "float_model",
     None,
-    "A float network of your own in place of --model: a .keras or .h5 file of Keras 2 "
-    "or 3, or a SavedModel of Keras 2. It must take the data set's images and put out "
-    "logits; a softmax is taken too, but for --distill. It is quantized as it is, "
-    "unless --float_epochs trains it before.",
+    "A float network of your own instead of --model: a .keras or .h5 file of Keras 2 "
+    "or 3, or a SavedModel of Keras 2. It must take the data set's images and output "
+    "logits; without --distill it may end in a softmax. It is not trained before "
+    "quantization, unless you give --float_epochs.",
 )
 flags.DEFINE_string(
     "float_checkpoint",
@@ -146,27 +146,27 @@ flags.DEFINE_integer(
 flags.DEFINE_integer(
     "residual_bits",
     None,
-    "8 trains residual sums as the integer file will compute them; float without it.",
+    "8 trains residual sums as the integer file computes them; by default float.",
 )
 flags.DEFINE_enum("weight_quantizer", "dorefa", WEIGHT_QUANTIZERS, "Weight quantizer.")
 flags.DEFINE_enum(
     "activation_quantizer", "dorefa", ACTIVATION_QUANTIZERS, "Activation quantizer."
 )
 
-flags.DEFINE_enum("method", "plain", METHODS, "How to lower the precision.")
+flags.DEFINE_enum("method", "plain", METHODS, "Method of the quantized training.")
 flags.DEFINE_list(
     "ladder",
     ["8", "4", "2"],
-    "Falling bit-widths of the methods pq and ts+pq; 16 and 32 train unrounded. The "
-    "paper's is 32,16,8,4,2, for trainings from scratch.",
+    "Falling bit-widths of the methods pq and ts+pq; 16 and 32 do not round. The "
+    "paper's, for training from scratch, are 32,16,8,4,2.",
 )
 flags.DEFINE_bool(
     "last_only",
     False,
-    "Whether ts+pq takes weights and activations apart only at the last rung.",
+    "Whether only the last rung of ts+pq has two stages.",
 )
 flags.DEFINE_enum(
-    "sp_unit", "layer", ("layer", "block"), "What the method sp draws as one."
+    "sp_unit", "layer", ("layer", "block"), "Unit that the method sp draws."
 )
 flags.DEFINE_float(
     "sp_start", 0.5, "Probability of quantization at the start of the method sp."
@@ -176,97 +176,102 @@ flags.DEFINE_enum(
     "distill",
     "none",
     DISTILLATIONS,
-    "Whether the float network teaches the low-bit one, and learns itself.",
+    "Role of the float network as the teacher; none for no teacher.",
 )
 flags.DEFINE_enum(
-    "distill_target", "posteriors", ("posteriors", "logits"), "What is matched."
+    "distill_target", "posteriors", ("posteriors", "logits"), "Outputs to match."
 )
 flags.DEFINE_float(
     "task_weight",
     None,
-    "Weight of the labels in the student's loss; 0.7, or 0.3 for logits.",
+    "Weight of the labels in the student's loss; by default 0.7, or 0.3 for logits.",
 )
 flags.DEFINE_float(
     "distillation_weight",
     None,
-    "Weight of the teacher's outputs in the student's loss; 0.7, or 0.1 for logits.",
+    "Weight of the teacher's outputs in the student's loss; by default 0.7, or 0.1 for "
+    "logits.",
 )
 flags.DEFINE_float(
-    "teacher_task_weight", None, "Weight of the labels in the teacher's loss; 1."
+    "teacher_task_weight",
+    None,
+    "Weight of the labels in the teacher's loss; by default 1.",
 )
 flags.DEFINE_float(
     "teacher_distillation_weight",
     None,
-    "Weight of the student's outputs in the teacher's loss; 0.5, or 0.1 for logits.",
+    "Weight of the student's outputs in the teacher's loss; by default 0.5, or 0.1 for "
+    "logits.",
 )
 flags.DEFINE_bool(
-    "hints", False, "Whether features of the last two stages are matched too."
+    "hints", False, "Whether features of the last two resolutions are matched too."
 )
 flags.DEFINE_float(
     "teacher_learning_rate",
     None,
-    "At the start, decaying by --schedule over all epochs; --learning_rate without it.",
+    "Learning rate of the teacher at the start, by default --learning_rate. It decays "
+    "by --schedule over all epochs.",
 )
 
 flags.DEFINE_integer(
     "epochs",
     20,
-    "Epochs of the quantized training, in total; 0 trains the float network alone.",
+    "Total epochs of the quantized training; 0 trains only the float network.",
     lower_bound=0,
 )
 flags.DEFINE_float(
     "learning_rate", 0.1, "Learning rate at the start of each quantized stage."
 )
-flags.DEFINE_enum("schedule", "cosine", DECAYS, "Learning rate within a stage.")
+flags.DEFINE_enum("schedule", "cosine", DECAYS, "Decay of the rate within a stage.")
 flags.DEFINE_list(
     "milestones",
     ["0.3", "0.6"],
-    "Where --schedule=step takes the learning rate x 0.1: rising shares of each stage, "
-    "such as 0.3,0.6 or 15/30,25/30.",
+    "Rising shares of each stage at which --schedule=step multiplies the learning rate "
+    "by 0.1, such as 0.3,0.6 or 15/30,25/30.",
 )
 flags.DEFINE_float(
     "warmup",
     0.1,
-    "Share of each quantized stage in which the learning rate rises from 0; of the "
-    "whole training for the teacher's.",
+    "Share of each quantized stage during which the learning rate rises from 0. For "
+    "the teacher, a share of the whole training.",
 )
 flags.DEFINE_integer(
     "seed",
     0,
     "Seed of the initial weights, the order of the data and its augmentation.",
     lower_bound=0,
-    upper_bound=2**32 - 1,  # What NumPy takes.
+    upper_bound=2**32 - 1,  # NumPy's limit.
 )
 
 flags.DEFINE_integer(
     "float_epochs",
     20,
-    "Epochs of the float training before the quantized one; 0 quantizes an untrained "
-    "network, or that of --float_model as it is, which is its default.",
+    "Epochs of the float training before the quantized one; 0 skips it. With "
+    "--float_model the default is 0.",
     lower_bound=0,
 )
 flags.DEFINE_float(
     "float_learning_rate", 0.1, "Learning rate at the start of the float training."
 )
 
-flags.DEFINE_string("output_dir", "runs/train", "Folder of all that is written.")
-flags.DEFINE_bool("resume", False, "Go on with a run that was stopped.")
+flags.DEFINE_string("output_dir", "runs/train", "Folder for all files.")
+flags.DEFINE_bool("resume", False, "Continue a stopped run.")
 flags.DEFINE_integer(
     "save_every",
     None,
-    "Steps between checkpoints; without it one an epoch.",
+    "Steps between checkpoints; by default one per epoch.",
     lower_bound=1,
 )
 flags.DEFINE_bool(
-    "report", False, "Write report.html: a page about the low-bit network."
+    "report", False, "Write report.html, a report on the low-bit network."
 )
 
 flags.DEFINE_enum(
     "strategy",
     "auto",
     STRATEGIES,
-    "Devices: one, mirrored over all GPUs of the machine, or multi_worker through "
-    "TF_CONFIG; auto takes what there is.",
+    "Devices: one, mirrored over all GPUs of the machine, or multi_worker by "
+    "TF_CONFIG; auto uses all that exist.",
 )
 flags.DEFINE_integer(
     "logical_cpus",
@@ -291,27 +296,27 @@ flags.register_validator(
     "--ladder must be falling bit-widths, such as 8,4,2",
 )
 
-# With --epochs=0 none of them has an effect; flags that depend on these do not either.
+# Without effect if --epochs=0, like all flags that depend on them.
 _QUANTIZED_TRAINING = (
     *("method", "distill", "learning_rate", "warmup", "report"),
     *("first_last_bits", "residual_bits"),
     *("weight_bits", "activation_bits", "weight_quantizer", "activation_quantizer"),
 )
-# A network of one's own has them already.
+# Without effect with --float_model, whose network has its own.
 _OF_A_MODEL = ("model", "width", "weight_decay", "policy", "float_checkpoint")
 
 
 def has_float_training() -> bool:
-    """Whether the flags have a float network trained."""
+    """Tells whether the flags ask for a float training."""
     return FLAGS.float_checkpoint is None and FLAGS.float_epochs != 0
 
 
 def check_flags() -> None:
-    """Refuses files that are missing, and flags that would have no effect.
+    """Refuses missing files, and flags without effect.
 
     Raises:
-        ValueError: naming the flag.
-        FileNotFoundError: naming flag and file.
+        ValueError: If a flag has no effect or its value is invalid.
+        FileNotFoundError: If a file does not exist.
     """
     if FLAGS.float_checkpoint == "":
         raise ValueError(
@@ -371,7 +376,7 @@ def check_flags() -> None:
 
 
 def main(argv):
-    """Checks the flags, and trains as they say."""
+    """Checks the flags and runs the training."""
     if len(argv) > 1:
         raise app.UsageError(f"Received: arguments that are no flags: {argv[1:]}")
     check_flags()
