@@ -313,8 +313,8 @@ def check_folder(folder: Path, settings: dict, resume: bool) -> None:
         return
     if not resume:
         raise FileExistsError(
-            "The folder must not hold another run; go on with it (--resume) or choose "
-            f"another --output_dir. Received: {str(folder)!r}"
+            "The folder must not hold another run: continue it with --resume, or "
+            f"choose another --output_dir. Received: {str(folder)!r}"
         )
     path = folder / SETTINGS
     if not path.exists():
@@ -323,8 +323,8 @@ def check_folder(folder: Path, settings: dict, resume: bool) -> None:
         begun = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(
-            "The settings that a run began with must be whole; without the file it "
-            f"goes on unchecked. Received: {str(path)!r} ({error})"
+            "The settings of a run must be whole: without the file the run continues "
+            f"unchecked. Received: {str(path)!r} ({error})"
         ) from error
     # As JSON stores them: tuples become lists.
     settings = json.loads(json.dumps(settings))
@@ -335,8 +335,9 @@ def check_folder(folder: Path, settings: dict, resume: bool) -> None:
     ]
     if changed:
         raise ValueError(
-            "--resume must have the settings that the run began with; choose another "
-            f"--output_dir for others. Received: {'; '.join(changed)} in {str(path)!r}"
+            "--resume must have the settings that the run began with: for others, "
+            "choose another --output_dir. "
+            f"Received: {'; '.join(changed)} in {str(path)!r}"
         )
 
 

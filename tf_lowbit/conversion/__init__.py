@@ -1,1 +1,1 @@
-"""From float models to quantized ones and back: quantize, strip, load, Keras 3."""
+"""Converts models between float and quantized, and to Keras 3; loads them."""

@@ -19,7 +19,7 @@ from tf_lowbit.datasets.dataset import Dataset, PipelineOptions
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """How to load a data set: (PipelineOptions, **source options) -> Dataset."""
+    """A data set; `load` is a function (PipelineOptions, source options) -> Dataset."""
 
     load: Callable[..., Dataset]
     reads_files: bool = True

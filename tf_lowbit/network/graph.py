@@ -155,13 +155,13 @@ def run(
 def call_copy(
     copy: keras.layers.Layer, node: Node, args: tuple, kwargs: dict[str, Any]
 ) -> Any:
-    """Calls a layer that puts out tensors of the same shapes as a node's own layer.
+    """Calls a layer whose outputs have the shapes of a node's outputs.
 
     Args:
-        copy: Of the node's layer, or an identity in its place.
-        node: Whose shapes are those of the call.
-        args: Of the call.
-        kwargs: Of the call.
+        copy: Copy of the node's layer, or an identity that replaces it.
+        node: Node with the shapes of the outputs.
+        args: Arguments of the call.
+        kwargs: Keyword arguments of the call.
 
     Returns:
         Keras tensors, structured as the node's outputs.
@@ -169,7 +169,7 @@ def call_copy(
     inner = copy
     while isinstance(inner, keras.layers.Wrapper) and _is_builtin(inner):
         inner = inner.layer
-    # Another layer may make weights when it is called, or put out another dtype.
+    # Other layers may make weights in a call, or output another dtype.
     is_known = (
         _is_builtin(inner)
         and not list(inner._flatten_layers(include_self=False))

@@ -57,7 +57,7 @@ def of_first_output(given: Any, names: Sequence[str]) -> Any:
         names: Names of the network's outputs.
     """
     if isinstance(given, dict):
-        # A single entry belongs to a single output, whatever its name.
+        # A single entry belongs to a single output, under any name.
         is_only = len(given) == len(names) == 1
         return next(iter(given.values())) if is_only else given.get(names[0])
     if isinstance(given, tuple | list) and len(names) > 1:

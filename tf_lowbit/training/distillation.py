@@ -44,8 +44,9 @@ class JointDistillation(Settings):
         teacher: teacher_task_weight CE + R
             + teacher_distillation_weight D(student, teacher) + hint_weight H
 
-    The gradient of each network takes the other network as a constant. With several
-    students, the teacher's `D` and `H` are means over the students.
+    The teacher's H needs `hint_teacher_gradient`. The gradient of each network takes
+    the other network as a constant. With several students, the teacher's `D` and `H`
+    are means over the students.
 
     `target="posteriors"`: `D(p, q) = T^2 KL(p || q)`, with temperature T.
 
@@ -79,8 +80,8 @@ class JointDistillation(Settings):
         hint_teacher_gradient: Whether the hints train the teacher too. None for yes if
             the teacher is "joint".
 
-    A weight given as None is replaced by its default. It stays None where it has no
-    effect, such as `hint_weight` without hints.
+    None is replaced by the default above. It stays None where it has no effect, such as
+    `hint_weight` without hints.
 
     Raises:
         ValueError: If a value is not one of those above, or has no effect.

@@ -34,8 +34,8 @@ class LowBitTrainer(CheckedTraining, keras.Model):
       the compiled loss and the regularization only, so that with a teacher `val_loss`
       compares with `task_loss`;
     - with a teacher: the terms `task_loss`, `distillation_loss` and `hint_loss`,
-      without their weights, and the loss, terms and metrics of the teacher, with the
-      prefix `teacher_`;
+      without their weights; and the loss, metrics and own terms of the teacher, with
+      the prefix `teacher_`;
     - with stochastic precision: `quantized_share`, the share of quantized units, and
       `quantization_probability`, the p of their draw.
 
