@@ -44,17 +44,14 @@ def fit_to_fixed_clips(model: keras.Model, batches: list) -> list[str]:
     Raises:
         ValueError: If there is no batch, or an activation is NaN or infinite.
     """
-    found = [
-        (tensor, norm)
-        for tensor in inspection.quantized_tensors(model)
-        if tensor.role == "activation" and tensor.quantizer.has_fixed_clip
-        for norm in [_norm_in_front(model, tensor.layer)]
-        if norm is not None
-    ]
-    # Two quantizers behind one normalization must not both scale it.
-    found = list({id(norm): (tensor, norm) for tensor, norm in found[::-1]}.values())
-    found.reverse()
-    tensors = [tensor for tensor, _ in found]
+    # By normalization: two quantizers behind one must not both scale it.
+    found: dict[int, tuple] = {}
+    for tensor in inspection.quantized_tensors(model):
+        if tensor.role == "activation" and tensor.quantizer.has_fixed_clip:
+            norm = _norm_in_front(model, tensor.layer)
+            if norm is not None:
+                found.setdefault(id(norm), (tensor, norm))
+    tensors = [tensor for tensor, _ in found.values()]
     in_front = [
         (tensor.variables, tensor.ceiling)
         for tensor in inspection.quantized_tensors(model)
@@ -71,7 +68,7 @@ def fit_to_fixed_clips(model: keras.Model, batches: list) -> list[str]:
             for tensor in tensors:
                 tensor.assign_bits(tensor.quantizer.bits)
             samples = calibration_samples(model, tensors, batches)
-        for tensor, norm in found:
+        for tensor, norm in found.values():
             ratio = tensor.quantizer.misfit(samples[tensor.name])
             norm.gamma.assign(norm.gamma / ratio)
             if norm.center:

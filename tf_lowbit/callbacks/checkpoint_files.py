@@ -3,11 +3,11 @@
 import hashlib
 import itertools
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 from tf_lowbit.compat import keras
+from tf_lowbit.core.files import flush
 from tf_lowbit.network import inspection
 
 _FORMAT = 1
@@ -133,12 +133,3 @@ def flaw(folder: Path, position: Position) -> str:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Waits until a file or the entries of a folder are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

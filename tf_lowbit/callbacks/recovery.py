@@ -13,6 +13,7 @@ from tf_lowbit.callbacks import checkpoint_files
 from tf_lowbit.callbacks.checkpoint_files import Position
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.core import checks
+from tf_lowbit.core.files import flush
 
 _NAME = "epoch-{:05d}-step-{:07d}"
 _PARTIAL = ".partial-"
@@ -249,7 +250,7 @@ class Recovery(keras.callbacks.Callback):
             if final.exists():  # Damaged, else the training had continued from it.
                 shutil.rmtree(final)
             partial.rename(final)
-            checkpoint_files.flush(self.folder)
+            flush(self.folder)
         self._damaged.discard(position)
         self._delete_before(position)
 

@@ -107,7 +107,8 @@ class _ToKeras3:
 
     def __init__(self, network):
         self._network = network
-        self._tensors = {(t.layer.name, t.role): t for t in _tensors(network)}
+        tensors = inspection.quantized_tensors(network)
+        self._tensors = {(t.layer.name, t.role): t for t in tensors}
         self._operations = keras3_operations.of(_keras3().ops)
         self._layers: dict[str, object] = {}
         self._calls: list[tuple] = []
@@ -225,10 +226,6 @@ class _ToKeras3:
                 "its outputs differ from those in Keras 3 by up to "
                 f"{np.abs(expected - found).max():.3g}",
             )
-
-
-def _tensors(network) -> list:
-    return list(inspection.quantized_tensors(network))
 
 
 def _name(layer) -> str:

@@ -36,7 +36,7 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(prefix=".partial-", dir=path.parent))
         temporary = folder / path.name
         yield temporary
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, path)
     except OSError as error:
         number = [] if error.errno is None else [error.errno]
@@ -92,7 +92,8 @@ def require_plausible_zip(file: str | os.PathLike[str] | BinaryIO) -> None:
         )
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Waits until a file or the entries of a folder are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

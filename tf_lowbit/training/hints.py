@@ -87,16 +87,12 @@ def find_hints(
     found = []
     for hint in hints or ():
         pair = (hint, _counterpart(hint, teacher)) if isinstance(hint, str) else hint
-        shapes = [
-            _output_shape(role, network, name)
-            for role, network, name in zip(
-                ("student", "teacher"), (student, teacher), pair, strict=True
-            )
-        ]
-        if shapes[0] != shapes[1]:
+        shape = _output_shape("student", student, pair[0])
+        other = _output_shape("teacher", teacher, pair[1])
+        if shape != other:
             raise ValueError(
                 "The layers of a hint must output the same shape. Received: student's "
-                f"{pair[0]!r} {shapes[0]}, teacher's {pair[1]!r} {shapes[1]}"
+                f"{pair[0]!r} {shape}, teacher's {pair[1]!r} {other}"
             )
         found.append(Hint(*pair, quantizers.get(pair[0])))
     return found

@@ -9,8 +9,6 @@ from tf_lowbit.network import graph, inspection, layer_registry
 
 LAYER = "layer"
 BLOCK = "block"
-# Symbols of `x + y` and `tf.add_n` in a functional model.
-_SUMS = ("__operators__.add", "math.add", "math.add_n")
 
 
 class Unit(NamedTuple):
@@ -109,9 +107,8 @@ def residual_blocks(model: keras.Model) -> dict[str, frozenset[str]]:
 
 
 def _is_sum(layer) -> bool:
-    return isinstance(layer, keras.layers.Add | CustomScaleLayer) or (
-        getattr(layer, "symbol", None) in _SUMS
-    )
+    is_kind_of_add = isinstance(layer, keras.layers.Add | CustomScaleLayer)
+    return is_kind_of_add or layer_registry.is_sum(layer)
 
 
 def _unit_names(model, unit, owners: Iterable[str]) -> dict[str, str]:
