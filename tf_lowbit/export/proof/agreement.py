@@ -37,8 +37,9 @@ _OVER = 16
 # Of a measured range, the share that data must reach.
 _USED = 1 / 8
 # Mean difference of layers from the layer that they were split from, in its standard
-# deviations: rounding errors may move codes behind it.
-_SPLIT_ERROR = 0.01
+# deviations: rounding errors may move codes behind it. Float16 rounds a thousand times
+# as much.
+_SPLIT_ERROR, _SPLIT_ERROR_OF_HALVES = 0.01, 0.1
 # With a larger multiplier some codes lie between two biases. A channel whose output
 # never changes has a multiplier of 1, up to float32's rounding.
 _STEEP = 1.001
@@ -59,9 +60,16 @@ class Agreements:
     """
 
     def __init__(self, snapped: Snapped, trained: keras.Model):
+        # Float16 is as coarse as a rounding to 8 bits.
+        self._is_half = any(
+            inspection.wrapped_layer(layer).compute_dtype in ("float16", "bfloat16")
+            for layer in trained.layers
+        )
         # With the tensors that the twin was made of.
         given, trained = trained, forms.as_layers(trained)
-        self._split = _Split(given, trained) if trained is not given else None
+        self._split = None
+        if trained is not given:
+            self._split = _Split(given, trained, self._is_half)
         self._twin = snapped.twin
         self._nodes = list(graph.calls(snapped.twin))
         self._noted = {
@@ -86,11 +94,6 @@ class Agreements:
         observed = [made[n.layer.name] for n in self._nodes_with]
         self._observer = keras.Model(
             trained.inputs, [observed, list(self._unrounded.values())]
-        )
-        # Their float16 is as coarse as a rounding to 8 bits.
-        self._is_half = any(
-            made[n.layer.name].dtype in (tf.float16, tf.bfloat16)
-            for n in self._nodes_with
         )
         self._rows = {}
         for node in self._nodes_with:
@@ -170,7 +173,7 @@ class _Split:
     fault of the split is on both sides.
     """
 
-    def __init__(self, given, split):
+    def __init__(self, given, split, is_half):
         made = {node.layer.name: node for node in graph.calls(split)}
         pairs = {
             node.layer.name: (graph.outputs_of(node)[0], graph.outputs_of(end)[0])
@@ -187,6 +190,7 @@ class _Split:
         ]
         # By tensor: count, sum, sum of squares, sum of errors.
         self._sums = np.zeros((len(pairs), 4))
+        self._allowed = _SPLIT_ERROR_OF_HALVES if is_half else _SPLIT_ERROR
 
     def add(self, argument):
         given, split = (
@@ -201,7 +205,7 @@ class _Split:
     def problems(self) -> list[str]:
         count, total, squares, error = self._sums.T
         deviation = np.sqrt(np.maximum(squares / count - (total / count) ** 2, 0.0))
-        allowed = _SPLIT_ERROR * deviation + _FLOAT_ERROR * np.sqrt(squares / count)
+        allowed = self._allowed * deviation + _FLOAT_ERROR * np.sqrt(squares / count)
         return [
             f"{name} diverges from the trained network: split into layers for the "
             f"file, it is off by {mean:.4g} on average, allowed {most:.4g}"
