@@ -170,7 +170,7 @@ def test_the_array_compiles_and_is_the_file(runs, tmp_path):
 def test_random_images_are_said_to_be_such(runs):
     code, error, shown = runs[0]["random"]
     assert (code, error) == (0, "")
-    assert "No --data: calibrated on random images" in shown
+    assert "Without --data the calibration uses random images" in shown
     assert cells(shown)["accuracy, file in TFLite Micro, %"] == ["-", "-"]
     assert "Written" not in shown
 
