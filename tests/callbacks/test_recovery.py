@@ -781,7 +781,7 @@ def test_an_unwritable_folder_is_found_before_training(tmp_path):
 @pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("owner", "function"),
-    [(checkpoint_files.os, "fsync"), (tf.train.Checkpoint, "write")],
+    [(os, "fsync"), (tf.train.Checkpoint, "write")],
 )
 def test_a_failing_save_leaves_the_earlier_checkpoints(
     folder, owner, function, monkeypatch
