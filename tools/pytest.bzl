@@ -1,6 +1,6 @@
 """One py_test for each test file of a package."""
 
-def pytest_tests(deps = []):
+def pytest_tests(deps = [], data = []):
     """Makes a py_test of each `test_*.py` beside the BUILD file.
 
     A test may import the other files of its folder, `//tf_lowbit`, and `//tests`, whose
@@ -8,6 +8,7 @@ def pytest_tests(deps = []):
 
     Args:
       deps: the labels of what the folder's files import besides.
+      data: the files that the tests read.
     """
     for test in native.glob(["test_*.py"]):
         native.py_test(
@@ -15,5 +16,6 @@ def pytest_tests(deps = []):
             srcs = native.glob(["*.py"]) + ["//tools:pytest_main.py"],
             args = ["$(location %s)" % test],
             main = "//tools:pytest_main.py",
+            data = data,
             deps = ["//tests", "//tf_lowbit"] + deps,
         )

@@ -2,15 +2,18 @@
 
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import tf_lowbit as tfl
 from tests.scheme import nets
@@ -228,27 +231,38 @@ onload = () => {{
 """
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Debian's chromium")
-@pytest.mark.parametrize("width", [390, 1280])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_browser_shows_it_whole(full, tmp_path, width, scheme):
-    frame = tmp_path / "frame.html"
-    frame.write_text(FRAME.format(width=width, page=html.escape(full[0])))
-    done = subprocess.run(
+def in_browsers(test):
+    """Marks a test for each width and color scheme, where there is a browser."""
+    test = pytest.mark.parametrize("width", [390, 1280])(test)
+    test = pytest.mark.parametrize("scheme", ["light", "dark"])(test)
+    needs = pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
+    return pytest.mark.slow(needs(test))
+
+
+def browse(source, folder, scheme, *options):
+    """Opens a page in Debian's chromium, and returns what that prints."""
+    path = folder / "frame.html"
+    path.write_text(source)
+    return subprocess.run(
         [
             *("chromium", "--headless", "--no-sandbox", "--disable-gpu"),
-            *("--hide-scrollbars", "--window-size=1400,3000", "--dump-dom"),
+            *("--hide-scrollbars", "--force-device-scale-factor=1", *options),
             f"--blink-settings=preferredColorScheme={int(scheme == 'light')}",
-            f"--user-data-dir={tmp_path / 'profile'}",
-            frame.as_uri(),
+            f"--user-data-dir={folder / 'profile'}",
+            path.as_uri(),
         ],
         check=True,
         capture_output=True,
         text=True,
         timeout=120,
-    )
-    found = json.loads(re.search(r"<pre>(.*?)</pre>", done.stdout)[1])
+    ).stdout
+
+
+@in_browsers
+def test_a_browser_shows_it_whole(full, tmp_path, width, scheme):
+    frame = FRAME.format(width=width, page=html.escape(full[0]))
+    printed = browse(frame, tmp_path, scheme, "--window-size=1400,3000", "--dump-dom")
+    found = json.loads(re.search(r"<pre>(.*?)</pre>", printed)[1])
     assert found["reach"] <= width
     assert found["outside"] == []
     assert found["texts"] > 50
@@ -256,6 +270,37 @@ def test_a_browser_shows_it_whole(full, tmp_path, width, scheme):
     assert found["smallest"] >= 7
     ground = "rgb(255, 255, 255)" if scheme == "light" else "rgb(22, 24, 28)"
     assert found["ground"] == ground
+
+
+SCALE = 8
+# The mean absolute difference of the thumbnails, in gray levels of 255. A page without
+# its palette differs by 2.1 to 5.5, without its first chart by 2.8 to 5.0, unstyled by
+# 29 or more, in the other scheme by 200.
+TOLERANCE = 1.5
+
+
+@in_browsers
+def test_it_looks_as_it_did(full, tmp_path, width, scheme):
+    """Compares the top of the page with a thumbnail, on which no text can be read.
+
+    `TF_LOWBIT_THUMBNAILS=new` writes the thumbnails anew: look at the page before.
+    """
+    height = 900
+    frame = (
+        f'<body style="margin: 0"><iframe srcdoc="{html.escape(full[0])}" '
+        f'style="border: 0; width: {width}px; height: {height}px"></iframe>'
+    )
+    shot = tmp_path / "shot.png"
+    # The window is larger than the frame: part of its height shows no page.
+    browse(frame, tmp_path, scheme, "--window-size=1400,1100", f"--screenshot={shot}")
+    shown = Image.open(shot).convert("RGB").crop((0, 0, width, height))
+    shown = shown.resize((width // SCALE, height // SCALE), Image.Resampling.BOX)
+    committed = Path(__file__).with_name(f"page_{width}_{scheme}.png")
+    if os.environ.get("TF_LOWBIT_THUMBNAILS") == "new":
+        shown.save(committed, optimize=True)
+    expected = Image.open(committed).convert("RGB")
+    difference = np.abs(np.asarray(shown, float) - np.asarray(expected, float))
+    assert difference.mean() < TOLERANCE
 
 
 @pytest.mark.slow
