@@ -1190,6 +1190,35 @@ def more_rows(readers):
             )
         )
     for name, values in {
+        "optimizer": (3, "sgdd", b"sgd"),
+        "loss": (3, "crossentropi"),
+        "metrics": (3, ["accuracyy"], {"head": 3}),
+        "weighted_metrics": (3, ["accuracyy"]),
+    }.items():
+        for model in ("network", "trainer"):
+            made.extend(
+                table(
+                    f"{model}.compile",
+                    lambda env, v, n=name, m=model: getattr(env, m).compile(
+                        **{"optimizer": "sgd", n: v}
+                    ),
+                    name,
+                    values,
+                    f"{name} must be of Keras",
+                )
+            )
+    made.append(
+        (
+            "channel_axes-of-another-rank",
+            lambda env: tfl.quantizers.UniformWeightQuantizer(channel_axes=(7,))(
+                tf.ones([3, 4]),
+                training=False,
+                weights={"bits": tf.constant(2)},
+            ),
+            "channel_axes must be axes of a tensor of rank 2",
+        )
+    )
+    for name, values in {
         "loss": (3, "crossentropi", [], "", {}),
         "metrics": (3, "accuracy", None),
         "model": (None, 3, "net"),

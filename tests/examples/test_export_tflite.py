@@ -32,8 +32,8 @@ BAD = {
     "dataset": (["--dataset=nope"], r"--dataset=nope: .*digits"),
     "no model": (["--model="], r"^ValueError: path must be a path"),
     "missing model": (["--model=nope.h5"], r"^FileNotFoundError: .*nope\.h5"),
-    "a run's folder": (["--model=.."], r"^OSError: .*SavedModel"),
-    "torn model": (["--model=../torn.h5"], r"^OSError: .*truncated file"),
+    "a run's folder": (["--model=.."], r"^ValueError: path must be .*SavedModel"),
+    "torn model": (["--model=../torn.h5"], r"^ValueError: path must be a whole"),
     "missing .keras": (["--model=net.keras"], r"^FileNotFoundError: .*net\.keras"),
     "float network": (["--model=../float.h5"], r"^ValueError: .*nothing is quantized"),
     "other images": (

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tf_lowbit.compat import deep_graphs, keras, tf
-from tf_lowbit.conversion import keras3_operations
+from tf_lowbit.conversion import tensorflow_operations
 from tf_lowbit.core import grid
 from tf_lowbit.network import (
     graph,
@@ -108,7 +108,7 @@ class _ToKeras3:
     def __init__(self, network):
         self._network = network
         self._tensors = {(t.layer.name, t.role): t for t in _tensors(network)}
-        self._operations = keras3_operations.of(_keras3().ops)
+        self._operations = tensorflow_operations.of(_keras3().ops)
         self._layers: dict[str, object] = {}
         self._calls: list[tuple] = []
 

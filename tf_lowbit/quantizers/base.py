@@ -394,8 +394,17 @@ class WeightQuantizer(LowBitQuantizer):
 def channel_shape(
     tensor_shape: Sequence[int], channel_axes: Sequence[int]
 ) -> tuple[int, ...]:
-    """Returns the shape of a per-channel step: 1 on all other axes."""
+    """Returns the shape of a per-channel step: 1 on all other axes.
+
+    Raises:
+        ValueError: If the tensor has no such axis.
+    """
     rank = len(tensor_shape)
+    if not all(-rank <= axis < rank for axis in channel_axes):
+        raise ValueError(
+            f"channel_axes must be axes of a tensor of rank {rank}. "
+            f"Received: channel_axes={tuple(channel_axes)}"
+        )
     kept = {axis % rank for axis in channel_axes}
     return tuple(int(d) if i in kept else 1 for i, d in enumerate(tensor_shape))
 

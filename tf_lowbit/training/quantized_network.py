@@ -15,6 +15,14 @@ from tf_lowbit.scheme.layout import QuantizationWarning
 # Statistics of fewer steps are mostly noise: 10 batches of 32 values are 0.07 standard
 # deviations off, about half of a notable lag.
 _FEWEST_STEPS = 10
+_FOUND_BY_NAME = {
+    "optimizer": keras.optimizers.get,
+    "loss": keras.losses.get,
+    "metrics": keras.metrics.get,
+    "weighted_metrics": keras.metrics.get,
+}
+# Metrics that Keras finds by the loss.
+_OF_ANY_LOSS = ("accuracy", "acc", "crossentropy", "ce")
 
 
 class CheckedTraining:
@@ -38,6 +46,9 @@ class CheckedTraining:
     def compile(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102 (Keras's own)
         with self.distribute_strategy.scope():
             args, kwargs = keras3.as_tf_keras((args, kwargs))
+        given = inspect.signature(super().compile).bind(*args, **kwargs).arguments
+        for name, find in _FOUND_BY_NAME.items():
+            _require_known(name, given.get(name), find)
         super().compile(*args, **kwargs)
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
@@ -73,6 +84,23 @@ class QuantizedNetwork(CheckedTraining, NamedOutputs):
 # HDF5 and JSON store a model's class without its package.
 for _kind in (NamedOutputs, QuantizedNetwork):
     keras.utils.get_custom_objects()[_kind.__name__] = _kind
+
+
+def _require_known(name, given, find) -> None:
+    """Refuses what Keras would refuse at the first step, in a long trace."""
+    for one in tf.nest.flatten(given):
+        if one is None or (isinstance(one, str) and one in _OF_ANY_LOSS):
+            continue
+        try:
+            found = find(one)
+        except (TypeError, ValueError):
+            found = None
+        # `keras.metrics.get` returns an unknown name as it is.
+        if found is None or isinstance(found, str):
+            raise ValueError(
+                f"{name} must be of Keras: an object, a function or the name of one. "
+                f"Received: {name}={one!r}"
+            )
 
 
 def warn_of_open_ranges(model: keras.Model) -> None:

@@ -15,7 +15,15 @@ from tf_lowbit import export
 from tf_lowbit.compat import keras
 from tf_lowbit.export import layer_table
 from tf_lowbit.export.integer import twin
-from tf_lowbit.export.lowering import builder, elementwise, joins, pools
+from tf_lowbit.export.lowering import (
+    attention,
+    builder,
+    elementwise,
+    forms,
+    joins,
+    pools,
+    recurrent,
+)
 from tf_lowbit.export.lowering import linear as linears
 from tf_lowbit.export.lowering.builder import copy_of
 from tf_lowbit.export.lowering.layers import FUNCTIONS
@@ -199,6 +207,64 @@ def no_offset(monkeypatch):
     monkeypatch.setattr(elementwise, "scale", faulty)
 
 
+def state_ignored(monkeypatch):
+    """An unrolled cell that forgets its state."""
+    both = recurrent._Cell._both
+
+    def faulty(self, name, part):
+        self._recurrent = 0.0 * self._recurrent
+        return both(self, name, part)
+
+    monkeypatch.setattr(recurrent._Cell, "_both", faulty)
+
+
+def flat_softmax(monkeypatch):
+    """Attention without the scores' projection of the keys."""
+    projected = attention._projected
+
+    def faulty(dense, x, head, free_name, factor=1.0):
+        return projected(dense, x, head, free_name, 0.1 * factor)
+
+    monkeypatch.setattr(attention, "_projected", faulty)
+
+
+def last_term_left_out(monkeypatch):
+    adds = forms._adds_of_two
+    monkeypatch.setattr(
+        forms,
+        "_adds_of_two",
+        lambda layer, terms, *rest: adds(layer, [*terms[:-1], terms[0]], *rest),
+    )
+
+
+def own_activation_of_another_kind(monkeypatch):
+    monkeypatch.setattr(
+        forms,
+        "_as_layer",
+        lambda activation, name, policy: layers.Activation("tanh", name=name),
+    )
+
+
+def sum_over_another_axis(monkeypatch):
+    monkeypatch.setattr(forms, "dot_axes", lambda layer: (2, 3 - layer.axes[1]))
+
+
+def series(tail):
+    """A body that ends in 8 steps of 8 features."""
+
+    def body(x):
+        x = layers.MaxPooling2D(2)(networks.conv_bn_relu(x, 4, name="front"))
+        return tail(layers.Reshape((8, 8), name="series")(x))
+
+    return body
+
+
+def three_terms(x):
+    y = networks.conv_bn_relu(x, 4, name="branch")
+    z = networks.conv_bn_relu(x, 4, name="third")
+    return networks.bn_relu(layers.Add(name="sum")([x, y, z]), "target")
+
+
 TARGET = {"target_relu", "quantize_target_relu", "target"}
 FAULTS = {
     "conv": (conv, lambda m: off_by_one_code(m, TARGET)),
@@ -227,6 +293,18 @@ FAULTS = {
     "floats": (
         behind(layers.Conv2D(4, 1), layers.LeakyReLU(0.3)),
         other_layer(layer_table.FLOATS, layers.LeakyReLU(0.1)),
+    ),
+    "lstm": (series(layers.LSTM(4)), state_ignored),
+    "gru": (series(layers.GRU(4)), state_ignored),
+    "attention": (
+        series(lambda x: layers.MultiHeadAttention(2, 4)(x, x)),
+        flat_softmax,
+    ),
+    "dot": (series(lambda x: layers.Dot((2, 1))([x, x])), sum_over_another_axis),
+    "sum of three": (three_terms, last_term_left_out),
+    "own activation": (
+        behind(layers.Conv2D(4, 1, activation="sigmoid")),
+        own_activation_of_another_kind,
     ),
     "interpolate": (
         behind(layers.UpSampling2D(2, interpolation="bilinear")),
@@ -467,6 +545,66 @@ def test_numbers_have_errors(error, is_ok):
     labelled = judged(Numbers(), found, wanted)
     assert labelled.ok == (error == 0.0)
     assert labelled.values.to_labels["file"].largest == pytest.approx(error, abs=1e-6)
+
+
+def units(error):
+    """Three units of deviation 1, 100 and 0, and the file's, the first `error` off."""
+    wanted = np.stack(
+        [np.tile([-1.0, 1.0], 8), np.tile([-100.0, 100.0], 8), np.full(16, 5.0)], axis=1
+    )
+    file = wanted + np.array([error, 1.0, 0.1])
+    return {"file": file, "twin": file, "trained": wanted}
+
+
+def test_small_units_beside_large_ones_are_noted():
+    report = judged(Numbers(), units(0.9), None)
+    assert report.ok  # 0.9, 1.0 and 0.1 beside a spread of 58.
+    assert report.values.worst_unit == 0
+    assert report.values.worst_share == pytest.approx(0.9)
+    (note,) = report.notes
+    assert note.startswith("1 of 3 units of the output")
+    assert "unit 0 by 90%" in note
+    assert "90.0% of its own standard deviation" in " ".join(str(report).split())
+    assert judged(Numbers(), units(0.2), None).notes == []
+    assert judged(Numbers(), units(0.9), None, agreement=0.0).notes == []
+
+
+def test_outputs_after_the_first_are_judged():
+    found = units(0.1)
+    report = judged(Numbers("second"), found, None)
+    assert report.ok
+    assert report.values is None
+    assert report.further["second"].against["trained"].mean == pytest.approx(0.4)
+    found["trained"] = found["trained"][::-1]
+    report = judged(Numbers("second"), found, None)
+    (failure,) = report.failures
+    assert failure.startswith("second: outputs differ")
+
+
+@pytest.mark.parametrize("head", ["int8", "float"])
+def test_units_of_a_head_through_a_file(head, tmp_path):
+    """One unit is 300 times another: beside it, int8 has no steps for the other."""
+    rules = [networks.Rule(".*", 8, 8, "uniform", "uniform", edges=True)]
+    image = keras.Input((8,), name="image")
+    x = layers.Dense(8, activation="relu", name="first")(image)
+    x = layers.Dense(8, activation="relu", name="second")(x)
+    net = networks.randomize(
+        keras.Model(image, [layers.Dense(2, name="a")(x), layers.Dense(2, name="b")(x)])
+    )
+    kernel, bias = net.get_layer("b").get_weights()
+    net.get_layer("b").set_weights([kernel * [300.0, 1.0], bias])
+    quantized = networks.quantize(net, rules)
+    x = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
+    tfl.calibrate(quantized, [x])
+    made = export.to_tflite(
+        quantized, tmp_path / "net.tflite", [x], head=head, verbose=0
+    )
+    report = export.verify(made.path, quantized, [x], verbose=0)
+    assert report.ok, str(report)
+    lost = [note for note in report.notes if note.startswith("b: 1 of 2 units")]
+    assert len(lost) == (head == "int8")
+    assert list(report.further) == ["b"]
+    assert (report.further["b"].worst_share > 0.25) == (head == "int8")
 
 
 @pytest.mark.slow

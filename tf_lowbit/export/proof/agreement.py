@@ -36,6 +36,10 @@ _FLOAT_ERROR_EXPLAINED = 0.08
 _OVER = 16
 # Of a measured range, the share that data must reach.
 _USED = 1 / 8
+# Mean difference of layers from the layer that they were split from, in its standard
+# deviations: rounding errors may move codes behind it. Float16 rounds a thousand times
+# as much.
+_SPLIT_ERROR, _SPLIT_ERROR_OF_HALVES = 0.01, 0.1
 # With a larger multiplier some codes lie between two biases. A channel whose output
 # never changes has a multiplier of 1, up to float32's rounding.
 _STEEP = 1.001
@@ -56,8 +60,16 @@ class Agreements:
     """
 
     def __init__(self, snapped: Snapped, trained: keras.Model):
+        # Float16 is as coarse as a rounding to 8 bits.
+        self._is_half = any(
+            inspection.wrapped_layer(layer).compute_dtype in ("float16", "bfloat16")
+            for layer in trained.layers
+        )
         # With the tensors that the twin was made of.
-        trained = forms.as_layers(trained)
+        given, trained = trained, forms.as_layers(trained)
+        self._split = None
+        if trained is not given:
+            self._split = _Split(given, trained, self._is_half)
         self._twin = snapped.twin
         self._nodes = list(graph.calls(snapped.twin))
         self._noted = {
@@ -83,11 +95,6 @@ class Agreements:
         self._observer = keras.Model(
             trained.inputs, [observed, list(self._unrounded.values())]
         )
-        # Their float16 is as coarse as a rounding to 8 bits.
-        self._is_half = any(
-            made[n.layer.name].dtype in (tf.float16, tf.bfloat16)
-            for n in self._nodes_with
-        )
         self._rows = {}
         for node in self._nodes_with:
             grid = grid_of(node)
@@ -111,6 +118,8 @@ class Agreements:
             inputs: the same as a list, in the twin's order.
             own: the twin's tensors from its own input on, by layer.
         """
+        if self._split is not None:
+            self._split.add(argument)
         found, unrounded = self._observer(argument, training=False)
         names = [node.layer.name for node in self._nodes_with]
         trained = _as_arrays(names, found)
@@ -145,6 +154,8 @@ class Agreements:
     def judge(self, report: Report) -> None:
         """Puts the rows into the report, and what diverges among its failures."""
         report.agreements = list(self._rows.values())
+        if self._split is not None:
+            report.failures += self._split.problems()
         if report.is_tuned:
             return  # Its weights are no longer those of the trained network.
         for row in report.agreements:
@@ -153,6 +164,56 @@ class Agreements:
                 report.failures.append(
                     f"{row.tensor} diverges from the trained network: {problem}"
                 )
+
+
+class _Split:
+    """The layers that `forms.as_layers` makes, against those that it splits.
+
+    The rows of `Agreements` compare the twin with the network after the split, where a
+    fault of the split is on both sides.
+    """
+
+    def __init__(self, given, split, is_half):
+        made = {node.layer.name: node for node in graph.calls(split)}
+        pairs = {
+            node.layer.name: (graph.outputs_of(node)[0], graph.outputs_of(end)[0])
+            for node in graph.calls(given)
+            if (end := made.get(node.layer.name)) is not None
+            and type(end.layer) is not type(node.layer)
+        }
+        ends = zip(given.output_names, given.outputs, split.outputs, strict=True)
+        pairs |= {name: (output, end) for name, output, end in ends}
+        self._names = list(pairs)
+        self._observers = [
+            keras.Model(network.inputs, [pair[side] for pair in pairs.values()])
+            for side, network in enumerate((given, split))
+        ]
+        # By tensor: count, sum, sum of squares, sum of errors.
+        self._sums = np.zeros((len(pairs), 4))
+        self._allowed = _SPLIT_ERROR_OF_HALVES if is_half else _SPLIT_ERROR
+
+    def add(self, argument):
+        given, split = (
+            _as_arrays(self._names, observer(argument, training=False)).values()
+            for observer in self._observers
+        )
+        for sums, wanted, found in zip(self._sums, given, split, strict=True):
+            wanted = wanted.astype(np.float64)
+            error = np.abs(found - wanted).sum()
+            sums += wanted.size, wanted.sum(), (wanted**2).sum(), error
+
+    def problems(self) -> list[str]:
+        count, total, squares, error = self._sums.T
+        deviation = np.sqrt(np.maximum(squares / count - (total / count) ** 2, 0.0))
+        allowed = self._allowed * deviation + _FLOAT_ERROR * np.sqrt(squares / count)
+        return [
+            f"{name} diverges from the trained network: split into layers for the "
+            f"file, it is off by {mean:.4g} on average, allowed {most:.4g}"
+            for name, mean, most in zip(
+                self._names, error / count, allowed, strict=True
+            )
+            if not mean <= most
+        ]
 
 
 def grid_of(node: Node) -> int8_grids.Grid | None:

@@ -55,6 +55,8 @@ def compare_on_data(
     everything, plain = runner(content, intermediates=True), runner(content)
     rows = [Comparison(node.layer.name, grid_of(node) is not None) for node in nodes]
     result: Classes | Numbers | None = None
+    names = _output_names(snapped, trained)
+    further = [Numbers(name) for name in names[1:]]
     for count, batch in enumerate(batches):
         values, labels = _split(batch, model)
         fed = [_fed(snapped, index, v) for index, v in enumerate(values)]
@@ -65,16 +67,22 @@ def compare_on_data(
             own = tf.nest.flatten(observer(argument, training=False))
             _compare_tensors(rows, nodes, model.inputs, values, found, own)
             if agreements is not None:
-                names = [node.layer.name for node in nodes]
-                arrays = [tensor.numpy() for tensor in own]
-                by_name = dict(zip(names, arrays, strict=True))
+                by_name = {
+                    node.layer.name: tensor.numpy()
+                    for node, tensor in zip(nodes, own, strict=True)
+                }
                 agreements.add(argument, values, by_name)
-        first = plain.outputs[0]["name"]
-        scores = {"file": _dequantized(plain(*fed)[first], plain.outputs[0])}
+        found = plain(*fed)
+        made = [_dequantized(found[d["name"]], d) for d in plain.outputs]
+        everyone = {"file": made}
         for name, network in networks.items():
-            found = tf.nest.flatten(network(argument, training=False))[0]
-            scores[name] = found.numpy().astype(np.float32)
-        labels = classifying.of_first_output(labels, _output_names(snapped, trained))
+            found = tf.nest.flatten(network(argument, training=False))
+            everyone[name] = [tensor.numpy().astype(np.float32) for tensor in found]
+        scores, *others = (
+            dict(zip(everyone, values, strict=True))
+            for values in zip(*everyone.values(), strict=True)
+        )
+        labels = classifying.of_first_output(labels, names)
         if result is None:
             reference = model if trained is None else trained
             if classifying.are_classes(reference, scores["file"], labels):
@@ -82,11 +90,14 @@ def compare_on_data(
             else:
                 result = Numbers()
         result.add(scores, labels)
+        for numbers, values in zip(further, others, strict=True):
+            numbers.add(values, None)
     if result is None:
         raise ValueError("data must hold at least one batch. Received: none")
     report.comparisons = [row for row in rows if row.elements]
     is_tainted = _judge(report, _behind_float(nodes))
-    result.judge(report, is_tainted)
+    for part in (result, *further):
+        part.judge(report, is_tainted)
     if agreements is not None:
         agreements.judge(report)
 

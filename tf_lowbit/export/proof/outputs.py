@@ -106,11 +106,17 @@ class Classes:
 
 
 class Numbers:
-    """Measures the errors of outputs that are not classes."""
+    """Measures the errors of an output that is not a score of classes.
 
-    def __init__(self):
+    Args:
+        output: name of the output; None for the network's first one.
+    """
+
+    def __init__(self, output: str | None = None):
+        self._output = output
         self._found = Values()
-        self._sums = np.zeros(3)  # Outputs: count, sum, sum of squares.
+        # By unit: count, sum and sum of squares of the reference; sum of the errors.
+        self._sums = np.zeros((4, 1))
         self._more = np.zeros(2)  # Additional error by example: sum, sum of squares.
 
     def add(self, scores: dict, labels: Any) -> None:
@@ -118,11 +124,14 @@ class Numbers:
         found, file = self._found, scores["file"].astype(np.float64)
         found.examples += len(file)
         reference = scores.get("trained", scores["twin"]).astype(np.float64)
-        self._sums += reference.size, reference.sum(), (reference**2).sum()
+        units = reference.reshape(-1, reference.shape[-1])
+        errors = np.abs(file.reshape(units.shape) - units)
+        parts = np.ones_like(units), units, units**2, errors
+        self._sums = self._sums + np.stack([part.sum(axis=0) for part in parts])
         for name, values in scores.items():
             if name != "file":
-                errors = found.against.setdefault(name, Errors())
-                _add_errors(errors, np.abs(file - values))
+                against = found.against.setdefault(name, Errors())
+                _add_errors(against, np.abs(file - values))
         if labels is None:
             return
         labels = np.asarray(labels, np.float64)
@@ -143,12 +152,19 @@ class Numbers:
             self._more += more.sum(), (more**2).sum()
 
     def judge(self, report: Report, is_tainted: bool) -> None:
-        """Adds the errors and the failures to the report."""
-        found = report.values = self._found
-        count, total, squares = self._sums
-        found.spread = math.sqrt(max(squares / count - (total / count) ** 2, 0.0))
+        """Adds the errors, the failures and a note to the report."""
+        del is_tainted
+        found = self._found
+        if self._output is None:
+            report.values = found
+        else:
+            report.further[self._output] = found
+        count, total, squares, _ = self._sums.sum(axis=1)
+        found.spread = float(_deviation(count, total, squares))
         if "trained" not in found.against:
             return
+        where = "" if self._output is None else f"{self._output}: "
+        self._judge_units(report, where)
         least = _ROUNDINGS * math.sqrt(squares / count)
         if found.to_labels:
             mean, square = self._more / found.examples
@@ -157,7 +173,7 @@ class Numbers:
             allowed = report.tolerance * found.spread + least
             if not found.certain_more <= allowed:
                 report.failures.append(
-                    f"the mean error is {mean:.4g} above the trained network's, "
+                    f"{where}the mean error is {mean:.4g} above the trained network's, "
                     f"allowed {allowed:.4g} plus chance"
                 )
             return
@@ -165,9 +181,38 @@ class Numbers:
         error = found.against["trained"].mean
         if not error <= allowed:
             report.failures.append(
-                f"outputs differ from the trained network's by {error:.4g} on average, "
-                f"allowed {allowed:.4g}"
+                f"{where}outputs differ from the trained network's by {error:.4g} on "
+                f"average, allowed {allowed:.4g}"
             )
+
+    def _judge_units(self, report, where) -> None:
+        """Notes units that are lost beside larger ones.
+
+        A note and no failure: of a unit that hardly varies every rounding is large
+        beside its deviation. A constant unit has nothing to lose.
+        """
+        count, total, squares, errors = self._sums
+        own = _deviation(count, total, squares)
+        varies = own > _ROUNDINGS * np.sqrt(squares / count)
+        shares = np.where(varies, errors / count / np.where(varies, own, 1.0), 0.0)
+        worst = int(shares.argmax())
+        self._found.worst_unit = worst
+        self._found.worst_share = float(shares[worst])
+        allowed = 1 - report.agreement
+        if len(shares) > 1 and not shares[worst] <= allowed:
+            report.notes.append(
+                f"{where}{(~(shares <= allowed)).sum()} of {len(shares)} units of the "
+                f"output differ from the trained network's by more than {allowed:.0%} "
+                f"of their own standard deviation, unit {worst} by "
+                f"{shares[worst]:.0%}. "
+                "All units of an int8 head share one step: head='float' keeps small "
+                "ones, or train on targets of one range"
+            )
+
+
+def _deviation(count, total, squares) -> np.ndarray:
+    """Standard deviations, from the sums over `count` numbers and their squares."""
+    return np.sqrt(np.maximum(squares / count - (total / count) ** 2, 0.0))
 
 
 def _is_certainly_less(share: float, wanted: float, count: int) -> bool:

@@ -96,7 +96,10 @@ def _add_result(table, report) -> None:
     if report.predictions is not None:
         _add_predictions(table, report, report.predictions)
     if report.values is not None:
-        _add_values(table, report, report.values)
+        _add_values(table, report.values)
+    for name, values in report.further.items():
+        table.add_row(f"output {rich.markup.escape(name)}", "")
+        _add_values(table, values)
 
 
 def _add_predictions(table, report, found) -> None:
@@ -124,7 +127,7 @@ def _add_predictions(table, report, found) -> None:
         )
 
 
-def _add_values(table, report, found) -> None:
+def _add_values(table, found) -> None:
     for name, errors in found.to_labels.items():
         table.add_row(
             f"error of the {_NETWORKS[name]}",
@@ -135,6 +138,12 @@ def _add_values(table, report, found) -> None:
             f"file against {_NETWORKS[name]}",
             f"mean {errors.mean:.4g}, largest {errors.largest:.4g}; outputs spread "
             f"by {found.spread:.4g}",
+        )
+    if found.worst_share:
+        table.add_row(
+            "  worst unit",
+            f"{found.worst_unit}: mean {found.worst_share:.1%} of its own standard "
+            "deviation",
         )
 
 

@@ -168,7 +168,7 @@ class Errors:
 
 @dataclasses.dataclass
 class Values:
-    """The first output on data, if it is not a score of classes.
+    """An output on data, if it is not the first one with scores of classes.
 
     Attributes:
         examples: number of examples.
@@ -176,6 +176,9 @@ class Values:
             without a trained model.
         against: differences of the file from "twin" and "trained".
         to_labels: differences of "file", "twin" and "trained" from the labels.
+        worst_unit: index on the output's last axis of the unit that differs most from
+            the trained model's, relative to its own standard deviation.
+        worst_share: the mean difference of that unit, in its standard deviations.
         more: mean error of the file minus mean error of the trained model.
         certain_more: lower bound of `more` at one-sided 99 % confidence.
     """
@@ -184,6 +187,8 @@ class Values:
     spread: float = 0.0
     against: dict[str, Errors] = dataclasses.field(default_factory=dict)
     to_labels: dict[str, Errors] = dataclasses.field(default_factory=dict)
+    worst_unit: int = 0
+    worst_share: float = 0.0
     more: float | None = None
     certain_more: float = 0.0
 
@@ -209,7 +214,8 @@ class Report:
         is_tuned: whether the twin was fine-tuned after it was made from the model.
         predictions: predictions on data; None without data, or if outputs are not
             classes.
-        values: outputs on data that are not classes, or None.
+        values: the first output on data if it does not hold classes, or None.
+        further: output's name -> values on data, for the outputs after the first.
         notes: layers that differ from the trained ones.
         arena: bytes of TFLite Micro's arena on this machine; None for other targets.
         widths: packed tensor -> bits of an index.
@@ -230,6 +236,7 @@ class Report:
     is_tuned: bool = False
     predictions: Predictions | None = None
     values: Values | None = None
+    further: dict[str, Values] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
     arena: int | None = None
     widths: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -259,9 +266,10 @@ class Report:
         if self.off_by_one:
             return False
         if self.predictions is not None:
-            return self.predictions.trained_agrees == self.predictions.examples
-        assert self.values is not None  # It is measured.
-        return self.values.against["trained"].largest <= 1e-4 * self.values.spread
+            if self.predictions.trained_agrees != self.predictions.examples:
+                return False
+        measured = [*self.further.values(), *([self.values] if self.values else [])]
+        return all(v.against["trained"].largest <= 1e-4 * v.spread for v in measured)
 
     @property
     def size(self) -> int:

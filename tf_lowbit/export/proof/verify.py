@@ -74,6 +74,8 @@ def verify(
        chance. Without labels, `agreement` of the predictions equal the trained model's.
        If outputs are not classes, the mean error may grow by `tolerance` of the
        outputs' standard deviation; without labels, it may be `1 - agreement` of it.
+       So may that of each output after the first. A note counts the units that differ
+       by more than this part of their own standard deviation.
     8. Each layer of the twin, given the trained model's inputs, gives its outputs,
        except where a note names a rounding; and measured ranges fit the data. A
        fine-tuned twin skips this.
