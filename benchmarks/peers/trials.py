@@ -1,15 +1,17 @@
-"""The smallest network through other tools: what docs/comparison.md says of them.
+"""The smallest network through other tools: what the documents say of them.
 
   pip install --no-deps --target=FOLDER nncf==3.4.0 networkx==3.6.1 ...
   PYTHONPATH=FOLDER python -m benchmarks.peers.trials --tool=nncf
 
 with the versions of benchmarks/requirements-trials.txt. Each tool has a folder of its
 own: HGQ2 and qkeras-v3 both bring a package `qkeras`. Nothing is measured; a trial
-prints what was quantized, and fails where the tool no longer does it.
+prints what the tool did, and fails where the tool no longer does it. finn-plus and
+hls4ml read QONNX files of this library; others quantize a network.
 """
 
 import importlib.metadata
 import os
+import tempfile
 
 import numpy as np
 from absl import app, flags
@@ -41,6 +43,122 @@ def hgq2() -> list[str]:
     return [
         f"trained; bit operations of the convolution: {float(model.layers[0].ebops)}"
     ]
+
+
+def _two_bits(blocks):
+    """A QONNX file of a 2-bit network, cleaned by qonnx; its input and its outputs.
+
+    Args:
+        blocks: a function from the network's input to that of the last layer.
+    """
+    from qonnx.core.modelwrapper import ModelWrapper
+    from qonnx.util.cleanup import cleanup_model
+
+    import tf_lowbit as tfl
+    from tf_lowbit.compat import keras
+
+    keras.utils.set_random_seed(0)
+    image = keras.Input((8, 8, 1), name="image")
+    outputs = keras.layers.Dense(3, name="head")(blocks(keras.layers, image))
+    rules = [
+        tfl.PrecisionRule("first|head", 8, 8, "lsq", "lsq"),
+        tfl.PrecisionRule(".*", 2, 2, "lsq", "lsq"),
+    ]
+    network = keras.Model(image, outputs)
+    model = tfl.quantize(network, rules, residual_bits=8)
+    tfl.calibrate(model, [abs(_images())])
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "net.onnx")
+        tfl.export.to_qonnx(model, path)
+        file = cleanup_model(ModelWrapper(path))
+    images = abs(_images()[:1])
+    return file, images, model(images).numpy()
+
+
+def _conv(layers, x, name):
+    x = layers.Conv2D(4, 3, padding="same", use_bias=False, name=name)(x)
+    return layers.BatchNormalization(name=f"{name}_bn")(x)
+
+
+def _dense(layers, x):
+    x = layers.Flatten(name="flat")(x)
+    for name in ("first", "second"):
+        x = layers.ReLU(name=f"{name}_relu")(layers.Dense(8, name=name)(x))
+    return x
+
+
+def _plain(layers, x):
+    x = layers.ReLU(name="first_relu")(_conv(layers, x, "first"))
+    x = layers.MaxPooling2D(name="pool")(x)
+    x = layers.ReLU(name="second_relu")(_conv(layers, x, "second"))
+    return layers.Flatten(name="flat")(x)
+
+
+def _residual(layers, x):
+    x = layers.ReLU(name="first_relu")(_conv(layers, x, "first"))
+    y = layers.ReLU(name="second_relu")(_conv(layers, x, "second"))
+    x = layers.Add(name="sum")([x, _conv(layers, y, "third")])
+    x = layers.ReLU(name="sum_relu")(x)
+    return layers.GlobalAveragePooling2D(name="average")(x)
+
+
+def finn_plus() -> list[str]:
+    """Converts QONNX files of this library to FINN's operators, and runs them."""
+    from finn.transformation.qonnx.convert_qonnx_to_finn import ConvertQONNXtoFINN
+    from qonnx.core.onnx_exec import execute_onnx
+
+    lines = []
+    for blocks in (_dense, _plain, _residual):
+        file, images, wanted = _two_bits(blocks)
+        file = file.transform(ConvertQONNXtoFINN())
+        kinds = {node.op_type for node in file.graph.node}
+        # Weights are integers now, and activations thresholds.
+        assert "MultiThreshold" in kinds
+        assert not kinds & {"Quant", "BipolarQuant"}
+        feeds = {file.graph.input[0].name: images.transpose(0, 3, 1, 2)}
+        outputs = execute_onnx(file, feeds)[file.graph.output[0].name]
+        difference = np.abs(outputs - wanted).max()
+        assert difference <= 1e-4 * np.abs(wanted).max()
+        lines.append(
+            f"{blocks.__name__}: {sorted(kinds)}; outputs differ by {difference:.2g}"
+        )
+    return lines
+
+
+def hls4ml() -> list[str]:
+    """Converts QONNX files of this library to HLS code, and compiles one on the CPU."""
+    import hls4ml
+    from qonnx.transformation.channels_last import ConvertToChannelsLastAndClean
+    from qonnx.transformation.gemm_to_matmul import GemmToMatMul
+    from qonnx.util.cleanup import cleanup_model
+
+    lines = []
+    for blocks in (_dense, _plain, _residual):
+        file, images, wanted = _two_bits(blocks)
+        # Its front end takes convolutions in this order alone.
+        file = file.transform(ConvertToChannelsLastAndClean())
+        file = cleanup_model(file.transform(GemmToMatMul()))
+        settings = hls4ml.utils.config.config_from_onnx_model(
+            file,
+            granularity="name",
+            backend="Vivado",
+            # The scale of two 8-bit grids is below the steps of fixed<32,16>.
+            default_precision="fixed<48,16>",
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            made = hls4ml.converters.convert_from_onnx_model(
+                file, output_dir=folder, hls_config=settings, backend="Vivado"
+            )
+            kinds = {layer.class_name for layer in made.get_layers()}
+            line = f"{blocks.__name__}: {sorted(kinds)}"
+            if blocks is _dense:
+                # Convolutions take the compiler minutes.
+                made.compile()
+                difference = np.abs(made.predict(images) - wanted).max()
+                assert difference <= 1e-3 * np.abs(wanted).max()
+                line += f"; outputs differ by {difference:.2g}"
+        lines.append(line)
+    return lines
 
 
 def keras() -> list[str]:
@@ -125,7 +243,9 @@ def qkeras_v3() -> list[str]:
 
 # Tool -> (its trial, name of its distribution).
 TOOLS = {
+    "finn-plus": (finn_plus, "finn-plus"),
     "hgq2": (hgq2, "hgq2"),
+    "hls4ml": (hls4ml, "hls4ml"),
     "keras": (keras, "keras"),
     "mct": (mct, "model-compression-toolkit"),
     "nncf": (nncf, "nncf"),
@@ -136,8 +256,10 @@ flags.DEFINE_enum("tool", "keras", list(TOOLS), "Which one; it must be installed
 
 def main(_) -> None:
     """Prints the tool's version and what its trial says."""
-    os.environ["TF_USE_LEGACY_KERAS"] = "0"
     trial, distribution = TOOLS[FLAGS.tool]
+    # Those that read this library's files leave the choice of Keras to it.
+    if trial not in (finn_plus, hls4ml):
+        os.environ["TF_USE_LEGACY_KERAS"] = "0"
     print(distribution, importlib.metadata.version(distribution))
     for line in trial():
         print(line)
