@@ -425,6 +425,22 @@ def test_a_channel_whose_output_never_changes_has_its_code(monkeypatch):
 
 
 @pytest.mark.quick(1)
+def test_a_layer_that_is_split_may_be_called_several_times():
+    """Each call has its own result."""
+
+    def body(x):
+        cell, join = layers.LSTM(2, name="cell"), layers.Add(name="sum")
+        x = layers.MaxPooling2D(4)(networks.conv_bn_relu(x, 4, name="front"))
+        other = layers.Permute((2, 1, 3))(x)
+        ends = [cell(layers.Reshape((2, 8))(t)) for t in (x, other)]
+        first = join([*ends, layers.Activation("tanh")(ends[0])])
+        return join([first, first, ends[1]])
+
+    report = prove(block(body))
+    assert report.ok, str(report)
+
+
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 100.0])
 def test_ranges_of_other_data_are_noticed(model, scale):
     """A file that was made with absurd data is consistent with itself."""
