@@ -22,7 +22,7 @@ html_css_files = ["cards.css"]
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 napoleon_use_ivar = True
-autodoc_typehints = "none"
+autodoc_typehints_format = "short"
 # Links to files of the repository that are no pages.
 suppress_warnings = ["myst.xref_missing"]
 
