@@ -184,7 +184,7 @@ def test_every_page_is_reached_and_has_code():
     assert listed == pages - {"index"}
     with_code = {page.removeprefix("docs/").removesuffix(".md") for page in PAGES}
     without = {
-        *("comparison", "provenance", "supported_models"),
+        *("benchmarks", "comparison", "provenance", "supported_models"),
         *("status", "troubleshooting"),
     }
     assert listed - with_code == without
@@ -201,6 +201,14 @@ def test_the_pages_are_built_without_a_warning(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    # Names and the benchmarks, which are no page of the repository's docs, are linked.
+    choosing = (tmp_path / "how_to" / "choosing.html").read_text()
+    for target in (
+        "reference/training.html#tf_lowbit.recipes.low_bit",
+        "benchmarks.html",
+    ):
+        assert f'href="../{target}' in choosing
+    assert "<table" in (tmp_path / "benchmarks.html").read_text()
     pages = sorted((tmp_path / "reference").glob("*.html"))
     reference = "".join(page.read_text() for page in pages)
     for name in tfl.__all__:
