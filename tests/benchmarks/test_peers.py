@@ -391,11 +391,22 @@ def test_the_documents_have_the_versions_of_the_trials():
     pins = (programs.ROOT / "benchmarks/requirements-trials.txt").read_text()
     versions = dict(re.findall(r"^([\w-]+)==(\S+)$", pins, re.M))
     for name, shown in {
+        "aimet-onnx": "AIMET",
+        "aimet-torch": "AIMET",
+        "brevitas": "Brevitas",
         "hgq2": "HGQ2",
         "nncf": "NNCF",
         "model-compression-toolkit": "MCT",
         "qkeras-v3": "`qkeras-v3`",
         "finn-plus": "finn-plus",
         "hls4ml": "hls4ml",
+        "torch": "PyTorch",
     }.items():
         assert f"{shown} {versions[name]}" in text
+
+
+def test_a_trial_has_the_version_of_its_tool():
+    """Keras is in the lock."""
+    pins = (programs.ROOT / "benchmarks/requirements-trials.txt").read_text()
+    pinned = set(re.findall(r"^([\w-]+)==", pins, re.M))
+    assert {name for _, name in trials.TOOLS.values()} - {"keras"} <= pinned
