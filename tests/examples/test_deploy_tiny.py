@@ -103,7 +103,7 @@ BAD = {
     "no model": (["--model=nope.h5"], r"^FileNotFoundError: .*nope\.h5"),
     "bits": (["--bits=8/8,2"], r"^ValueError: --bits must be pairs.*--bits='2'"),
     "too many bits": (["--bits=9/8"], r"^ValueError: .*bits.*9"),
-    "no labels": (["--epochs=1"], r"^ValueError: --epochs wants labels.*--data=None"),
+    "no labels": (["--epochs=1"], r"^ValueError: --epochs needs labels.*--data=None"),
     "other images": (
         ["--data=six.npz"],
         r"^ValueError: The data must have .*\(8, 8, 1\)\. Received: 'six\.npz'.*6, 6",
@@ -174,7 +174,7 @@ def test_the_table_has_what_was_measured(runs):
     found, folder = runs
     code, error, shown = found["all"]
     assert (code, error) == (0, ""), shown
-    assert "32 examples to calibrate and train on, the last 8 to test on." in shown
+    assert "Calibration and training: 32 examples; test: the last 8." in shown
     table = cells(shown)
     result = json.loads((folder / "out" / "deployment.json").read_text())
     assert list(result["deployments"]) == sorted(PAIRS)
