@@ -623,6 +623,24 @@ def test_units_of_a_head_through_a_file(head, tmp_path):
     assert (report.further["b"].worst_share > 0.25) == (head == "int8")
 
 
+@pytest.mark.quick(1)
+def test_outputs_without_an_axis_of_units():
+    """`Reshape(())` leaves it out: batches of two sizes have outputs of two shapes."""
+    image = keras.Input((8,), name="image")
+    x = layers.Dense(8, activation="relu", name="first")(image)
+    ends = [layers.Reshape(())(layers.Dense(1, name=name)(x)) for name in "ab"]
+    model = networks.quantize(
+        networks.randomize(keras.Model(image, ends)), networks.EVERYWHERE
+    )
+    x = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
+    data = [x[:10], x[10:]]
+    file = writer.to_bytes(export.snap(model, data))
+    report = export.verify(file, model, data, verbose=0)
+    assert report.ok, str(report)
+    (second,) = report.further.values()
+    assert report.values.examples == second.examples == len(x)
+
+
 @pytest.mark.slow
 def test_a_regression_through_a_file(tmp_path):
     image = keras.Input((8,), name="image")
