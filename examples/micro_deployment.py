@@ -297,7 +297,9 @@ def source_files(deployment: Deployment) -> dict[str, str]:
         for at in range(0, len(content), _BYTES_IN_A_LINE)
     ]
     names = deployment.operators["packed"]
-    calls = [f"  TF_LITE_ENSURE_STATUS(resolver.{_add(name)}());" for name in names]
+    calls = [
+        f"  TF_LITE_ENSURE_STATUS(resolver.{add_method(name)}());" for name in names
+    ]
     resolver = f"tflite::MicroMutableOpResolver<{len(names)}>"
     return {
         "model_data.h": "\n".join(
@@ -347,8 +349,10 @@ def source_files(deployment: Deployment) -> dict[str, str]:
     }
 
 
-def _add(name: str) -> str:
+def add_method(name: str) -> str:
     """Returns the resolver's method for an operator: CONV_2D is AddConv2D."""
+    if name == "BATCH_MATMUL":
+        return "AddBatchMatMul"  # TFLite's name has one word there.
     parts = (
         part if part[0].isdigit() else part.capitalize() for part in name.split("_")
     )

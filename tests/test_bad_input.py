@@ -1191,7 +1191,7 @@ def more_rows(readers):
         )
     for name, values in {
         "optimizer": (3, "sgdd", b"sgd"),
-        "loss": (3, "crossentropi"),
+        "loss": (3, "crossentropi", "accuracy"),
         "metrics": (3, ["accuracyy"], {"head": 3}),
         "weighted_metrics": (3, ["accuracyy"]),
     }.items():

@@ -1,5 +1,6 @@
 """What the documents say can be run, given and opened."""
 
+import ast
 import json
 import re
 import subprocess
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import tf_lowbit as tfl
-from tf_lowbit.compat import keras, tf
+from tf_lowbit.compat import tf
 from tf_lowbit.network import layer_registry
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,36 +110,18 @@ def code_of(name):
 PAGES = [name for name in DOCUMENTS if name.startswith("docs/") and code_of(name)]
 
 
-def network():
-    layers = keras.layers
-    return keras.Sequential(
-        [
-            layers.Conv2D(3, 3, input_shape=(6, 6, 1), name="conv1"),
-            layers.ReLU(),
-            layers.Conv2D(4, 3, use_bias=False, name="conv2"),
-            layers.BatchNormalization(),
-            layers.ReLU(),
-            layers.GlobalAveragePooling2D(name="pool"),
-            layers.Dense(3, name="head"),
-        ]
-    )
-
-
-@pytest.fixture
-def names():
-    """What the pages' code takes for granted: a small network and random data."""
-    images = np.random.default_rng(0).normal(size=(16, 6, 6, 1)).astype("f")
-    data = tf.data.Dataset.from_tensor_slices((images, np.arange(16) % 3)).batch(8)
-    return {
-        "tfl": tfl,
-        "keras": keras,
-        "tf": tf,
-        "float_model": network(),
-        "rules": [tfl.PrecisionRule(".*", weight_bits=2, activation_bits=2)],
-        "train_data": data,
-        "test_data": data,
-        "loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-    }
+def of_the_guide():
+    """What the guide's first two blocks define, with few data and no training."""
+    names: dict = {}
+    network, training = code_of("docs/guide.md")[:2]
+    exec(compile(network, "docs/guide.md", "exec"), names)
+    for data in ("train_data", "test_data"):
+        names[data] = names[data].take(2)
+    for statement in ast.parse(training).body:
+        code = ast.unparse(statement)
+        if code.startswith(("rules = ", "loss = ")):
+            exec(code, names)
+    return names
 
 
 def spread_of_the_tutorial():
@@ -163,10 +146,10 @@ def test_the_tutorial_gives_the_numbers_that_were_measured():
 # `tests/test_guide.py` runs the guide, block by block.
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [page for page in PAGES if page != "docs/guide.md"])
-def test_the_code_of_a_page_runs(name, names, tmp_path, monkeypatch):
+def test_the_code_of_a_page_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if name == "docs/tutorial.md":
-        names = {}  # It stands for itself.
+    # The tutorial stands alone; the other pages say that they continue the guide.
+    names = {} if name == "docs/tutorial.md" else of_the_guide()
     if name.endswith("own_layer.md"):
         monkeypatch.setattr(layer_registry, "_KERNELS", dict(layer_registry._KERNELS))
     before = names.get("float_model") and names["float_model"].get_weights()
@@ -186,6 +169,13 @@ def test_the_code_of_a_page_runs(name, names, tmp_path, monkeypatch):
         assert trainer.teacher_optimizer.iterations.numpy() == 4
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_says_where_its_code_goes_on(name):
+    said = "continues from the first two blocks of the [guide](../guide.md)"
+    text = (ROOT / name).read_text().split("```python")[0]
+    assert (said in text) != (name in ("docs/guide.md", "docs/tutorial.md"))
+
+
 def test_every_page_is_reached_and_has_code():
     index = (ROOT / "docs/index.md").read_text()
     pages = {name.removeprefix("docs/").removesuffix(".md") for name in DOCUMENTS}
@@ -194,7 +184,7 @@ def test_every_page_is_reached_and_has_code():
     assert listed == pages - {"index"}
     with_code = {page.removeprefix("docs/").removesuffix(".md") for page in PAGES}
     without = {
-        *("comparison", "provenance", "supported_models"),
+        *("benchmarks", "comparison", "provenance", "supported_models"),
         *("status", "troubleshooting"),
     }
     assert listed - with_code == without
@@ -211,6 +201,14 @@ def test_the_pages_are_built_without_a_warning(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    # Names and the benchmarks, which are no page of the repository's docs, are linked.
+    choosing = (tmp_path / "how_to" / "choosing.html").read_text()
+    for target in (
+        "reference/training.html#tf_lowbit.recipes.low_bit",
+        "benchmarks.html",
+    ):
+        assert f'href="../{target}' in choosing
+    assert "<table" in (tmp_path / "benchmarks.html").read_text()
     pages = sorted((tmp_path / "reference").glob("*.html"))
     reference = "".join(page.read_text() for page in pages)
     for name in tfl.__all__:

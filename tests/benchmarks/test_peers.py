@@ -385,14 +385,28 @@ def test_the_comparison_says_what_a_trial_of_keras3_shows():
     assert "int8: kernels that fit trains: 1 of 2" in lines
 
 
-def test_the_comparison_has_the_versions_of_the_trials():
-    text = (programs.ROOT / "docs/comparison.md").read_text()
+def test_the_documents_have_the_versions_of_the_trials():
+    pages = ("docs/comparison.md", "docs/how_to/qonnx.md")
+    text = "".join((programs.ROOT / page).read_text() for page in pages)
     pins = (programs.ROOT / "benchmarks/requirements-trials.txt").read_text()
     versions = dict(re.findall(r"^([\w-]+)==(\S+)$", pins, re.M))
     for name, shown in {
+        "aimet-onnx": "AIMET",
+        "aimet-torch": "AIMET",
+        "brevitas": "Brevitas",
         "hgq2": "HGQ2",
         "nncf": "NNCF",
         "model-compression-toolkit": "MCT",
         "qkeras-v3": "`qkeras-v3`",
+        "finn-plus": "finn-plus",
+        "hls4ml": "hls4ml",
+        "torch": "PyTorch",
     }.items():
         assert f"{shown} {versions[name]}" in text
+
+
+def test_a_trial_has_the_version_of_its_tool():
+    """Keras is in the lock."""
+    pins = (programs.ROOT / "benchmarks/requirements-trials.txt").read_text()
+    pinned = set(re.findall(r"^([\w-]+)==", pins, re.M))
+    assert {name for _, name in trials.TOOLS.values()} - {"keras"} <= pinned

@@ -19,6 +19,18 @@ from tf_lowbit.export.tflite.operators import FLOAT_VERSIONS, INTEGER_VERSIONS
 PAGE = Path(__file__).parents[2] / "docs" / "how_to" / "deployment.md"
 MINE = dataclasses.replace(TARGETS["tflm"], name="mine", weight_bits=(2, 8))
 
+# Of https://coral.ai/docs/edgetpu/models-intro/#supported-operations. The names to
+# ResizeBilinear were read in Axis's copy for ARTPEC-7, which sorts them; the others in
+# an older copy, and Transpose and TransposeConv in google-coral/edgetpu, issues 193
+# and 684.
+CORAL = """
+    Add AveragePool2d Concatenation Conv2d DepthwiseConv2d ExpandDims FullyConnected
+    L2Normalization Logistic LSTM Maximum MaxPool2d Mean Minimum Mul Pack Pad PReLU
+    Quantize ReduceMax ReduceMin ReLU ReLU6 ReLUN1To1 Reshape ResizeBilinear
+    ResizeNearestNeighbor Slice Softmax SpaceToDepth Split Squeeze StridedSlice Sub Tanh
+    Transpose TransposeConv
+""".lower().split()
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -144,6 +156,11 @@ def test_bits_of_a_users_own_target_are_those_that_are_chosen(model):
 
 
 # --- int8 -----------------------------------------------------------------------------
+
+
+def test_int8_has_the_operators_of_int8_files_that_an_edge_tpu_has():
+    on_list = {n for n in INTEGER_VERSIONS if n.replace("_", "").lower() in CORAL}
+    assert {*TARGETS["int8"].operators} == on_list
 
 
 @pytest.mark.slow

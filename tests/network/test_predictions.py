@@ -54,6 +54,8 @@ def test_classes_by_hand():
     units = np.array([[-0.1], [0.3], [0.7]])
     assert predictions.classes(units, 0.0).tolist() == [0, 1, 1]
     assert predictions.classes(units, 0.5).tolist() == [0, 0, 1]
+    # `Reshape(())` leaves the axis of the unit out.
+    assert predictions.classes(units[:, 0], 0.5).tolist() == [0, 0, 1]
     # A map of classes: one prediction for each position.
     maps = np.zeros((2, 3, 4))
     maps[1, 2, 3] = 1.0

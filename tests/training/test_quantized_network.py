@@ -251,6 +251,18 @@ def test_training_itself_does_not_change():
 
 
 @pytest.mark.quick(1)
+def test_metrics_are_named_as_keras_names_them():
+    """A callback that monitors "val_recall" must find it, with `run_eagerly` too."""
+    inputs = keras.Input((5,))
+    model = QuantizedNetwork(inputs, layers.Dense(1, "sigmoid")(inputs))
+    *_, count = keras.metrics.Recall().name.rpartition("_")
+    count = int(count) if count.isdigit() else 0
+    model.compile("sgd", "mse", ["ACC", "Recall"], run_eagerly=True)
+    found = model.evaluate(X, Y > 0, return_dict=True, verbose=0)
+    assert list(found) == ["loss", "ACC", f"recall_{count + 1}"]
+
+
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("how", ["net.keras", "net.h5", "net", "clone", "json"])
 def test_copies_warn_too(tmp_path, how):
     model = compiled(tfl.quantize(float_net(), RULE))

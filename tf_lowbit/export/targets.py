@@ -129,7 +129,9 @@ class Target:
         return self.operators is None or operator in self.operators
 
 
-# Operators with int8 kernels in XNNPACK and TFLite, and usually in accelerators.
+# Operators of int8 files that Coral lists for its Edge TPU:
+# https://coral.ai/docs/edgetpu/models-intro/#supported-operations. The list lacks
+# DEPTH_TO_SPACE, DEQUANTIZE and MIRROR_PAD.
 _INT8_OPERATORS = (
     "ADD",
     "CONCATENATION",

@@ -36,6 +36,12 @@ def threshold(network: keras.Model) -> float:
     return 0.5 if is_sigmoid or getattr(layer, "symbol", "") == "math.sigmoid" else 0.0
 
 
+def in_units(outputs: np.typing.ArrayLike) -> np.ndarray:
+    """Returns outputs with an axis of units, which `Reshape(())` leaves out."""
+    outputs = np.asarray(outputs)
+    return outputs[:, np.newaxis] if outputs.ndim == 1 else outputs
+
+
 def classes(outputs: np.typing.ArrayLike, limit: float) -> np.ndarray:
     """Returns the predicted classes: int64, one per example and position, flat.
 
@@ -43,7 +49,7 @@ def classes(outputs: np.typing.ArrayLike, limit: float) -> np.ndarray:
         outputs: [batch, ..., classes], or one unit for two classes.
         limit: The `threshold` of the network; used for one unit only.
     """
-    outputs = np.asarray(outputs)
+    outputs = in_units(outputs)
     if outputs.shape[-1] == 1:
         return (outputs > limit).ravel().astype(np.int64)
     return outputs.argmax(axis=-1).ravel()
@@ -72,6 +78,7 @@ def are_classes(network: keras.Model, outputs: np.ndarray, given: Any = None) ->
     output has the shape of an input (an autoencoder), or is one unit without a sigmoid
     (a regression).
     """
+    outputs = in_units(outputs)
     if given is not None:
         return labels(given, outputs, [""]) is not None
     if outputs.shape[-1] == 1:
@@ -101,7 +108,7 @@ def labels(given: Any, outputs: np.ndarray, names: Sequence[str]) -> np.ndarray 
     given = of_first_output(given, names)
     if given is None:
         return None
-    values, outputs = np.asarray(given), np.asarray(outputs)
+    values, outputs = np.asarray(given), in_units(outputs)
     if values.dtype.kind not in "biuf":
         raise ValueError(
             "Labels must be numbers: classes, probabilities of classes, or targets of "

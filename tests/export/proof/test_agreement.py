@@ -425,6 +425,22 @@ def test_a_channel_whose_output_never_changes_has_its_code(monkeypatch):
 
 
 @pytest.mark.quick(1)
+def test_a_layer_that_is_split_may_be_called_several_times():
+    """Each call has its own result."""
+
+    def body(x):
+        cell, join = layers.LSTM(2, name="cell"), layers.Add(name="sum")
+        x = layers.MaxPooling2D(4)(networks.conv_bn_relu(x, 4, name="front"))
+        other = layers.Permute((2, 1, 3))(x)
+        ends = [cell(layers.Reshape((2, 8))(t)) for t in (x, other)]
+        first = join([*ends, layers.Activation("tanh")(ends[0])])
+        return join([first, first, ends[1]])
+
+    report = prove(block(body))
+    assert report.ok, str(report)
+
+
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 100.0])
 def test_ranges_of_other_data_are_noticed(model, scale):
     """A file that was made with absurd data is consistent with itself."""
@@ -605,6 +621,24 @@ def test_units_of_a_head_through_a_file(head, tmp_path):
     assert len(lost) == (head == "int8")
     assert list(report.further) == ["b"]
     assert (report.further["b"].worst_share > 0.25) == (head == "int8")
+
+
+@pytest.mark.quick(1)
+def test_outputs_without_an_axis_of_units():
+    """`Reshape(())` leaves it out: batches of two sizes have outputs of two shapes."""
+    image = keras.Input((8,), name="image")
+    x = layers.Dense(8, activation="relu", name="first")(image)
+    ends = [layers.Reshape(())(layers.Dense(1, name=name)(x)) for name in "ab"]
+    model = networks.quantize(
+        networks.randomize(keras.Model(image, ends)), networks.EVERYWHERE
+    )
+    x = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
+    data = [x[:10], x[10:]]
+    file = writer.to_bytes(export.snap(model, data))
+    report = export.verify(file, model, data, verbose=0)
+    assert report.ok, str(report)
+    (second,) = report.further.values()
+    assert report.values.examples == second.examples == len(x)
 
 
 @pytest.mark.slow

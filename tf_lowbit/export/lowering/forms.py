@@ -4,7 +4,7 @@ import inspect
 
 import numpy as np
 
-from tf_lowbit.compat import Node, keras
+from tf_lowbit.compat import KerasTensor, Node, keras
 from tf_lowbit.export import layer_table
 from tf_lowbit.export.integer import twin
 from tf_lowbit.export.layer_table import (
@@ -248,12 +248,23 @@ def as_layers(model: keras.Model) -> keras.Model:
         A copy with the same weights and output names, or the given model if there is
         nothing to split.
     """
+    return split(model)[0]
+
+
+def split(
+    model: keras.Model,
+) -> tuple[keras.Model, list[tuple[KerasTensor, KerasTensor]]]:
+    """Splits layers as `as_layers`; returns its result and the tensors of both models.
+
+    The second result pairs each tensor of the model with the one in the copy that
+    stands for it. It is empty if there is nothing to split.
+    """
     owners = {layer.name for layer in model.layers if has_own_activation(layer)}
     unrolled = {x.name for x in model.layers if layer_table.form_of(x) == PARTS}
     unrolled |= {node.layer.name for node in graph.calls(model) if _adds_many(node)}
     ends = {layer.name for layer in model.layers} - unrolled
     if not owners and not unrolled:
-        return model
+        return model, []
     taken = {layer.name for layer in model.layers}
     copies, behind = {}, {}
     for layer in model.layers:
@@ -280,12 +291,18 @@ def as_layers(model: keras.Model) -> keras.Model:
         outputs = graph.call_copy(copies[name], node, args, kwargs)
         return behind[name](outputs) if name in behind else outputs
 
-    result = graph.rebuild(model, call)
+    pairs = []
+
+    def record(old, new):
+        pairs.append((old, new))
+        return new
+
+    result = graph.rebuild(model, call, behind=record)
     for layer in model.layers:
         if layer.name not in unrolled:
             _copy_values(layer, copies[layer.name])
             graph.copy_flags(layer, copies[layer.name])
-    return result
+    return result, pairs
 
 
 def _adds_many(node) -> bool:

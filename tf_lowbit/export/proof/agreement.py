@@ -36,10 +36,6 @@ _FLOAT_ERROR_EXPLAINED = 0.08
 _OVER = 16
 # Of a measured range, the share that data must reach.
 _USED = 1 / 8
-# Mean difference of layers from the layer that they were split from, in its standard
-# deviations: rounding errors may move codes behind it. Float16 rounds a thousand times
-# as much.
-_SPLIT_ERROR, _SPLIT_ERROR_OF_HALVES = 0.01, 0.1
 # With a larger multiplier some codes lie between two biases. A channel whose output
 # never changes has a multiplier of 1, up to float32's rounding.
 _STEEP = 1.001
@@ -66,10 +62,10 @@ class Agreements:
             for layer in trained.layers
         )
         # With the tensors that the twin was made of.
-        given, trained = trained, forms.as_layers(trained)
+        given, (trained, pairs) = trained, forms.split(trained)
         self._split = None
-        if trained is not given:
-            self._split = _Split(given, trained, self._is_half)
+        if pairs:
+            self._split = _Split(given, trained, pairs, self._is_half)
         self._twin = snapped.twin
         self._nodes = list(graph.calls(snapped.twin))
         self._noted = {
@@ -171,49 +167,55 @@ class _Split:
 
     The rows of `Agreements` compare the twin with the network after the split, where a
     fault of the split is on both sides.
+
+    Each layer gets the trained network's tensors. Rounding errors of an earlier split
+    would move codes, and these would move others all the way to the outputs.
+
+    Args:
+        trained: the trained network.
+        split: the network after the split.
+        pairs: tensors of the two that must be equal.
+        is_half: whether layers compute in float16.
     """
 
-    def __init__(self, given, split, is_half):
-        made = {node.layer.name: node for node in graph.calls(split)}
-        pairs = {
-            node.layer.name: (graph.outputs_of(node)[0], graph.outputs_of(end)[0])
-            for node in graph.calls(given)
-            if (end := made.get(node.layer.name)) is not None
-            and type(end.layer) is not type(node.layer)
-        }
-        ends = zip(given.output_names, given.outputs, split.outputs, strict=True)
-        pairs |= {name: (output, end) for name, output, end in ends}
-        self._names = list(pairs)
-        self._observers = [
-            keras.Model(network.inputs, [pair[side] for pair in pairs.values()])
-            for side, network in enumerate((given, split))
-        ]
-        # By tensor: count, sum, sum of squares, sum of errors.
-        self._sums = np.zeros((len(pairs), 4))
-        self._allowed = _SPLIT_ERROR_OF_HALVES if is_half else _SPLIT_ERROR
+    def __init__(self, trained, split, pairs, is_half):
+        self._split = split
+        given, self._ends = zip(*pairs, strict=True)
+        self._observer = keras.Model(trained.inputs, list(given))
+        self._names = [tensor._keras_history.layer.name for tensor in given]
+        self._errors = dict.fromkeys(self._names, 0.0)
+        self._allowed = _FLOAT_ERROR_EXPLAINED if is_half else _FLOAT_ERROR
 
     def add(self, argument):
-        given, split = (
-            _as_arrays(self._names, observer(argument, training=False)).values()
-            for observer in self._observers
-        )
-        for sums, wanted, found in zip(self._sums, given, split, strict=True):
-            wanted = wanted.astype(np.float64)
-            error = np.abs(found - wanted).sum()
-            sums += wanted.size, wanted.sum(), (wanted**2).sum(), error
+        values = tf.nest.flatten(self._observer(argument, training=False))
+        ends = zip(self._ends, self._names, values, strict=True)
+        known = {id(t): (name, tf.cast(value, t.dtype)) for t, name, value in ends}
+        made = {id(tensor): known[id(tensor)][1] for tensor in self._split.inputs}
+
+        def put_out(tensor, found):
+            if id(tensor) in known:
+                name, wanted = known[id(tensor)]
+                arrays = (tf.cast(t, tf.float32).numpy() for t in (found, wanted))
+                error = np.maximum(self._errors[name], _error(*arrays))  # Keeps NaN.
+                self._errors[name] = float(error)
+                found = wanted
+            made[id(tensor)] = found
+
+        graph.run(self._split, made, _call, put_out)
 
     def problems(self) -> list[str]:
-        count, total, squares, error = self._sums.T
-        deviation = np.sqrt(np.maximum(squares / count - (total / count) ** 2, 0.0))
-        allowed = self._allowed * deviation + _FLOAT_ERROR * np.sqrt(squares / count)
         return [
             f"{name} diverges from the trained network: split into layers for the "
-            f"file, it is off by {mean:.4g} on average, allowed {most:.4g}"
-            for name, mean, most in zip(
-                self._names, error / count, allowed, strict=True
-            )
-            if not mean <= most
+            f"file, it is off by {error:.1e} of the largest, allowed "
+            f"{self._allowed:.0e}"
+            for name, error in self._errors.items()
+            if not error <= self._allowed
         ]
+
+
+def _call(node, args, kwargs):
+    """Calls a node's layer on values, in inference."""
+    return node.layer(*args, **kwargs)
 
 
 def grid_of(node: Node) -> int8_grids.Grid | None:
@@ -298,8 +300,8 @@ def _add_codes(row, node, values, within, own, unrounded):
     row.clipped += int(((levels < grid.low - over) | (levels > grid.high + over)).sum())
     low, high = row.span
     row.span = (
-        float(np.minimum(low, levels.min(initial=np.inf))),
-        float(np.maximum(high, levels.max(initial=-np.inf))),
+        float(np.minimum(low, levels.min(initial=0.0))),
+        float(np.maximum(high, levels.max(initial=0.0))),
     )
     return codes.astype(np.float32), is_exact
 
@@ -320,14 +322,19 @@ def _resolution(layer) -> np.ndarray:
 
 def _add_floats(row, values, within, own):
     row.elements += values.size
-    most = float(np.abs(values).max(initial=0.0)) or 1.0
     for field, found in (
         ("error", own.reshape(values.shape)),
         ("error_within", within),
     ):
-        error = float(np.abs(found - values).max(initial=0.0)) / most
-        setattr(row, field, float(np.maximum(getattr(row, field), error)))  # Keeps NaN.
+        error = np.maximum(getattr(row, field), _error(found, values))  # Keeps NaN.
+        setattr(row, field, float(error))
     return values, True
+
+
+def _error(found, values) -> float:
+    """The largest difference of arrays, relative to the largest of `values`."""
+    most = float(np.abs(values).max(initial=0.0)) or 1.0
+    return float(np.abs(found - values).max(initial=0.0)) / most
 
 
 def _problem(row) -> str | None:

@@ -79,7 +79,7 @@ def compare_on_data(
             found = tf.nest.flatten(network(argument, training=False))
             everyone[name] = [tensor.numpy().astype(np.float32) for tensor in found]
         scores, *others = (
-            dict(zip(everyone, values, strict=True))
+            dict(zip(everyone, map(classifying.in_units, values), strict=True))
             for values in zip(*everyone.values(), strict=True)
         )
         labels = classifying.of_first_output(labels, names)

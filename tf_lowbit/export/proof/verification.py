@@ -83,7 +83,7 @@ class Agreement:
         shift: sum of the differences in levels, within the layer.
         clipped: number of the trained network's values that are outside of the grid by
             more than 1/16 of its levels plus one level.
-        span: (minimum, maximum) of the trained network's values, in levels.
+        span: (minimum, maximum) of zero and the trained network's values, in levels.
         error: for floats, the largest difference relative to the largest magnitude,
             end to end.
         error_within: the same within the layer.
@@ -102,7 +102,7 @@ class Agreement:
     far_within: int = 0
     shift: float = 0.0
     clipped: int = 0
-    span: tuple[float, float] = (math.inf, -math.inf)
+    span: tuple[float, float] = (0.0, 0.0)
     error: float = 0.0
     error_within: float = 0.0
 
