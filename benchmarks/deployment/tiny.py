@@ -22,7 +22,7 @@ from examples import experiment, micro_deployment
 FLAGS = flags.FLAGS
 
 flags.DEFINE_string("models_dir", None, "Folder of MLPerf Tiny's trained networks.")
-flags.DEFINE_multi_integer("bits", [8, 4, 3, 2], "Of weights and activations of others.")
+flags.DEFINE_multi_integer("bits", [8, 4, 3, 2], "Of the other layers.")
 flags.DEFINE_integer("examples", 2, "Inputs that each packed file is verified on.")
 flags.DEFINE_string("output", None, "JSON file to write the figures to.")
 

@@ -279,6 +279,14 @@ SCALE = 8
 TOLERANCE = 1.5
 
 
+def font() -> str:
+    """The file of the font that a browser takes, or "" without fontconfig."""
+    if not shutil.which("fc-match"):
+        return ""
+    return subprocess.check_output(["fc-match", "system-ui", "file"], text=True)
+
+
+@pytest.mark.skipif("DejaVuSans.ttf" not in font(), reason="needs fonts-dejavu-core")
 @in_browsers
 def test_it_looks_as_it_did(full, tmp_path, width, scheme):
     """Compares the top of the page with a thumbnail, on which no text can be read.
