@@ -189,7 +189,7 @@ def test_one_unit_has_the_accuracy_that_keras_says(binary, tmp_path):
 
 
 @pytest.mark.quick(1)
-@pytest.mark.parametrize("kind", ["tuple", "dict"])
+@pytest.mark.parametrize("kind", ["tuple", "dict", "keys"])
 def test_a_network_of_two_outputs_is_proved_and_reported(kind, tmp_path):
     keras.utils.set_random_seed(1)
     rng = np.random.default_rng(1)
@@ -197,14 +197,19 @@ def test_a_network_of_two_outputs_is_proved_and_reported(kind, tmp_path):
     base = models.get("plain_cnn", classes=3, input_shape=(8, 8, 1), width=8)
     features = base.layers[-1].input
     size = layers.Dense(1, name="size")(features)
-    model = tfl.quantize(keras.Model(base.input, [base.output, size]))
+    ends, names = [base.output, size], ["result", "size_of_it"]
+    if kind == "keys":  # Of a dict of outputs, which are no names of layers.
+        ends = dict(zip(names, ends, strict=True))
+    model = tfl.quantize(keras.Model(base.input, ends))
     tfl.calibrate(model, [x])
-    scores = model(x, training=False)[0].numpy()
+    scores = tf.nest.flatten(model(x, training=False))[0].numpy()
     right = scores.argmax(-1)
     right[:8] = (right[:8] + 1) % 3
     given = (right, rng.uniform(size=32).astype(np.float32))
     if kind == "dict":
         given = dict(zip(model.output_names, given, strict=True))
+    elif kind == "keys":
+        given = dict(zip(names, given, strict=True))
     batches = tf.data.Dataset.from_tensor_slices((x, given)).batch(16)
     exported = tfl.export.to_tflite(model, tmp_path / "net.tflite", data=batches)
     found = tfl.export.verify(
@@ -213,5 +218,6 @@ def test_a_network_of_two_outputs_is_proved_and_reported(kind, tmp_path):
     assert found.ok
     assert found.predictions.right["trained"] == 24
     assert found.predictions.labels == found.predictions.examples == 32
+    assert list(found.further) == [names[1] if kind == "keys" else "size"]
     page = tfl.report(model, batches, tmp_path / "page.html").read_text()
     assert "75.00" in page

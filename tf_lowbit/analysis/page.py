@@ -17,7 +17,7 @@ from tf_lowbit.compat import keras, tf
 from tf_lowbit.core import checks
 from tf_lowbit.core.files import replace_file, replaced
 from tf_lowbit.export import Export, Report
-from tf_lowbit.network import inspection, predictions
+from tf_lowbit.network import inspection, output_names, predictions
 from tf_lowbit.network.observation import batches_for, require_end, require_rereadable
 from tf_lowbit.network.tensor_statistics import statistics
 from tf_lowbit.training.stages import Stage
@@ -189,7 +189,7 @@ def _accuracy(model, dataset) -> _Accuracy | None:
         if not isinstance(batch, tuple) or len(batch) < 2:
             return None
         outputs = forward(batch[0]).numpy()
-        labels = predictions.labels(batch[1], outputs, model.output_names)
+        labels = predictions.labels(batch[1], outputs, output_names.of_labels(model))
         if labels is None:
             return None
         predicted = predictions.classes(outputs, limit)

@@ -12,7 +12,7 @@ import rich.text
 
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.core import checks, grid, tables
-from tf_lowbit.network import inspection, predictions
+from tf_lowbit.network import inspection, output_names, predictions
 from tf_lowbit.network.observation import batches_for, validate_batches, without_draws
 from tf_lowbit.network.tensor_statistics import decibels
 from tf_lowbit.network.variables import assign_values, restored, values_of
@@ -205,7 +205,7 @@ def _parts(batch, metric):
 
 
 def _classes(labels, outputs, model) -> np.ndarray:
-    found = predictions.labels(labels, outputs, model.output_names)
+    found = predictions.labels(labels, outputs, output_names.of_labels(model))
     if found is None:
         raise ValueError(
             "Labels must be classes for the accuracy; metric='sqnr' needs none. "

@@ -40,6 +40,16 @@ class NamedOutputs(keras.Model):
         return model
 
 
+def of_labels(model: keras.Model) -> list[str]:
+    """Returns the names that labels have: the keys of a dict of outputs, or else names.
+
+    They are in the order of the outputs.
+    """
+    nested = model._nested_outputs
+    # Keras flattens a dict by its sorted keys.
+    return sorted(nested) if isinstance(nested, dict) else list(model.output_names)
+
+
 def kept(source: keras.Model, target: keras.Model) -> keras.Model:
     """Returns the target with the source's output names.
 

@@ -580,6 +580,9 @@ def test_small_units_beside_large_ones_are_noted():
     (note,) = report.notes
     assert note.startswith("1 of 3 units of the output")
     assert "unit 0 by 90%" in note
+    assert "head='float' keeps small ones" in note
+    (note,) = judged(Numbers(head="float"), units(0.9), None).notes
+    assert "head='float'" not in note
     assert "90.0% of its own standard deviation" in " ".join(str(report).split())
     assert judged(Numbers(), units(0.2), None).notes == []
     assert judged(Numbers(), units(0.9), None, agreement=0.0).notes == []

@@ -17,8 +17,7 @@ from tf_lowbit.export.lowering.inputs import take_pixels, takes_pixels
 from tf_lowbit.export.lowering.tensor_ranges import key
 from tf_lowbit.export.options import Options
 from tf_lowbit.export.types import ExportError, Note
-from tf_lowbit.network import graph, inspection
-from tf_lowbit.network.output_names import NamedOutputs
+from tf_lowbit.network import graph, inspection, output_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +111,7 @@ def snap(
     for node in graph.calls(network):
         if forms.form(node) == layer_table.PARTS:
             builder.note(node.layer.name, "computes in float, as it was trained")
-    return _walk(builder, _output_names(network), progress)
+    return _walk(builder, output_names.of_labels(network), progress)
 
 
 def _walk(builder, names, progress) -> Snapped:
@@ -134,7 +133,9 @@ def _walk(builder, names, progress) -> Snapped:
     # A dict's keys may differ from the layers' names: the same data fit both.
     inputs = tf.nest.pack_sequence_as(builder.model.input, inputs)
     with deep_graphs():
-        made = NamedOutputs(inputs, outputs, name=f"{builder.model.name}_twin")
+        made = output_names.NamedOutputs(
+            inputs, outputs, name=f"{builder.model.name}_twin"
+        )
     made.output_names[:] = names
     return Snapped(
         made,
@@ -180,13 +181,6 @@ def _tensors(builder, made) -> dict[str, str]:
         if tensor is not None and _layer_name(tensor) in names:
             found[key(value.tensor)] = _layer_name(tensor)
     return found
-
-
-def _output_names(model) -> list[str]:
-    """The keys of a dict of outputs, or else the names of the outputs."""
-    nested = model._nested_outputs
-    # Keras flattens a dict by its sorted keys.
-    return sorted(nested) if isinstance(nested, dict) else list(model.output_names)
 
 
 def _layer_name(tensor) -> str:

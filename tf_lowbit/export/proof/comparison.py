@@ -13,7 +13,7 @@ from tf_lowbit.export.proof.outputs import Classes, Numbers
 from tf_lowbit.export.proof.verification import Comparison, Report
 from tf_lowbit.export.tflite import writer
 from tf_lowbit.export.tflite.runner import Runner
-from tf_lowbit.network import graph
+from tf_lowbit.network import graph, output_names
 from tf_lowbit.network import predictions as classifying
 from tf_lowbit.network.observation import in_order
 
@@ -55,8 +55,9 @@ def compare_on_data(
     everything, plain = runner(content, intermediates=True), runner(content)
     rows = [Comparison(node.layer.name, grid_of(node) is not None) for node in nodes]
     result: Classes | Numbers | None = None
-    names = _output_names(snapped, trained)
-    further = [Numbers(name) for name in names[1:]]
+    names = output_names.of_labels(model if trained is None else trained)
+    head = snapped.options.head
+    further = [Numbers(name, head) for name in names[1:]]
     for count, batch in enumerate(batches):
         values, labels = _split(batch, model)
         fed = [_fed(snapped, index, v) for index, v in enumerate(values)]
@@ -88,7 +89,7 @@ def compare_on_data(
             if classifying.are_classes(reference, scores["file"], labels):
                 result = Classes(classifying.threshold(reference))
             else:
-                result = Numbers()
+                result = Numbers(head=head)
         result.add(scores, labels)
         for numbers, values in zip(further, others, strict=True):
             numbers.add(values, None)
@@ -100,14 +101,6 @@ def compare_on_data(
         part.judge(report, is_tainted)
     if agreements is not None:
         agreements.judge(report)
-
-
-def _output_names(snapped, trained) -> list[str]:
-    """The output names of the trained network, the keys of a dict of labels."""
-    if trained is not None:
-        return trained.output_names
-    of_twin = {name: own for own, name in snapped.tensors.items()}
-    return [of_twin.get(name, name) for name in snapped.twin.output_names]
 
 
 def _dequantized(values, detail):

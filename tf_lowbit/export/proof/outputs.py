@@ -110,10 +110,12 @@ class Numbers:
 
     Args:
         output: name of the output; None for the network's first one.
+        head: "int8" or "float", of the export's options.
     """
 
-    def __init__(self, output: str | None = None):
+    def __init__(self, output: str | None = None, head: str = "int8"):
         self._output = output
+        self._head = head
         self._found = Values()
         # By unit: count, sum and sum of squares of the reference; sum of the errors.
         self._sums = np.zeros((4, 1))
@@ -200,13 +202,17 @@ class Numbers:
         self._found.worst_share = float(shares[worst])
         allowed = 1 - report.agreement
         if len(shares) > 1 and not shares[worst] <= allowed:
+            remedy = (
+                "All units of an int8 head share one step: head='float' keeps small "
+                "ones, or train on targets of one range"
+                if self._head == "int8"
+                else "The head computes in float: layers in front of it differ"
+            )
             report.notes.append(
                 f"{where}{(~(shares <= allowed)).sum()} of {len(shares)} units of the "
                 f"output differ from the trained network's by more than {allowed:.0%} "
                 f"of their own standard deviation, unit {worst} by "
-                f"{shares[worst]:.0%}. "
-                "All units of an int8 head share one step: head='float' keeps small "
-                "ones, or train on targets of one range"
+                f"{shares[worst]:.0%}. {remedy}"
             )
 
 
