@@ -113,7 +113,7 @@ class Numbers:
         head: "int8" or "float", of the export's options.
     """
 
-    def __init__(self, output: str | None = None, head: str = "int8"):
+    def __init__(self, output: str | None = None, head: str | None = "int8"):
         self._output = output
         self._head = head
         self._found = Values()
