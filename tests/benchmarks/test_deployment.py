@@ -215,7 +215,7 @@ def test_packed_files_of_tiny_networks_are_small_and_equal():
     networks = json.loads((RESULTS / "tiny.json").read_text())["networks"]
     assert list(networks) == ["ResNet-8", "DS-CNN", "MobileNetV1 0.25"]
     for found in networks.values():
-        assert list(found["bits"]) == ["W8A8", "W4A4", "W2A2"]
+        assert list(found["bits"]) == ["W8A8", "W4A4", "W3A3", "W2A2"]
         sizes = [found["float"]]
         for row in found["bits"].values():
             assert row["equal"]
