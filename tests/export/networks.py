@@ -346,6 +346,14 @@ def _sigmoid():
     return randomize(keras.Model(image, x))
 
 
+def _map():
+    """A class for each pixel."""
+    image = keras.Input(IMAGE, name="image")
+    x = conv_bn_relu(conv_bn_relu(image, 4, name="first"), 16, name="inner")
+    x = layers.Conv2D(CLASSES, 1, name="head")(x)
+    return randomize(keras.Model(image, tf.argmax(x, axis=-1)))
+
+
 NETWORKS = {
     "plain": lambda: network(_plain),
     "one unit": lambda: network(_plain, classes=1),
@@ -357,4 +365,5 @@ NETWORKS = {
     "functions": _functions,
     "conv1d": _conv1d,
     "sigmoid": _sigmoid,
+    "map of classes": _map,
 }

@@ -93,11 +93,15 @@ EVERYWHERE = {
     "noise and augmentation": lambda: of_images(behind(augmented)),
     "softmax": lambda: of_images(behind(lambda x: x), layers.Softmax(name="end")),
     "tf.nn.softmax": lambda: of_images(behind(lambda x: x), tf.nn.softmax),
+    "tf.argmax": lambda: of_images(behind(lambda x: x), lambda x: tf.argmax(x, -1)),
+    "tf.argmax of a softmax": lambda: of_images(
+        behind(lambda x: x), lambda x: tf.argmax(tf.nn.softmax(x), axis=-1)
+    ),
     "sigmoid": lambda: of_images(
         behind(lambda x: x), layers.Activation("sigmoid", name="end")
     ),
 }
-LOGITS = "end the network in the logits, and take the argmax"
+LAST = "take the argmax over the last axis at the end"
 WHOLE = "larger by whole factors.*smaller by strides or pooling"
 REFUSED = {
     "Resizing by 1.5": (lambda: of_images(resized((12, 12))), WHOLE, "resized"),
@@ -112,10 +116,17 @@ REFUSED = {
         WHOLE,
         "tf.image.resize",
     ),
-    "tf.argmax": (
-        lambda: of_images(behind(lambda x: x), lambda x: tf.argmax(x, -1)),
-        LOGITS,
+    "tf.argmax over examples": (
+        lambda: of_images(behind(lambda x: x), lambda x: tf.argmax(x, 0)),
+        LAST,
         "tf.math.argmax",
+    ),
+    "tf.argmax, and more behind it": (
+        lambda: of_images(
+            behind(lambda x: x), lambda x: tf.cast(tf.argmax(x, -1), tf.int32)
+        ),
+        "end the network in the argmax",
+        "tf.cast",
     ),
 }
 

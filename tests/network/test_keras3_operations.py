@@ -31,6 +31,10 @@ FORMS = {
     ],
     "Amax": [ops.amax, lambda x: ops.amax(x, axis=(1, 2))],
     "Amin": [ops.amin, lambda x: ops.amin(x, axis=-1, keepdims=True)],
+    "Argmax": [
+        lambda x: ops.argmax(x, axis=-1),
+        lambda x: ops.argmax(x, axis=1, keepdims=True),
+    ],
     "AveragePool": [
         lambda x: ops.average_pool(x, 2),
         lambda x: ops.average_pool(x, (2, 3), strides=1, padding="same"),
@@ -246,6 +250,7 @@ REFUSED = {
         "operation 'pad.*', Pad, .*no mode='edge'",
     ),
     "decimals": (lambda x: ops.round(x, 2), "Round, .*no decimals=2"),
+    "all axes": (ops.argmax, "Argmax, .*needs an axis"),
     "order": (lambda x: ops.normalize(x, order=1), "Normalize, .*no order=1"),
     "crop": (
         lambda x: ops.image.resize(x, (2, 2), crop_to_aspect_ratio=True),

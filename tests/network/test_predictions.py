@@ -48,6 +48,26 @@ def test_a_quantized_head_is_the_head():
     assert predictions.threshold(quantized) == 0.5
 
 
+def test_class_numbers_of_an_argmax_are_scores():
+    logits = network(layers.Dense(3))
+    chosen = keras.Model(logits.inputs, tf.argmax(logits.outputs[0], axis=-1))
+    (end,) = chosen.outputs
+    assert predictions.class_count(end) == predictions.class_count(logits.outputs[0])
+    scores = predictions.scores(end, np.array([2, 0]))
+    assert scores.tolist() == [[0, 0, 1], [1, 0, 0]]
+    assert predictions.classes(scores, 0.0).tolist() == [2, 0]
+    assert predictions.are_classes(chosen, scores)
+    # Others are taken as they are, with an axis of units.
+    assert predictions.scores(logits.outputs[0], np.array([2, 0])).shape == (2, 1)
+
+
+def test_one_class_is_class_0():
+    unit = network(layers.Dense(1))
+    chosen = keras.Model(unit.inputs, tf.argmax(unit.outputs[0], axis=-1))
+    scores = predictions.scores(chosen.outputs[0], np.array([0, 0]))
+    assert predictions.classes(scores, 0.0).tolist() == [0, 0]
+
+
 def test_classes_by_hand():
     scores = np.array([[0.1, 0.9], [0.8, 0.2]])
     assert predictions.classes(scores, 0.0).tolist() == [1, 0]

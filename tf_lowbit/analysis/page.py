@@ -180,7 +180,8 @@ def _accuracy(model, dataset) -> _Accuracy | None:
     """The accuracy on the whole dataset; None if labels are missing or not classes."""
     hits = examples = 0
     limit = predictions.threshold(model)
-    classes = max(model.outputs[0].shape[-1] or 0, 2)
+    end = model.outputs[0]
+    classes = max(predictions.class_count(end) or 0, 2)
     confusion = None
     if classes <= plots.MOST_CLASSES:
         confusion = np.zeros((classes, classes), np.int64)
@@ -189,6 +190,7 @@ def _accuracy(model, dataset) -> _Accuracy | None:
         if not isinstance(batch, tuple) or len(batch) < 2:
             return None
         outputs = forward(batch[0]).numpy()
+        outputs = predictions.scores(model.outputs[0], outputs)
         labels = predictions.labels(batch[1], outputs, output_names.of_labels(model))
         if labels is None:
             return None

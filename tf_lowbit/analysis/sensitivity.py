@@ -136,7 +136,8 @@ def sensitivity(
         forward = tf.function(lambda x: model(x, training=True))
 
         def outputs():
-            return [tf.cast(forward(x), tf.float32).numpy() for x, _ in data]
+            end = model.outputs[0]
+            return [predictions.scores(end, forward(x).numpy()) for x, _ in data]
 
         def score(found):
             if metric == SQNR:

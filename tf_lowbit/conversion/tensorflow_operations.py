@@ -53,6 +53,10 @@ def of(ops: Any) -> dict[str, Callable]:
     return {
         **{name: positional(getattr(ops, name)) for name in same},
         "add_n": add_n,
+        "argmax": lambda input, axis=None, output_type=tf.int64: ops.cast(
+            ops.argmax(input, 0 if axis is None else axis),
+            tf.as_dtype(output_type).name,
+        ),
         "cast": lambda x, dtype: ops.cast(x, tf.as_dtype(dtype).name),
         "clip_by_value": lambda t, clip_value_min, clip_value_max: ops.clip(
             t, clip_value_min, clip_value_max

@@ -18,6 +18,7 @@ _layers = keras.layers
 ADD = "add"
 ACTIVATION = "activation"
 ALIAS = "alias"
+ARGMAX = "argmax"  # Ends a network in class numbers.
 AVERAGE_POOL = "average pool"
 CODES = "codes"  # Only moves or selects codes.
 CONCATENATE = "concatenate"
@@ -127,6 +128,7 @@ TABLE = {
     _layers.ZeroPadding1D: _codes("zero_pad", operator="PAD"),
     _layers.ZeroPadding2D: _codes("zero_pad", operator="PAD"),
     twin.Affine: Row("affine", is_float=True),
+    twin.ArgMax: Row("argmax", ARGMAX, operators=("ARG_MAX",)),
     twin.EdgePadding: Row("edge_pad"),
     twin.IntegerAdd: Row("integer_add"),
     twin.ToCodes: Row("to_codes"),

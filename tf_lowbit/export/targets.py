@@ -131,7 +131,7 @@ class Target:
 
 # Operators of int8 files that Coral lists for its Edge TPU:
 # https://coral.ai/docs/edgetpu/models-intro/#supported-operations. The list lacks
-# DEPTH_TO_SPACE, DEQUANTIZE and MIRROR_PAD.
+# ARG_MAX, DEPTH_TO_SPACE, DEQUANTIZE and MIRROR_PAD.
 _INT8_OPERATORS = (
     "ADD",
     "CONCATENATION",
@@ -195,6 +195,7 @@ _ROWS = (
         output_type=(None, "int8", "float32"),
         operators=(
             *_INT8_OPERATORS,
+            "ARG_MAX",
             "AVERAGE_POOL_2D",
             "BATCH_MATMUL",
             "DEPTH_TO_SPACE",

@@ -109,6 +109,14 @@ def _joining(compute):
     return lambda node, xs: compute(_promoted(node, list(xs)), axis=node.operation.axis)
 
 
+def _argmax(node, x):
+    own = node.operation
+    if own.axis is None:
+        raise ValueError("TensorFlow needs an axis")
+    x = tf.argmax(x, axis=own.axis, output_type=node.outputs[0].dtype)
+    return tf.expand_dims(x, own.axis) if own.keepdims else x
+
+
 def _extreme(compute, limit):
     def reduce(node, x):
         own = node.operation
@@ -234,6 +242,7 @@ _FUNCTIONS: dict[str, Callable] = {
     "Add": _promoting(operator.add),
     "Amax": _extreme(tf.reduce_max, tf.maximum),
     "Amin": _extreme(tf.reduce_min, tf.minimum),
+    "Argmax": _argmax,
     "Cast": lambda node, x: tf.cast(x, node.operation.dtype),
     "Ceil": _same(tf.math.ceil),
     "Clip": lambda node, x: tf.clip_by_value(

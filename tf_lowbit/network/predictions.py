@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from tf_lowbit.compat import keras
-from tf_lowbit.network import graph, inspection
+from tf_lowbit.compat import KerasTensor, keras
+from tf_lowbit.network import graph, inspection, passthrough
 
 # Tolerance for the sum of an example's probabilities.
 _SLACK = 1e-3
@@ -40,6 +40,31 @@ def in_units(outputs: np.typing.ArrayLike) -> np.ndarray:
     """Returns outputs with an axis of units, which `Reshape(())` leaves out."""
     outputs = np.asarray(outputs)
     return outputs[:, np.newaxis] if outputs.ndim == 1 else outputs
+
+
+def scores(end: KerasTensor, outputs: np.ndarray) -> np.ndarray:
+    """Returns an output of a network as scores: float32 [batch, ..., classes].
+
+    Args:
+        end: The network's tensor. Behind an argmax, which puts out class numbers, a
+            class has the score 1 where it is chosen and 0 elsewhere.
+        outputs: Its values.
+    """
+    if not _is_argmax(graph.producer(end)):
+        return in_units(outputs).astype(np.float32)
+    # Two at least, because one unit is a binary classifier.
+    return np.eye(max(class_count(end) or 0, 2), dtype=np.float32)[outputs]
+
+
+def class_count(end: KerasTensor) -> int | None:
+    """Returns the number of scores in an output of a network; None if it is open."""
+    node = graph.producer(end)
+    scored = node.keras_inputs[0] if _is_argmax(node) else end
+    return scored.shape[-1]
+
+
+def _is_argmax(node) -> bool:
+    return passthrough.operation(node.layer) == "argmax"
 
 
 def classes(outputs: np.typing.ArrayLike, limit: float) -> np.ndarray:
@@ -83,6 +108,8 @@ def are_classes(network: keras.Model, outputs: np.ndarray, given: Any = None) ->
         return labels(given, outputs, [""]) is not None
     if outputs.shape[-1] == 1:
         return threshold(network) > 0.0
+    if _is_argmax(graph.producer(network.outputs[0])):
+        return True
     shapes = [tuple(tensor.shape[1:]) for tensor in network.inputs]
     return tuple(outputs.shape[1:]) not in shapes
 

@@ -13,7 +13,7 @@ import pytest
 
 import tf_lowbit as tfl
 from tf_lowbit import models
-from tf_lowbit.compat import keras
+from tf_lowbit.compat import keras, tf
 from tf_lowbit.export.archive import reader, writer
 from tf_lowbit.export.integer import int8_grids, twin
 from tf_lowbit.export.lowering import walk
@@ -217,6 +217,8 @@ def computed(layer, sources):
             return np.rint(np.clip(scaled, grid.low, grid.high)).astype(np.int64)
         case "to_values":
             return (x * grid_step(layer)).astype(np.float32)
+        case "argmax":
+            return x.argmax(axis=-1)
         case "max_pool" if x.ndim == 3:
             s = {**s, **{k: (1, *s[k]) for k in ("pool_size", "strides")}}
             flat = dataclasses.replace(layer, settings=s)
@@ -357,6 +359,19 @@ def test_decoders_and_sequences_are_computed_as_the_text_says(tmp_path):
     snapped, found = saved(network, tmp_path, data)
     kinds = {layer.type for layer in found.layers}
     assert {"integer_transposed", "edge_pad", "integer_depthwise"} <= kinds
+    check_layers(found, tensors(snapped.twin, data))
+
+
+def test_class_numbers_are_computed_as_the_text_says(tmp_path):
+    image = keras.Input((4, 4, 2), name="image")
+    x = layers.Conv2D(4, 3, activation="relu", name="stem")(image)
+    x = layers.Conv2D(3, 1, name="head")(x)
+    data = images(4, (4, 4, 2))
+    model = keras.Model(image, tf.argmax(x, axis=-1))
+    network = quantized(model, [rule(2, 2, activations="uniform", edges=True)], data)
+    snapped, found = saved(network, tmp_path, data)
+    assert found.layers[-1].type == "argmax"
+    assert found.layers[-1].grid is None
     check_layers(found, tensors(snapped.twin, data))
 
 

@@ -107,8 +107,9 @@ def test_outputs_that_do_not_vary_are_compared_by_their_size(tmp_path):
     assert found.error < 1e-3
 
 
-def test_onnxruntime_runs_qcdq(tmp_path):
-    model = quantize(NETWORKS["depthwise"](), LSQ)
+@pytest.mark.parametrize("name", ["depthwise", "map of classes"])
+def test_onnxruntime_runs_qcdq(name, tmp_path):
+    model = quantize(NETWORKS[name](), LSQ)
     data, _ = written(model, tmp_path / "n.onnx")
     converted = ModelWrapper(str(tmp_path / "n.onnx")).transform(QuantToQCDQ())
     assert not {node.domain for node in converted.graph.node} - {""}

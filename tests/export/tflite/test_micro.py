@@ -134,7 +134,8 @@ def test_networks_are_proved(name):
     if name == "one unit":  # A number without labels is no class.
         assert report.values.examples == len(data)
     else:
-        assert report.predictions.twin_agrees == len(data)
+        predictions = report.predictions
+        assert predictions.twin_agrees == predictions.examples >= len(data)
     assert len(packed) < len(plain)
     assert 1 <= report.widths["inner/weights"] <= 3
 
@@ -149,8 +150,9 @@ def test_packed_files_put_out_what_plain_ones_do(name):
     assert outputs[0].keys() == outputs[1].keys()
     for tensor, have in outputs[0].items():
         np.testing.assert_array_equal(have, outputs[1][tensor])
-        is_float = name == "sigmoid"  # Which computes in float behind the last layer.
-        assert have.dtype == (np.float32 if is_float else np.int8)
+        # A sigmoid computes in float behind the last layer.
+        others = {"sigmoid": np.float32, "map of classes": np.int32}
+        assert have.dtype == others.get(name, np.int8)
     inner = [MicroRunner(content, intermediates=True) for content in (plain, packed)]
     tensors = [runner(values) for runner in inner]
     assert tensors[0].keys() == tensors[1].keys()

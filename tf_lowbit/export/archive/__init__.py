@@ -19,9 +19,9 @@ type. Tensors are (batch, height, width, channels), (batch, steps, channels) or
 (batch, features).
 
 **Grids.** A tensor with a grid holds integer codes `low..high`, which include 0. The
-real value is `code * step`. A tensor with grid null is float32. In the int8 file the
-same codes are `code + zero_point`, in a tensor of scale `scale`, and `clamp` is the
-fused activation that clamps at `low`.
+real value is `code * step`. A tensor with grid null is float32, or the integers of
+an argmax. In the int8 file the same codes are `code + zero_point`, in a tensor of scale
+`scale`, and `clamp` is the fused activation that clamps at `low`.
 
 **Integer layers** `integer_conv`, `integer_depthwise`, `integer_dense`,
 `integer_scale`, `integer_transposed` compute `A = sum(input code * weight code)` and
@@ -87,6 +87,7 @@ and `represents` is the trained network's tensor that the layer outputs.
 | add, multiply | | float |
 | dot | axes | for each example `x y^T` for [2, 2], `x y` for [2, 1]; float |
 | affine | gain, offset | `gain x + offset` per channel, float |
+| argmax | | the place of the largest in the last axis, of equal ones the first |
 | conv, depthwise, dense | strides, padding, dilation_rate; kernel, bias | float |
 | transposed | strides, before, excess; kernel, bias | float |
 | relu | max_value | `min(max(x, 0), max_value)`; null for no upper bound |

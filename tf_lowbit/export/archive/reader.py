@@ -30,6 +30,7 @@ FORMS = {
     "activation": (("activation",), ()),
     "add": ((), ()),
     "affine": ((), ("gain", "offset")),
+    "argmax": ((), ()),
     "average_pool": (_POOL, ()),
     "concatenate": (("axis",), ()),
     "conv": (_WINDOW, ("kernel", "bias")),

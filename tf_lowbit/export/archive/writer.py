@@ -85,7 +85,7 @@ def _little(dtype) -> np.dtype:
 
 
 def _output_grid(layer, input_grid) -> Grid | None:
-    if isinstance(layer, twin.ToValues):
+    if isinstance(layer, twin.ToValues | twin.ArgMax):
         return None
     return getattr(layer, "grid", input_grid)
 

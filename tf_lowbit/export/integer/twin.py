@@ -443,6 +443,33 @@ class Affine(keras.layers.Layer):
         return inputs * self.gain + self.offset
 
 
+@keras.utils.register_keras_serializable(package="tf_lowbit")
+class ArgMax(keras.layers.Layer):
+    """Class numbers: where the last axis is largest, the first place of equal ones.
+
+    It has no gradient.
+
+    Args:
+        output_type: "int32" or "int64".
+    """
+
+    # By which `passthrough.operation` knows it, as it knows TensorFlow's function.
+    symbol = "math.argmax"
+
+    def __init__(self, output_type: str, name: str | None = None, **arguments: Any):
+        arguments["dtype"] = "float32"
+        super().__init__(name=name, **arguments)
+        self.output_type = output_type
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Codes or floats [batch, ..., classes] -> integers [batch, ...]."""
+        return tf.argmax(inputs, axis=-1, output_type=self.output_type)
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {**super().get_config(), "output_type": self.output_type}
+
+
 def rounds_away(kind: str, channels: int) -> np.ndarray:
     """`kernels.rounds_away` for a kind of layer."""
     return kernels.rounds_away(kind in (DEPTHWISE, SCALE), channels)

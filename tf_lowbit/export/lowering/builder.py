@@ -231,6 +231,11 @@ class Builder:
             value.values = self.emit_float(value)
         return value.values
 
+    def codes_or_values(self, value: Value) -> KerasTensor:
+        """A tensor's codes if the file has any, else its float values."""
+        values = self.values(value)
+        return values if value.codes is None else value.codes
+
     def _keeps_precision(self, value) -> bool:
         """Whether a pending layer's float values are computed in float, unrounded."""
         linear = value.linear

@@ -32,8 +32,8 @@ _RESIZE = (
     "and smaller by strides or pooling; or resize them in the data"
 )
 _ARGMAX = (
-    "end the network in the logits, and take the argmax of the file's output: codes "
-    "have the order of their values"
+    "take the argmax over the last axis at the end of the network, or end the network "
+    "in front of it"
 )
 _FUNCTION_REMEDIES = {
     "image.resize": _RESIZE,
@@ -72,6 +72,7 @@ def form(node: Node) -> str:
     require_channels_last(layer)
     require_inference(node, layer)
     _require_fixed_size(node, layer)
+    _require_floats(node, layer)
     if layer_registry.kernels(layer):
         _require_linear(layer)
         return LINEAR
@@ -188,6 +189,18 @@ def _require_fixed_size(node, layer) -> None:
             "channels)), give it these weights by set_weights, and quantize that",
             f"of type {type(layer).__name__}, which reads {shapes}",
         )
+
+
+def _require_floats(node, layer) -> None:
+    """Refuses a layer that reads class numbers: an argmax ends a network."""
+    for tensor in node.keras_inputs:
+        if passthrough.operation(graph.producer(tensor).layer) == "argmax":
+            raise refusal(
+                layer,
+                "Layers must not read the class numbers of an argmax",
+                "end the network in the argmax, and compute the rest outside",
+                f"of type {type(layer).__name__}, which reads {tensor.dtype.name}",
+            )
 
 
 def dot_axes(layer: keras.layers.Dot) -> tuple[int, int]:

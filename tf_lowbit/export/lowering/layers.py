@@ -10,8 +10,8 @@ import numpy as np
 
 from tf_lowbit import quantizers
 from tf_lowbit.compat import Node, keras
-from tf_lowbit.export import layer_table
-from tf_lowbit.export.integer import int8_grids
+from tf_lowbit.export import layer_table, targets
+from tf_lowbit.export.integer import int8_grids, twin
 from tf_lowbit.export.lowering import elementwise, inputs, joins, pools
 from tf_lowbit.export.lowering import linear as linears
 from tf_lowbit.export.lowering.builder import Builder, Value, Values, copy_of
@@ -158,10 +158,21 @@ def activate(builder: Builder, value: Value, sources: Values, node: Node) -> Non
     value.values = layer(builder.values(source))
 
 
+def argmax(builder: Builder, value: Value, sources: Values, node: Node) -> None:
+    """Takes the largest code, or the largest value where the input has no codes."""
+    (source,) = sources
+    output_type = node.outputs.dtype.name
+    if builder.options.target.interpreter == targets.TFLITE_MICRO:
+        output_type = "int32"  # It has no other.
+    layer = twin.ArgMax(output_type, name=builder.name(value.name))
+    value.values = layer(builder.codes_or_values(source))
+
+
 FUNCTIONS = {
     layer_table.ACTIVATION: activate,
     layer_table.ADD: joins.add,
     layer_table.ALIAS: alias,
+    layer_table.ARGMAX: argmax,
     layer_table.AVERAGE_POOL: pools.average_pool,
     layer_table.CODES: keep_codes,
     layer_table.CONCATENATE: joins.concatenate,

@@ -177,8 +177,8 @@ def _operators(node, form, target) -> tuple[str, ...]:
         join = _layers.Add if form == layer_table.ADD else _layers.Multiply
         return layer_table.TABLE[join].operators
     if form in (
-        *(layer_table.CODES, layer_table.CONCATENATE, layer_table.DOT),
-        *(layer_table.FLOATS, layer_table.PARTS),
+        *(layer_table.ARGMAX, layer_table.CODES, layer_table.CONCATENATE),
+        *(layer_table.DOT, layer_table.FLOATS, layer_table.PARTS),
     ):
         return row.operators
     return ()

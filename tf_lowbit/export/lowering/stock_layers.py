@@ -1,7 +1,8 @@
 """Stock layers of Keras for TensorFlow operations in a graph, and for `Resizing`.
 
 `tf.reshape(x, (-1, 12))` in a functional model is a Keras layer that calls the
-operation. If a stock layer computes the same, it is exported in its place.
+operation. If a stock layer computes the same, it is exported in its place. For an
+argmax, which Keras lacks, this is `twin.ArgMax`.
 """
 
 import math
@@ -9,6 +10,7 @@ import math
 import numpy as np
 
 from tf_lowbit.compat import Node, keras
+from tf_lowbit.export.integer import twin
 from tf_lowbit.network import graph, inspection, passthrough
 
 _layers = keras.layers
@@ -134,6 +136,17 @@ def _is_fixed(part) -> bool:
     return all(n is None or isinstance(n, int) for n in numbers)
 
 
+def _argmax(node):
+    """Class numbers of the last axis."""
+    shape, _ = _shapes(node)
+    axis = _argument(node, 1, "axis")
+    is_last = axis is not None and int(axis) % len(shape) == len(shape) - 1
+    if not is_last or len(shape) < 2 or shape[-1] is None:
+        return None
+    (made,) = graph.outputs_of(node)
+    return twin.ArgMax(made.dtype.name)
+
+
 def _mean(node):
     """Averages over steps, or height and width."""
     shape, _ = _shapes(node)
@@ -150,6 +163,7 @@ def _mean(node):
 
 
 _MAKERS = {
+    "argmax": _argmax,
     "concat": _concat,
     "expand_dims": _reshape,
     "getitem": _slice,

@@ -99,6 +99,8 @@ class Agreements:
             is_measured = key(made[node.layer.name]) in snapped.ranges
             # Of pixels the range is known, whatever the data reach.
             is_measured &= not _are_pixels(node, snapped.options)
+            if isinstance(node.layer, twin.ArgMax):
+                levels = int(node.keras_inputs[0].shape[-1])
             row = Agreement(name, levels, is_measured, coarseness=_coarseness(node))
             if grid is not None and is_measured:
                 low, high = snapped.ranges[key(made[node.layer.name])]
@@ -137,7 +139,10 @@ class Agreements:
                 is_noted |= row.tensor in self._noted
                 wanted = trained[name].reshape(made.shape)
                 row.explained |= is_noted
-                if row.levels:
+                if isinstance(node.layer, twin.ArgMax):
+                    _add_classes(row, wanted, made.numpy(), read[0].numpy(), own[name])
+                    made, is_exact = wanted, True
+                elif row.levels:
                     made, is_exact = _add_codes(
                         row, node, wanted, made.numpy(), own[name], unrounded.get(name)
                     )
@@ -222,7 +227,8 @@ def grid_of(node: Node) -> int8_grids.Grid | None:
     """The grid of what a node of the twin puts out; None for floats."""
     if isinstance(node.layer, twin.ToCodes | twin.IntegerLinear | twin.IntegerAdd):
         return node.layer.grid
-    if isinstance(node.layer, twin.ToValues) or computes_floats(node.layer):
+    is_end = isinstance(node.layer, twin.ToValues | twin.ArgMax)
+    if is_end or computes_floats(node.layer):
         return None
     source = graph.producer(node.keras_inputs[0])
     return None if source.is_input else grid_of(source)
@@ -318,6 +324,21 @@ def _resolution(layer) -> np.ndarray:
     scales = layer.weight_scales.numpy().astype(np.float64)
     multipliers = scales * layer.input_grid.scale / layer.grid.scale
     return np.where(multipliers > _STEEP, np.ceil(multipliers / 2), 0.0)
+
+
+def _add_classes(row, values, within, scores, own):
+    """Adds class numbers to a row: exact, but where rounded scores tie."""
+    row.elements += values.size
+    row.equal += int((own.reshape(values.shape) == values).sum())
+    row.near = row.equal
+    at = [
+        np.take_along_axis(scores, classes.astype(np.int64)[..., np.newaxis], -1)
+        for classes in (values, within)
+    ]
+    # A rounding keeps the order, so the trained network's class is among the largest.
+    is_largest = at[0] == at[1]
+    row.equal_within += int(is_largest.sum())
+    row.far_within += int((~is_largest).sum())
 
 
 def _add_floats(row, values, within, own):

@@ -53,7 +53,13 @@ def compare_on_data(
         networks["trained"] = trained
         agreements = Agreements(snapped, trained)
     everything, plain = runner(content, intermediates=True), runner(content)
-    rows = [Comparison(node.layer.name, grid_of(node) is not None) for node in nodes]
+    rows = [
+        Comparison(
+            node.layer.name,
+            grid_of(node) is not None or isinstance(node.layer, twin.ArgMax),
+        )
+        for node in nodes
+    ]
     result: Classes | Numbers | None = None
     names = output_names.of_labels(model if trained is None else trained)
     head = snapped.options.head
@@ -78,10 +84,13 @@ def compare_on_data(
         everyone = {"file": made}
         for name, network in networks.items():
             found = tf.nest.flatten(network(argument, training=False))
-            everyone[name] = [tensor.numpy().astype(np.float32) for tensor in found]
+            everyone[name] = [tensor.numpy() for tensor in found]
         scores, *others = (
-            dict(zip(everyone, map(classifying.in_units, values), strict=True))
-            for values in zip(*everyone.values(), strict=True)
+            {
+                name: classifying.scores(end, values)
+                for name, values in zip(everyone, found, strict=True)
+            }
+            for end, *found in zip(model.outputs, *everyone.values(), strict=True)
         )
         labels = classifying.of_first_output(labels, names)
         if result is None:
@@ -106,8 +115,8 @@ def compare_on_data(
 def _dequantized(values, detail):
     """Float values of an output tensor, which may hold codes."""
     scale, zero_point = detail["quantization"]
-    if values.dtype == np.float32:
-        return values
+    if not scale:
+        return values  # Floats, or class numbers.
     return (values.astype(np.float32) - zero_point) * np.float32(scale)
 
 

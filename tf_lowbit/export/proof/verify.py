@@ -308,6 +308,8 @@ def _left_out(layer) -> str | None:
         return "CONCATENATION"
     if isinstance(layer, twin.EdgePadding):
         return "MIRROR_PAD"
+    if isinstance(layer, twin.ArgMax):
+        return "ARG_MAX"
     if isinstance(layer, keras.layers.Reshape) and not layer.target_shape:
         return "RESHAPE"
     if isinstance(layer, _UPSAMPLINGS):

@@ -26,10 +26,11 @@ class QonnxAgreement:
     round to the other one. A different code can change codes in later layers.
 
     Attributes:
-        codes: number of compared activation codes.
-        different: name of each activation quantizer -> number of its different codes.
-        error: largest difference of outputs, divided by the standard deviation of the
-            output, or by a thousandth of its maximum if that is larger.
+        codes: number of compared activation codes and class numbers.
+        different: name of each activation quantizer -> number of its different codes;
+            and of each output of class numbers (an argmax), which count as codes.
+        error: largest difference of other outputs, divided by the standard deviation of
+            the output, or by a thousandth of its maximum if that is larger.
     """
 
     codes: int
@@ -113,8 +114,15 @@ def compare_qonnx(
         unequal = np.rint(want / step) != np.rint(have / step)
         different[tensor.layer.name] = int(unequal.sum())
         codes += unequal.size
-    ends = zip(wanted[len(quantizers) :], found[len(quantizers) :], strict=True)
-    distance = max(float(np.abs(h - w).max() / _spread(w)) for w, h in ends)
+    distance = 0.0
+    ends = (part[len(quantizers) :] for part in (names, wanted, found))
+    for name, want, have in zip(*ends, strict=True):
+        if want.dtype.kind == "i":
+            different[name] = int((want != have).sum())
+            codes += want.size
+        else:
+            error = float(np.abs(have - want).max() / _spread(want))
+            distance = float(np.maximum(distance, error))  # Keeps a NaN.
     return QonnxAgreement(codes, different, distance)
 
 
@@ -124,6 +132,8 @@ def _spread(values):
 
 
 def _channels_first(values):
+    if values.dtype.kind == "i":
+        return values  # Class numbers have no channels.
     return np.ascontiguousarray(values.transpose(channels_first(values.ndim)))
 
 

@@ -291,6 +291,18 @@ def _dot(writer, node, layer, inputs):
     return writer.add("MatMul", [second, first], _output(writer, node))
 
 
+def _argmax(writer, node, layer, inputs):
+    return writer.add(
+        "ArgMax",
+        inputs,
+        _output(writer, node),
+        dtype=np.int64,
+        axis=1,
+        keepdims=0,
+        select_last_index=0,
+    )
+
+
 def _concatenate(writer, node, layer, inputs):
     rank = len(node.output_shapes)
     axis = channels_first(rank).index(layer.axis % rank)
@@ -362,6 +374,7 @@ def _upsample(writer, node, layer, inputs):
 
 # From the kind of a layer (`layer_table`) to its function.
 _FUNCTIONS = {
+    "argmax": _argmax,
     "average_pool": _pool("AveragePool", count_include_pad=0),
     "concatenate": _concatenate,
     "conv": _conv,

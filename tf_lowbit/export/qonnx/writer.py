@@ -225,13 +225,24 @@ class _Writer:
     def shape(self, tensor) -> list[int]:
         """The shape of a Keras tensor in the file."""
         shape = [self._batch, *tensor.shape[1:]]
+        if not tensor.dtype.is_floating:
+            return shape  # Class numbers have no channels.
         return [shape[axis] for axis in channels_first(len(shape))]
 
     def activation_quantizer(self, node):
         """The activation quantizer of a node, or None."""
         return self._quantizers.get((node.layer.name, "output"))
 
-    def add(self, operator, inputs, shape, suffix=None, domain="", **attributes) -> str:
+    def add(
+        self,
+        operator,
+        inputs,
+        shape,
+        suffix=None,
+        domain="",
+        dtype=np.float32,
+        **attributes,
+    ) -> str:
         """Adds a node with one output, and returns its name."""
         suffix = suffix or operator.lower()
         name = graph.free_name(f"{self._layer}_{suffix}", self._taken)
@@ -240,7 +251,7 @@ class _Writer:
                 operator, inputs, [name], name=name, domain=domain, **attributes
             )
         )
-        self._values[name] = self._value(name, shape)
+        self._values[name] = self._value(name, shape, dtype)
         return name
 
     def constant(self, suffix, values, dtype=np.float32) -> str:

@@ -113,7 +113,7 @@ def to_tflite(
             such layers.
         output_type: "float32"; or "int8" or "uint8": the file outputs codes, by the
             output tensor's scale and zero point. The default of "tflm" is "int8" for
-            each output that is quantized.
+            each output that is quantized. The classes of an argmax stay int32 or int64.
         batches: number of batches of `data` to measure on.
         info: JSON-ready facts to store in the file, such as the normalization of its
             input; `read_info` returns them.

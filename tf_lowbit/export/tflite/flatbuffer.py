@@ -13,13 +13,14 @@ METADATA = "tf_lowbit"
 # Required by the schema, but not done by the generated Python classes.
 _ALIGNMENT = 16
 
-_TYPES: dict[np.dtype, int] = {
+TYPES: dict[np.dtype, int] = {
     np.dtype(np.float32): schema.TensorType.FLOAT32,
     np.dtype(np.int8): schema.TensorType.INT8,
     np.dtype(np.uint8): schema.TensorType.UINT8,
     np.dtype(np.int32): schema.TensorType.INT32,
+    np.dtype(np.int64): schema.TensorType.INT64,
 }
-DTYPES = {number: dtype for dtype, number in _TYPES.items()}
+DTYPES = {number: dtype for dtype, number in TYPES.items()}
 OPERATORS = {
     code: name
     for name, code in vars(schema.BuiltinOperator).items()
@@ -178,7 +179,7 @@ class FileBuilder:
     def _tensor(self, name, shape, dtype):
         tensor = schema.TensorT(name=name, hasRank=True)
         tensor.shape = [int(size) for size in shape]
-        tensor.type = _TYPES[np.dtype(dtype)]
+        tensor.type = TYPES[np.dtype(dtype)]
         return tensor
 
     def _add(self, tensor) -> int:

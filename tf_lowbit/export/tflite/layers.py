@@ -10,7 +10,7 @@ import numpy as np
 
 from tf_lowbit.compat import Node, keras
 from tf_lowbit.export.integer import int8_grids, transposed, twin
-from tf_lowbit.export.tflite import float_operators
+from tf_lowbit.export.tflite import flatbuffer, float_operators
 from tf_lowbit.export.tflite.flatbuffer import schema
 from tf_lowbit.export.tflite.operators import (
     INT4_VERSIONS,
@@ -242,6 +242,18 @@ def concatenate(writer: Writer, layer: Layer, sources: Sources, node: Node) -> S
     return result, grid
 
 
+def argmax(writer: Writer, layer: Layer, sources: Sources, node: Node) -> Source:
+    """Writes an ARG_MAX over the last axis, of codes or floats."""
+    ((index, grid),) = sources
+    axis = np.array(len(node.output_shapes), np.int32)
+    axis = writer.file.constant(f"{layer.name}/axis", axis)
+    dtype = np.dtype(layer.output_type)
+    result = writer.file.activation(layer.name, node.output_shapes, dtype)
+    options = schema.ArgMaxOptionsT(flatbuffer.TYPES[dtype])
+    writer.operator("ARG_MAX", [index, axis], [result], options, grid)
+    return result, None
+
+
 # From the kind of a layer (`layer_table`) to its function.
 FUNCTIONS = {
     **float_operators.FUNCTIONS,
@@ -252,6 +264,7 @@ FUNCTIONS = {
         ),
         integer_linear,
     ),
+    "argmax": argmax,
     "average_pool": pool,
     "concatenate": concatenate,
     "crop": crop,

@@ -19,6 +19,7 @@ Sources: TypeAlias = Sequence[Source]
 # Version of each operator that has the features used here, by the type of its input.
 INTEGER_VERSIONS = {
     "ADD": 2,
+    "ARG_MAX": 2,
     "CONCATENATION": 2,
     "CONV_2D": 3,
     "DEPTHWISE_CONV_2D": 3,
@@ -37,6 +38,7 @@ INTEGER_VERSIONS = {
 INT4_VERSIONS = {"CONV_2D": 7, "DEPTHWISE_CONV_2D": 7, "FULLY_CONNECTED": 10}
 FLOAT_VERSIONS = {
     "ADD": 1,
+    "ARG_MAX": 1,
     "AVERAGE_POOL_2D": 1,
     "BATCH_MATMUL": 1,
     "CONCATENATION": 1,

@@ -133,9 +133,9 @@ class _Writer(OperatorWriter):
     def _output(self, name, tensor) -> int:
         """The file's output for an output of the twin."""
         index, grid = self._tensors[id(tensor)]
-        if self.output_type == "float32":
-            return index
         node = graph.producer(tensor)
+        if self.output_type == "float32" or isinstance(node.layer, twin.ArgMax):
+            return index  # Class numbers are neither codes nor floats.
         if grid is None and ends_in_codes(node):
             # Another layer reads the float values; the output takes the codes.
             index, grid = self._tensors[id(node.keras_inputs[0])]
