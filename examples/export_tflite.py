@@ -27,7 +27,7 @@ from tf_lowbit import datasets
 from tf_lowbit.analysis import environment
 from tf_lowbit.core.files import replace_file
 from tf_lowbit.export.options import Options
-from tf_lowbit.export.targets import END_TYPES, PRECISIONS, STORAGES, TARGETS
+from tf_lowbit.export.targets import END_TYPES, PRECISIONS, QONNX, STORAGES, TARGETS
 
 FLAGS = flags.FLAGS
 
@@ -43,7 +43,7 @@ flags.DEFINE_integer("batch_size", 100, "Images in a batch.")
 flags.DEFINE_enum(
     "target",
     "xnnpack",
-    tuple(TARGETS),
+    tuple(name for name, target in TARGETS.items() if target.interpreter != QONNX),
     "Target of the file; docs/how_to/deployment.md has a table.",
 )
 flags.DEFINE_enum("storage", "int8", STORAGES, "Storage of low-bit weights.")

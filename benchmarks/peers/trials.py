@@ -177,11 +177,12 @@ def hgq2() -> list[str]:
     ]
 
 
-def _two_bits(blocks):
+def _two_bits(blocks, **options):
     """A QONNX file of a 2-bit network, cleaned by qonnx; its input and its outputs.
 
     Args:
         blocks: a function from the network's input to that of the last layer.
+        **options: options of `to_qonnx`.
     """
     from qonnx.core.modelwrapper import ModelWrapper
     from qonnx.util.cleanup import cleanup_model
@@ -201,7 +202,7 @@ def _two_bits(blocks):
     tfl.calibrate(model, [abs(_images())])
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "net.onnx")
-        tfl.export.to_qonnx(model, path)
+        tfl.export.to_qonnx(model, path, **options)
         file = cleanup_model(ModelWrapper(path))
     images = abs(_images()[:1])
     return file, images, model(images).numpy()
@@ -234,6 +235,12 @@ def _residual(layers, x):
     return layers.GlobalAveragePooling2D(name="average")(x)
 
 
+def _average_pooled(layers, x):
+    x = layers.ReLU(name="first_relu")(_conv(layers, x, "first"))
+    x = layers.AveragePooling2D(name="pool")(x)
+    return layers.Flatten(name="flat")(x)
+
+
 def finn_plus() -> list[str]:
     """Converts QONNX files of this library to FINN's operators, and runs them."""
     from finn.transformation.qonnx.convert_qonnx_to_finn import ConvertQONNXtoFINN
@@ -258,15 +265,16 @@ def finn_plus() -> list[str]:
 
 
 def hls4ml() -> list[str]:
-    """Converts QONNX files of this library to HLS code, and compiles one on the CPU."""
+    """Converts QONNX files of this library to HLS code, and compiles one on the CPU.
+
+    Others, of an option or a layer that it does not take, stop it.
+    """
     import hls4ml
     from qonnx.transformation.channels_last import ConvertToChannelsLastAndClean
     from qonnx.transformation.gemm_to_matmul import GemmToMatMul
     from qonnx.util.cleanup import cleanup_model
 
-    lines = []
-    for blocks in (_dense, _plain, _residual):
-        file, images, wanted = _two_bits(blocks)
+    def converted(file, folder):
         # Its front end takes convolutions in this order alone.
         file = file.transform(ConvertToChannelsLastAndClean())
         file = cleanup_model(file.transform(GemmToMatMul()))
@@ -277,10 +285,15 @@ def hls4ml() -> list[str]:
             # The scale of two 8-bit grids is below the steps of fixed<32,16>.
             default_precision="fixed<48,16>",
         )
+        return hls4ml.converters.convert_from_onnx_model(
+            file, output_dir=folder, hls_config=settings, backend="Vivado"
+        )
+
+    lines = []
+    for blocks in (_dense, _plain, _residual):
+        file, images, wanted = _two_bits(blocks)
         with tempfile.TemporaryDirectory() as folder:
-            made = hls4ml.converters.convert_from_onnx_model(
-                file, output_dir=folder, hls_config=settings, backend="Vivado"
-            )
+            made = converted(file, folder)
             kinds = {layer.class_name for layer in made.get_layers()}
             line = f"{blocks.__name__}: {sorted(kinds)}"
             if blocks is _dense:
@@ -290,6 +303,19 @@ def hls4ml() -> list[str]:
                 assert difference <= 1e-3 * np.abs(wanted).max()
                 line += f"; outputs differ by {difference:.2g}"
         lines.append(line)
+    for blocks, options in (
+        (_average_pooled, {}),
+        (_plain, {"fold_batch_norm": True}),
+        (_dense, {"activations": "multithreshold"}),
+    ):
+        file, _, _ = _two_bits(blocks, **options)
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                converted(file, folder)
+            except Exception as error:  # Of any type.
+                lines.append(f"{blocks.__name__} {options}: stopped, {error}")
+            else:
+                raise AssertionError(f"{blocks.__name__} {options} is taken now")
     return lines
 
 

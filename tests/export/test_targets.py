@@ -43,7 +43,7 @@ def model():
 
 def test_names_are_keys():
     assert {name: target.name for name, target in TARGETS.items()} == {
-        name: name for name in ("xnnpack", "portable", "int8", "tflm")
+        name: name for name in ("xnnpack", "portable", "int8", "tflm", "qonnx")
     }
 
 
@@ -55,13 +55,23 @@ def test_operators_are_some_that_files_are_written_with(name):
         assert {*operators} <= {*INTEGER_VERSIONS, *FLOAT_VERSIONS}
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", set(TARGETS) - {"qonnx"})
 def test_defaults_are_the_first_that_is_allowed(name):
     target, options = TARGETS[name], Options(target=name)
     for choice in targets.CHOICES:
         assert getattr(options, choice) == getattr(target, choice)[0]
         for value in getattr(target, choice):
             Options(target=name, **{choice: value})
+
+
+def test_a_target_of_qonnx_has_a_function_of_its_own(model, tmp_path):
+    with pytest.raises(ValueError) as refused:
+        export.to_tflite(model, tmp_path / "n", target="qonnx")
+    assert str(refused.value) == (
+        "target must be one of TFLite files: tf_lowbit.export.to_qonnx writes those of "
+        "QONNX. Received: target='qonnx'"
+    )
+    assert export.check(model, target="qonnx").ok
 
 
 def test_codes_as_output_want_an_int8_head():
@@ -109,6 +119,27 @@ def test_a_target_that_there_cannot_be(changes, words):
         dataclasses.replace(MINE, **changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kernels": ("xnnpack",)}, r"kernels must be \(\) with interpreter='qonnx'"),
+        ({"storage": ("int8",)}, "storage must"),
+        ({"head": ("int8",)}, "head must"),
+        ({"output_type": (None,)}, "output_type must"),
+        ({"operators": ("ADD",)}, "operators must be None"),
+        ({"open_sizes": True}, "open_sizes must be False"),
+        ({"floats": False}, "floats must be True"),
+        ({"weight_bits": ()}, "weight_bits must be a tuple"),
+        ({"activation_bits": (9,)}, "activation_bits must be a tuple"),
+        ({"interpreter": "tflite"}, "kernels must be a tuple of one or more"),
+    ],
+    ids=str,
+)
+def test_a_target_of_qonnx_has_nothing_of_tflites(changes, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(TARGETS["qonnx"], **changes)
+
+
 def test_rows_are_kept_by_name_and_others_whole():
     assert targets.described(TARGETS["tflm"]) == "tflm"
     kept = json.loads(json.dumps(targets.described(MINE)))
@@ -145,11 +176,15 @@ def test_bits_of_a_users_own_target_are_those_that_are_chosen(model):
     losses = {2: 3.0, 4: 1.0, 8: 2.0}
     found = tfl.Sensitivity("accuracy", (2, 4, 8), dict.fromkeys(tensors, losses), 90.0)
     target = dataclasses.replace(MINE, activation_bits=(2, 8))
-    for limit, bits in ((None, {4}), ("tflm", {4}), (target, {8})):
+    own = dataclasses.replace(TARGETS["qonnx"], name="own", weight_bits=(2, 8))
+    limits = {None: {4}, "tflm": {4}, "qonnx": {4}, target: {8}}
+    for limit, bits in limits.items():
         rules = tfl.allocate_bits(model, found, bops=10**9, target=limit)
         assert {rule.weight_bits for rule in rules if rule.weight_bits} == bits
         read = {rule.activation_bits for rule in rules if rule.weight_bits}
         assert read == bits
+    rules = tfl.allocate_bits(model, found, bops=10**9, target=own)
+    assert {rule.weight_bits for rule in rules if rule.weight_bits} == {8}
     few = dataclasses.replace(target, activation_bits=(3,))
     with pytest.raises(ValueError, match=r"activation bits of target='mine': \(3,\)"):
         tfl.allocate_bits(model, found, bops=10**9, target=few)
@@ -187,14 +222,23 @@ def in_words(bits):
 
 
 def listed(values):
-    return ", ".join("codes where an end has some" if v is None else v for v in values)
+    return (
+        NOTHING
+        if not values
+        else ", ".join(
+            "codes where an end has some" if v is None else v for v in values
+        )
+    )
 
 
 def lacking(target):
+    if target.interpreter == targets.QONNX:
+        return NOTHING
     written = {*INTEGER_VERSIONS, *(FLOAT_VERSIONS if target.floats else ())}
     return ", ".join(sorted(n for n in written if not target.has(n))) or "none"
 
 
+NOTHING = "—"  # Of a target without such an option.
 CELLS = {
     "runs on": lambda target: target.runs_on,
     "weight bits": lambda target: in_words(target.weight_bits),
@@ -226,6 +270,8 @@ def test_the_table_of_the_docs_is_that_of_the_rows():
     assert table() in PAGE.read_text()
 
 
-def test_the_docs_tell_the_one_rule_of_zero_points():
-    (rule,) = {target.zero_points for target in TARGETS.values()}
-    assert rule in " ".join(PAGE.read_text().split())
+def test_the_docs_tell_the_rules_of_zero_points():
+    rules = {target.zero_points for target in TARGETS.values()}
+    assert len(rules) == 2
+    for rule in rules:
+        assert rule in " ".join(PAGE.read_text().split())

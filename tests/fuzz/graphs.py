@@ -61,6 +61,7 @@ class Graph:
     edges: bool
     residual_bits: int | None
     nested: bool
+    chosen: bool
 
     def model(self) -> keras.Model:
         """The float network."""
@@ -78,6 +79,12 @@ class Graph:
         if self.hidden is not None:
             x = layers.Dense(5, activation=self.hidden, name="hidden")(x)
         return keras.Model(image, layers.Dense(self.classes, name="head")(x))
+
+    def ended(self, model: keras.Model) -> keras.Model:
+        """A trained network, or one that puts out its classes."""
+        if not self.chosen:
+            return model
+        return keras.Model(model.inputs, tf.argmax(model.outputs[0], axis=-1))
 
     def rules(self) -> list[tfl.PrecisionRule]:
         """One rule for all layers."""
@@ -196,4 +203,5 @@ def graphs(draw) -> Graph:
         edges=draw(st.booleans()) or (is_bare and hidden is None),
         residual_bits=draw(st.sampled_from((8, None))),
         nested=draw(st.booleans()),
+        chosen=draw(st.booleans()),
     )

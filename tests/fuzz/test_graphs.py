@@ -89,6 +89,7 @@ def test_random_networks(graph, tmp_path_factory, log):
     again = tfl.load_model(folder / "net.keras")
     np.testing.assert_array_equal(again(images), model(images))
 
+    again = graph.ended(again)
     result = tfl.export.to_tflite(again, folder / "net.tflite", [images], verbose=0)
     report = tfl.export.verify(folder / "net.tflite", result, [images], verbose=0)
     assert report.ok, str(report)
@@ -96,6 +97,7 @@ def test_random_networks(graph, tmp_path_factory, log):
     for kind in {block.kind for block in graph.blocks}:
         log[kind] += 1
     log["nested"] += graph.nested
+    log["argmax"] += graph.chosen
     log[graph.weight_quantizer] += 1
 
 
@@ -129,7 +131,7 @@ def test_other_targets(graph, tmp_path_factory, log):
     keras.backend.clear_session()
     folder = tmp_path_factory.mktemp("others")
     x = pixels(BATCH, (graph.size, graph.size, graph.channels))
-    model = quantized(graph, randomize(graph.model()), x)
+    model = graph.ended(quantized(graph, randomize(graph.model()), x))
     names, refused = [layer.name for layer in model.layers], {}
     for name, make in {"tflm": in_tflite_micro, "qonnx": in_qonnx}.items():
         try:

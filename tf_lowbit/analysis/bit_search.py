@@ -44,7 +44,7 @@ def allocate_bits(
         found: result of `tf_lowbit.sensitivity`; the choice is among its bits.
         weight_bytes: upper limit of `tf_lowbit.cost(model).weight_bytes`.
         bops: upper limit of `tf_lowbit.cost(model).bops`.
-        target: where the file runs, as in `tf_lowbit.export.to_tflite`: bits that the
+        target: where the file runs, as in `tf_lowbit.export.check`: bits that the
             target lacks are not chosen. None allows all. For tensors that keep their
             bits, call `tf_lowbit.export.check(model, target=...)`.
 

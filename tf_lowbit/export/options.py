@@ -38,6 +38,11 @@ class Options:
 
     def __post_init__(self):
         target = targets.find(self.target)
+        if target.interpreter == targets.QONNX:
+            raise ValueError(
+                "target must be one of TFLite files: tf_lowbit.export.to_qonnx writes "
+                f"those of QONNX. Received: target={target.name!r}"
+            )
         object.__setattr__(self, "target", target)
         known = {
             "storage": targets.STORAGES,

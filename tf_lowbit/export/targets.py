@@ -11,9 +11,11 @@ STORAGES = ("int8", "int4", "packed")
 PRECISIONS = ("int8", "float")
 END_TYPES = ("float32", "int8", "uint8")
 BITS = tuple(range(1, core_grid.MAX_BITS + 1))
-# Interpreters that `verify` runs files in.
+# Interpreters that `verify` runs files in, and the executor of `compare_qonnx`.
 TFLITE = "tflite"
 TFLITE_MICRO = "tflite_micro"
+QONNX = "qonnx"
+_INTERPRETERS = (TFLITE, TFLITE_MICRO, QONNX)
 
 _ROUNDING = {
     integer_kernels.XNNPACK: "float32 product, half to even",
@@ -22,6 +24,8 @@ _ROUNDING = {
         "31-bit fixed point, first rounding half up, second half away from zero"
     ),
 }
+_ALLOWED_BITS = {"weight_bits": BITS, "activation_bits": BITS}
+# Of TFLite files alone.
 _ALLOWED = {
     "kernels": tuple(_ROUNDING),
     "storage": STORAGES,
@@ -29,8 +33,6 @@ _ALLOWED = {
     "head": PRECISIONS,
     "input_type": END_TYPES,
     "output_type": (*END_TYPES, None),
-    "weight_bits": BITS,
-    "activation_bits": BITS,
 }
 # Options whose allowed values depend on the target.
 CHOICES = ("storage", "first_layer", "head", "input_type", "output_type")
@@ -41,7 +43,8 @@ class Target:
     """A deployment target, and the rules of its files.
 
     For five options of `to_tflite` (`storage` to `output_type`), a target lists the
-    values that it allows. The first value is the default.
+    values that it allows. The first value is the default. A target of QONNX files has
+    none of these, no kernels and no operators: its fields are empty.
 
     Attributes:
         name: the name for `to_tflite(target=...)`.
@@ -50,7 +53,8 @@ class Target:
         kernels: kernels under whose rounding every layer must output the right codes,
             one or more of "xnnpack", "builtin" and "tflm". The integer model rounds
             like the first one.
-        interpreter: the interpreter in `verify`: "tflite" or "tflite_micro".
+        interpreter: the interpreter in `verify`: "tflite" or "tflite_micro"; or "qonnx"
+            for files of `to_qonnx`.
         storage: "int8", "int4", "packed".
         first_layer: "int8", "float", or both, for a first layer trained in float.
         head: "int8", "float", or both, for the last layer.
@@ -91,7 +95,12 @@ class Target:
     def __post_init__(self):
         for name in ("name", "runs_on", "checked", "zero_points"):
             checks.instance(name, getattr(self, name), str)
-        for name, known in _ALLOWED.items():
+        checks.choice("interpreter", self.interpreter, _INTERPRETERS)
+        is_qonnx = self.interpreter == QONNX
+        if is_qonnx:
+            self._require_no_tflite()
+        allowed = _ALLOWED_BITS if is_qonnx else _ALLOWED | _ALLOWED_BITS
+        for name, known in allowed.items():
             values = getattr(self, name)
             is_list = isinstance(values, tuple) and all(v in known for v in values)
             if not is_list or not values:
@@ -99,7 +108,6 @@ class Target:
                     f"{name} must be a tuple of one or more of {known}. "
                     f"Received: {name}={values!r}"
                 )
-        checks.choice("interpreter", self.interpreter, (TFLITE, TFLITE_MICRO))
         is_list = isinstance(self.operators, tuple) and all(
             isinstance(name, str) for name in self.operators
         )
@@ -116,12 +124,24 @@ class Target:
         checks.flag("floats", self.floats)
         checks.flag("open_sizes", self.open_sizes)
 
+    def _require_no_tflite(self):
+        """Refuses what QONNX files do not have, and open sizes, which they cannot."""
+        wanted = {**dict.fromkeys(_ALLOWED, ()), "operators": None, "open_sizes": False}
+        for name, value in {**wanted, "floats": True}.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"{name} must be {value} with interpreter='qonnx', whose files "
+                    f"are no TFLite files. Received: {name}={getattr(self, name)!r}"
+                )
+
     def __repr__(self):
         return f"Target({self.name!r})"
 
     @property
     def rounding(self) -> str:
         """How its kernels round accumulators to codes, in words."""
+        if self.interpreter == QONNX:
+            return "float32, then `Quant` half to even"
         return "; ".join(_ROUNDING[kernel] for kernel in self.kernels)
 
     def has(self, operator: str) -> bool:
@@ -216,6 +236,24 @@ _ROWS = (
             "TANH",
         ),
         open_sizes=False,
+    ),
+    Target(
+        name="qonnx",
+        runs_on="FPGA tools that read QONNX files, such as FINN and hls4ml",
+        checked=(
+            "run in qonnx's executor, every activation code against the trained "
+            "network. finn-plus's first step and hls4ml's conversion took small "
+            "networks. No synthesis was run"
+        ),
+        kernels=(),
+        interpreter=QONNX,
+        storage=(),
+        first_layer=(),
+        head=(),
+        input_type=(),
+        output_type=(),
+        open_sizes=False,
+        zero_points="all zero points are 0; a scale for each tensor or channel",
     ),
 )
 TARGETS = {target.name: target for target in _ROWS}

@@ -25,7 +25,8 @@ from tests.export.networks import (
     quantize,
 )
 from tf_lowbit import export
-from tf_lowbit.compat import keras
+from tf_lowbit.compat import keras, tf
+from tf_lowbit.export import layer_table
 from tf_lowbit.export.qonnx import writer
 from tf_lowbit.network import inspection
 
@@ -158,6 +159,147 @@ def test_what_has_no_form_is_named(tmp_path):
     with pytest.raises(ValueError, match="activations"):
         export.to_qonnx(model, tmp_path / "n.onnx", activations="other")
     assert not list(tmp_path.iterdir())
+
+
+# --- what `check` foretells -----------------------------------------------------------
+
+
+def _series(x):
+    return layers.Reshape((16, 16), name="series")(x)
+
+
+def _lines(layer):
+    """A layer of series, between images."""
+    return lambda x: layers.Reshape((1, -1, 4))(
+        layers.Conv1D(4, 1, name="late")(layer(_series(x)))
+    )
+
+
+def _pair(layer):
+    return lambda x: layer([x, layers.MaxPooling2D(1)(x)])
+
+
+def _attended(x):
+    y = _series(x)
+    y = layers.MultiHeadAttention(2, 4, name="attention")(y, y)
+    return layers.Reshape((8, 8, 4))(y)
+
+
+# Layer of the table -> a body with it, of images (8, 8, 4).
+BODIES = {
+    layers.Activation: layers.Activation("tanh"),
+    layers.Add: _pair(layers.Add()),
+    layers.AveragePooling1D: _lines(layers.AveragePooling1D()),
+    layers.AveragePooling2D: layers.AveragePooling2D(),
+    layers.Concatenate: _pair(layers.Concatenate()),
+    layers.Conv1D: _lines(layers.Conv1D(4, 3, padding="causal")),
+    layers.Conv2D: layers.Conv2D(4, 3),
+    layers.Conv2DTranspose: layers.Conv2DTranspose(4, 3, 2),
+    layers.Cropping1D: _lines(layers.Cropping1D(1)),
+    layers.Cropping2D: layers.Cropping2D(1),
+    layers.Dense: layers.Dense(4),
+    layers.DepthwiseConv1D: _lines(layers.DepthwiseConv1D(3)),
+    layers.DepthwiseConv2D: layers.DepthwiseConv2D(3),
+    layers.Dot: _lines(lambda x: layers.Dot(2)([x, x])),
+    layers.Flatten: layers.Flatten(),
+    layers.GlobalAveragePooling1D: lambda x: layers.GlobalAveragePooling1D()(
+        _series(x)
+    ),
+    layers.GlobalAveragePooling2D: layers.GlobalAveragePooling2D(),
+    layers.GlobalMaxPooling1D: lambda x: layers.GlobalMaxPooling1D()(_series(x)),
+    layers.GlobalMaxPooling2D: layers.GlobalMaxPooling2D(),
+    layers.GRU: lambda x: layers.GRU(3)(_series(x)),
+    layers.LSTM: lambda x: layers.LSTM(3)(_series(x)),
+    layers.LayerNormalization: layers.LayerNormalization(),
+    layers.LeakyReLU: layers.LeakyReLU(),
+    layers.MaxPooling1D: _lines(layers.MaxPooling1D()),
+    layers.MaxPooling2D: layers.MaxPooling2D(),
+    layers.MultiHeadAttention: _attended,
+    layers.Multiply: _pair(layers.Multiply()),
+    layers.Permute: layers.Permute((2, 1, 3)),
+    layers.PReLU: layers.PReLU(shared_axes=[1, 2]),
+    layers.ReLU: layers.ReLU(6.0),
+    layers.Reshape: layers.Reshape((4, 16, 4)),
+    layers.UpSampling1D: _lines(layers.UpSampling1D()),
+    layers.UpSampling2D: layers.UpSampling2D(interpolation="bilinear"),
+    layers.ZeroPadding1D: _lines(layers.ZeroPadding1D()),
+    layers.ZeroPadding2D: layers.ZeroPadding2D(),
+    # Not of TFLite.
+    "transposed": layers.Conv2DTranspose(4, 3, (1, 2)),
+}
+# What is refused, and a part of the message.
+REFUSED = {
+    "elu": (layers.ELU(name="bad"), "must be exportable"),
+    "own": (layers.Conv2D(4, 1, activation="elu", name="bad"), "Activations must"),
+    "bicubic": (layers.UpSampling2D(interpolation="bicubic", name="bad"), "Upsampling"),
+    "first channels": (layers.BatchNormalization(axis=1, name="bad"), "last"),
+    "normalize": (
+        _lines(lambda x: layers.Dot(2, normalize=True, name="bad")([x, x])),
+        "A Dot must be",
+    ),
+    "ranks": (
+        lambda x: layers.Multiply(name="bad")([x, layers.GlobalMaxPooling2D()(x)]),
+        "same number of axes",
+    ),
+    "mode": (lambda x: layers.BatchNormalization(name="bad")(x, training=True), "mode"),
+    "masked": (
+        lambda x: layers.MultiHeadAttention(2, 4, name="bad")(
+            *[_series(x)] * 2, use_causal_mask=True
+        ),
+        "mask",
+    ),
+    "state": (
+        lambda x: layers.LSTM(3, return_state=True, name="bad")(_series(x))[0],
+        "one output",
+    ),
+    "argmax": (lambda x: tf.cast(tf.argmax(x, -1, name="bad"), tf.float32), "argmax"),
+}
+
+
+def test_every_row_of_the_table_has_a_body():
+    trained = {
+        row for row in layer_table.TABLE if row.__module__.startswith("tf_keras")
+    }
+    assert trained - {layers.InputLayer} == {*BODIES} - {"transposed"}
+
+
+@pytest.mark.quick(3)
+@pytest.mark.parametrize(
+    "kind", BODIES, ids=lambda kind: getattr(kind, "__name__", kind)
+)
+def test_what_check_takes_is_written(kind, tmp_path):
+    model = network(BODIES[kind])
+    assert export.check(model, target="qonnx").ok
+    model = quantize(model, LSQ)
+    assert export.check(model, target="qonnx").ok
+    _, found = written(model, tmp_path / "n.onnx")
+    assert sum(found.different.values()) <= NEAR_TIES * found.codes, found
+    if not any(found.different.values()):
+        assert found.error < 1e-3
+
+
+@pytest.mark.quick(2)
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_check_refuses_is_not_written(case, tmp_path):
+    body, words = REFUSED[case]
+    model = network(body)
+    problem, *_ = export.check(model, target="qonnx").problems
+    assert words in problem.reason + problem.remedy + problem.received
+    model = quantize(model, LSQ)
+    assert export.check(model, target="qonnx").problems[0] == problem
+    with pytest.raises(export.ExportError) as refused:
+        export.to_qonnx(model, tmp_path / "n.onnx")
+    assert refused.value.problem == problem
+
+
+def test_open_sizes_are_refused_once(tmp_path):
+    image = keras.Input((None, None, 2), name="image")
+    x = conv_bn_relu(conv_bn_relu(image, 4, name="first"), 4, name="inner")
+    model = quantize(keras.Model(image, layers.Conv2D(3, 1, name="head")(x)), LSQ)
+    (problem,) = export.check(model, target="qonnx").problems
+    assert problem.layer == "image"
+    with pytest.raises(export.ExportError, match="takes tensors of fixed sizes"):
+        export.to_qonnx(model, tmp_path / "n.onnx")
 
 
 def test_a_missing_extra_is_named(monkeypatch, tmp_path):

@@ -63,6 +63,8 @@ _ELSE = (
 def form(node: Node) -> str:
     """The form of a node, one of `layer_table`'s: it decides how the node is lowered.
 
+    TFLite has one more rule, `require_transposed`.
+
     Raises:
         ExportError: with the `Problem` of a layer that cannot be exported.
     """
@@ -234,7 +236,13 @@ def _require_linear(layer) -> None:
             _remedy(layer),
             kind,
         )
-    if layer_table.kind_of(layer) != twin.TRANSPOSED:
+
+
+def require_transposed(node: Node) -> None:
+    """Raises `ExportError` for a transposed convolution that TFLite cannot compute."""
+    layer = stock_layers.layer_of(node)
+    row = layer_table.row_of(layer)
+    if row is None or row.kind != twin.TRANSPOSED:
         return
     if len(set(layer.strides)) > 1 or set(layer.dilation_rate) != {1}:
         raise refusal(

@@ -50,7 +50,7 @@ class Check:
 
 
 def check(model: keras.Model, target: str | Target = "xnnpack") -> Check:
-    """Lists every layer of a network that `to_tflite` would refuse for a target.
+    """Lists every layer of a network that `to_tflite` or `to_qonnx` would refuse.
 
     Call it on the float network before training: most problems are a layer's type or
     setting. Call it again after `quantize`: it then checks the bits of the rules, too.
@@ -58,12 +58,12 @@ def check(model: keras.Model, target: str | Target = "xnnpack") -> Check:
     Args:
         model: built Sequential or Functional model, float or quantized; or a
             `LowBitTrainer`, for its students. Nested models are included.
-        target: as in `to_tflite`.
+        target: as in `to_tflite`; or "qonnx" for `to_qonnx`.
 
     Returns:
         The problems. If there are none, the layers' types and settings can be exported,
-        and the target has the operators. Only `to_tflite` checks the present bits,
-        missing ranges, and what depends on the data.
+        and the target has the operators. Only `to_tflite` and `to_qonnx` check the
+        present bits, missing ranges, and what depends on the data.
 
     Raises:
         ValueError: if the model is not built, or is subclassed, or the target does not
@@ -82,7 +82,7 @@ def check(model: keras.Model, target: str | Target = "xnnpack") -> Check:
         if not any(inspection.quantized_tensors(network)):
             network, _ = separable.split_in_graph(network)  # As `quantize` does.
         for problem in (
-            *problems(network),
+            *problems(network, target),
             *target_problems(network, target),
             *_bit_problems(network, target),
         ):
@@ -90,17 +90,36 @@ def check(model: keras.Model, target: str | Target = "xnnpack") -> Check:
     return Check(tuple(found.values()))
 
 
-def problems(network: keras.Model) -> Iterator[Problem]:
+def require_exportable(network: keras.Model, target: Target) -> None:
+    """Raises `ExportError` for the first quantizer or layer that a target refuses.
+
+    Args:
+        network: functional model without nested models.
+        target: target of the file.
+    """
+    for tensor in inspection.quantized_tensors(network):
+        if problem := bit_problem(tensor, tensor.bits, target):
+            raise ExportError(problem)
+    for problem in (*problems(network, target), *target_problems(network, target)):
+        raise ExportError(problem)
+
+
+def problems(
+    network: keras.Model, target: Target = targets.TARGETS["xnnpack"]
+) -> Iterator[Problem]:
     """Yields the `Problem` of each input, node and quantizer that cannot be exported.
 
     Args:
         network: functional model without nested models.
+        target: target of the file, which is one of TFLite or of QONNX.
     """
+    is_qonnx = target.interpreter == targets.QONNX
+    tensors = [] if is_qonnx else inspection.quantized_tensors(network)
     for requirement, subjects in (
         (_require_floats, network.inputs),
-        (forms.form, graph.calls(network)),
+        (_require_in_qonnx if is_qonnx else _require_in_tflite, graph.calls(network)),
         (_require_own_activation, network.layers),
-        (_require_zero, inspection.quantized_tensors(network)),
+        (_require_zero, tensors),
     ):
         for subject in subjects:
             try:
@@ -119,14 +138,15 @@ def target_problems(network: keras.Model, target: Target) -> Iterator[Problem]:
         target: target of the file.
     """
     if not target.open_sizes:
-        for tensor in network.inputs:
-            shape = list(tensor.shape)
-            if None in shape[1:]:
+        for node in graph.nodes(network):
+            shapes = [list(t.shape) for t in graph.outputs_of(node) if _is_open(t)]
+            # What reads it is open, too.
+            if shapes and not any(map(_is_open, node.keras_inputs)):
                 yield refusal(
-                    tensor._keras_history.layer,
+                    inspection.wrapped_layer(node.layer),
                     f"target={target.name!r} takes tensors of fixed sizes",
                     "build the network with a fixed input shape",
-                    f"of {shape}",
+                    f"of {shapes[0]}",
                 ).problem
     in_float = set() if target.floats else _float_layers(network)
     for node in graph.calls(network):
@@ -157,6 +177,10 @@ def target_problems(network: keras.Model, target: Target) -> Iterator[Problem]:
                 "table of docs/how_to/deployment.md, or end the network in front of it",
                 f"of type {type(layer).__name__}, which computes in float",
             ).problem
+
+
+def _is_open(tensor) -> bool:
+    return None in tensor.shape[1:]
 
 
 def _operators(node, form, target) -> tuple[str, ...]:
@@ -244,6 +268,26 @@ def bit_problem(
         "give it these by a rule, or by allocate_bits(..., target=...)",
         f"with its {tensor.attribute} at {bits} bits",
     ).problem
+
+
+def _require_in_tflite(node) -> None:
+    """Refuses a node that a TFLite file cannot compute."""
+    forms.form(node)
+    forms.require_transposed(node)
+
+
+def _require_in_qonnx(node) -> None:
+    """Refuses a node that a QONNX file cannot compute."""
+    form = forms.form(node)
+    shapes = [tuple(tensor.shape) for tensor in node.keras_inputs]
+    is_join = form in (layer_table.ADD, layer_table.MULTIPLY)
+    if is_join and len(set(map(len, shapes))) > 1:
+        raise refusal(
+            inspection.wrapped_layer(node.layer),
+            "Joined tensors must have the same number of axes",
+            "put a Reshape in front",
+            f"of {shapes}",
+        )
 
 
 def _require_floats(tensor) -> None:

@@ -16,7 +16,7 @@ from tf_lowbit.export.lowering.builder import Builder, Value, edges_of
 from tf_lowbit.export.lowering.inputs import take_pixels, takes_pixels
 from tf_lowbit.export.lowering.tensor_ranges import key
 from tf_lowbit.export.options import Options
-from tf_lowbit.export.types import ExportError, Note
+from tf_lowbit.export.types import Note
 from tf_lowbit.network import graph, inspection, output_names
 
 
@@ -95,15 +95,7 @@ def snap(
         )
     network = requirements.single_network(model)
     requirements.require_exportable(network)
-    target = options.target
-    for tensor in inspection.quantized_tensors(network):
-        if problem := problems.bit_problem(tensor, tensor.bits, target):
-            raise ExportError(problem)
-    for problem in (
-        *problems.problems(network),
-        *problems.target_problems(network, target),
-    ):
-        raise ExportError(problem)
+    problems.require_exportable(network, options.target)
     builder = Builder(forms.as_layers(network), data, options, ranges, batches)
     # From the trained layers: the layers of an unrolled cell are not first or last.
     builder.first, builder.last = edges_of(network)

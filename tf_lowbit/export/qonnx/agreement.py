@@ -121,8 +121,8 @@ def compare_qonnx(
             different[name] = int((want != have).sum())
             codes += want.size
         else:
-            error = float(np.abs(have - want).max() / _spread(want))
-            distance = float(np.maximum(distance, error))  # Keeps a NaN.
+            largest = float(np.abs(have - want).max() / _spread(want))
+            distance = float(np.maximum(distance, largest))  # Keeps a NaN.
     return QonnxAgreement(codes, different, distance)
 
 

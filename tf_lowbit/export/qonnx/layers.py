@@ -15,14 +15,9 @@ from tf_lowbit.export import layer_table
 from tf_lowbit.export.integer import twin
 from tf_lowbit.export.lowering import elementwise, forms
 from tf_lowbit.export.qonnx.grids import quantize
-from tf_lowbit.export.types import refusal
 from tf_lowbit.network import graph, inspection, layer_registry, passthrough
 
 _layers = keras.layers
-REMEDY = (
-    "end the network in front of it and compute the rest outside, or replace it by a "
-    "layer in the list of docs/how_to/qonnx.md and train the network"
-)
 
 
 def channels_first(rank: int) -> list[int]:
@@ -165,8 +160,6 @@ def _global_pool(operator):
 
 
 def _batch_norm(writer, node, layer, inputs):
-    rank = len(node.output_shapes)
-    elementwise.require_last(layer, rank)
     if writer.fold_batch_norm:
         return _scale(writer, node, layer, inputs)
     count = node.output_shapes[-1]
@@ -187,7 +180,6 @@ def _batch_norm(writer, node, layer, inputs):
 
 def _layer_norm(writer, node, layer, inputs):
     shape, (x,) = _output(writer, node), inputs
-    elementwise.require_last(layer, len(shape))
     reduced, channels = [shape[0], 1, *shape[2:]], [-1, *[1] * (len(shape) - 2)]
 
     def mean(of):
@@ -223,14 +215,6 @@ def _scale(writer, node, layer, inputs):
 
 def _join(writer, node, layer, inputs):
     operator = "Add" if elementwise.join(node) is np.add else "Mul"
-    if len({len(tensor.shape) for tensor in node.keras_inputs}) > 1:
-        shapes = [tuple(tensor.shape) for tensor in node.keras_inputs]
-        raise refusal(
-            layer,
-            "Joined tensors must have the same number of axes",
-            "put a Reshape in front",
-            f"of {shapes}",
-        )
     shape = _output(writer, node)
     parts = [
         name
@@ -352,14 +336,7 @@ def _upsample(writer, node, layer, inputs):
     how = {
         "nearest": ("nearest", "asymmetric"),
         "bilinear": ("linear", "half_pixel"),
-    }.get(getattr(layer, "interpolation", "nearest"))
-    if how is None:
-        raise refusal(
-            layer,
-            "Upsampling must be by interpolation='nearest' or 'bilinear'",
-            "train the network with one of them",
-            f"with {layer.interpolation!r}",
-        )
+    }[getattr(layer, "interpolation", "nearest")]
     scales = writer.constant("scales", [1, 1, *np.ravel(layer.size)])
     region = writer.constant("region", np.zeros(0))  # Required, but not read.
     return writer.add(
@@ -400,7 +377,6 @@ _FUNCTIONS = {
 
 def form_of(node: Node, layer: keras.layers.Layer) -> Callable[..., str]:
     """The function that writes a node."""
-    forms.require_channels_last(layer)
     own = inspection.wrapped_layer(node.layer)
     if own is not node.layer and not layer_registry.kernels(own):
         return quantize
@@ -415,10 +391,4 @@ def form_of(node: Node, layer: keras.layers.Layer) -> Callable[..., str]:
         return _scale
     if elementwise.join(node) is not None:
         return _join
-    if layer_registry.relu_kind(layer) or elementwise.activation(node) is not None:
-        return _activation
-    raise refusal(
-        layer,
-        "Every layer must be exportable to QONNX",
-        forms.remedy(layer, REMEDY),
-    )
+    return _activation  # As `lowering.problems` made sure.

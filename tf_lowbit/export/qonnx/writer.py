@@ -36,7 +36,7 @@ import numpy as np
 from tf_lowbit.compat import keras
 from tf_lowbit.core import checks as arguments
 from tf_lowbit.core.files import replace_file
-from tf_lowbit.export.lowering import forms, requirements, stock_layers
+from tf_lowbit.export.lowering import forms, problems, requirements, stock_layers
 from tf_lowbit.export.qonnx.grids import (
     ACTIVATIONS,
     DOMAIN,
@@ -44,8 +44,8 @@ from tf_lowbit.export.qonnx.grids import (
     is_bipolar,
     quant_of,
 )
-from tf_lowbit.export.qonnx.layers import REMEDY, channels_first, form_of
-from tf_lowbit.export.types import refusal
+from tf_lowbit.export.qonnx.layers import channels_first, form_of
+from tf_lowbit.export.targets import TARGETS
 from tf_lowbit.network import graph, inspection
 from tf_lowbit.version import __version__
 
@@ -92,8 +92,8 @@ def to_qonnx(
     Raises:
         ImportError: without the package `onnx`, of the extra `qonnx`.
         ValueError: for a model that is not quantized, or an invalid argument.
-        ExportError: (a ValueError) for a layer that QONNX cannot hold, or a quantizer
-            that is not at 1 to 8 bits or not calibrated.
+        ExportError: (a ValueError) for a layer that `check(model, target="qonnx")`
+            lists, or a quantizer that is not at 1 to 8 bits or not calibrated.
         OSError: if the file cannot be written. No partial file is left.
     """
     require_onnx()
@@ -103,6 +103,7 @@ def to_qonnx(
     arguments.choice("activations", activations, ACTIVATIONS)
     model = requirements.single_network(model)
     requirements.require_exportable(model)
+    problems.require_exportable(model, TARGETS["qonnx"])
     writer = _Writer(activations, fold_batch_norm, batch_size)
     proto = writer.write(forms.as_layers(model), model.output_names)
     return replace_file(path, proto.SerializeToString())
@@ -146,10 +147,7 @@ class _Writer:
         }
         self._taken = {layer.name for layer in model.layers} | {*ends}
         for tensor in model.inputs:
-            layer = graph.producer(tensor).layer
-            if not tensor.dtype.is_floating:
-                raise refusal(layer, "Inputs must be floats", "make them float32")
-            self._names[id(tensor)] = layer.name
+            self._names[id(tensor)] = graph.producer(tensor).layer.name
         inputs = [self._value(self._names[id(t)], self.shape(t)) for t in model.inputs]
         for tensor, name in zip(model.outputs, ends, strict=True):
             self._ends.setdefault(id(tensor), name)
@@ -184,18 +182,7 @@ class _Writer:
 
     def _write_node(self, node):
         layer = stock_layers.layer_of(node)
-        forms.require_inference(node, layer)
-        if len(graph.outputs_of(node)) != 1:
-            raise refusal(layer, "Every layer must have one output", REMEDY)
         (output,) = graph.outputs_of(node)
-        for tensor in (*node.keras_inputs, output):
-            if None in tensor.shape[1:]:
-                raise refusal(
-                    layer,
-                    "Tensors must have fixed sizes",
-                    "build the network with a fixed input shape",
-                    f"with a tensor of {tuple(tensor.shape)}",
-                )
         self._layer = node.layer.name
         before = len(self._nodes)
         inputs = [self._names[id(tensor)] for tensor in node.keras_inputs]
