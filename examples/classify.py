@@ -55,6 +55,12 @@ class Classifier:
         self.info = read_info(data)
         self._input = self._interpreter.get_input_details()[0]
         self._output = self._interpreter.get_output_details()[0]
+        dtype = self._output["dtype"].__name__
+        if dtype not in ("float32", "int8", "uint8"):
+            raise ValueError(
+                "The file must put out a score for each class, as a network without an "
+                f"argmax does. Received: {str(path)!r}, which puts out {dtype}"
+            )
         self._batch = None
 
     @property

@@ -66,15 +66,6 @@ def bits_of(text: str) -> tuple[int, int]:
     return int(weights), int(activations)
 
 
-def float_accuracy(model, data) -> float | None:
-    """Measures the float network on the test examples of the files."""
-    if data.test_labels is None:
-        return None
-    shown = slice(FLAGS.examples)
-    classes = model.predict(data.test[shown], verbose=0).argmax(-1)
-    return float((classes == data.test_labels[shown]).mean())
-
-
 def table(found, float_bytes: int, accuracy: float | None) -> rich.table.Table:
     """Makes the table of results, with a column for each pair of bits.
 
@@ -168,6 +159,11 @@ def main(argv):
             "--epochs needs labels: y in the file of --data. "
             f"Received: --epochs={FLAGS.epochs}, --data={FLAGS.data}"
         )
+    if FLAGS.epochs and not model.outputs[0].dtype.is_floating:
+        raise ValueError(
+            "--epochs needs a network that ends in logits or probabilities, because an "
+            f"argmax has no gradient. Received: --epochs={FLAGS.epochs}"
+        )
     found = []
     for bits in pairs:
         deployment = micro_deployment.deploy(
@@ -185,7 +181,7 @@ def main(argv):
         if folder:
             write(deployment, folder / deployment.name.lower())
     float_bytes = len(experiment.float_tflite(model))
-    accuracy = float_accuracy(model, data)
+    accuracy = micro_deployment.float_accuracy(model, data, FLAGS.examples)
     rich.console.Console().print(table(found, float_bytes, accuracy))
     if folder:
         figures = {

@@ -15,6 +15,7 @@ import numpy as np
 import tf_lowbit as tfl
 from tf_lowbit.compat import keras
 from tf_lowbit.export.tflite import flatbuffer
+from tf_lowbit.network import predictions
 
 STORAGES = ("int8", "packed")
 # Bits of the first and the last layer, and of residual sums.
@@ -156,6 +157,22 @@ def load_data(path, shape) -> Data:
     count = len(inputs) - max(round(TEST_SHARE * len(inputs)), 1)
     both = (None, None) if labels is None else (labels[:count], labels[count:])
     return Data(inputs[:count], inputs[count:], *both)
+
+
+def float_accuracy(model: keras.Model, data: Data, examples: int) -> float | None:
+    """Measures a float network on the test examples of the files; None without labels.
+
+    Args:
+        model: Float network.
+        data: Examples, perhaps with labels.
+        examples: Largest number of test examples.
+    """
+    if data.test_labels is None:
+        return None
+    outputs = model.predict(data.test[:examples], verbose=0)
+    outputs = predictions.scores(model.outputs[0], outputs)
+    classes = predictions.classes(outputs, predictions.threshold(model))
+    return float((classes == data.test_labels[:examples]).mean())
 
 
 def quantized(model: keras.Model, bits: tuple[int, int]) -> keras.Model:

@@ -8,7 +8,7 @@ import tf_lowbit as tfl
 from examples import experiment
 from tests.examples import programs
 from tf_lowbit import datasets
-from tf_lowbit.compat import keras
+from tf_lowbit.compat import keras, tf
 
 LIMIT = 50
 # Of each kind of mistake one: the arguments, and what the message must hold.
@@ -42,6 +42,10 @@ BAD = {
         ["flat.tflite", "digit.png"],
         r"^ValueError: The file must take images .*Received: .*\(64,\)",
     ),
+    "classes, no scores": (
+        ["chosen.tflite", "digit.png"],
+        r"^ValueError: The file must put out a score .*'chosen\.tflite'.* int64",
+    ),
     "threads": (["net.tflite", "digit.png", "--threads=0"], r"--threads=0: .*positive"),
     "top": (["net.tflite", "digit.png", "--top=0"], r"--top=0: .*positive"),
     "dataset": (
@@ -64,11 +68,12 @@ BAD = {
 }
 
 
-def float_file(shape):
+def float_file(shape, end=lambda x: x):
     """A file of TensorFlow's converter: it says nothing of pixels."""
     layers = keras.layers
-    net = [layers.Flatten(input_shape=shape), layers.Dense(10)]
-    return experiment.float_tflite(keras.Sequential(net))
+    image = keras.Input(shape)
+    logits = layers.Dense(10)(layers.Flatten()(image))
+    return experiment.float_tflite(keras.Model(image, end(logits)))
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +134,7 @@ def runs(exported, digits, tmp_path_factory):
         "foreign.tflite": float_file((8, 8, 1)),
         "two.tflite": float_file((8, 8, 2)),
         "flat.tflite": float_file((64,)),
+        "chosen.tflite": float_file((8, 8, 1), lambda x: tf.argmax(x, axis=-1)),
         "notes.txt": b"No picture, and no network.",
     }.items():
         (folder / name).write_bytes(data)

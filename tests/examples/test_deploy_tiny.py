@@ -10,7 +10,7 @@ import pytest
 import tf_lowbit as tfl
 from examples import micro_deployment
 from tests.examples import programs
-from tf_lowbit.compat import keras
+from tf_lowbit.compat import keras, tf
 from tf_lowbit.export.targets import TARGETS
 
 SHAPE = (8, 8, 1)
@@ -216,6 +216,30 @@ def test_files_are_what_a_firmware_includes(runs, name):
     result = json.loads((runs[1] / "out" / "deployment.json").read_text())
     operators = result["deployments"][name]["operators"]["packed"]
     assert [n.lower() for n in added] == [n.replace("_", "").lower() for n in operators]
+
+
+def test_a_network_that_ends_in_an_argmax():
+    image = keras.Input(SHAPE, name="image")
+    x = keras.layers.Conv2D(4, 3, activation="relu", name="first")(image)
+    x = keras.layers.Conv2D(4, 3, activation="relu", name="inner")(x)
+    x = keras.layers.Dense(3, name="head")(keras.layers.Flatten()(x))
+    model = keras.Model(image, tf.argmax(x, axis=-1))
+    data = micro_deployment.random_data(SHAPE)
+    deployment = micro_deployment.deploy(model, (2, 2), data, examples=4)
+    assert deployment.report.ok
+    assert deployment.equal
+    assert deployment.agreement > 0.5
+    setup = micro_deployment.source_files(deployment)["model_setup.h"]
+    assert "resolver.AddArgMax()" in setup
+
+
+def test_float_accuracy_counts_the_classes_of_an_argmax():
+    image = keras.Input((3,), name="image")
+    model = keras.Model(image, tf.argmax(image, axis=-1))
+    rows = np.eye(3, dtype=np.float32)
+    data = micro_deployment.Data(rows, rows, np.arange(3), np.array([0, 1, 0]))
+    found = micro_deployment.float_accuracy(model, data, examples=3)
+    assert found == pytest.approx(2 / 3)
 
 
 def test_methods_of_the_resolver_are_tflite_micros():

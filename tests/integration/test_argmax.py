@@ -17,6 +17,7 @@ from tests.export.networks import (
     randomize,
 )
 from tf_lowbit import export
+from tf_lowbit.analysis import page
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.export.integer import twin
 from tf_lowbit.export.lowering import problems
@@ -163,12 +164,13 @@ def test_scores_and_classes_of_one_network(maps):
     np.testing.assert_array_equal(chosen, codes.argmax(-1))
 
 
-def test_sensitivity_is_that_of_the_logits(maps):
-    labels = np.random.default_rng(0).integers(0, 3, (16, *IMAGE[:2]))
-    found = [
-        tfl.sensitivity(m, [(DATA, labels)], bits=(1,), metric="accuracy") for m in maps
-    ]
+def test_sensitivity_and_report_are_those_of_the_logits(maps):
+    data = [(DATA, np.random.default_rng(0).integers(0, 3, (16, *IMAGE[:2])))]
+    found = [tfl.sensitivity(m, data, bits=(1,), metric="accuracy") for m in maps]
     assert found[0] == found[1]
+    first, second = (page._accuracy(m, data) for m in maps)
+    assert first.percent == second.percent
+    np.testing.assert_array_equal(first.confusion, second.confusion)
 
 
 # --- what is found --------------------------------------------------------------------

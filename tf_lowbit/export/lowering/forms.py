@@ -74,7 +74,7 @@ def form(node: Node) -> str:
     require_channels_last(layer)
     require_inference(node, layer)
     _require_fixed_size(node, layer)
-    _require_floats(node, layer)
+    _require_no_classes(node, layer)
     if layer_registry.kernels(layer):
         _require_linear(layer)
         return LINEAR
@@ -193,7 +193,7 @@ def _require_fixed_size(node, layer) -> None:
         )
 
 
-def _require_floats(node, layer) -> None:
+def _require_no_classes(node, layer) -> None:
     """Refuses a layer that reads class numbers: an argmax ends a network."""
     for tensor in node.keras_inputs:
         if passthrough.operation(graph.producer(tensor).layer) == "argmax":

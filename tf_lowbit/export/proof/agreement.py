@@ -224,11 +224,11 @@ def _call(node, args, kwargs):
 
 
 def grid_of(node: Node) -> int8_grids.Grid | None:
-    """The grid of what a node of the twin puts out; None for floats."""
+    """The grid of what a node of the twin puts out; None for floats and classes."""
     if isinstance(node.layer, twin.ToCodes | twin.IntegerLinear | twin.IntegerAdd):
         return node.layer.grid
-    is_end = isinstance(node.layer, twin.ToValues | twin.ArgMax)
-    if is_end or computes_floats(node.layer):
+    is_other = isinstance(node.layer, twin.ToValues | twin.ArgMax)
+    if is_other or computes_floats(node.layer):
         return None
     source = graph.producer(node.keras_inputs[0])
     return None if source.is_input else grid_of(source)

@@ -37,7 +37,7 @@ class Comparison:
 
     Attributes:
         tensor: the tensor's name.
-        is_integer: whether it holds codes.
+        is_integer: whether it holds codes, or the classes of an argmax.
         elements: number of compared elements.
         mismatches: number of codes that differ from the twin's layer, given the file's
             inputs of that layer.
@@ -67,7 +67,7 @@ class Agreement:
 
     Attributes:
         tensor: name of the trained network's layer that outputs it.
-        levels: number of levels of the twin's grid; 0 for floats.
+        levels: number of levels of the twin's grid, or of classes; 0 for floats.
         is_measured: whether the grid has 8 bits over a range measured on data.
         measured_levels: levels from zero to the larger end of that range, twice as many
             for a signed grid; 0 without such a range, or if it held zeros only.
