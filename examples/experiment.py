@@ -67,9 +67,15 @@ def flag_settings(module: str) -> dict:
 
 
 def quiet() -> None:
-    """Hides information messages of TensorFlow and Keras; warnings stay."""
+    """Hides what TensorFlow and Keras say of their work; warnings of results stay."""
     tf.get_logger().setLevel("WARNING")
+    tf.get_logger().addFilter(_is_of_results)
     logging.set_verbosity(logging.WARNING)
+
+
+def _is_of_results(record) -> bool:
+    # On a busy machine, Keras advises to check callbacks.
+    return "is slow compared to the batch time" not in record.getMessage()
 
 
 def stages_for(

@@ -69,7 +69,7 @@ def test_a_flag_is_a_bool(value):
         checks.flag("strict", value)
 
 
-@pytest.mark.parametrize("value", [None, 3, b"x", ["x"], ""], ids=repr)
+@pytest.mark.parametrize("value", [None, 3, b"x", ["x"], "", "a\0b"], ids=repr)
 def test_a_path_is_text_or_a_path(value):
     assert checks.path("file", Path("a") / "b") == str(Path("a/b"))
     with pytest.raises(ValueError, match=r"^file must be a path, .* Received: file="):

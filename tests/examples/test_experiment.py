@@ -3,6 +3,7 @@ import dataclasses
 import json
 import os
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -483,6 +484,24 @@ def test_quiet_keeps_warnings(caplog):
         logger.removeHandler(caplog.handler)
     # Twice, where the logger passes on to the root, too.
     assert set(caplog.messages) == {"a warning"}
+
+
+@pytest.mark.usefixtures("_loud_again")
+def test_quiet_hides_what_keras_says_of_callbacks_on_a_busy_machine(caplog):
+    class Slow(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            time.sleep(0.2)
+
+    model = keras.Sequential([keras.layers.Dense(1, input_shape=(1,))])
+    model.compile(loss="mse")
+    experiment.quiet()
+    logger = tf.get_logger()
+    logger.addHandler(caplog.handler)
+    try:
+        model.fit(np.ones((6, 1)), np.ones(6), 1, callbacks=[Slow()], verbose=0)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.messages
 
 
 # train

@@ -134,7 +134,14 @@ def test_other_numbers_are_no_classes(given, units):
 def test_a_dict_of_one_entry_is_the_labels_of_one_output(names):
     found = predictions.labels({"a": [1, 0]}, np.zeros((2, 3)), names)
     assert found.tolist() == [1, 0]
-    assert predictions.labels({"b": [1, 0]}, np.zeros((2, 3)), ["a", "c"]) is None
+
+
+def test_a_dict_must_have_the_name_of_an_output():
+    outputs = np.zeros((2, 3))
+    assert predictions.labels({"c": [1, 0]}, outputs, ["a", "c"]) is None
+    message = r"key of \['a', 'c'\], .*\. Received: \['b'\]$"
+    with pytest.raises(ValueError, match=message):
+        predictions.labels({"b": [1, 0]}, outputs, ["a", "c"])
 
 
 @pytest.mark.parametrize(

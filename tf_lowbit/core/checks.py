@@ -136,11 +136,12 @@ def path(name: str, value: Any) -> str:
 
     The file need not exist.
     """
-    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+    found = os.fsdecode(value) if isinstance(value, str | os.PathLike) else ""
+    if not found or "\0" in found:
         raise ValueError(
             f"{name} must be a path, a str or an os.PathLike. {received(name, value)}"
         )
-    return os.fsdecode(value)
+    return found
 
 
 def received(name: str, value: Any) -> str:

@@ -86,11 +86,20 @@ def of_first_output(given: Any, names: Sequence[str]) -> Any:
     Args:
         given: Labels; for several outputs a tuple, list or dict of them.
         names: Names of the network's outputs.
+
+    Raises:
+        ValueError: If none of a dict's keys is the name of an output.
     """
     if isinstance(given, dict):
         # A single entry belongs to a single output, under any name.
-        is_only = len(given) == len(names) == 1
-        return next(iter(given.values())) if is_only else given.get(names[0])
+        if len(given) == len(names) == 1:
+            return next(iter(given.values()))
+        if given and not set(given) & set(names):
+            raise ValueError(
+                f"A dict of labels must have a key of {list(names)}, the names of the "
+                f"outputs. Received: {list(given)}"
+            )
+        return given.get(names[0])
     if isinstance(given, tuple | list) and len(names) > 1:
         return given[0]
     return given
@@ -129,8 +138,8 @@ def labels(given: Any, outputs: np.ndarray, names: Sequence[str]) -> np.ndarray 
         of a regression.
 
     Raises:
-        ValueError: If there is not one label per prediction, or an integer is not one
-            of the outputs' classes.
+        ValueError: If there is not one label per prediction, an integer is not one of
+            the outputs' classes, or none of a dict's keys is the name of an output.
     """
     given = of_first_output(given, names)
     if given is None:

@@ -924,6 +924,10 @@ def test_a_path_with_brackets(snapped, file, tmp_path):
     assert "[w2a2]" in str(verify(path, snapped))
 
 
+def test_a_report_on_bytes_does_not_print_them(snapped, file):
+    assert verify(bytearray(file), snapped).file == "bytes"
+
+
 # --- predictions ----------------------------------------------------------------------
 
 

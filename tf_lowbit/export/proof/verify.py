@@ -124,7 +124,7 @@ def verify(
     arguments.number("agreement", agreement, at_least=0, at_most=1)
     content = file_bytes.content_of("file", file)
     report = Report(
-        "bytes" if isinstance(file, bytes) else str(file),
+        "bytes" if isinstance(file, bytes | bytearray) else str(file),
         runtime(),
         content,
         float(tolerance),
