@@ -74,7 +74,7 @@ def killed_once(folder: Path, chance: random.Random) -> dict:
     """Starts the training and kills it; where it was then.
 
     Raises:
-        RuntimeError: if the training ends by itself.
+        RuntimeError: If the training ends by itself.
     """
     awaited = chance.randint(1, MOST_CHECKPOINTS)
     seen = names(folder)

@@ -32,7 +32,7 @@ def texts(results: Path = RESULTS) -> dict[Path, dict[str, str]]:
     """The texts with tables, and their tables in Markdown, by name.
 
     Args:
-        results: the folder of all results.
+        results: The folder of all results.
     """
     applications = applications_plan.table(results / "applications.jsonl")
 
@@ -55,7 +55,7 @@ def tables(results: Path = RESULTS) -> dict[str, str]:
     """The tables of benchmarks/README.md.
 
     Args:
-        results: the folder of all results.
+        results: The folder of all results.
     """
     accuracy = accuracy_report.tables(results / "accuracy")
     peers = peers_report.tables(results / "peers")
@@ -79,11 +79,11 @@ def drawn(text: str, made: dict[str, str]) -> str:
     """A Markdown text with each table between its marks.
 
     Args:
-        text: with the marks of all tables.
-        made: the tables by name.
+        text: With the marks of all tables.
+        made: The tables by name.
 
     Raises:
-        ValueError: if a table's marks are missing.
+        ValueError: If a table's marks are missing.
     """
     for name, table in made.items():
         start, end = f"<!-- table: {name} -->\n", "<!-- end -->"

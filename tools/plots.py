@@ -40,11 +40,11 @@ def curve(quantizer, inputs, others=(), **ranges):
     """What a quantizer makes of numbers, and the gradient that training uses.
 
     Args:
-        quantizer: of weights or activations, at its bits.
-        inputs: floats of shape (n,).
-        others: further floats of the same tensor, which are not returned: scales that
+        quantizer: Of weights or activations, at its bits.
+        inputs: Floats of shape (n,).
+        others: Further floats of the same tensor, which are not returned: scales that
             are a statistic of the tensor see them.
-        **ranges: values of the quantizer's variables, such as `step` or `alpha`.
+        **ranges: Values of the quantizer's variables, such as `step` or `alpha`.
 
     Returns:
         `(values, gradients)`, float32 of shape (n,). The gradient at a number is the
@@ -288,7 +288,7 @@ def main(folder=FOLDER, ending="svg") -> None:
     """Writes all figures; without dates and versions, so that the same stay the same.
 
     Args:
-        folder: that exists.
+        folder: That exists.
         ending: "svg", or "png" to look at them.
     """
     import matplotlib

@@ -20,10 +20,10 @@ class Claim:
     """That one row is better than another, or not much worse.
 
     Attributes:
-        text: what is claimed.
-        ours: the row that is claimed to be good.
-        other: what it is measured by.
-        margin: the points that it must be ahead by; negative, that it may be behind.
+        text: What is claimed.
+        ours: The row that is claimed to be good.
+        other: What it is measured by.
+        margin: The points that it must be ahead by; negative, that it may be behind.
     """
 
     text: str
@@ -35,8 +35,8 @@ class Claim:
         """What an interval of the difference says of it.
 
         Args:
-            mean: of the difference, in points.
-            half: half width of its interval.
+            mean: Of the difference, in points.
+            half: Half width of its interval.
         """
         if math.isnan(half):
             return "one seed"

@@ -25,21 +25,21 @@ class Method:
     """How a low-bit network is trained.
 
     Attributes:
-        staging: one of `examples.experiment.METHODS`.
-        distill: one of `examples.experiment.DISTILLATIONS`.
-        quantizers: of weights and activations.
-        lsq_start: of LSQ, the `initialization` of its steps.
-        teacher_rate: the teacher's learning rate relative to the student's.
-        start: of stochastic precision, the probability at the start.
-        mixed: bits for each layer, at no more of these costs than uniform ones have.
-        edges: bits of the first and the last layer: "float", "8 bits", or "few" as all
+        staging: One of `examples.experiment.METHODS`.
+        distill: One of `examples.experiment.DISTILLATIONS`.
+        quantizers: Of weights and activations.
+        lsq_start: Of LSQ, the `initialization` of its steps.
+        teacher_rate: The teacher's learning rate relative to the student's.
+        start: Of stochastic precision, the probability at the start.
+        mixed: Bits for each layer, at no more of these costs than uniform ones have.
+        edges: Bits of the first and the last layer: "float", "8 bits", or "few" as all
             others.
-        learning_rate: where it is not what the tuning chose for the method.
-        from_float: whether it starts from the float weights of its seed.
-        freezing: whether weights that oscillate are frozen.
-        phases: whether the epochs are QKD's: the student alone, both, a frozen teacher.
-        task_weight: of the labels in the student's loss; None for the default.
-        is_gentle: whether ranges are calibrated first, and every stage warms up.
+        learning_rate: Where it is not what the tuning chose for the method.
+        from_float: Whether it starts from the float weights of its seed.
+        freezing: Whether weights that oscillate are frozen.
+        phases: Whether the epochs are QKD's: the student alone, both, a frozen teacher.
+        task_weight: Of the labels in the student's loss; None for the default.
+        is_gentle: Whether ranges are calibrated first, and every stage warms up.
     """
 
     staging: str = "plain"
@@ -163,15 +163,15 @@ class Settings:
     """What all runs of a sweep share.
 
     Attributes:
-        dataset: name of the data set.
-        limit: examples used, None for all.
-        width: channels of the networks' first stage.
-        float_epochs: of the float networks that all start from.
-        epochs: of each low-bit training, over all its stages.
-        float_learning_rate: of the float networks.
-        batch_size: images in a batch.
-        held_out: share of the training images that the tuning is measured on.
-        ladder: rungs of the progressive methods.
+        dataset: Name of the data set.
+        limit: Examples used, None for all.
+        width: Channels of the networks' first stage.
+        float_epochs: Of the float networks that all start from.
+        epochs: Of each low-bit training, over all its stages.
+        float_learning_rate: Of the float networks.
+        batch_size: Images in a batch.
+        held_out: Share of the training images that the tuning is measured on.
+        ladder: Rungs of the progressive methods.
     """
 
     dataset: str = "fashion_mnist"
@@ -194,14 +194,14 @@ class Run:
     """One training.
 
     Attributes:
-        purpose: one of `PURPOSES`.
-        network: a name of `tf_lowbit.models`, or one with a width: `at_width`.
-        method: a key of `METHODS` or `VARIANTS`, or `FLOAT`.
-        bits: of weights and activations; None for a float network. Of mixed bits, the
+        purpose: One of `PURPOSES`.
+        network: A name of `tf_lowbit.models`, or one with a width: `at_width`.
+        method: A key of `METHODS` or `VARIANTS`, or `FLOAT`.
+        bits: Of weights and activations; None for a float network. Of mixed bits, the
             uniform ones whose cost they may have.
-        seed: of data order, augmentation, initial weights and draws.
-        epochs: in total.
-        learning_rate: at the start of each stage; None until the tuning has told.
+        seed: Of data order, augmentation, initial weights and draws.
+        epochs: In total.
+        learning_rate: At the start of each stage; None until the tuning has told.
     """
 
     purpose: str
@@ -276,9 +276,9 @@ def read_start(folder: Path, network: str, seed: int) -> dict | None:
     """The float weights that a seed's runs start from, by name; None if there are none.
 
     Args:
-        folder: of the results.
-        network: as in `Run`.
-        seed: likewise.
+        folder: Of the results.
+        network: As in `Run`.
+        seed: Likewise.
     """
     return store.read_weights(_starts_file(folder, network), f"seed{seed}")
 
@@ -296,9 +296,9 @@ def phases(settings: Settings, seeds: int = 5, dear: int = 3) -> dict[str, list[
     """All runs by phase; a phase needs those before it.
 
     Args:
-        settings: of the sweep.
-        seeds: of the small network's 2-bit and 4-bit rows, and of `LONG_IN_FULL`.
-        dear: seeds of the other rows.
+        settings: Of the sweep.
+        seeds: Of the small network's 2-bit and 4-bit rows, and of `LONG_IN_FULL`.
+        dear: Seeds of the other rows.
 
     Returns:
         Name -> runs, their learning rates still to be set but for the float networks.
@@ -395,7 +395,7 @@ def read(folder: Path, run: Run) -> dict | None:
     """What a run gave, or None where it was not done.
 
     Raises:
-        ValueError: if the file of results is damaged.
+        ValueError: If the file of results is damaged.
     """
     return store.read(results_file(folder)).get(run.name)
 
@@ -409,7 +409,7 @@ def is_done(folder: Path, run: Run, settings: Settings) -> bool:
     """Whether a run's result is there, and is of these settings.
 
     Raises:
-        ValueError: if it is of other settings: they must not be mixed.
+        ValueError: If it is of other settings: they must not be mixed.
     """
     found = read(folder, run)
     if found is None or found["learning_rate"] != run.learning_rate:

@@ -106,8 +106,8 @@ def shown(mean: float, half: float) -> str:
     """A difference and its interval, as text.
 
     Args:
-        mean: of the difference; NaN where there is none.
-        half: half width of the interval; NaN where there is none.
+        mean: Of the difference; NaN where there is none.
+        half: Half width of the interval; NaN where there is none.
     """
     if math.isnan(half):
         return NOTHING if math.isnan(mean) else f"{mean:+.2f}"
@@ -177,7 +177,7 @@ def short_table(folder: Path) -> str:
     """The methods of `SHORT` at 4 and 2 bits.
 
     Args:
-        folder: of the results.
+        folder: Of the results.
     """
     found, settings = rows(folder), settings_of(folder)
     longest = max(sweep.STAGES.values())

@@ -21,14 +21,14 @@ class Row:
     """The runs of one method that differ in their seed only.
 
     Attributes:
-        accuracies: final test accuracy in percent, by seed.
-        recalibrated: the same with batch normalisation measured anew after the
+        accuracies: Final test accuracy in percent, by seed.
+        recalibrated: The same with batch normalisation measured anew after the
             training, by seed, of the low-bit runs that tell it.
-        cpu_seconds: of the training, by seed.
-        processors: that it ran on, by seed.
-        weight_bytes: of the network at its final bits; where bits are chosen for each
+        cpu_seconds: Of the training, by seed.
+        processors: That it ran on, by seed.
+        weight_bytes: Of the network at its final bits; where bits are chosen for each
             seed, of the largest.
-        bops: likewise.
+        bops: Likewise.
     """
 
     accuracies: dict[int, float]
@@ -69,8 +69,8 @@ def paired(values: dict[int, float], other: dict[int, float]) -> tuple[float, fl
     """Difference of two rows' accuracies, seed by seed.
 
     Args:
-        values: minuend, by seed.
-        other: subtrahend.
+        values: Minuend, by seed.
+        other: Subtrahend.
 
     Returns:
         Mean difference, and the half width of its 95 % confidence interval after
@@ -107,10 +107,10 @@ def read_alike(folder: Path) -> Iterator[tuple[str, dict]]:
     """Yields the runs' names, sorted, with what they gave.
 
     Args:
-        folder: of the results.
+        folder: Of the results.
 
     Raises:
-        ValueError: if their settings differ.
+        ValueError: If their settings differ.
     """
     settings = None
     for name, run in sorted(store.read(sweep.results_file(folder)).items()):
@@ -128,11 +128,11 @@ class Trained:
     """Which row is meant.
 
     Attributes:
-        method: a key of `sweep.METHODS`, `sweep.ABLATIONS` or `sweep.STARTS`, or
+        method: A key of `sweep.METHODS`, `sweep.ABLATIONS` or `sweep.STARTS`, or
             `sweep.FLOAT`.
         bits: None for a float network.
-        stages: how many times the sweep's epochs it takes.
-        network: the model's name.
+        stages: How many times the sweep's epochs it takes.
+        network: The model's name.
     """
 
     method: str
@@ -155,7 +155,7 @@ def rows(folder: Path) -> dict[tuple, Row]:
     """All reported runs, by (purpose, network, method, bits, epochs).
 
     Raises:
-        ValueError: if runs of other settings are among them, or one diverged.
+        ValueError: If runs of other settings are among them, or one diverged.
     """
     found: dict[tuple, list[dict]] = {}
     for name, run in read_alike(folder):

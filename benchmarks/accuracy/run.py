@@ -32,10 +32,10 @@ def perform(
     A training that diverges is a result: its accuracy is null.
 
     Args:
-        run: with its learning rate.
-        settings: of the sweep.
-        folder: of the results.
-        data_dir: of the data set, or None for its default.
+        run: With its learning rate.
+        settings: Of the sweep.
+        folder: Of the results.
+        data_dir: Of the data set, or None for its default.
     """
     experiment.quiet()
     keras.utils.set_random_seed(run.seed)
@@ -123,9 +123,9 @@ def record(run: sweep.Run, settings: sweep.Settings, found: dict) -> dict:
     """What is written of a run.
 
     Args:
-        run: what was trained.
-        settings: of the sweep.
-        found: what came of it, JSON-ready.
+        run: What was trained.
+        settings: Of the sweep.
+        found: What came of it, JSON-ready.
 
     Returns:
         JSON-ready: run, what was found, settings, versions and machine.
@@ -269,7 +269,7 @@ def load_start(model: keras.Model, folder: Path, run: sweep.Run) -> None:
     """Gives a float network the weights that `save_start` wrote.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: If there are none.
     """
     weights = sweep.read_start(folder, run.network, run.seed)
     if weights is None:

@@ -46,8 +46,8 @@ def scores_of(
     """Accuracy on the held-out images by learning rate, the mean over the seeds.
 
     Args:
-        folder: of the results.
-        runs: of one method, by learning rate, as `runs_of` gives them.
+        folder: Of the results.
+        runs: Of one method, by learning rate, as `runs_of` gives them.
 
     Returns:
         None for a rate at which a run diverged; nothing of a rate whose runs are not
@@ -69,10 +69,10 @@ def runs_of(
     """A method's runs, one for each seed, by the learning rates of the grid.
 
     Args:
-        network: as in `sweep.Run`.
-        method: likewise.
-        bits: one of `TUNED_AT`, or None for a float network.
-        settings: of the sweep.
+        network: As in `sweep.Run`.
+        method: Likewise.
+        bits: One of `TUNED_AT`, or None for a float network.
+        settings: Of the sweep.
     """
     return {
         rate: [
@@ -100,8 +100,8 @@ def next_runs(folder: Path, runs: dict[float, list[sweep.Run]]) -> list[sweep.Ru
     """The runs that one method's tuning still needs, as far as is known.
 
     Args:
-        folder: of the results.
-        runs: as `runs_of` gives them.
+        folder: Of the results.
+        runs: As `runs_of` gives them.
     """
     return [
         run
@@ -115,7 +115,7 @@ def next_rates(scores: dict[float, float | None]) -> list[float]:
     """The learning rates to try after those that have been.
 
     Args:
-        scores: accuracy by rate, None where it diverged.
+        scores: Accuracy by rate, None where it diverged.
     """
     missing = [rate for rate in _FIRST_RATES if rate not in scores]
     if missing:
@@ -139,8 +139,8 @@ def chosen_rate(method: str, scores: dict[float, float | None]) -> float:
     The best itself of the float network, which the others are measured by.
 
     Args:
-        method: as in `sweep.Run`.
-        scores: accuracy by rate, None where it diverged.
+        method: As in `sweep.Run`.
+        scores: Accuracy by rate, None where it diverged.
     """
     best = best_rate(scores)
     if method == sweep.FLOAT:
@@ -153,7 +153,7 @@ def rates(folder: Path, settings: sweep.Settings) -> dict[tuple, float]:
     """The learning rates, by method or ablation and `tuned_at` of the bits.
 
     Raises:
-        ValueError: if the tuning is not done.
+        ValueError: If the tuning is not done.
     """
     missing = left(folder, settings)
     if missing:

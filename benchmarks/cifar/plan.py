@@ -19,8 +19,8 @@ class Method:
     """How a network is trained.
 
     Attributes:
-        quantizers: of weights and activations; None for a float network.
-        is_recipe: whether `tfl.recipes.low_bit` sets all.
+        quantizers: Of weights and activations; None for a float network.
+        is_recipe: Whether `tfl.recipes.low_bit` sets all.
     """
 
     quantizers: tuple[str, str] | None = ("dorefa", "dorefa")
@@ -42,13 +42,13 @@ class Experiment:
     """One question, and the runs that answer it.
 
     Attributes:
-        network: a key of `cifar_run.NETWORKS`.
+        network: A key of `cifar_run.NETWORKS`.
         dataset: "cifar10" or "cifar100".
-        epochs: of each run.
-        rows: pairs of a method, a key of `METHODS`, and its bits (weights,
+        epochs: Of each run.
+        rows: Pairs of a method, a key of `METHODS`, and its bits (weights,
             activations), None for float; what matters most comes first.
-        tuned_at: the pair of bits at which the rate of each low-bit method is tuned.
-        seeds: of each row.
+        tuned_at: The pair of bits at which the rate of each low-bit method is tuned.
+        seeds: Of each row.
     """
 
     network: str
@@ -89,12 +89,12 @@ class Run:
     """One training.
 
     Attributes:
-        experiment: a key of `EXPERIMENTS`.
-        method: a key of `METHODS`.
-        bits: of weights and activations; None for a float network.
-        seed: of data order, augmentation and draws.
-        epochs: in all.
-        learning_rate: after the warmup.
+        experiment: A key of `EXPERIMENTS`.
+        method: A key of `METHODS`.
+        bits: Of weights and activations; None for a float network.
+        seed: Of data order, augmentation and draws.
+        epochs: In all.
+        learning_rate: After the warmup.
     """
 
     experiment: str
@@ -126,8 +126,8 @@ def next_runs(name: str, results: dict[str, dict]) -> list[Run]:
     A row whose method is not tuned yet needs the runs of the tuning.
 
     Args:
-        name: of the experiment.
-        results: of the runs that are done, by name.
+        name: Of the experiment.
+        results: Of the runs that are done, by name.
     """
     experiment = EXPERIMENTS[name]
     runs: dict[str, Run] = {}

@@ -22,7 +22,7 @@ def tables(path: Path) -> dict[str, str]:
     """The tables in Markdown, by the name that their place in the README has.
 
     Args:
-        path: the file of all results.
+        path: The file of all results.
     """
     results = store.read(path)
     return {
@@ -35,8 +35,8 @@ def accuracy_table(name: str, results: dict[str, dict]) -> str:
     """Accuracy on the test set after the last epoch, and what the network costs.
 
     Args:
-        name: of the experiment.
-        results: of the runs, by name.
+        name: Of the experiment.
+        results: Of the runs, by name.
     """
     lines, given = [], given_accuracy(name, results)
     if given is not None:
@@ -68,7 +68,7 @@ def short_table(path: Path, files: Path) -> str:
     """Accuracy beside the bytes of the file for TFLite Micro, LSQ by bits.
 
     Args:
-        path: the file of all results.
+        path: The file of all results.
         files: JSON file of `benchmarks.deployment.tiny`, of the same network.
     """
     results = store.read(path)

@@ -38,11 +38,11 @@ def perform(
     A training that diverges is a result: its accuracy is None.
 
     Args:
-        run: what to train.
-        data_dir: of the data sets as TensorFlow Datasets prepares them.
-        models_dir: of the trained float networks.
-        folder: of the run's checkpoints. It is removed at the end.
-        results: file of all results.
+        run: What to train.
+        data_dir: Of the data sets as TensorFlow Datasets prepares them.
+        models_dir: Of the trained float networks.
+        folder: Of the run's checkpoints. It is removed at the end.
+        results: File of all results.
     """
     experiment.quiet()
     keras.utils.set_random_seed(run.seed)

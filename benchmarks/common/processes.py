@@ -24,13 +24,13 @@ def run(
     A process that dies (killed for memory, say) is tried once more.
 
     Args:
-        python: the interpreter.
-        program: the module's name.
-        arguments: pickled to its standard input.
-        variables: of its process environment; this process's without them.
+        python: The interpreter.
+        program: The module's name.
+        arguments: Pickled to its standard input.
+        variables: Of its process environment; this process's without them.
 
     Raises:
-        RuntimeError: with what it said, if it fails.
+        RuntimeError: With what it said, if it fails.
     """
     variables = dict(os.environ if variables is None else variables)
     path = variables.get("PYTHONPATH", "")
@@ -55,8 +55,8 @@ def perform(tasks: dict[str, Callable[[], None]], workers: int) -> None:
     """Calls tasks in threads, and shows how far they are; the first error ends it.
 
     Args:
-        tasks: by the name to show.
-        workers: how many at a time.
+        tasks: By the name to show.
+        workers: How many at a time.
     """
     if not tasks:
         return

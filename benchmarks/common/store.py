@@ -21,7 +21,7 @@ def read(path: Path) -> dict[str, dict]:
     Of several lines of one name the last one counts.
 
     Raises:
-        ValueError: if a line is no result.
+        ValueError: If a line is no result.
     """
     try:
         status = path.stat()
@@ -49,8 +49,8 @@ def write(path: Path, name: str, content: dict) -> None:
     """Adds a result, on the disk when this returns.
 
     Args:
-        path: of the file; its folder is made.
-        name: of the run.
+        path: Of the file; its folder is made.
+        name: Of the run.
         content: JSON-ready.
     """
     line = json.dumps({"name": name, **content}, sort_keys=True)
@@ -79,9 +79,9 @@ def write_weights(path: Path, name: str, weights: dict[str, np.ndarray]) -> None
     """Adds arrays under a name, in place of those that are there.
 
     Args:
-        path: of an NPZ file; its folder is made.
-        name: of all arrays together.
-        weights: by name.
+        path: Of an NPZ file; its folder is made.
+        name: Of all arrays together.
+        weights: By name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.parent):

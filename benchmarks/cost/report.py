@@ -12,7 +12,7 @@ def tables(folder: Path) -> dict[str, str]:
     """The tables in Markdown, by name; of results that are there.
 
     Args:
-        folder: of the results.
+        folder: Of the results.
     """
     makers = {
         "scaling": ("scaling.json", scaling),

@@ -20,9 +20,9 @@ def step_function(
     """Compiles a classifier and returns its step on one fixed batch.
 
     Args:
-        model: a network with at least 10 logits, or a `LowBitTrainer`.
-        batch_size: images in the batch, of random pixels and labels.
-        shape: of one image.
+        model: A network with at least 10 logits, or a `LowBitTrainer`.
+        batch_size: Images in the batch, of random pixels and labels.
+        shape: Of one image.
 
     Returns:
         A function that runs the model's own `train_function`, metrics included, and
@@ -80,9 +80,9 @@ def write(path: str, figures: dict, module: str) -> None:
     """Writes figures with the program's flags, versions and machine beside them.
 
     Args:
-        path: of the JSON file; its folder is made.
+        path: Of the JSON file; its folder is made.
         figures: JSON-ready.
-        module: the program's `__name__`, whose flags are written.
+        module: The program's `__name__`, whose flags are written.
     """
     own = flags.FLAGS.get_key_flags_for_module(module)
     # Folders are of the machine, not of what was measured.

@@ -13,7 +13,7 @@ def tables(folder: Path) -> dict[str, str]:
     """The table in Markdown, by name; of results that are there.
 
     Args:
-        folder: of the results.
+        folder: Of the results.
     """
     found = [
         json.loads((folder / name).read_text())

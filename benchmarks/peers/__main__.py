@@ -64,7 +64,7 @@ def in_process(
     """A call of `processes.run` in the peers' environment, to be made later.
 
     Raises:
-        ValueError: if there is no such environment.
+        ValueError: If there is no such environment.
     """
     python = peers_setup.python_of(Path(FLAGS.environment).absolute())
     module = f"benchmarks.peers.{program}"

@@ -33,9 +33,9 @@ def network(variant: str, depth: int, width: int) -> keras.Model:
     """A CIFAR pre-activation ResNet, float or at W2A2.
 
     Args:
-        variant: one of `peers_plan.MEASURED`.
-        depth: of the network, 6n+2.
-        width: channels of its first stage.
+        variant: One of `peers_plan.MEASURED`.
+        depth: Of the network, 6n+2.
+        width: Channels of its first stage.
     """
     model = models.preact_resnet(depth, width=width)
     if variant == "float":
@@ -50,8 +50,8 @@ def step_cost(path: Path, name: str, settings: dict) -> None:
     """Writes CPU time of steps as ratios of the same round, to float and to ours.
 
     Args:
-        path: of the results.
-        name: of this one.
+        path: Of the results.
+        name: Of this one.
         settings: "depth", "width", "batch_size", "rounds" and "steps".
     """
     keras.utils.set_random_seed(0)
@@ -76,11 +76,11 @@ def memory(path: Path, name: str, settings: dict, variant: str, allocator: str) 
     """Writes by how much a training's peak exceeds what was in use before it.
 
     Args:
-        path: of the results.
-        name: of this one.
+        path: Of the results.
+        name: Of this one.
         settings: "depth", "width", "batch_size" and "steps".
-        variant: one of `peers_plan.MEASURED`; the only one in this process.
-        allocator: one of `peers_plan.ALLOCATORS`, whose variables are set.
+        variant: One of `peers_plan.MEASURED`; the only one in this process.
+        allocator: One of `peers_plan.ALLOCATORS`, whose variables are set.
     """
     keras.utils.set_random_seed(0)
     if variant in _MODULES:

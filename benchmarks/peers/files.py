@@ -21,8 +21,8 @@ def converted(network: keras.Model, is_quantized: bool = False) -> bytes:
     """A network as TensorFlow's converter writes it.
 
     Args:
-        network: to be converted.
-        is_quantized: whether it holds the converter's own fake quantization, which
+        network: To be converted.
+        is_quantized: Whether it holds the converter's own fake quantization, which
             TF-MOT's guide has converted with the default optimizations.
     """
     converter = tf.lite.TFLiteConverter.from_keras_model(network)
@@ -45,10 +45,10 @@ def deployed(network, content: bytes, model, data: datasets.Dataset) -> dict:
     """What a file holds, how large it is, and what it computes on the test set.
 
     Args:
-        network: what the file was made of.
-        content: the file.
-        model: the float network, whose file is the measure of size.
-        data: whose test set is used.
+        network: What the file was made of.
+        content: The file.
+        model: The float network, whose file is the measure of size.
+        data: Whose test set is used.
 
     Returns:
         JSON-ready.

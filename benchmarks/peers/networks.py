@@ -21,16 +21,16 @@ def build(peer: str, model: keras.Model, bits: tuple[int, int]) -> keras.Model:
     """A peer's low-bit network.
 
     Args:
-        peer: a key of `peers_plan.PEERS`.
-        model: the float network; it is not changed.
-        bits: of weights and activations.
+        peer: A key of `peers_plan.PEERS`.
+        model: The float network; it is not changed.
+        bits: Of weights and activations.
 
     Returns:
         A Keras model with the float network's weights.
 
     Raises:
-        ValueError: if there is no such peer.
-        Exception: whatever the peer raises on a network that it does not take.
+        ValueError: If there is no such peer.
+        Exception: Whatever the peer raises on a network that it does not take.
     """
     if peer == "tfmot":
         return _tfmot(model, _annotation_of_the_guide(model), bits)
@@ -43,15 +43,15 @@ def float_difference(peer: str, model: keras.Model) -> float:
     """How far a peer's layers are from Keras's when they quantize nothing.
 
     Args:
-        peer: a key of `peers_plan.PEERS`.
-        model: the float network.
+        peer: A key of `peers_plan.PEERS`.
+        model: The float network.
 
     Returns:
         The largest difference of logits on random images, relative to the largest
         logit. 0 for TF-MOT, which wraps Keras's own layers.
 
     Raises:
-        ValueError: if there is no such peer, or a difference is more than rounding.
+        ValueError: If there is no such peer, or a difference is more than rounding.
     """
     if peer.startswith("tfmot"):
         return 0.0
@@ -107,7 +107,7 @@ def _factories(peer, bits) -> tuple[_LayerFactory, _LayerFactory]:
 
     Args:
         peer: "qkeras" or "larq".
-        bits: of weights and activations; None for convolutions that are not quantized.
+        bits: Of weights and activations; None for convolutions that are not quantized.
     """
     if peer == "larq":
         return _larq(bits)

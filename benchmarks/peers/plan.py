@@ -56,9 +56,9 @@ def trainings(
 
     Args:
         phase: "float", "equal" or "deployment".
-        settings: of all runs.
-        seeds: that accuracy is measured with.
-        networks: some of `NETWORKS`.
+        settings: Of all runs.
+        seeds: That accuracy is measured with.
+        networks: Some of `NETWORKS`.
 
     Returns:
         The runs; but for the float networks' their learning rates are still to be set.
@@ -92,9 +92,9 @@ def next_of_tuning(
     All are tuned at `tuning.TUNED_AT`, in the way of the sweep.
 
     Args:
-        folder: of the results.
-        settings: of all runs.
-        networks: some of `NETWORKS`.
+        folder: Of the results.
+        settings: Of all runs.
+        networks: Some of `NETWORKS`.
     """
     return [
         run
@@ -117,12 +117,12 @@ def with_rate(folder: Path, settings: sweep.Settings, run: sweep.Run) -> sweep.R
     """A run with the learning rate that its method was tuned to.
 
     Args:
-        folder: of the results.
-        settings: of all runs.
-        run: of the phases "equal" or "deployment".
+        folder: Of the results.
+        settings: Of all runs.
+        run: Of the phases "equal" or "deployment".
 
     Raises:
-        ValueError: if the tuning is not done.
+        ValueError: If the tuning is not done.
     """
     if run.method == POST_TRAINING:
         return dataclasses.replace(run, learning_rate=0.0)
@@ -143,7 +143,7 @@ def adopt(run: sweep.Run, settings: sweep.Settings, source: Path, folder: Path) 
     """Copies what the accuracy sweep has of a run, unless it is there already.
 
     Raises:
-        ValueError: if either is of other settings.
+        ValueError: If either is of other settings.
     """
     if sweep.is_done(folder, run, settings) or not sweep.is_done(source, run, settings):
         return

@@ -20,10 +20,10 @@ def tables(folder: Path) -> dict[str, str]:
     """The tables in Markdown, by name; what was not run is left out.
 
     Args:
-        folder: of the results.
+        folder: Of the results.
 
     Raises:
-        ValueError: if trainings of different settings are among them.
+        ValueError: If trainings of different settings are among them.
     """
     every = trainings(folder)
     made = {
@@ -41,7 +41,7 @@ def trainings(folder: Path) -> dict[str, _Runs]:
     """All trainings that were measured on the test set, by purpose.
 
     Raises:
-        ValueError: if their settings differ.
+        ValueError: If their settings differ.
     """
     found: dict[str, _Runs] = {"float": {}, "equal": {}, "deployment": {}}
     for _, run in accuracy_rows.read_alike(folder):

@@ -33,10 +33,10 @@ def perform(
     What a library refuses, and a training that diverges, are results.
 
     Args:
-        run: with its learning rate.
-        settings: of all runs.
-        folder: of the results, with the float networks that the runs start from.
-        data_dir: of the data set, or None for its default.
+        run: With its learning rate.
+        settings: Of all runs.
+        folder: Of the results, with the float networks that the runs start from.
+        data_dir: Of the data set, or None for its default.
     """
     if run.method not in peers_plan.PEERS and run.purpose != "deployment":
         accuracy_run.perform(run, settings, folder, data_dir)
@@ -70,9 +70,9 @@ def trained_peer(model, run: sweep.Run, data: datasets.Dataset) -> dict:
     """Makes a peer's network, trains it and measures it.
 
     Args:
-        model: the float network that it starts from.
-        run: what is trained.
-        data: on what.
+        model: The float network that it starts from.
+        run: What is trained.
+        data: On what.
 
     Returns:
         JSON-ready: accuracy and loss (None with "refused" or "diverged", which say

@@ -14,10 +14,10 @@ def set_up(folder: Path) -> None:
     """Makes the environment, anew if there is one.
 
     Args:
-        folder: where to.
+        folder: Where to.
 
     Raises:
-        subprocess.CalledProcessError: if a step of it fails.
+        subprocess.CalledProcessError: If a step of it fails.
     """
     python = folder / "bin" / "python"
     install = [python, "-m", "pip", "install", "--disable-pip-version-check"]
@@ -36,7 +36,7 @@ def python_of(folder: Path) -> Path:
     """The Python of an environment.
 
     Raises:
-        ValueError: if it was not made, or not to its end.
+        ValueError: If it was not made, or not to its end.
     """
     if not (folder / _STAMP).exists():
         raise ValueError(

@@ -181,8 +181,8 @@ def _two_bits(blocks, **options):
     """A QONNX file of a 2-bit network, cleaned by qonnx; its input and its outputs.
 
     Args:
-        blocks: a function from the network's input to that of the last layer.
-        **options: options of `to_qonnx`.
+        blocks: A function from the network's input to that of the last layer.
+        **options: Options of `to_qonnx`.
     """
     from qonnx.core.modelwrapper import ModelWrapper
     from qonnx.util.cleanup import cleanup_model

@@ -40,11 +40,11 @@ def allocate_bits(
     Activations take no bytes, so with a budget of bytes alone they keep their bits.
 
     Args:
-        model: the network that `found` was measured on. It is not changed.
-        found: result of `tf_lowbit.sensitivity`; the choice is among its bits.
-        weight_bytes: upper limit of `tf_lowbit.cost(model).weight_bytes`.
-        bops: upper limit of `tf_lowbit.cost(model).bops`.
-        target: where the file runs, as in `tf_lowbit.export.check`: bits that the
+        model: The network that `found` was measured on. It is not changed.
+        found: Result of `tf_lowbit.sensitivity`; the choice is among its bits.
+        weight_bytes: Upper limit of `tf_lowbit.cost(model).weight_bytes`.
+        bops: Upper limit of `tf_lowbit.cost(model).bops`.
+        target: Where the file runs, as in `tf_lowbit.export.check`: bits that the
             target lacks are not chosen. None allows all. For tensors that keep their
             bits, call `tf_lowbit.export.check(model, target=...)`.
 
@@ -54,10 +54,10 @@ def allocate_bits(
         that no quantized layer reads keep their bits.
 
     Raises:
-        ValueError: without a budget, if no choice meets it, if the target has none of
+        ValueError: Without a budget, if no choice meets it, if the target has none of
             the bits, if a layer's cost is unknown, or if `found` is from another
             network.
-        ImportError: without SciPy (`pip install '.[search]'`).
+        ImportError: Without SciPy (`pip install '.[search]'`).
     """
     if weight_bytes is None and bops is None:
         raise ValueError(
@@ -111,10 +111,10 @@ class _Part:
     """A layer and the tensors whose bits its rule sets.
 
     Attributes:
-        layer: the layer's name.
-        weights: its weight tensors.
-        sources: the activation quantizers that it reads.
-        group: number shared by layers whose inputs must have the same bits.
+        layer: The layer's name.
+        weights: Its weight tensors.
+        sources: The activation quantizers that it reads.
+        group: Number shared by layers whose inputs must have the same bits.
     """
 
     layer: str

@@ -36,20 +36,20 @@ class LayerCost:
     """The cost of one layer.
 
     Attributes:
-        name: the layer's name.
-        kind: its class, such as "Conv2D".
-        output_shape: shape of its first output, without the batch; None for an open
+        name: The layer's name.
+        kind: Its class, such as "Conv2D".
+        output_shape: Shape of its first output, without the batch; None for an open
             size.
-        parameters: number of weights that inference needs.
-        weight_bits: bits of each kernel; 32 is float. Empty for a layer without
+        parameters: Number of weights that inference needs.
+        weight_bits: Bits of each kernel; 32 is float. Empty for a layer without
             kernels.
-        activation_bits: bits of the input of each kernel; the maximum if the layer
+        activation_bits: Bits of the input of each kernel; the maximum if the layer
             reads several tensors.
-        weight_bytes: size of its parameters: kernels at `weight_bits`, padded to whole
+        weight_bytes: Size of its parameters: kernels at `weight_bits`, padded to whole
             bytes, everything else (bias, normalization, steps) in float32.
-        macs: multiply-accumulates for one example, over all its calls; None if a size
+        macs: Multiply-accumulates for one example, over all its calls; None if a size
             is open or the layer's arithmetic is unknown (LSTM, attention).
-        bops: bit operations, `macs * weight_bits * activation_bits`; None if `macs` is.
+        bops: Bit operations, `macs * weight_bits * activation_bits`; None if `macs` is.
     """
 
     name: str
@@ -68,8 +68,8 @@ class Cost:
     """The cost of a network.
 
     Attributes:
-        name: the model's name.
-        layers: the layers that have parameters.
+        name: The model's name.
+        layers: The layers that have parameters.
     """
 
     name: str
@@ -129,14 +129,14 @@ def cost(model: keras.Model) -> Cost:
     definition without the accumulator's term.
 
     Args:
-        model: functional or sequential model, quantized or float; or a
+        model: Functional or sequential model, quantized or float; or a
             `LowBitTrainer` of one student.
 
     Returns:
         The cost.
 
     Raises:
-        ValueError: if the model is subclassed or not built, or a trainer has several
+        ValueError: If the model is subclassed or not built, or a trainer has several
             students.
     """
     if is_keras3(model):

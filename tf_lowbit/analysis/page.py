@@ -57,32 +57,32 @@ def report(
     show values under the mouse. The page follows the reader's light or dark setting.
 
     Args:
-        model: quantized model.
-        dataset: finite iterable of batches, `x` or `(x, y)`; `y` are integer labels or
+        model: Quantized model.
+        dataset: Finite iterable of batches, `x` or `(x, y)`; `y` are integer labels or
             probabilities of the classes. For several outputs `y` is a tuple or dict, of
             which the first output's counts. If labels are classes, the accuracy is
             measured on the whole dataset. One unit is a binary classifier: class 1 is
             above 0, or above 0.5 behind a sigmoid. None skips accuracy and activations.
-        path: path of the page. An existing file is replaced once the page is complete.
-        batches: number of batches to measure activations on.
-        history: name -> value at each epoch, as `fit(...).history`.
-        stages: stages of the training, as for `StagedPrecision`.
-        exported: result of `tf_lowbit.export.to_tflite`.
-        verified: result of `tf_lowbit.export.verify`.
-        float_model: the network before `quantize`, for comparison.
-        figures: folder for each figure as a PNG file, 300 dots per inch; created if
+        path: Path of the page. An existing file is replaced once the page is complete.
+        batches: Number of batches to measure activations on.
+        history: Name -> value at each epoch, as `fit(...).history`.
+        stages: Stages of the training, as for `StagedPrecision`.
+        exported: Result of `tf_lowbit.export.to_tflite`.
+        verified: Result of `tf_lowbit.export.verify`.
+        float_model: The network before `quantize`, for comparison.
+        figures: Folder for each figure as a PNG file, 300 dots per inch; created if
             missing.
 
     Returns:
         The page's path.
 
     Raises:
-        ValueError: if nothing in the model is quantized, it is not a single network, a
+        ValueError: If nothing in the model is quantized, it is not a single network, a
             value is NaN or infinite, or the dataset is empty, endless or can be read
             only once.
-        ImportError: without matplotlib and Jinja (`pip install '.[report]'`).
-        FileNotFoundError: if the page's folder does not exist.
-        OSError: if the page or the folder cannot be written.
+        ImportError: Without matplotlib and Jinja (`pip install '.[report]'`).
+        FileNotFoundError: If the page's folder does not exist.
+        OSError: If the page or the folder cannot be written.
     """
     try:
         import jinja2
@@ -165,8 +165,8 @@ class _Accuracy:
     """Predictions against labels.
 
     Attributes:
-        percent: top-1 accuracy.
-        examples: number of examples.
+        percent: Top-1 accuracy.
+        examples: Number of examples.
         confusion: int64 [classes, classes], rows are true classes; None for too many
             classes.
     """

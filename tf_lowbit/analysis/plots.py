@@ -51,11 +51,11 @@ def figures(
     """Draws all figures that there are data for.
 
     Args:
-        cost: cost of the network.
-        statistics: statistics of its tensors.
-        confusion: number of examples by true class (row) and predicted class (column).
-        history: name -> value at each epoch, as `fit(...).history`.
-        stages: stages of the training.
+        cost: Cost of the network.
+        statistics: Statistics of its tensors.
+        confusion: Number of examples by true class (row) and predicted class (column).
+        history: Name -> value at each epoch, as `fit(...).history`.
+        stages: Stages of the training.
 
     Returns:
         Name -> matplotlib figure.

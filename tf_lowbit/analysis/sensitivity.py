@@ -31,12 +31,12 @@ class Sensitivity:
 
     Attributes:
         metric: "sqnr" or "accuracy".
-        bits: the measured bit-widths.
-        scores: name of the tensor, such as `conv1/kernel` or `relu1/output` -> bits ->
+        bits: The measured bit-widths.
+        scores: Name of the tensor, such as `conv1/kernel` or `relu1/output` -> bits ->
             score. For "sqnr", the ratio of the outputs' power to the power of their
             error, in dB; infinite if nothing changes. For "accuracy", the loss in
             percentage points; negative if rounding helps.
-        reference: accuracy without rounding, in percent; None for "sqnr".
+        reference: Accuracy without rounding, in percent; None for "sqnr".
     """
 
     metric: str
@@ -48,15 +48,15 @@ class Sensitivity:
         """The loss from rounding a tensor, which can be summed over tensors.
 
         Args:
-            name: name of the tensor.
-            bits: one of `bits`.
+            name: Name of the tensor.
+            bits: One of `bits`.
 
         Returns:
             For "sqnr", the power of the outputs' error relative to the outputs' power;
             for "accuracy", the loss in points, at least 0.
 
         Raises:
-            ValueError: for a tensor or bits that were not tried.
+            ValueError: For a tensor or bits that were not tried.
         """
         if name not in self.scores or bits not in self.scores[name]:
             raise ValueError(
@@ -106,21 +106,21 @@ def sensitivity(
     The model is restored at the end.
 
     Args:
-        model: quantized model, calibrated and, if possible, trained.
-        dataset: iterable of batches, `x` or `(x, y)` or `(x, y, weight)`; "accuracy"
+        model: Quantized model, calibrated and, if possible, trained.
+        dataset: Iterable of batches, `x` or `(x, y)` or `(x, y, weight)`; "accuracy"
             needs `y`, integer labels or probabilities of the classes. One unit is a
             binary classifier: class 1 is above 0, or above 0.5 behind a sigmoid.
-        bits: bit-widths from 1 to 8.
+        bits: Bit-widths from 1 to 8.
         metric: "sqnr" compares outputs with those of the network without rounding;
             "accuracy" compares top-1 accuracies, which is coarse on few examples.
-        batches: number of batches to use, at least 1.
-        progress: whether to show a progress bar.
+        batches: Number of batches to use, at least 1.
+        progress: Whether to show a progress bar.
 
     Returns:
         The scores.
 
     Raises:
-        ValueError: if the model is not a quantized network with one output, the dataset
+        ValueError: If the model is not a quantized network with one output, the dataset
             is empty or has no class labels, or another argument is invalid; if outputs
             are not finite, are equal for all examples, or differ between two runs, as
             with a random layer of your own.

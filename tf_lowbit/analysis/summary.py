@@ -15,9 +15,9 @@ class Summary:
     """A cost that prints as a table.
 
     Attributes:
-        cost: the numbers: `summary.cost.layers`, `summary.cost.bops`,
+        cost: The numbers: `summary.cost.layers`, `summary.cost.bops`,
             `summary.cost.as_dict()`.
-        uncalibrated: activation quantizers whose range is still the default.
+        uncalibrated: Activation quantizers whose range is still the default.
     """
 
     cost: Cost
@@ -46,13 +46,13 @@ def summary(model: keras.Model) -> Summary:
     """Computes the cost of each layer of a network at its present bits.
 
     Args:
-        model: functional or sequential model, quantized or float.
+        model: Functional or sequential model, quantized or float.
 
     Returns:
         A `Summary`: `print` it, or read the numbers from `.cost`.
 
     Raises:
-        ValueError: if the model is subclassed or not built.
+        ValueError: If the model is subclassed or not built.
     """
     if is_keras3(model):
         model = keras3.from_keras3(model)

@@ -20,8 +20,8 @@ class Position(NamedTuple):
     """Where a training continues. Later positions compare as greater.
 
     Attributes:
-        epoch: epoch to continue with, from 0.
-        step: number of its steps that are done, in [0, steps per epoch).
+        epoch: Epoch to continue with, from 0.
+        step: Number of its steps that are done, in [0, steps per epoch).
     """
 
     epoch: int
@@ -87,9 +87,9 @@ def write_manifest(folder: Path, position: Position, steps: int | None) -> None:
     """Writes the manifest of a checkpoint, and flushes all its files to the disk.
 
     Args:
-        folder: folder of the checkpoint.
-        position: position of the checkpoint.
-        steps: steps in an epoch; None if unknown.
+        folder: Folder of the checkpoint.
+        position: Position of the checkpoint.
+        steps: Steps in an epoch; None if unknown.
     """
     files = {}
     for path in folder.iterdir():

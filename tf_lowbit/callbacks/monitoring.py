@@ -44,15 +44,15 @@ class QuantizationMonitor(keras.callbacks.Callback):
     It needs the package `tensorboard`.
 
     Args:
-        log_dir: folder of TensorBoard's files; the callback writes to `quantization/`
+        log_dir: Folder of TensorBoard's files; the callback writes to `quantization/`
             in it.
-        dataset: iterable of batches for the activations, as in `statistics`, the same
+        dataset: Iterable of batches for the activations, as in `statistics`, the same
             each time, so not a generator; None for the weights alone.
-        batches: number of batches to use.
-        every: epochs between two measurements.
+        batches: Number of batches to use.
+        every: Epochs between two measurements.
 
     Raises:
-        ValueError: if `every` or `batches` is below 1, or `dataset` is arrays or can
+        ValueError: If `every` or `batches` is below 1, or `dataset` is arrays or can
             be read only once; and when training begins, if nothing in the model is
             quantized.
     """

@@ -8,11 +8,11 @@ def reset_optimizer(model: keras.Model) -> None:
     """Resets step count, momenta and all other state, except the learning rate.
 
     Args:
-        model: compiled model with a `keras.optimizers.Optimizer`. The teacher's
+        model: Compiled model with a `keras.optimizers.Optimizer`. The teacher's
             optimizer of a `LowBitTrainer` is not reset.
 
     Raises:
-        ValueError: if `from_config` cannot copy the optimizer.
+        ValueError: If `from_config` cannot copy the optimizer.
     """
     optimizer, fresh = innermost(model.optimizer), fresh_optimizer(model)
     networks = inspection.networks(model)
@@ -29,7 +29,7 @@ def fresh_optimizer(model: keras.Model) -> keras.optimizers.Optimizer:
     """A new optimizer with the same configuration, not built.
 
     Raises:
-        ValueError: if `from_config` cannot copy the optimizer.
+        ValueError: If `from_config` cannot copy the optimizer.
     """
     optimizer = innermost(model.optimizer)
     try:

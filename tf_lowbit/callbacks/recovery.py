@@ -66,22 +66,22 @@ class Recovery(keras.callbacks.Callback):
     All workers must see the same folder.
 
     Args:
-        folder: path of the folder, in the file system; created if missing.
+        folder: Path of the folder, in the file system; created if missing.
         every: None saves at the end of each epoch. A number also saves within an epoch,
             after each so many steps (with `steps_per_execution`, after the execution
             that reaches them), and when `stop_training` ends an epoch early.
-        keep: number of intact checkpoints to keep; older ones are deleted after a save.
+        keep: Number of intact checkpoints to keep; older ones are deleted after a save.
         verbose: 1 prints a line when a training continues, or is done already.
 
     Raises:
-        ValueError: in the constructor, if an argument is out of range; when training
+        ValueError: In the constructor, if an argument is out of range; when training
             begins, if the checkpoint has another network, other quantizers (except for
             the bits of a stage) or another optimizer, does not fit the epochs of `fit`,
             or was made within an epoch with another number of steps, if `every` is
             given and the steps per epoch are unknown, or together with
             `BackupAndRestore`. Checkpoints of earlier versions lack quantizers and
             steps per epoch, which are then not compared.
-        OSError: if the folder cannot be written, when training begins or at a save.
+        OSError: If the folder cannot be written, when training begins or at a save.
             Earlier checkpoints stay.
     """
 

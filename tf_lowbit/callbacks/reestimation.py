@@ -28,13 +28,13 @@ class BatchNormReestimation(keras.callbacks.Callback):
     so.
 
     Args:
-        dataset: iterable of batches, `x` or `(x, y)` or `(x, y, weight)`, like those of
+        dataset: Iterable of batches, `x` or `(x, y)` or `(x, y, weight)`, like those of
             the training and ideally of the same size; it is read from its start each
             time.
-        batches: number of batches to use, at least 1.
+        batches: Number of batches to use, at least 1.
 
     Raises:
-        ValueError: if `batches` is below 1, or `dataset` is arrays or can be read only
+        ValueError: If `batches` is below 1, or `dataset` is arrays or can be read only
             once; and in training as in `recalibrate_batch_norm`.
     """
 

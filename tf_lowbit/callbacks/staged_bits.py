@@ -21,12 +21,12 @@ class StagedBits:
     """The quantizers of a model, each at `max(the stage's bits, its own)`.
 
     Args:
-        model: a quantized network or a `LowBitTrainer`.
-        data: batches to measure ranges of activations on, or None.
-        keep_ranges: whether to rescale the ranges of weights instead of measuring them.
+        model: A quantized network or a `LowBitTrainer`.
+        data: Batches to measure ranges of activations on, or None.
+        keep_ranges: Whether to rescale the ranges of weights instead of measuring them.
 
     Raises:
-        ValueError: if the model is not quantized.
+        ValueError: If the model is not quantized.
     """
 
     def __init__(self, model: keras.Model, data: Iterable | None, keep_ranges: bool):
@@ -71,7 +71,7 @@ class StagedBits:
         Warns if they are more than the bits of some rules.
 
         Raises:
-            ValueError: if they are fewer than the bits of all rules.
+            ValueError: If they are fewer than the bits of all rules.
         """
         for role in (WEIGHT, ACTIVATION):
             wanted = last.weight_bits if role == WEIGHT else last.activation_bits

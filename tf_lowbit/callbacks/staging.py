@@ -83,16 +83,16 @@ class StagedPrecision(keras.callbacks.Callback):
     reports if that was by other stages.
 
     Args:
-        stages: list of `Stage`, for example from `two_stage`, `progressive` or
+        stages: List of `Stage`, for example from `two_stage`, `progressive` or
             `two_stage_progressive`. Their epochs must sum to the `epochs` of `fit`.
-        reset_optimizer: whether each new stage starts with a fresh optimizer state.
+        reset_optimizer: Whether each new stage starts with a fresh optimizer state.
         verbose: 1 prints a line at each stage's start.
-        data: iterable of batches, `x` or `(x, y)` or `(x, y, weight)`, that can be read
+        data: Iterable of batches, `x` or `(x, y)` or `(x, y, weight)`, that can be read
             again from its start; None to rescale the ranges of activations.
         keep_ranges: True rescales the ranges of weights, too, and measures nothing.
 
     Raises:
-        ValueError: in the constructor, if `stages` is not a list of stages, `data` are
+        ValueError: In the constructor, if `stages` is not a list of stages, `data` are
             arrays or can be read only once, or are given with `keep_ranges`; when
             training begins, if the epochs do not sum up, the model is not quantized,
             the last stage has fewer bits than every rule, a stage sets a teacher's role
@@ -140,7 +140,7 @@ class StagedPrecision(keras.callbacks.Callback):
         """Warns of other callbacks that set the learning rate, if a stage sets it.
 
         Args:
-            callbacks: all callbacks of `fit`.
+            callbacks: All callbacks of `fit`.
         """
         self._best = _BestFiles(callbacks)
         moving = [stage for stage in self.stages if _moves_rate(stage)]

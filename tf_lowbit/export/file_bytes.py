@@ -11,12 +11,12 @@ def content_of(name: str, file: str | os.PathLike[str] | bytes) -> bytes:
     """The content of a file.
 
     Args:
-        name: name of the argument, for error messages.
-        file: the file's path, or its bytes, which are returned.
+        name: Name of the argument, for error messages.
+        file: The file's path, or its bytes, which are returned.
 
     Raises:
-        ValueError: if it is neither.
-        OSError: if the file does not exist or cannot be read.
+        ValueError: If it is neither.
+        OSError: If the file does not exist or cannot be read.
     """
     if isinstance(file, bytes | bytearray):
         return bytes(file)
@@ -32,13 +32,13 @@ def gzip_bytes(data: bytes) -> int:
     """The size of data after `gzip -9`.
 
     Args:
-        data: bytes, such as the content of a file.
+        data: Bytes, such as the content of a file.
 
     Returns:
         The size in bytes.
 
     Raises:
-        ValueError: if `data` is not bytes.
+        ValueError: If `data` is not bytes.
     """
     checks.instance("data", data, bytes | bytearray)
     return len(gzip.compress(data, 9, mtime=0))

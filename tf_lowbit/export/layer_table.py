@@ -38,12 +38,12 @@ class Row:
     """How layers of one type are exported.
 
     Attributes:
-        kind: type in an archive, and key of the writers' functions.
-        form: form in a trained network. None if `lowering.forms` finds it, or if the
+        kind: Type in an archive, and key of the writers' functions.
+        form: Form in a trained network. None if `lowering.forms` finds it, or if the
             layer occurs in integer models only.
-        needs_size: whether the file stores the size of its input, which must then be
+        needs_size: Whether the file stores the size of its input, which must then be
             fixed.
-        is_float: whether it computes in float in the integer model.
+        is_float: Whether it computes in float in the integer model.
         operators: TFLite operators that a file always has for it.
     """
 

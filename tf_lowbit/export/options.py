@@ -14,7 +14,7 @@ class Options:
     """Options of an export. None takes the target's default.
 
     Attributes:
-        target: where the file runs: a `Target`, or a name of `TARGETS`, which is
+        target: Where the file runs: a `Target`, or a name of `TARGETS`, which is
             replaced by its `Target`.
         storage: "int8"; "int4" for the low-bit weights that fit; or "packed": indices
             of 1 to 7 bits into tables.
@@ -26,7 +26,7 @@ class Options:
             None stays None if the target's default is None.
 
     Raises:
-        ValueError: for an unknown value, or one that the target does not allow.
+        ValueError: For an unknown value, or one that the target does not allow.
     """
 
     target: Any = "xnnpack"  # A `Target` once it is made.
@@ -79,9 +79,9 @@ class Options:
         """Kernels under which a layer must output the right codes; the first runs it.
 
         Args:
-            kind: kind of the layer, one of `twin`'s.
+            kind: Kind of the layer, one of `twin`'s.
             storage: "int8" or "int4", the type of its weights.
-            inputs: number of input codes in the sum of one output.
+            inputs: Number of input codes in the sum of one output.
         """
         # XNNPACK takes INT4 weights of dense layers only, and only in pairs.
         if storage == "int4" and (kind != twin.DENSE or inputs % 2):

@@ -47,29 +47,29 @@ class Target:
     none of these, no kernels and no operators: its fields are empty.
 
     Attributes:
-        name: the name for `to_tflite(target=...)`.
-        runs_on: what the target stands for, in words.
-        checked: how its files are checked here, in words.
-        kernels: kernels under whose rounding every layer must output the right codes,
+        name: The name for `to_tflite(target=...)`.
+        runs_on: What the target stands for, in words.
+        checked: How its files are checked here, in words.
+        kernels: Kernels under whose rounding every layer must output the right codes,
             one or more of "xnnpack", "builtin" and "tflm". The integer model rounds
             like the first one.
-        interpreter: the interpreter in `verify`: "tflite" or "tflite_micro"; or "qonnx"
+        interpreter: The interpreter in `verify`: "tflite" or "tflite_micro"; or "qonnx"
             for files of `to_qonnx`.
         storage: "int8", "int4", "packed".
         first_layer: "int8", "float", or both, for a first layer trained in float.
         head: "int8", "float", or both, for the last layer.
         input_type: "float32", "int8", "uint8".
-        output_type: the same. None means codes for a quantized end of the network, and
+        output_type: The same. None means codes for a quantized end of the network, and
             floats for another.
-        weight_bits: allowed bits of weight quantizers.
-        activation_bits: allowed bits of activation quantizers.
+        weight_bits: Allowed bits of weight quantizers.
+        activation_bits: Allowed bits of activation quantizers.
         operators: TFLite names of its operators; None for all that `to_tflite` writes.
-        floats: whether it can compute in float.
-        open_sizes: whether a file may leave sizes besides the batch open.
-        zero_points: its rule for scales and zero points, in words.
+        floats: Whether it can compute in float.
+        open_sizes: Whether a file may leave sizes besides the batch open.
+        zero_points: Its rule for scales and zero points, in words.
 
     Raises:
-        ValueError: for an unknown value.
+        ValueError: For an unknown value.
     """
 
     name: str
@@ -263,10 +263,10 @@ def find(target: str | dict[str, Any] | Target) -> Target:
     """Returns the target of a name or of the result of `described`, or itself.
 
     Args:
-        target: a key of `TARGETS`, a `Target`, or a dict of its fields.
+        target: A key of `TARGETS`, a `Target`, or a dict of its fields.
 
     Raises:
-        ValueError: for another value.
+        ValueError: For another value.
     """
     if isinstance(target, Target):
         return target

@@ -10,8 +10,8 @@ class Note:
     """A difference between a layer of the file and the trained layer.
 
     Attributes:
-        layer: the layer's name.
-        text: one or two sentences.
+        layer: The layer's name.
+        text: One or two sentences.
     """
 
     layer: str
@@ -26,11 +26,11 @@ class Problem:
     """A layer that cannot be exported.
 
     Attributes:
-        layer: the layer's name.
-        type: name of its class.
-        reason: the requirement that it does not meet.
-        remedy: what to do.
-        received: what the layer is instead.
+        layer: The layer's name.
+        type: Name of its class.
+        reason: The requirement that it does not meet.
+        remedy: What to do.
+        received: What the layer is instead.
     """
 
     layer: str
@@ -47,10 +47,10 @@ class ExportError(ValueError):
     """A network, or a layer of it, that cannot be exported.
 
     Args:
-        message: text, or the `Problem` of one layer.
+        message: Text, or the `Problem` of one layer.
 
     Attributes:
-        problem: the layer's `Problem`, or None if the error is not about one layer.
+        problem: The layer's `Problem`, or None if the error is not about one layer.
     """
 
     def __init__(self, message: str | Problem):
@@ -64,10 +64,10 @@ def refusal(
     """The `ExportError` for one layer.
 
     Args:
-        layer: unwrapped layer of the trained network.
-        reason: the requirement, as the start of a sentence.
-        remedy: what to do, as its end.
-        received: what the layer is instead; its type by default.
+        layer: Unwrapped layer of the trained network.
+        reason: The requirement, as the start of a sentence.
+        remedy: What to do, as its end.
+        received: What the layer is instead; its type by default.
     """
     kind = type(layer).__name__
     received = received or f"of type {kind}"

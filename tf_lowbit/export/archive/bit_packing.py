@@ -28,14 +28,14 @@ def pack(values: np.typing.ArrayLike, bits: int) -> np.ndarray:
     array([33,  3], dtype=uint8)
 
     Args:
-        values: integers of any shape in [0, 2**bits - 1], packed in C order.
+        values: Integers of any shape in [0, 2**bits - 1], packed in C order.
         bits: int in [1, 8].
 
     Returns:
         uint8 array of shape (ceil(size * bits / 8),), in the module's bit order.
 
     Raises:
-        ValueError: if `bits` or `values` are not integers or out of range.
+        ValueError: If `bits` or `values` are not integers or out of range.
     """
     bits = _check_bits(bits)
     values = np.asarray(values)
@@ -63,13 +63,13 @@ def unpack(packed: np.ndarray, bits: int, shape: Sequence[int]) -> np.ndarray:
     Args:
         packed: uint8 array of shape (ceil(size * bits / 8),) for `size` values.
         bits: int in [1, 8].
-        shape: shape of the values.
+        shape: Shape of the values.
 
     Returns:
         uint8 array of shape `shape`, in [0, 2**bits - 1].
 
     Raises:
-        ValueError: if an argument is not as above, or a bit behind the last value is
+        ValueError: If an argument is not as above, or a bit behind the last value is
             not 0.
     """
     bits = _check_bits(bits)

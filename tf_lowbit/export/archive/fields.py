@@ -81,7 +81,7 @@ def grid(record: Any) -> int8_grids.Grid | None:
     """The grid of a record; None for floats.
 
     Raises:
-        ValueError: for an invalid grid.
+        ValueError: For an invalid grid.
     """
     if record is None:
         return None

@@ -70,14 +70,14 @@ class ArchivedLayer:
     """One layer of an archive. `tf_lowbit.export.archive` defines the types.
 
     Attributes:
-        name: unique name.
-        type: type, such as "integer_conv" or "max_pool".
-        inputs: names of the layers that it reads.
-        shape: shape of its output, without the batch; None is any size.
-        input_grid: grid of its first input; None for floats.
-        grid: grid of its output; None for floats.
-        settings: the settings of its type.
-        arrays: name -> array in the file.
+        name: Unique name.
+        type: Type, such as "integer_conv" or "max_pool".
+        inputs: Names of the layers that it reads.
+        shape: Shape of its output, without the batch; None is any size.
+        input_grid: Grid of its first input; None for floats.
+        grid: Grid of its output; None for floats.
+        settings: The settings of its type.
+        arrays: Name -> array in the file.
     """
 
     name: str
@@ -108,7 +108,7 @@ class ArchivedLayer:
         """The signed weight codes in the sum A: int32, in Keras's layout.
 
         Raises:
-            ValueError: if the layer has no weight codes.
+            ValueError: If the layer has no weight codes.
         """
         if not self.is_integer:
             raise ValueError(
@@ -127,12 +127,12 @@ class Archive:
     """The contents of an archive.
 
     Attributes:
-        library: version of tf_lowbit that wrote it.
-        options: options of the export.
-        notes: differences from the trained network, a line each.
-        inputs: names of the network's inputs.
-        outputs: names of the layers whose outputs are the network's.
-        layers: the layers in an order of execution.
+        library: Version of tf_lowbit that wrote it.
+        options: Options of the export.
+        notes: Differences from the trained network, a line each.
+        inputs: Names of the network's inputs.
+        outputs: Names of the layers whose outputs are the network's.
+        layers: The layers in an order of execution.
     """
 
     library: str
@@ -146,7 +146,7 @@ class Archive:
         """The layer with a name.
 
         Raises:
-            ValueError: if there is none.
+            ValueError: If there is none.
         """
         for layer in self.layers:
             if layer.name == name:
@@ -174,15 +174,15 @@ def load_archive(path: str | os.PathLike[str]) -> Archive:
     """Reads an archive, and checks that it is consistent.
 
     Args:
-        path: path of a file from `save_archive`.
+        path: Path of a file from `save_archive`.
 
     Returns:
         The contents of the archive.
 
     Raises:
-        ValueError: if the file is not an archive, has another version, is damaged or
+        ValueError: If the file is not an archive, has another version, is damaged or
             inconsistent.
-        OSError: if the file cannot be read.
+        OSError: If the file cannot be read.
     """
     content = file_bytes.content_of("path", checks.path("path", path))
     try:

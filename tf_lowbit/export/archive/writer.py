@@ -26,15 +26,15 @@ def save_archive(snapped: Snapped, path: str | os.PathLike[str]) -> Path:
     The file is written under a temporary name, then renamed, so it is never partial.
 
     Args:
-        snapped: result of `snap`; its twin may have been fine-tuned.
-        path: path of the file, usually `.npz`.
+        snapped: Result of `snap`; its twin may have been fine-tuned.
+        path: Path of the file, usually `.npz`.
 
     Returns:
         The path.
 
     Raises:
-        ExportError: if an archive cannot hold a layer.
-        OSError: if the file cannot be written. An existing file stays.
+        ExportError: If an archive cannot hold a layer.
+        OSError: If the file cannot be written. An existing file stays.
     """
     checks.instance(
         "snapped", snapped, Snapped, remedy="a result of snap, or an Export's .snapped"

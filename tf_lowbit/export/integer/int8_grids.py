@@ -28,12 +28,12 @@ class Grid:
     codes, so the scale of the file need not be the step.
 
     Attributes:
-        step: the real value of one code, > 0.
-        low: lowest code, <= 0.
-        high: highest code, >= 0.
-        scale: the scale in the file, a float32.
-        zero_point: of the file's int8.
-        clamp: the fused activation that clamps at `low`.
+        step: The real value of one code, > 0.
+        low: Lowest code, <= 0.
+        high: Highest code, >= 0.
+        scale: The scale in the file, a float32.
+        zero_point: Of the file's int8.
+        clamp: The fused activation that clamps at `low`.
     """
 
     step: float
@@ -74,12 +74,12 @@ def grid(step: float, low: int, high: int) -> Grid:
     """The grid that an integer operator puts out.
 
     Args:
-        step: the real value of one code.
-        low: lowest code, <= 0.
-        high: highest code, >= 0.
+        step: The real value of one code.
+        low: Lowest code, <= 0.
+        high: Highest code, >= 0.
 
     Raises:
-        ValueError: if there are more than 256 codes, or zero is none of them.
+        ValueError: If there are more than 256 codes, or zero is none of them.
     """
     check(step, low, high)
     zero_point = INT8[1] - high
@@ -116,9 +116,9 @@ def behind_relu(present: Grid, relu: str, *, in_place: bool = False) -> Grid:
     """The grid of a layer that a ReLU or ReLU6 is fused into.
 
     Args:
-        present: the grid without it.
+        present: The grid without it.
         relu: "relu" or "relu6".
-        in_place: keep scale and zero point, which must be those of all of int8: the
+        in_place: Keep scale and zero point, which must be those of all of int8: the
             layer's output is joined with others of that grid.
     """
     low = max(present.low, 0)
@@ -139,7 +139,7 @@ def check(step: float, low: int, high: int) -> None:
     """Refuses a grid that no int8 tensor has.
 
     Raises:
-        ValueError: if there are more than 256 codes, zero is none of them, or the step
+        ValueError: If there are more than 256 codes, zero is none of them, or the step
             is no positive float32.
     """
     is_step = step > 0 and 0 < np.float32(step) < np.inf

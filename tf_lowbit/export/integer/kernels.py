@@ -33,7 +33,7 @@ def multiplier(
     """The requantization multiplier `M` that a kernel computes from float32 scales.
 
     Args:
-        kernel: one of the above.
+        kernel: One of the above.
         input_scale: float32 scalar.
         weight_scales: float32 [channels].
         output_scale: float32 scalar.
@@ -68,8 +68,8 @@ def rounds_away(is_depthwise: bool, channels: int) -> np.ndarray:
     """Whether the builtin kernel rounds ties away from zero, not up, in each channel.
 
     Args:
-        is_depthwise: whether the operator is a depthwise convolution.
-        channels: number of output channels.
+        is_depthwise: Whether the operator is a depthwise convolution.
+        channels: Number of output channels.
 
     Returns:
         Bool [channels].
@@ -84,8 +84,8 @@ def largest_accumulator(kernel: str, multipliers: np.ndarray) -> np.ndarray:
     Other kernels than XNNPACK shift accumulators left if `M` is 1 or more.
 
     Args:
-        kernel: one of the above.
-        multipliers: from `multiplier`.
+        kernel: One of the above.
+        multipliers: From `multiplier`.
 
     Returns:
         Int64 array of the multipliers' shape.
@@ -106,11 +106,11 @@ def requantize(
     """The codes of accumulators, computed as by the kernel, in NumPy.
 
     Args:
-        kernel: one of the above.
+        kernel: One of the above.
         accumulators: int64 array within `largest_accumulator`, bias included.
-        multipliers: from `multiplier`, broadcastable.
-        low: lowest code.
-        high: highest code.
+        multipliers: From `multiplier`, broadcastable.
+        low: Lowest code.
+        high: Highest code.
         away: bool, broadcastable, from `rounds_away`; for the builtin kernel only.
 
     Returns:
@@ -132,8 +132,8 @@ def stored(kernel: str, multipliers: np.ndarray) -> np.ndarray:
     """Multipliers in the form that `requantize_tensor` takes.
 
     Args:
-        kernel: one of the above.
-        multipliers: from `multiplier`, [channels].
+        kernel: One of the above.
+        multipliers: From `multiplier`, [channels].
 
     Returns:
         Float32 [channels] for XNNPACK; else int64 [2, channels], q and shift.
@@ -154,9 +154,9 @@ def requantize_tensor(
     """`requantize` in TensorFlow.
 
     Args:
-        kernel: one of the above.
+        kernel: One of the above.
         accumulators: float tensor of int32 integers, exact in its dtype.
-        multipliers: tensor, from `stored`; the other arguments are as in `requantize`.
+        multipliers: Tensor, from `stored`; the other arguments are as in `requantize`.
 
     Returns:
         Float32 tensor of integers, of the accumulators' shape.

@@ -56,8 +56,8 @@ def ideal(
     Args:
         gain: float64 [channels], >= 0, output codes per unit of `A`.
         offset: float64 [channels], the unrounded code at `A = 0`.
-        low: lowest code.
-        high: highest code.
+        low: Lowest code.
+        high: Highest code.
         smallest: int64 [channels], the smallest accumulator.
         largest: int64 [channels], the largest accumulator.
 
@@ -104,17 +104,17 @@ def place(
     intervals. Among equal ones it takes the bias with the widest margin.
 
     Args:
-        gain: as in `ideal`, like the next five arguments.
-        offset: the unrounded code at `A = 0`.
-        low: lowest code.
-        high: highest code.
-        smallest: the smallest accumulator.
-        largest: the largest accumulator.
+        gain: As in `ideal`, like the next five arguments.
+        offset: The unrounded code at `A = 0`.
+        low: Lowest code.
+        high: Highest code.
+        smallest: The smallest accumulator.
+        largest: The largest accumulator.
         upscale: u.
         input_scale: float32 scale of the file's input tensor.
         output_scale: float32 scale of the file's output tensor.
-        kernel_names: kernels under which the decisions must be right.
-        away: from `kernels.rounds_away`; False for none.
+        kernel_names: Kernels under which the decisions must be right.
+        away: From `kernels.rounds_away`; False for none.
 
     Returns:
         The constants of all channels.
@@ -286,8 +286,8 @@ def reached_by(
     """The decision points of a kernel, by bisection over all accumulators.
 
     Args:
-        kernel: one of `kernels`.
-        multipliers: from `kernels.multiplier`.
+        kernel: One of `kernels`.
+        multipliers: From `kernels.multiplier`.
         biases: int [channels]; the other arguments are as in `place`.
 
     Returns:
@@ -318,8 +318,8 @@ def wrong_decisions(points: np.ndarray, reached: np.ndarray) -> np.ndarray:
     """Counts the accumulators with a wrong decision in each channel, over all codes.
 
     Args:
-        points: the ideal decision points, [channels, codes].
-        reached: the kernel's decision points, [channels, codes].
+        points: The ideal decision points, [channels, codes].
+        reached: The kernel's decision points, [channels, codes].
 
     Returns:
         Int64 [channels].

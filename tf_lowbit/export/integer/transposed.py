@@ -47,10 +47,10 @@ class Axis:
     """The height or the width of a transposed convolution.
 
     Attributes:
-        size: size of the kernel.
-        stride: stride of the output.
-        before: number of outputs that are cut off in front.
-        excess: number of outputs beyond stride times input; may be negative.
+        size: Size of the kernel.
+        stride: Stride of the output.
+        before: Number of outputs that are cut off in front.
+        excess: Number of outputs beyond stride times input; may be negative.
     """
 
     size: int

@@ -94,8 +94,8 @@ class IntegerAdd(_Layer):
     The ratios have odd denominators, so no pair of codes is a tie.
 
     Args:
-        grid: grid of the output.
-        ratios: step of each input divided by the step of the output, as `Fraction` or
+        grid: Grid of the output.
+        ratios: Step of each input divided by the step of the output, as `Fraction` or
             pair (numerator, denominator).
     """
 
@@ -139,24 +139,24 @@ class IntegerLinear(_Layer):
     weights are trainable if they have a quantizer; scales, biases and signs are fixed.
 
     Args:
-        grid: grid of the output.
+        grid: Grid of the output.
         kind: "conv", "depthwise", "dense", "transposed" or "scale" (one weight per
             channel).
-        kernel_shape: shape of the latent weights in Keras's layout; a grouped
+        kernel_shape: Shape of the latent weights in Keras's layout; a grouped
             convolution counts the inputs of one group.
-        quantizer: quantizer of the weights, or its serialized dict; None if the latent
+        quantizer: Quantizer of the weights, or its serialized dict; None if the latent
             weights are fixed codes.
-        quantizer_state: name -> shape of the quantizer's variables.
-        input_grid: grid of the input.
+        quantizer_state: Name -> shape of the quantizer's variables.
+        input_grid: Grid of the input.
         upscale: u.
-        strides: strides of the window.
+        strides: Strides of the window.
         padding: "valid" or "same".
-        dilation: dilation of the window.
-        kernel: kernel whose arithmetic it computes, "xnnpack", "builtin" or "tflm".
+        dilation: Dilation of the window.
+        kernel: Kernel whose arithmetic it computes, "xnnpack", "builtin" or "tflm".
         storage: "int8" or "int4", the type of the file's weights.
-        represents: name of the trained network's tensor that it outputs.
-        before: for a transposed convolution, rows and columns cut off in front.
-        excess: for a transposed convolution, rows and columns of the output beyond
+        represents: Name of the trained network's tensor that it outputs.
+        before: For a transposed convolution, rows and columns cut off in front.
+        excess: For a transposed convolution, rows and columns of the output beyond
             stride times input.
     """
 
@@ -328,10 +328,10 @@ class IntegerLinear(_Layer):
         """Sets all constants and the initial latent weights.
 
         Args:
-            affine: constants of the requantization.
-            latent: the latent weights, or the codes if there is no quantizer.
+            affine: Constants of the requantization.
+            latent: The latent weights, or the codes if there is no quantizer.
             signs: [channels], -1, 0 or 1, multiplies the codes.
-            quantizer_variables: name -> value.
+            quantizer_variables: Name -> value.
         """
         self.latent.assign(latent)
         for name, value in quantizer_variables.items():
@@ -404,7 +404,7 @@ class EdgePadding(keras.layers.Layer):
     """Pads images symmetrically, edge pixels included: `a b` -> `a a b b`.
 
     Args:
-        padding: rows and columns at each border, as (rows, columns).
+        padding: Rows and columns at each border, as (rows, columns).
     """
 
     def __init__(

@@ -38,11 +38,11 @@ def split(
     """Computes a `MultiHeadAttention` (arXiv:1706.03762) by stock layers.
 
     Args:
-        layer: the layer, built.
-        args: positional arguments of its call.
-        kwargs: keyword arguments of its call.
-        name: name of the layer that outputs the result.
-        free_name: gives each other new layer its name.
+        layer: The layer, built.
+        args: Positional arguments of its call.
+        kwargs: Keyword arguments of its call.
+        name: Name of the layer that outputs the result.
+        free_name: Gives each other new layer its name.
     """
     named = dict(zip(("query", "value", "key"), args, strict=False)) | kwargs
     query, value, key = named["query"], named["value"], named.get("key")

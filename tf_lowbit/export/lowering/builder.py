@@ -32,13 +32,13 @@ class Value:
     """One tensor of the trained network, and its counterparts in the integer model.
 
     Attributes:
-        tensor: the trained network's Keras tensor.
-        name: name of the layer that outputs it.
-        factor: the value is `factor * tensor`.
-        linear: pending linear layer, or None.
-        codes: the integer model's tensor of codes, once made.
-        grid: grid of the codes.
-        values: the integer model's tensor of float values, once made.
+        tensor: The trained network's Keras tensor.
+        name: Name of the layer that outputs it.
+        factor: The value is `factor * tensor`.
+        linear: Pending linear layer, or None.
+        codes: The integer model's tensor of codes, once made.
+        grid: Grid of the codes.
+        values: The integer model's tensor of float values, once made.
     """
 
     tensor: KerasTensor
@@ -57,20 +57,20 @@ class Builder:
     """Makes the layers of the integer model, each on first use.
 
     Args:
-        model: the trained network.
-        data: iterable of batches to measure ranges on, or None.
-        options: options of the export.
-        ranges: ranges measured before, by tensor.
-        batches: number of batches to measure on.
+        model: The trained network.
+        data: Iterable of batches to measure ranges on, or None.
+        options: Options of the export.
+        ranges: Ranges measured before, by tensor.
+        batches: Number of batches to measure on.
 
     Attributes:
-        notes: the notes so far.
-        known: id of a tensor -> its `Value`.
-        names: names of the layers so far.
-        by_layer: layer's name -> (role, attribute) -> quantized tensor.
-        first: names of the first weight layers.
-        last: names of the last weight layers.
-        readers: id of a tensor -> nodes that read it, also through aliases.
+        notes: The notes so far.
+        known: Id of a tensor -> its `Value`.
+        names: Names of the layers so far.
+        by_layer: Layer's name -> (role, attribute) -> quantized tensor.
+        first: Names of the first weight layers.
+        last: Names of the last weight layers.
+        readers: Id of a tensor -> nodes that read it, also through aliases.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Builder:
         """Step, lowest and highest code of an activation quantizer.
 
         Raises:
-            ExportError: if the codes have gaps, or there are several steps.
+            ExportError: If the codes have gaps, or there are several steps.
         """
         kind, bits = quantizer.quantizer, quantizer.bits
         step = np.ravel(kind.step(None, quantizer.variables))
@@ -332,10 +332,10 @@ class Builder:
         """Makes the integer layer that computes a tensor's codes on a grid.
 
         Args:
-            value: the tensor; its codes and grid are set.
-            linear: the pending layer.
-            grid: grid of the output; a fused ReLU narrows it.
-            in_place: whether a narrowed grid keeps its scale and zero point.
+            value: The tensor; its codes and grid are set.
+            linear: The pending layer.
+            grid: Grid of the output; a fused ReLU narrows it.
+            in_place: Whether a narrowed grid keeps its scale and zero point.
         """
         if linear.relu and (linear.relu == "relu6" or grid.low < 0):
             grid = int8_grids.behind_relu(grid, linear.relu, in_place=in_place)

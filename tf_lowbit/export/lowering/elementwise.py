@@ -69,7 +69,7 @@ def scale(node: Node) -> tuple[np.ndarray, np.ndarray] | None:
         Gain and offset, float64 [1] or [channels]; None for any other node.
 
     Raises:
-        ExportError: for a layer that scales along an axis other than the last.
+        ExportError: For a layer that scales along an axis other than the last.
     """
     layer = inspection.wrapped_layer(node.layer)
     if isinstance(layer, layer_registry.BATCH_NORMS):
@@ -124,7 +124,7 @@ def activation(node: Node) -> str | None:
     """Name of the activation that a node computes, or None for another node.
 
     Raises:
-        ExportError: for an activation that cannot be exported, or a softmax over an
+        ExportError: For an activation that cannot be exported, or a softmax over an
             axis other than the last.
     """
     layer = node.layer

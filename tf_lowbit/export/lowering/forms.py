@@ -66,7 +66,7 @@ def form(node: Node) -> str:
     TFLite has one more rule, `require_transposed`.
 
     Raises:
-        ExportError: with the `Problem` of a layer that cannot be exported.
+        ExportError: With the `Problem` of a layer that cannot be exported.
     """
     layer = stock_layers.layer_of(node)
     if len(graph.outputs_of(node)) != 1:
@@ -263,7 +263,7 @@ def as_layers(model: keras.Model) -> keras.Model:
     becomes Adds of two.
 
     Args:
-        model: functional model, quantized or not; it is not changed.
+        model: Functional model, quantized or not; it is not changed.
 
     Returns:
         A copy with the same weights and output names, or the given model if there is

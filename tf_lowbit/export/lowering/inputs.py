@@ -100,10 +100,10 @@ def codes_of(
     quantizer, the input is quantized instead, and these layers move its codes.
 
     Args:
-        builder: builder of the integer model.
-        source: the float tensor.
-        grid: grid of the quantizer.
-        name: name of the quantizer.
+        builder: Builder of the integer model.
+        source: The float tensor.
+        grid: Grid of the quantizer.
+        name: Name of the quantizer.
     """
     moves = []
     node = graph.producer(source.tensor)

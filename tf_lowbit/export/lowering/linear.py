@@ -20,17 +20,17 @@ class Linear:
     """A linear layer whose output grid is not decided yet.
 
     Attributes:
-        kind: one of the kinds in `twin`.
-        layer: the trained layer, unwrapped, or None.
-        weights: its quantized weights; None for float weights.
-        source: the `builder.Value` that it reads.
+        kind: One of the kinds in `twin`.
+        layer: The trained layer, unwrapped, or None.
+        weights: Its quantized weights; None for float weights.
+        source: The `builder.Value` that it reads.
         gain: float64 [channels], multiplies the layer's output.
         offset: float64 [channels], added after the gain.
-        relu: activation that follows: None, "relu" or "relu6".
-        is_integer: whether it can read and output codes.
-        taps: fixed integer weights of a pooling or interpolation window, in the
+        relu: Activation that follows: None, "relu" or "relu6".
+        is_integer: Whether it can read and output codes.
+        taps: Fixed integer weights of a pooling or interpolation window, in the
             layout of the kind's weights; else None.
-        strides: strides of that window.
+        strides: Strides of that window.
     """
 
     kind: str

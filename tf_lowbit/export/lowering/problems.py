@@ -29,7 +29,7 @@ class Check:
     """The layers of a network that cannot be exported for a target.
 
     Attributes:
-        problems: one for each such layer, in the graph's order.
+        problems: One for each such layer, in the graph's order.
     """
 
     problems: tuple[Problem, ...]
@@ -56,9 +56,9 @@ def check(model: keras.Model, target: str | Target = "xnnpack") -> Check:
     setting. Call it again after `quantize`: it then checks the bits of the rules, too.
 
     Args:
-        model: built Sequential or Functional model, float or quantized; or a
+        model: Built Sequential or Functional model, float or quantized; or a
             `LowBitTrainer`, for its students. Nested models are included.
-        target: as in `to_tflite`; or "qonnx" for `to_qonnx`.
+        target: As in `to_tflite`; or "qonnx" for `to_qonnx`.
 
     Returns:
         The problems. If there are none, the layers' types and settings can be exported,
@@ -66,7 +66,7 @@ def check(model: keras.Model, target: str | Target = "xnnpack") -> Check:
         present bits, missing ranges, and what depends on the data.
 
     Raises:
-        ValueError: if the model is not built, or is subclassed, or the target does not
+        ValueError: If the model is not built, or is subclassed, or the target does not
             exist.
     """
     target = targets.find(target)
@@ -94,8 +94,8 @@ def require_exportable(network: keras.Model, target: Target) -> None:
     """Raises `ExportError` for the first quantizer or layer that a target refuses.
 
     Args:
-        network: functional model without nested models.
-        target: target of the file.
+        network: Functional model without nested models.
+        target: Target of the file.
     """
     for tensor in inspection.quantized_tensors(network):
         if problem := bit_problem(tensor, tensor.bits, target):
@@ -110,8 +110,8 @@ def problems(
     """Yields the `Problem` of each input, node and quantizer that cannot be exported.
 
     Args:
-        network: functional model without nested models.
-        target: target of the file, which is one of TFLite or of QONNX.
+        network: Functional model without nested models.
+        target: Target of the file, which is one of TFLite or of QONNX.
     """
     is_qonnx = target.interpreter == targets.QONNX
     tensors = [] if is_qonnx else inspection.quantized_tensors(network)
@@ -134,8 +134,8 @@ def target_problems(network: keras.Model, target: Target) -> Iterator[Problem]:
     `to_tflite` and `verify` check what depends on data or on neighbouring layers.
 
     Args:
-        network: functional model without nested models.
-        target: target of the file.
+        network: Functional model without nested models.
+        target: Target of the file.
     """
     if not target.open_sizes:
         for node in graph.nodes(network):
@@ -253,9 +253,9 @@ def bit_problem(
     """The `Problem` of a quantizer whose bits the target does not support, or None.
 
     Args:
-        tensor: the quantized tensor.
-        bits: the bits of its rule, or its present bits.
-        target: target of the file.
+        tensor: The quantized tensor.
+        bits: The bits of its rule, or its present bits.
+        target: Target of the file.
     """
     is_weight = tensor.role == quantizers.WEIGHT
     allowed = target.weight_bits if is_weight else target.activation_bits

@@ -24,11 +24,11 @@ def require_plain(layer: keras.layers.Layer, inputs: int) -> None:
     """Refuses a recurrent layer with more than one input, or with a kept state.
 
     Args:
-        layer: the layer.
-        inputs: number of tensors that it reads.
+        layer: The layer.
+        inputs: Number of tensors that it reads.
 
     Raises:
-        ExportError: naming the layer.
+        ExportError: Naming the layer.
     """
     if inputs != 1 or layer.stateful or layer.time_major:
         raise refusal(
@@ -50,10 +50,10 @@ def unroll(
     """Computes a recurrent layer by float stock layers, one set for each step.
 
     Args:
-        layer: a built LSTM or GRU.
+        layer: A built LSTM or GRU.
         x: Keras tensor [batch, steps, features].
-        name: name of the layer that outputs the result.
-        free_name: gives each other new layer its name.
+        name: Name of the layer that outputs the result.
+        free_name: Gives each other new layer its name.
 
     Returns:
         The layer's output for `x`: [batch, units], or [batch, steps, units].
@@ -77,10 +77,10 @@ def joined(
     """Concatenates tensors by layers of at most 5 inputs.
 
     Args:
-        parts: one or more Keras tensors.
-        axis: axis of the concatenation.
-        name: name of the last layer.
-        free_name: names the layers before it.
+        parts: One or more Keras tensors.
+        axis: Axis of the concatenation.
+        name: Name of the last layer.
+        free_name: Names the layers before it.
     """
     while len(parts) > _JOINED:
         groups = [parts[i : i + _JOINED] for i in range(0, len(parts), _JOINED)]

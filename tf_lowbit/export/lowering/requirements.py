@@ -10,7 +10,7 @@ def single_network(model: keras.Model) -> keras.Model:
     """Returns a model itself, or the one student of a trainer.
 
     Raises:
-        ValueError: if it is not quantized, or a trainer has several students.
+        ValueError: If it is not quantized, or a trainer has several students.
     """
     inspection.require_quantized(model)
     return inspection.single_network(model)
@@ -20,7 +20,7 @@ def require_exportable(model: keras.Model) -> None:
     """Refuses a network whose training is not finished.
 
     Raises:
-        ExportError: for a tensor above 8 bits or without a range, or a weight that is
+        ExportError: For a tensor above 8 bits or without a range, or a weight that is
             not finite.
     """
     for tensor in inspection.quantized_tensors(model):

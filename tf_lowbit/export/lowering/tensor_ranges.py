@@ -40,13 +40,13 @@ class Ranges:
     """Minimum and maximum of a network's tensors, measured on first use.
 
     Args:
-        model: functional model.
-        data: iterable of batches, `x` or `(x, y)` or `(x, y, weight)`; or None.
-        batches: number of batches to measure on.
-        known: ranges that were measured before, `key` -> (minimum, maximum).
+        model: Functional model.
+        data: Iterable of batches, `x` or `(x, y)` or `(x, y, weight)`; or None.
+        batches: Number of batches to measure on.
+        known: Ranges that were measured before, `key` -> (minimum, maximum).
 
     Attributes:
-        used: the ranges that were asked for.
+        used: The ranges that were asked for.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Ranges:
         """The range of a Keras tensor of the model.
 
         Raises:
-            ValueError: if there is no data to measure it on, or a value is not finite.
+            ValueError: If there is no data to measure it on, or a value is not finite.
         """
         name = key(tensor)
         if name not in self._known:

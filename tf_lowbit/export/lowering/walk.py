@@ -26,12 +26,12 @@ class Snapped:
 
     Attributes:
         twin: Keras model, not compiled; computes what the file computes.
-        options: the options of the export.
-        ranges: the measured ranges that were used, by tensor.
-        notes: layers that differ from the trained ones, and why.
-        tensors: tensor of the trained network (`tensor_ranges.key`) -> name of the
+        options: The options of the export.
+        ranges: The measured ranges that were used, by tensor.
+        notes: Layers that differ from the trained ones, and why.
+        tensors: Tensor of the trained network (`tensor_ranges.key`) -> name of the
             twin's layer that outputs it, in the network's order.
-        fingerprint: hash of the twin's weights when it was made.
+        fingerprint: Hash of the twin's weights when it was made.
     """
 
     twin: keras.Model
@@ -67,23 +67,23 @@ def snap(
     """Makes the integer model of a trained network.
 
     Args:
-        model: trained network from `tf_lowbit.quantize`, or a `LowBitTrainer` of one
+        model: Trained network from `tf_lowbit.quantize`, or a `LowBitTrainer` of one
             student.
-        data: iterable of batches, `x` or `(x, y)` or `(x, y, weight)`. Needed for
+        data: Iterable of batches, `x` or `(x, y)` or `(x, y, weight)`. Needed for
             ranges that training did not fix: the input of a first layer that was
             trained in float, and residual sums without `residual_bits`.
-        options: options of the export; None for the defaults.
-        ranges: ranges measured before, as `Snapped.ranges`.
-        batches: number of batches to measure ranges on.
-        progress: called with (done, total) after each layer.
+        options: Options of the export; None for the defaults.
+        ranges: Ranges measured before, as `Snapped.ranges`.
+        batches: Number of batches to measure ranges on.
+        progress: Called with (done, total) after each layer.
 
     Returns:
         The integer model with its ranges and notes.
 
     Raises:
-        ValueError: if the model is not quantized, a range is not calibrated, a weight
+        ValueError: If the model is not quantized, a range is not calibrated, a weight
             is not finite, or `data` is missing.
-        ExportError: naming a layer that has no form in a file.
+        ExportError: Naming a layer that has no form in a file.
     """
     options = checks.instance(
         "options", Options() if options is None else options, Options

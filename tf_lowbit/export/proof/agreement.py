@@ -51,8 +51,8 @@ class Agreements:
     """Collects the agreement of every tensor that both networks have.
 
     Args:
-        snapped: the twin, with its `tensors`.
-        trained: the trained network.
+        snapped: The twin, with its `tensors`.
+        trained: The trained network.
     """
 
     def __init__(self, snapped: Snapped, trained: keras.Model):
@@ -112,9 +112,9 @@ class Agreements:
         """Adds one batch.
 
         Args:
-            argument: what the trained network takes.
-            inputs: the same as a list, in the twin's order.
-            own: the twin's tensors from its own input on, by layer.
+            argument: What the trained network takes.
+            inputs: The same as a list, in the twin's order.
+            own: The twin's tensors from its own input on, by layer.
         """
         if self._split is not None:
             self._split.add(argument)
@@ -177,10 +177,10 @@ class _Split:
     would move codes, and these would move others all the way to the outputs.
 
     Args:
-        trained: the trained network.
-        split: the network after the split.
-        pairs: tensors of the two that must be equal.
-        is_half: whether layers compute in float16.
+        trained: The trained network.
+        split: The network after the split.
+        pairs: Tensors of the two that must be equal.
+        is_half: Whether layers compute in float16.
     """
 
     def __init__(self, trained, split, pairs, is_half):

@@ -34,12 +34,12 @@ def compare_on_data(
     """Runs a file, its twin and the trained model on the same batches.
 
     Args:
-        content: the file's bytes.
-        snapped: the twin.
-        trained: the trained model, or None.
-        batches: iterable of batches.
-        report: comparisons, agreements, predictions or values, and failures are set.
-        tensor_batches: number of batches to compare every tensor on; None for all.
+        content: The file's bytes.
+        snapped: The twin.
+        trained: The trained model, or None.
+        batches: Iterable of batches.
+        report: Comparisons, agreements, predictions or values, and failures are set.
+        tensor_batches: Number of batches to compare every tensor on; None for all.
         runner: `Runner`, or `MicroRunner` for TFLite Micro.
     """
     model = snapped.twin
@@ -124,12 +124,12 @@ def _compare_tensors(rows, nodes, inputs, values, found, own) -> None:
     """Adds one batch to the rows.
 
     Args:
-        rows: a comparison for each node.
-        nodes: nodes of the twin.
-        inputs: input tensors of the twin.
-        values: values of the inputs.
-        found: name -> value of a tensor of the file.
-        own: values of the twin's tensors, one for each node.
+        rows: A comparison for each node.
+        nodes: Nodes of the twin.
+        inputs: Input tensors of the twin.
+        values: Values of the inputs.
+        found: Name -> value of a tensor of the file.
+        own: Values of the twin's tensors, one for each node.
     """
     known = {id(t): tf.constant(v) for t, v in zip(inputs, values, strict=True)}
     for node in nodes:

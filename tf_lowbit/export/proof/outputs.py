@@ -24,7 +24,7 @@ class Classes:
     """Counts predicted classes.
 
     Args:
-        limit: threshold of class 1 for one unit, from `predictions.threshold`.
+        limit: Threshold of class 1 for one unit, from `predictions.threshold`.
     """
 
     def __init__(self, limit: float):
@@ -37,7 +37,7 @@ class Classes:
 
         Args:
             scores: "file", "twin" and perhaps "trained" -> [batch, ..., classes].
-            labels: labels of the batch, or None.
+            labels: Labels of the batch, or None.
         """
         found = self._found
         chosen = {n: classifying.classes(s, self._limit) for n, s in scores.items()}
@@ -75,8 +75,8 @@ class Classes:
         """Adds the counts and the failures to the report.
 
         Args:
-            report: its predictions and failures are set.
-            is_tainted: whether an integer layer follows a float layer, so that
+            report: Its predictions and failures are set.
+            is_tainted: Whether an integer layer follows a float layer, so that
                 predictions may differ from the twin's.
         """
         found = report.predictions = self._found
@@ -109,7 +109,7 @@ class Numbers:
     """Measures the errors of an output that is not a score of classes.
 
     Args:
-        output: name of the output; None for the network's first one.
+        output: Name of the output; None for the network's first one.
         head: "int8" or "float", of the export's options.
     """
 

@@ -103,9 +103,9 @@ def compare_plan(found: Any, expected: Any, report: Report) -> None:
     """Compares every tensor and operator of a file with the plan.
 
     Args:
-        found: the file's schema object.
-        expected: the plan's schema object.
-        report: the failures are added to it.
+        found: The file's schema object.
+        expected: The plan's schema object.
+        report: The failures are added to it.
     """
     found, expected = Tensors(found), Tensors(expected)
     for name in expected.names():

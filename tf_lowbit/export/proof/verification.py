@@ -16,11 +16,11 @@ class Decisions:
     """Rounding decisions of one integer layer's kernel, against the trained layer.
 
     Attributes:
-        layer: the layer's name.
+        layer: The layer's name.
         kernel: "xnnpack", "builtin" or "tflm".
-        channels: number of output channels.
-        points: number of decision points within the accumulators' range.
-        wrong: per channel, the number of off-by-one accumulators: values, of all that
+        channels: Number of output channels.
+        points: Number of decision points within the accumulators' range.
+        wrong: Per channel, the number of off-by-one accumulators: values, of all that
             any input could give, whose output is one level away from the right one.
     """
 
@@ -36,16 +36,16 @@ class Comparison:
     """One tensor of the file against the twin, on data.
 
     Attributes:
-        tensor: the tensor's name.
-        is_integer: whether it holds codes, or the classes of an argmax.
-        elements: number of compared elements.
-        mismatches: number of codes that differ from the twin's layer, given the file's
+        tensor: The tensor's name.
+        is_integer: Whether it holds codes, or the classes of an argmax.
+        elements: Number of compared elements.
+        mismatches: Number of codes that differ from the twin's layer, given the file's
             inputs of that layer.
-        end_to_end: number of codes that differ from the twin, given the same inputs of
+        end_to_end: Number of codes that differ from the twin, given the same inputs of
             the network.
-        error: for floats, the largest difference from the twin's layer, given the
+        error: For floats, the largest difference from the twin's layer, given the
             file's inputs of that layer, relative to the tensor's largest magnitude.
-        off_by_one: number of codes from off-by-one accumulators.
+        off_by_one: Number of codes from off-by-one accumulators.
     """
 
     tensor: str
@@ -66,27 +66,27 @@ class Agreement:
     the grid, so that errors of earlier layers do not count.
 
     Attributes:
-        tensor: name of the trained network's layer that outputs it.
-        levels: number of levels of the twin's grid, or of classes; 0 for floats.
-        is_measured: whether the grid has 8 bits over a range measured on data.
-        measured_levels: levels from zero to the larger end of that range, twice as many
+        tensor: Name of the trained network's layer that outputs it.
+        levels: Number of levels of the twin's grid, or of classes; 0 for floats.
+        is_measured: Whether the grid has 8 bits over a range measured on data.
+        measured_levels: Levels from zero to the larger end of that range, twice as many
             for a signed grid; 0 without such a range, or if it held zeros only.
-        explained: whether a note says that it, or its input, is rounded.
-        coarseness: for a sum, the total of its terms' steps, in levels of its grid.
-        elements: number of compared elements.
-        equal: number of codes equal to the trained network's, end to end.
-        near: number of codes at most one level away, end to end.
-        equal_within: as `equal`, within the layer; or as near as a tie of the trained
+        explained: Whether a note says that it, or its input, is rounded.
+        coarseness: For a sum, the total of its terms' steps, in levels of its grid.
+        elements: Number of compared elements.
+        equal: Number of codes equal to the trained network's, end to end.
+        near: Number of codes at most one level away, end to end.
+        equal_within: As `equal`, within the layer; or as near as a tie of the trained
             network, or a step of the integer bias, allows.
-        far_within: number of codes farther away than rounding explains, within the
+        far_within: Number of codes farther away than rounding explains, within the
             layer.
-        shift: sum of the differences in levels, within the layer.
-        clipped: number of the trained network's values that are outside of the grid by
+        shift: Sum of the differences in levels, within the layer.
+        clipped: Number of the trained network's values that are outside of the grid by
             more than 1/16 of its levels plus one level.
         span: (minimum, maximum) of zero and the trained network's values, in levels.
-        error: for floats, the largest difference relative to the largest magnitude,
+        error: For floats, the largest difference relative to the largest magnitude,
             end to end.
-        error_within: the same within the layer.
+        error_within: The same within the layer.
     """
 
     tensor: str
@@ -112,14 +112,14 @@ class Predictions:
     """Predicted classes of the first output on data: `tf_lowbit.predictions`.
 
     Attributes:
-        examples: number of predictions; a map of classes has one for each position.
-        twin_agrees: number of the file's predictions that equal the twin's.
-        trained_agrees: number that equal the trained model's, or None without one.
-        labels: number of predictions with a label that is a class.
-        right: number of right predictions of "file", "twin" and "trained".
-        lost: number that only the trained model predicts right.
-        gained: number that only the file predicts right.
-        mean_iou: for maps of classes, mean intersection over union of the classes that
+        examples: Number of predictions; a map of classes has one for each position.
+        twin_agrees: Number of the file's predictions that equal the twin's.
+        trained_agrees: Number that equal the trained model's, or None without one.
+        labels: Number of predictions with a label that is a class.
+        right: Number of right predictions of "file", "twin" and "trained".
+        lost: Number that only the trained model predicts right.
+        gained: Number that only the file predicts right.
+        mean_iou: For maps of classes, mean intersection over union of the classes that
             occur, for "file", "twin" and "trained".
     """
 
@@ -151,9 +151,9 @@ class Errors:
     """Absolute differences of numbers, in the output's units.
 
     Attributes:
-        count: number of differences.
-        total: their sum.
-        largest: the largest one.
+        count: Number of differences.
+        total: Their sum.
+        largest: The largest one.
     """
 
     count: int = 0
@@ -171,16 +171,16 @@ class Values:
     """An output on data, if it is not the first one with scores of classes.
 
     Attributes:
-        examples: number of examples.
-        spread: standard deviation of the output of the trained model, or of the twin
+        examples: Number of examples.
+        spread: Standard deviation of the output of the trained model, or of the twin
             without a trained model.
-        against: differences of the file from "twin" and "trained".
-        to_labels: differences of "file", "twin" and "trained" from the labels.
-        worst_unit: index on the output's last axis of the unit that differs most from
+        against: Differences of the file from "twin" and "trained".
+        to_labels: Differences of "file", "twin" and "trained" from the labels.
+        worst_unit: Index on the output's last axis of the unit that differs most from
             the trained model's, relative to its own standard deviation.
-        worst_share: the mean difference of that unit, in its standard deviations.
-        more: mean error of the file minus mean error of the trained model.
-        certain_more: lower bound of `more` at one-sided 99 % confidence.
+        worst_share: The mean difference of that unit, in its standard deviations.
+        more: Mean error of the file minus mean error of the trained model.
+        certain_more: Lower bound of `more` at one-sided 99 % confidence.
     """
 
     examples: int = 0
@@ -198,27 +198,27 @@ class Report:
     """The result of `verify`.
 
     Attributes:
-        file: path of the file, or "bytes".
-        runtime: interpreter that ran it, with its version.
-        content: the file's bytes.
-        tolerance: accuracy that the file may lose.
-        agreement: share of the trained model's predictions that it must keep.
-        failures: the failures, a line each.
-        operators: operator -> number of its uses in the file.
-        not_delegated: operators that no delegate runs.
-        decisions: rounding decisions, for each integer layer and kernel.
+        file: Path of the file, or "bytes".
+        runtime: Interpreter that ran it, with its version.
+        content: The file's bytes.
+        tolerance: Accuracy that the file may lose.
+        agreement: Share of the trained model's predictions that it must keep.
+        failures: The failures, a line each.
+        operators: Operator -> number of its uses in the file.
+        not_delegated: Operators that no delegate runs.
+        decisions: Rounding decisions, for each integer layer and kernel.
         additions: Add and kernel -> number of pairs of codes with a wrong sum.
-        comparisons: file against twin on data, for each tensor.
-        agreements: twin against trained model on data, for each tensor; empty without a
+        comparisons: File against twin on data, for each tensor.
+        agreements: Twin against trained model on data, for each tensor; empty without a
             trained model.
-        is_tuned: whether the twin was fine-tuned after it was made from the model.
-        predictions: predictions on data; None without data, or if outputs are not
+        is_tuned: Whether the twin was fine-tuned after it was made from the model.
+        predictions: Predictions on data; None without data, or if outputs are not
             classes.
-        values: the first output on data if it does not hold classes, or None.
-        further: output's name -> values on data, for the outputs after the first.
-        notes: layers that differ from the trained ones.
-        arena: bytes of TFLite Micro's arena on this machine; None for other targets.
-        widths: packed tensor -> bits of an index.
+        values: The first output on data if it does not hold classes, or None.
+        further: Output's name -> values on data, for the outputs after the first.
+        notes: Layers that differ from the trained ones.
+        arena: Bytes of TFLite Micro's arena on this machine; None for other targets.
+        widths: Packed tensor -> bits of an index.
     """
 
     file: str

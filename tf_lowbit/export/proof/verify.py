@@ -84,21 +84,21 @@ def verify(
     that the report names. Other kernels (ARM's, TFLite Micro's) may round differently.
 
     Args:
-        file: path of the file, or its bytes.
-        model: the trained, quantized model; or the `Export` or `Snapped` of the file,
+        file: Path of the file, or its bytes.
+        model: The trained, quantized model; or the `Export` or `Snapped` of the file,
             which is needed if the twin was fine-tuned.
-        data: iterable of batches, `x` or `(x, y)`; `y` are integer labels or
+        data: Iterable of batches, `x` or `(x, y)`; `y` are integer labels or
             probabilities of classes, or the numbers of a regression. For several
             outputs `y` is a tuple or dict, of which the first output's counts. One unit
             is a binary classifier if labels are 0 and 1 or it ends in a sigmoid: class
             1 is above 0, or above 0.5 behind a sigmoid. None skips (5) to (8).
-        trained: the trained model, only if `model` is an `Export` or a `Snapped`.
+        trained: The trained model, only if `model` is an `Export` or a `Snapped`.
             Without it these skip (7) and (8).
-        batches: number of batches of `data` to use, 1 or more; None for all.
-        tensor_batches: number of these on which every tensor is compared, 1 or more,
+        batches: Number of batches of `data` to use, 1 or more; None for all.
+        tensor_batches: Number of these on which every tensor is compared, 1 or more,
             which takes longer than comparing predictions; None for all.
-        tolerance: accuracy that the file may lose, a share from 0 to 1.
-        agreement: share of the trained model's predictions that it must keep if there
+        tolerance: Accuracy that the file may lose, a share from 0 to 1.
+        agreement: Share of the trained model's predictions that it must keep if there
             are no labels, from 0 to 1.
         verbose: 1 prints the report, and shows a progress bar on a terminal or in a
             notebook if it takes long; 0 is silent.
@@ -107,10 +107,10 @@ def verify(
         The report.
 
     Raises:
-        ValueError: if the file is not a complete TFLite file of `to_tflite`, or an
+        ValueError: If the file is not a complete TFLite file of `to_tflite`, or an
             argument is not as above.
-        ImportError: for a file for TFLite Micro if `tflite-micro` is not installed.
-        OSError: if the file cannot be read.
+        ImportError: For a file for TFLite Micro if `tflite-micro` is not installed.
+        OSError: If the file cannot be read.
     """
     if batches is None:
         require_end(data)
@@ -428,10 +428,10 @@ def wrong_sums(
     """Counts the pairs of int8 codes whose sum an ADD operator gets wrong.
 
     Args:
-        layer: the twin's layer, which computes the right sums.
+        layer: The twin's layer, which computes the right sums.
         ends: (scale, zero point) of both inputs and of the output.
-        clamp: fused activation of the TFLite schema.
-        kernel: one of `kernels`.
+        clamp: Fused activation of the TFLite schema.
+        kernel: One of `kernels`.
     """
     builder = FileBuilder("one addition")
     shape = (1, 256, 256, 1)

@@ -26,10 +26,10 @@ class QonnxAgreement:
     round to the other one. A different code can change codes in later layers.
 
     Attributes:
-        codes: number of compared activation codes and class numbers.
-        different: name of each activation quantizer -> number of its different codes;
+        codes: Number of compared activation codes and class numbers.
+        different: Name of each activation quantizer -> number of its different codes;
             and of each output of class numbers (an argmax), which count as codes.
-        error: largest difference of other outputs, divided by the standard deviation of
+        error: Largest difference of other outputs, divided by the standard deviation of
             the output, or by a thousandth of its maximum if that is larger.
     """
 
@@ -54,19 +54,19 @@ def compare_qonnx(
     """Runs a QONNX file in the executor of the package `qonnx`, which is slow.
 
     Args:
-        file: path of a file of `to_qonnx`, or its bytes.
-        model: the network of the file.
-        x: a batch for the network, channels last: an array, or a list of arrays for
+        file: Path of a file of `to_qonnx`, or its bytes.
+        model: The network of the file.
+        x: A batch for the network, channels last: an array, or a list of arrays for
             several inputs. Its size is a multiple of the file's batch size.
 
     Returns:
         The different activation codes, and the largest difference of outputs.
 
     Raises:
-        ImportError: without the extra `qonnx`.
-        ValueError: if the file is no ONNX file, has other inputs, or lacks a tensor of
+        ImportError: Without the extra `qonnx`.
+        ValueError: If the file is no ONNX file, has other inputs, or lacks a tensor of
             the network; or if `x` does not fit the network, or is not finite.
-        OSError: if the file cannot be read.
+        OSError: If the file cannot be read.
     """
     try:
         # Imported here, because the imports are slow and rarely needed.

@@ -75,26 +75,26 @@ def to_qonnx(
     file with the network.
 
     Args:
-        model: trained and calibrated model from `tf_lowbit.quantize`, with fixed input
+        model: Trained and calibrated model from `tf_lowbit.quantize`, with fixed input
             sizes; or a `LowBitTrainer` of one student.
-        path: path of the file, usually `.onnx`; it is written under a temporary name,
+        path: Path of the file, usually `.onnx`; it is written under a temporary name,
             then renamed.
         activations: "quant" for `Quant` operators; "multithreshold" for a
             `MultiThreshold`, which outputs integer codes, and a Mul by the step. Its
             codes equal the trained quantizer's for every float32 input.
-        fold_batch_norm: whether to write batch normalization as a Mul and an Add per
+        fold_batch_norm: Whether to write batch normalization as a Mul and an Add per
             channel, not as a BatchNormalization operator.
-        batch_size: batch size of the file.
+        batch_size: Batch size of the file.
 
     Returns:
         The path.
 
     Raises:
-        ImportError: without the package `onnx`, of the extra `qonnx`.
-        ValueError: for a model that is not quantized, or an invalid argument.
+        ImportError: Without the package `onnx`, of the extra `qonnx`.
+        ValueError: For a model that is not quantized, or an invalid argument.
         ExportError: (a ValueError) for a layer that `check(model, target="qonnx")`
             lists, or a quantizer that is not at 1 to 8 bits or not calibrated.
-        OSError: if the file cannot be written. No partial file is left.
+        OSError: If the file cannot be written. No partial file is left.
     """
     require_onnx()
     arguments.path("path", path)
@@ -139,8 +139,8 @@ class _Writer:
         """The file of a network as a `ModelProto`.
 
         Args:
-            model: the network, from `forms.as_layers`.
-            ends: names of the outputs.
+            model: The network, from `forms.as_layers`.
+            ends: Names of the outputs.
         """
         self._quantizers = {
             (t.layer.name, t.attribute): t for t in inspection.quantized_tensors(model)
@@ -297,10 +297,10 @@ class _Writer:
         """The name of a kernel, or of its quantizer's output; added once for a layer.
 
         Args:
-            node: node of the layer.
-            layer: layer of the kernel.
-            attribute: attribute of the kernel.
-            arrange: function from an array of the kernel's rank to ONNX's layout.
+            node: Node of the layer.
+            layer: Layer of the kernel.
+            attribute: Attribute of the kernel.
+            arrange: Function from an array of the kernel's rank to ONNX's layout.
         """
         key = node.layer.name, attribute
         if key in self._weights:

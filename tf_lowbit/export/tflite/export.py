@@ -28,9 +28,9 @@ class Export:
     """An exported file and its integer model.
 
     Attributes:
-        path: path of the file.
-        snapped: the integer model (twin) with its notes and ranges.
-        size: bytes of the file.
+        path: Path of the file.
+        snapped: The integer model (twin) with its notes and ranges.
+        size: Bytes of the file.
     """
 
     path: Path
@@ -83,17 +83,17 @@ def to_tflite(
     measures it against the trained one.
 
     Args:
-        model: trained model from `tf_lowbit.quantize`; a `LowBitTrainer` of one
+        model: Trained model from `tf_lowbit.quantize`; a `LowBitTrainer` of one
             student; or the `Snapped` of an earlier export, whose twin may have been
             fine-tuned.
-        path: path of the file, which is written under a temporary name, then renamed.
-        data: iterable of batches, `x` or `(x, y)`, to measure ranges that training did
+        path: Path of the file, which is written under a temporary name, then renamed.
+        data: Iterable of batches, `x` or `(x, y)`, to measure ranges that training did
             not fix: the input of a first layer that was trained in float, or of a file
             that takes pixels; sums of residual branches without `residual_bits`; the
             outputs of an int8 head. Otherwise not needed. If moving statistics of batch
             normalization lag behind on the data, a `QuantizationWarning` says so
             (`tf_lowbit.batch_norm.lag`).
-        target: where the file runs, a name of `tf_lowbit.export.TARGETS` or a
+        target: Where the file runs, a name of `tf_lowbit.export.TARGETS` or a
             `tf_lowbit.export.Target`. "xnnpack": right under XNNPACK, to which TFLite
             delegates; "portable": right under both XNNPACK and TFLite's builtin kernels
             on x86, wherever this is possible; "int8": as "portable", with int8
@@ -114,7 +114,7 @@ def to_tflite(
         output_type: "float32"; or "int8" or "uint8": the file outputs codes, by the
             output tensor's scale and zero point. The default of "tflm" is "int8" for
             each output that is quantized. The classes of an argmax stay int32 or int64.
-        batches: number of batches of `data` to measure on.
+        batches: Number of batches of `data` to measure on.
         info: JSON-ready facts to store in the file, such as the normalization of its
             input; `read_info` returns them.
         verbose: 1 shows a progress bar on a terminal or in a notebook if it takes long,
@@ -124,12 +124,12 @@ def to_tflite(
         The file's path and sizes, the twin and the notes.
 
     Raises:
-        ValueError: for a model that is not quantized, an unknown option, or missing
+        ValueError: For a model that is not quantized, an unknown option, or missing
             `data`.
         ExportError: (a ValueError) for a layer that cannot be exported or that the
             target cannot run, bits that the target lacks, weights or ranges that are
             not ready, an input that is not pixels, or an output without codes.
-        OSError: if the file cannot be written. No partial file is left.
+        OSError: If the file cannot be written. No partial file is left.
     """
     options = Options(target, storage, first_layer, head, input_type, output_type)
     writer.check_info(info)
@@ -166,14 +166,14 @@ def read_info(file: str | os.PathLike[str] | bytes) -> dict:
     """Reads the `info` that `to_tflite` stored in a file.
 
     Args:
-        file: path of the file, or its bytes.
+        file: Path of the file, or its bytes.
 
     Returns:
         The dict `info`.
 
     Raises:
-        ValueError: if the file is not from `to_tflite`.
-        OSError: if the file cannot be read.
+        ValueError: If the file is not from `to_tflite`.
+        OSError: If the file cannot be read.
     """
     return read_metadata(file_bytes.content_of("file", file))["info"]
 

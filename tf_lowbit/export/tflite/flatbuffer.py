@@ -72,8 +72,8 @@ class FileBuilder:
         """Adds a computed tensor.
 
         Args:
-            name: name in the file.
-            shape: sizes; None for an open one, such as the batch.
+            name: Name in the file.
+            shape: Sizes; None for an open one, such as the batch.
             dtype: NumPy dtype.
             quantization: (scale, zero point), or None.
 
@@ -99,11 +99,11 @@ class FileBuilder:
         """Adds a constant.
 
         Args:
-            name: name in the file.
+            name: Name in the file.
             values: float32, int32, int8 or uint8 array.
             scales: float32 [channels]; None if not quantized.
-            axis: axis of the channels.
-            int4: store int8 values in [-8, 7] as INT4: see `pack_int4`.
+            axis: Axis of the channels.
+            int4: Store int8 values in [-8, 7] as INT4: see `pack_int4`.
 
         Returns:
             The tensor's index.
@@ -131,11 +131,11 @@ class FileBuilder:
         """Adds an operator.
 
         Args:
-            name: name in `BuiltinOperator`, such as "CONV_2D".
-            version: version of the operator.
-            inputs: tensor indices; -1 for a missing one.
-            outputs: tensor indices.
-            options: the schema's options object (`Conv2DOptionsT(...)`), or None.
+            name: Name in `BuiltinOperator`, such as "CONV_2D".
+            version: Version of the operator.
+            inputs: Tensor indices; -1 for a missing one.
+            outputs: Tensor indices.
+            options: The schema's options object (`Conv2DOptionsT(...)`), or None.
         """
         code = getattr(schema.BuiltinOperator, name)
         key = (code, version)
@@ -162,10 +162,10 @@ class FileBuilder:
         """The bytes of the file.
 
         Args:
-            inputs: name in the signature -> tensor index.
-            outputs: name in the signature -> tensor index.
-            metadata: stored under the name `METADATA`.
-            signature: key of the signature.
+            inputs: Name in the signature -> tensor index.
+            outputs: Name in the signature -> tensor index.
+            metadata: Stored under the name `METADATA`.
+            signature: Key of the signature.
         """
         self._graph.inputs = list(inputs.values())
         self._graph.outputs = list(outputs.values())
@@ -223,7 +223,7 @@ def unpack(data: bytes) -> Any:
     """The schema object (`ModelT`) of a file's bytes.
 
     Raises:
-        ValueError: if the bytes are not a TFLite file.
+        ValueError: If the bytes are not a TFLite file.
     """
     if data[4:8] != IDENTIFIER:
         raise ValueError(
@@ -242,7 +242,7 @@ def read_metadata(data: bytes) -> dict:
     """The JSON metadata that `FileBuilder.finish` stored in a file.
 
     Raises:
-        ValueError: if the bytes are not a file with such metadata.
+        ValueError: If the bytes are not a file with such metadata.
     """
     try:
         model = unpack(data)
@@ -268,7 +268,7 @@ def pack_int4(values: np.ndarray) -> np.ndarray:
         Uint8 vector of ceil(size / 2) bytes.
 
     Raises:
-        ValueError: if a value is out of range.
+        ValueError: If a value is out of range.
     """
     flat = np.ravel(values)
     if flat.size and (flat.min() < -8 or flat.max() > 7):

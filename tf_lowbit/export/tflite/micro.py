@@ -36,13 +36,13 @@ class MicroRunner:
     The interface is that of `Runner`.
 
     Args:
-        data: the file's bytes.
-        intermediates: return every computed tensor except decoded weights.
+        data: The file's bytes.
+        intermediates: Return every computed tensor except decoded weights.
 
     Raises:
-        ImportError: if the interpreter is missing.
-        ValueError: if `data` are not the bytes of a TFLite file.
-        RuntimeError: if the interpreter refuses the file.
+        ImportError: If the interpreter is missing.
+        ValueError: If `data` are not the bytes of a TFLite file.
+        RuntimeError: If the interpreter refuses the file.
     """
 
     def __init__(self, data: bytes, intermediates: bool = False):
@@ -81,11 +81,11 @@ class MicroRunner:
         """Name of each output tensor -> its values.
 
         Args:
-            *inputs: an array for each input of the file, of its dtype. The first axis
+            *inputs: An array for each input of the file, of its dtype. The first axis
                 is the batch, a multiple of the file's batch size.
 
         Raises:
-            ValueError: as `Runner`.
+            ValueError: As `Runner`.
         """
         check_inputs(inputs, self.inputs)
         found: dict[str, list] = {}

@@ -76,7 +76,7 @@ class OperatorWriter:
     """Adds tensors and operators to a file; a tensor is an index, and a grid or None.
 
     Attributes:
-        file: builder of the file.
+        file: Builder of the file.
     """
 
     def __init__(self):
@@ -119,7 +119,7 @@ class OperatorWriter:
         """Adds a RESHAPE; returns the index of its output.
 
         Raises:
-            ExportError: if a size besides the batch is open.
+            ExportError: If a size besides the batch is open.
         """
         if list(shape).count(None) > 1:
             raise ExportError(
@@ -145,10 +145,10 @@ class OperatorWriter:
         """Adds a PAD with zeros; returns the index of its output.
 
         Args:
-            index: index of the input.
-            grid: grid of both tensors, or None.
-            name: name of the output.
-            shape: shape of the output.
+            index: Index of the input.
+            grid: Grid of both tensors, or None.
+            name: Name of the output.
+            shape: Shape of the output.
             sides: (before, behind) for each axis between batch and channels.
         """
         table = np.array([(0, 0), *sides, (0, 0)], np.int32)
@@ -169,12 +169,12 @@ class OperatorWriter:
         """Adds a linear operator, with operators that reshape its input and output.
 
         Args:
-            layer: layer of the twin.
-            name: name of the operator.
-            index: index of the layer's input.
-            grids: grids of input and output, or None for floats.
-            shapes: shapes of input and output.
-            add: adds the operator itself: (index, name, shape, padding) -> index of its
+            layer: Layer of the twin.
+            name: Name of the operator.
+            index: Index of the layer's input.
+            grids: Grids of input and output, or None for floats.
+            shapes: Shapes of input and output.
+            add: Adds the operator itself: (index, name, shape, padding) -> index of its
                 output. With padding None it uses the layer's padding.
         """
         grid, out_grid = grids

@@ -48,9 +48,9 @@ class Packed:
     """A packed int8 tensor.
 
     Attributes:
-        indices: bytes of the indices.
-        tables: bytes of header and values.
-        width: bits of an index.
+        indices: Bytes of the indices.
+        tables: Bytes of header and values.
+        width: Bits of an index.
     """
 
     indices: bytes
@@ -68,7 +68,7 @@ def encode(values: np.ndarray, axis: int | None = None) -> Packed | None:
 
     Args:
         values: int8 array.
-        axis: axis of the channels, which get a table each; None for one table.
+        axis: Axis of the channels, which get a table each; None for one table.
 
     Returns:
         The packed tensor, or None if indices need more than 7 bits.
@@ -102,15 +102,15 @@ def decode(indices: bytes, tables: bytes, shape: Sequence[int]) -> np.ndarray:
     """Unpacks a tensor.
 
     Args:
-        indices: bytes of the indices.
-        tables: bytes of header and values.
-        shape: shape of the tensor.
+        indices: Bytes of the indices.
+        tables: Bytes of header and values.
+        shape: Shape of the tensor.
 
     Returns:
         Int8 array.
 
     Raises:
-        ValueError: if `encode` cannot have made the parts.
+        ValueError: If `encode` cannot have made the parts.
     """
     shape = tuple(int(size) for size in shape)
     header = np.frombuffer(tables[:_HEADER], np.uint8)
@@ -150,7 +150,7 @@ def pack(data: bytes) -> bytes:
     Each tensor is packed in the smallest way, or not at all if that saves no bytes.
 
     Args:
-        data: bytes of a file of `FileBuilder`.
+        data: Bytes of a file of `FileBuilder`.
 
     Returns:
         The bytes of the packed file. Equal vectors are written once.
@@ -190,13 +190,13 @@ def unpack(data: bytes) -> bytes:
     """Unpacks a packed file.
 
     Args:
-        data: bytes of a packed file.
+        data: Bytes of a packed file.
 
     Returns:
         The plain file of `pack`'s argument, up to the order of its bytes.
 
     Raises:
-        ValueError: if the file is damaged.
+        ValueError: If the file is damaged.
     """
     model = flatbuffer.unpack(data)
     try:

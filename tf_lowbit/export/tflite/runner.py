@@ -33,12 +33,12 @@ def interpreter(data: bytes, kernel: str = kernels.XNNPACK, threads: int = 1) ->
     """An interpreter of a file.
 
     Args:
-        data: the file's bytes.
+        data: The file's bytes.
         kernel: "xnnpack", or "builtin" for TFLite's own kernels.
-        threads: number of threads.
+        threads: Number of threads.
 
     Raises:
-        ValueError: if the runtime refuses the file.
+        ValueError: If the runtime refuses the file.
     """
     checks.instance("data", data, bytes | bytearray, remedy="the file's content")
     if data[4:8] != flatbuffer.IDENTIFIER:
@@ -76,10 +76,10 @@ class Runner:
     """Runs a file on batches of any size.
 
     Args:
-        data: the file's bytes.
-        kernel: as in `interpreter`.
-        threads: as in `interpreter`.
-        intermediates: also return every computed tensor. The same operators run, but
+        data: The file's bytes.
+        kernel: As in `interpreter`.
+        threads: As in `interpreter`.
+        intermediates: Also return every computed tensor. The same operators run, but
             all tensors become outputs, because a delegate shows no others.
     """
 
@@ -101,11 +101,11 @@ class Runner:
         """Name of each output tensor -> its values.
 
         Args:
-            *inputs: a NumPy array for each input of the file, of its dtype and shape,
+            *inputs: A NumPy array for each input of the file, of its dtype and shape,
                 [batch, ...].
 
         Raises:
-            ValueError: for other inputs, an empty batch, NaN or infinity.
+            ValueError: For other inputs, an empty batch, NaN or infinity.
         """
         check_inputs(inputs, self.inputs)
         shapes = [x.shape for x in inputs]
@@ -150,11 +150,11 @@ def check_inputs(inputs: Sequence[Any], details: Sequence[Mapping[str, Any]]) ->
     """Refuses inputs for which a runtime would fail or compute garbage.
 
     Args:
-        inputs: one array for each input of the file.
-        details: the file's inputs.
+        inputs: One array for each input of the file.
+        details: The file's inputs.
 
     Raises:
-        ValueError: if number, dtype or shape differ from the file's, an array has no
+        ValueError: If number, dtype or shape differ from the file's, an array has no
             example, or a value is not finite.
     """
     fit = len(inputs) == len(details) and all(
@@ -211,17 +211,17 @@ def latencies(
     by ratios within a round, not by seconds.
 
     Args:
-        files: name -> bytes.
-        kernel: as in `interpreter`.
-        batch: batch size.
-        rounds: number of turns of each file, after one for warming up.
-        seconds: approximate length of a turn.
+        files: Name -> bytes.
+        kernel: As in `interpreter`.
+        batch: Batch size.
+        rounds: Number of turns of each file, after one for warming up.
+        seconds: Approximate length of a turn.
 
     Returns:
         Name -> mean latency in each turn.
 
     Raises:
-        ValueError: if an argument is not as above, or the runtime refuses a file.
+        ValueError: If an argument is not as above, or the runtime refuses a file.
     """
     checks.instance("files", files, Mapping)
     if not files:

@@ -15,9 +15,9 @@ class Difference:
     """A field that differs from the plan.
 
     Attributes:
-        path: path of the field.
-        have: its value.
-        want: its value in the plan.
+        path: Path of the field.
+        have: Its value.
+        want: Its value in the plan.
     """
 
     path: str
@@ -32,8 +32,8 @@ def differences(found: Any, expected: Any) -> list[Difference]:
     compared by tensor, not by buffer.
 
     Args:
-        found: consistent schema object of the file.
-        expected: schema object of the plan.
+        found: Consistent schema object of the file.
+        expected: Schema object of the plan.
     """
     return list(_walk(_contents(found), _contents(expected), ""))
 

@@ -18,8 +18,8 @@ def problems(model: Any, target: Target) -> list[str]:
     """Lists what a target cannot run in a file.
 
     Args:
-        model: the file as a schema object.
-        target: target of the file.
+        model: The file as a schema object.
+        target: Target of the file.
 
     Returns:
         A message for each operator that the target lacks, for each float operator if

@@ -39,11 +39,11 @@ def to_bytes(snapped: Snapped, info: dict | None = None) -> bytes:
     """The file of a twin, with the twin's present weights.
 
     Args:
-        snapped: the twin, from `snap`.
+        snapped: The twin, from `snap`.
         info: JSON-ready facts to store in the file.
 
     Raises:
-        ExportError: if the options ask for codes at an input that is not quantized, or
+        ExportError: If the options ask for codes at an input that is not quantized, or
             at an output without codes.
     """
     writer = _Writer(snapped.twin, snapped.options)
@@ -181,7 +181,7 @@ def input_codes(layer: twin.ToCodes, values: np.ndarray, input_type: str) -> np.
     """The input codes of a file for float values.
 
     Args:
-        layer: the twin's layer that reads the input.
+        layer: The twin's layer that reads the input.
         values: float array.
         input_type: "int8" or "uint8", the file's input type.
     """
