@@ -715,7 +715,7 @@ def test_codes_beyond_the_levels_are_refused(tmp_path):
     message = (
         r"among the quantizer's level_codes\. Received: '\w+' with codes from -6 to"
     )
-    with pytest.raises(walk.ExportError, match=message):
+    with pytest.raises(tfl.export.ExportError, match=message):
         saved(network, tmp_path, images())
     assert list(tmp_path.iterdir()) == []
 
@@ -725,12 +725,16 @@ def test_a_layer_without_a_form_is_named(example, tmp_path):
     image = keras.Input((4,))
     odd = keras.Model(image, layers.Lambda(lambda t: 2 * t, name="twice")(image))
     unknown = walk.Snapped(odd, snapped.options, {}, ())
-    with pytest.raises(walk.ExportError, match=r"that archives have. Rec.* 'twice'"):
+    with pytest.raises(
+        tfl.export.ExportError, match=r"that archives have. Rec.* 'twice'"
+    ):
         writer.save_archive(unknown, tmp_path / "net.npz")
     image = keras.Input((4, 4, 2))
     flat = layers.Flatten(data_format="channels_first", name="flat")(image)
     turned = walk.Snapped(keras.Model(image, flat), snapped.options, {}, ())
-    with pytest.raises(walk.ExportError, match=r"channels_last. Received: 'flat'"):
+    with pytest.raises(
+        tfl.export.ExportError, match=r"channels_last. Received: 'flat'"
+    ):
         writer.save_archive(turned, tmp_path / "net.npz")
     assert list(tmp_path.iterdir()) == []
 

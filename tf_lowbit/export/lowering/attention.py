@@ -15,20 +15,21 @@ _layers = keras.layers
 
 def require_plain(node: Node, layer: keras.layers.Layer) -> None:
     """Raises `ExportError` for attention with a mask, or not over series."""
-    given = [*node.call_args[3:], *node.call_kwargs.values()]
     tensors = [id(t) for t in node.keras_inputs]
-    is_plain = not any(
-        value is not None and value is not False and id(value) not in tensors
-        for value in given
-    )
-    if not is_plain or any(len(t.shape) != 3 for t in node.keras_inputs):
+    positions = {f"argument {i}": v for i, v in enumerate(node.call_args[3:], 3)}
+    masks = [
+        name
+        for name, value in {**positions, **node.call_kwargs}.items()
+        if value is not None and value is not False and id(value) not in tensors
+    ]
+    if masks or any(len(t.shape) != 3 for t in node.keras_inputs):
         shapes = [tuple(tensor.shape) for tensor in node.keras_inputs]
         raise refusal(
             layer,
             "Attention must be over series, (batch, steps, features), without a mask",
             "put a Reshape in front, and call it without attention_mask, "
             "use_causal_mask and return_attention_scores",
-            f"called with {shapes} and {sorted(node.call_kwargs)}",
+            f"called with {shapes} and {masks}",
         )
 
 
