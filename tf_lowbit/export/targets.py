@@ -43,8 +43,8 @@ class Target:
     """A deployment target, and the rules of its files.
 
     For five options of `to_tflite` (`storage` to `output_type`), a target lists the
-    values that it allows. The first value is the default. A target of QONNX files has
-    none of these, no kernels and no operators: its fields are empty.
+    values that it allows. The first value is the default. For a target of QONNX files
+    these five and `kernels` are empty, and `operators` is None.
 
     Attributes:
         name: The name for `to_tflite(target=...)`.

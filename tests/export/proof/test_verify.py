@@ -18,6 +18,7 @@ from tf_lowbit import export, models
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.export.integer import kernels, twin
 from tf_lowbit.export.options import Options
+from tf_lowbit.export.proof import arithmetic
 from tf_lowbit.export.proof import verify as proof
 from tf_lowbit.export.tflite import flatbuffer, writer
 from tf_lowbit.export.tflite.flatbuffer import schema
@@ -348,6 +349,7 @@ def test_a_damaged_file_is_not_run(snapped, file, name, monkeypatch):
 
     monkeypatch.setattr(proof, "compare_on_data", run)
     monkeypatch.setattr(proof, "Runner", run)
+    monkeypatch.setattr(arithmetic, "Runner", run)
     change, _ = DAMAGE[name]
     report = verify(edited(file, change), snapped, [(IMAGES, LABELS)])
     assert "the file was not run, because it differs from the plan" in report.failures
@@ -450,9 +452,9 @@ def test_sums_of_an_even_ratio_are_wrong(snapped, kernel):
     layer = next(x for x in snapped.twin.layers if isinstance(x, twin.IntegerAdd))
     first, second = (float(r * layer.grid.step) for r in layer.ratios)
     ends = [(first, 0), (second, 0), (layer.grid.scale, layer.grid.zero_point)]
-    assert proof.wrong_sums(layer, ends, 0, kernel) == 0
+    assert arithmetic.wrong_sums(layer, ends, 0, kernel) == 0
     ends[0] = (layer.grid.scale / 2, 0)
-    assert proof.wrong_sums(layer, ends, 0, kernel) > 1000
+    assert arithmetic.wrong_sums(layer, ends, 0, kernel) > 1000
 
 
 # What a comparison of tensors and operators by name does not see.
