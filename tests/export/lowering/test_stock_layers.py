@@ -55,6 +55,11 @@ OTHERS = {
     "smaller": lambda x: tf.image.resize(x, (3, 4)),
     "smooth": lambda x: tf.image.resize(x, (12, 16), antialias=True),
     "cropped": lambda x: layers.Resizing(12, 12, crop_to_aspect_ratio=True)(x),
+    "batch_size": lambda x: tf.shape(x)[0],
+    "new_shape": lambda x: tf.concat([tf.shape(x)[:1], [3]], 0),
+    "turned_number": lambda x: tf.transpose(tf.reduce_sum(x), ()),
+    "longest_axis": lambda x: tf.argmax(tf.shape(x), 0),
+    "joined_numbers": lambda x: tf.reshape(tf.shape(x)[0], (1, 1)),
 }
 
 

@@ -25,7 +25,9 @@ def layer_of(node: Node) -> keras.layers.Layer:
         )
     else:
         make = _MAKERS.get(passthrough.operation(layer))
-        made = None if make is None else make(node)
+        # `tf.shape(x)[0]` is an operation, too.
+        is_data = all(len(t.shape) > 1 for t in node.keras_inputs[:1])
+        made = make(node) if make is not None and is_data else None
     if made is None:
         return layer
     made._name = layer.name  # For messages.
