@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
@@ -23,7 +23,7 @@ from tensorflow.python.ops import control_flow_util
 from tf_keras.src.applications.convnext import LayerScale, StochasticDepth
 from tf_keras.src.applications.inception_resnet_v2 import CustomScaleLayer
 from tf_keras.src.engine.compile_utils import LossesContainer, MetricsContainer
-from tf_keras.src.engine.keras_tensor import KerasTensor, keras_tensor_to_placeholder
+from tf_keras.src.engine.keras_tensor import KerasTensor
 from tf_keras.src.engine.node import Node
 from tf_keras.src.mixed_precision import autocast_variable
 from tf_keras.src.saving import saving_lib, serialization_lib
@@ -37,7 +37,6 @@ __all__ = [
     "Node",
     "StochasticDepth",
     "as_float32",
-    "call_untraced",
     "deep_graphs",
     "in_xla_context",
     "is_keras3",
@@ -47,9 +46,11 @@ __all__ = [
     "tf",
     "tfmot",
     "unpacked_archives",
+    "untraced_calls",
 ]
 _UNPACKING = threading.RLock()
 _DEEPENING = threading.RLock()
+_UNTRACING = threading.RLock()
 # The recursion limit while Keras builds a model.
 _DEEPEST = 20_000
 
@@ -133,33 +134,50 @@ def deep_graphs() -> Iterator[None]:
             sys.setrecursionlimit(before)
 
 
-def call_untraced(
-    layer: keras.layers.Layer, outputs: Any, args: tuple, kwargs: dict[str, Any]
-) -> Any:
-    """Calls a layer on Keras tensors as if it put out tensors like some others.
+@contextlib.contextmanager
+def untraced_calls(
+    known: Callable[[keras.layers.Layer], Any],
+) -> Iterator[None]:
+    """A context in which Keras does not trace the layers whose outputs are known.
 
     Keras traces what a layer computes, to learn shapes and dtypes of its outputs. That
     takes most of the time of building a model.
 
     Args:
-        layer: Layer whose weights are all made by `build`.
-        outputs: Keras tensors of the shapes and dtypes that it puts out.
-        args: Of the call.
-        kwargs: Of the call.
-
-    Returns:
-        New Keras tensors, structured as `outputs`.
+        known: Function layer -> Keras tensors of the shapes and dtypes that the layer
+            puts out, structured as its outputs. None for a layer that is to be traced;
+            so must be one that makes weights outside of `build`.
     """
+    owner = threading.get_ident()
+    with _UNTRACING:
+        trace = keras.layers.Layer._infer_output_signature
 
-    def call(*args, **kwargs):
-        del args, kwargs
-        return tf.nest.map_structure(keras_tensor_to_placeholder, outputs)
+        def infer(layer, inputs, args, kwargs, masks):
+            outputs = known(layer) if threading.get_ident() == owner else None
+            has_effects = layer._activity_regularizer is not None or any(
+                mask is not None for mask in tf.nest.flatten(masks)
+            )
+            if outputs is None or has_effects:
+                return trace(layer, inputs, args, kwargs, masks)
+            with (
+                keras.backend.name_scope(layer._name_scope()),
+                autocast_variable.enable_auto_cast_variables(
+                    layer._compute_dtype_object
+                ),
+            ):
+                layer._maybe_build(inputs)
+            layer._set_save_spec(inputs, args, kwargs)
+            return tf.nest.map_structure(_like, outputs)
 
-    layer.call = call
-    try:
-        return layer(*args, **kwargs)
-    finally:
-        del layer.call
+        keras.layers.Layer._infer_output_signature = infer
+        try:
+            yield
+        finally:
+            keras.layers.Layer._infer_output_signature = trace
+
+
+def _like(tensor):
+    return type(tensor)(tensor.type_spec, tensor._inferred_value)
 
 
 @contextlib.contextmanager

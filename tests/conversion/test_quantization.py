@@ -130,6 +130,22 @@ def test_the_result_is_functional_and_not_compiled():
     assert quantized.optimizer is None
 
 
+def test_a_layer_is_traced_once_however_often_the_network_is_rebuilt(monkeypatch):
+    traced = []
+    for kind in (layers.Conv2D, layers.Dense):
+
+        def counted(self, inputs, *, call=kind.call):
+            traced.append(self.name)
+            return call(self, inputs)
+
+        monkeypatch.setattr(kind, "call", counted)
+    model = nets.chain()
+    traced.clear()
+    quantize(model, PrecisionRule(".*", 2, 2, edges=True))
+    # In this library's wrapper alone.
+    assert sorted(traced) == ["head", "last", "mid", "stem"]
+
+
 def test_the_default_is_two_bits_inside():
     tensors = nets.by_name(quantize(nets.chain()))
     assert {name: tensor.bits for name, tensor in tensors.items()} == {

@@ -195,11 +195,11 @@ def _functional(*stack):
 
 
 def test_a_clone_of_keras_layers_is_not_traced(monkeypatch):
-    conv = keras.layers.Conv2D(
-        3, 3, padding="same", strides=2, activity_regularizer=keras.regularizers.L2(0.1)
-    )
     model = _functional(
-        conv, keras.layers.BatchNormalization(), keras.layers.GlobalMaxPooling2D()
+        keras.layers.Conv2D(3, 3, padding="same", strides=2),
+        keras.layers.BatchNormalization(),
+        keras.layers.GlobalMaxPooling2D(),
+        keras.layers.Dense(3, activity_regularizer=keras.regularizers.L2(0.1)),
     )
     traced = []
     call = keras.layers.Conv2D.call

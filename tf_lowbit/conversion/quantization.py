@@ -101,12 +101,14 @@ def _quantize(model, scheme, strict, update) -> keras.Model:
     with _unmixed():
         annotated = _annotate(model)
         update(1, 4)
-        applied = tfmot.quantization.keras.quantize_apply(
-            # No prefix: rules and hints use the layers' own names.
-            annotated,
-            scheme=scheme,
-            quantized_layer_name_prefix="",
-        )
+        # TF-MOT rebuilds the network four times.
+        with graph.copied_by_name(annotated):
+            applied = tfmot.quantization.keras.quantize_apply(
+                # No prefix: rules and hints use the layers' own names.
+                annotated,
+                scheme=scheme,
+                quantized_layer_name_prefix="",
+            )
     update(2, 4)
     _report_regularizers(model, applied, strict)
     policies = {layer.name: layer.get_config().get("dtype") for layer in model.layers}

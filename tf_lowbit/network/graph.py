@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tf_lowbit.compat import KerasTensor, Node, call_untraced, deep_graphs, keras, tf
+from tf_lowbit.compat import KerasTensor, Node, deep_graphs, keras, tf, untraced_calls
 
 # Packages whose layers make all their weights in `build` and do not replace them in a
 # call, as this library's wrapper does.
@@ -166,9 +166,32 @@ def call_copy(
     Returns:
         Keras tensors, structured as the node's outputs.
     """
-    inner = copy
-    while isinstance(inner, keras.layers.Wrapper) and _is_builtin(inner):
-        inner = inner.layer
+    with untraced_calls(lambda layer: _outputs(layer, node) if layer is copy else None):
+        return copy(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def copied_by_name(model: keras.Model) -> Iterator[None]:
+    """A context in which copies of a model's layers are called as fast as they can be.
+
+    A copy has the name of its layer; either may be inside a wrapper of Keras or TF-MOT.
+    Its outputs have the shapes of the layer's, as with `call_copy`.
+    """
+    by_name: dict[str, list[Node]] = {}
+    for node in calls(model):
+        by_name.setdefault(_unwrapped(node.layer).name, []).append(node)
+
+    def known(layer):
+        found = by_name.get(_unwrapped(layer).name, [])
+        return _outputs(layer, found[0]) if len(found) == 1 else None
+
+    with untraced_calls(known):
+        yield
+
+
+def _outputs(copy, node):
+    """The node's outputs if they tell of the copy's what must be known, or None."""
+    inner = _unwrapped(copy)
     # Other layers may make weights in a call, or output another dtype.
     is_known = (
         _is_builtin(inner)
@@ -176,9 +199,14 @@ def call_copy(
         and "call" not in vars(inner)
         and copy.compute_dtype == node.layer.compute_dtype
     )
-    if not is_known:
-        return copy(*args, **kwargs)
-    return call_untraced(copy, node.outputs, args, kwargs)
+    return node.outputs if is_known else None
+
+
+def _unwrapped(layer):
+    """What is inside the wrappers of Keras and TF-MOT."""
+    while isinstance(layer, keras.layers.Wrapper) and _is_builtin(layer):
+        layer = layer.layer
+    return layer
 
 
 def _is_builtin(layer) -> bool:
