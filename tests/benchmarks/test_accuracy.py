@@ -236,6 +236,14 @@ for method in ("plain", *sweep.STARTS):
     # Calibrating takes what lies beyond the clip into the normalisations.
     is_same = all(np.array_equal(before[n], layer.gamma) for n, layer in norms.items())
     print(f"{method}:", is_from_float, {s.warmup for s in stages}, is_same)
+# Hundreds of evaluations take more time than to trace them.
+mixed_rules = accuracy_run.mixed_rules
+def traced(*arguments):
+    tf.config.run_functions_eagerly(False)
+    rules = mixed_rules(*arguments)
+    tf.config.run_functions_eagerly(True)
+    return rules
+accuracy_run.mixed_rules = traced
 low = [*sweep.MIXED, *sweep.ALL_LAYERS]
 for purpose, method in [("equal", "LSQ"), *(("mixed", name) for name in low)]:
     one = dataclasses.replace(run, purpose=purpose, method=method)

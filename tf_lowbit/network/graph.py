@@ -10,9 +10,8 @@ from typing import Any
 
 from tf_lowbit.compat import KerasTensor, Node, deep_graphs, keras, tf, untraced_calls
 
-# Packages whose layers make all their weights in `build` and do not replace them in a
-# call, as this library's wrapper does.
-_BUILTIN = {"tf_keras", "tensorflow_model_optimization"}
+# Packages whose layers make all their weights in `build`.
+_BUILTIN = {"tf_keras", "tensorflow_model_optimization", "tf_lowbit"}
 
 
 def nodes(model: keras.Model) -> Iterator:

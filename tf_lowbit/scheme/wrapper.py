@@ -40,6 +40,10 @@ class LowBitWrapper(tfmot.quantization.keras.QuantizeWrapperV2):
         trainable, self.trainable = self.trainable, True
         super().build(input_shape)
         self.trainable = trainable
+        # A call puts tensors in the places of weights, which takes these off the list
+        # of the layer. The list must not depend on whether there was a call.
+        places = [None for _ in self._weight_vars]
+        self.quantize_config.set_quantize_weights(self.layer, places)
         # With an input_spec, SavedModel traces the layer without this wrapper, and so
         # without quantized weights.
         self.layer.input_spec = None
