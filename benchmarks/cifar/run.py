@@ -19,15 +19,13 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 import tf_lowbit as tfl
 from benchmarks.cifar import plan as cifar_plan
+from benchmarks.cifar.networks import NETWORKS
 from benchmarks.common import store
 from examples import experiment
 from tf_lowbit.analysis import environment
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.datasets import cifar, pipeline
-from tf_lowbit.datasets.dataset import Normalization, PipelineOptions
-
-# Pixels go in as they are, from 0 to 255.
-_PIXELS = Normalization(1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+from tf_lowbit.datasets.dataset import PipelineOptions
 
 
 def perform(
@@ -49,12 +47,12 @@ def perform(
     plan = cifar_plan.EXPERIMENTS[run.experiment]
     recovery = tfl.callbacks.Recovery(folder)
     epoch, step = recovery.position
-    data = load_data(plan.dataset, run, data_dir, epoch, step)
-    load, edges = NETWORKS[plan.network]
-    given = load(models_dir)
+    network = NETWORKS[plan.network]
+    data = load_data(plan.dataset, network, run, data_dir, epoch, step)
+    given = network.load(models_dir)
     measured = data.validation if run.is_held_out else data.test
     float_accuracy = accuracy_of(given, measured)
-    trained, callbacks = prepared(given, edges, run, data)
+    trained, callbacks = prepared(given, network.edges, run, data)
     clock = EpochClock()
     callbacks += [clock, experiment.StayFinite(), recovery]
     accuracy = loss = recalibrated = diverged = None
@@ -97,8 +95,8 @@ def accuracy_of(model: keras.Model, measured: tf.data.Dataset) -> float:
     return float(found.result())
 
 
-def load_data(name, run, data_dir, epoch, step):
-    """The data set in pixels, from an epoch and a step on."""
+def load_data(name, network, run, data_dir, epoch, step):
+    """The data set as the network reads it, from an epoch and a step on."""
     source = getattr(cifar, f"read_{name}")(data_dir=data_dir)
     options = PipelineOptions(
         batch_size=cifar_plan.BATCH_SIZE,
@@ -107,22 +105,8 @@ def load_data(name, run, data_dir, epoch, step):
         start_epoch=epoch,
         start_step=step,
     )
-    source = dataclasses.replace(source, normalization=_PIXELS)
+    source = dataclasses.replace(source, normalization=network.normalization)
     return pipeline.build(source, options)
-
-
-def mlperf_resnet8(models_dir: Path) -> keras.Model:
-    """MLPerf Tiny's reference network for CIFAR-10, without the softmax at its end."""
-    path = models_dir / "mlperf_tiny_ic_resnet8.h5"
-    trained = keras.models.load_model(path, compile=False)
-    trained.layers[-1].activation = keras.activations.linear
-    model = keras.models.clone_model(trained)
-    model.set_weights(trained.get_weights())
-    return model
-
-
-# From a name to what loads the float network, and its first and last layer.
-NETWORKS = {"mlperf_resnet8": (mlperf_resnet8, "conv2d|dense")}
 
 
 def prepared(model, edges, run, data):

@@ -4,12 +4,13 @@ import json
 import numpy as np
 import pytest
 
+from benchmarks.cifar import networks
 from benchmarks.cifar import plan as cifar_plan
 from benchmarks.cifar import report as cifar_report
 from benchmarks.cifar import run as cifar_run
 from benchmarks.common import store
 from tests.datasets import tfds_files
-from tf_lowbit.compat import keras
+from tf_lowbit.compat import keras, tf
 
 # What a run says to nobody must be heard by other tests.
 pytestmark = pytest.mark.usefixtures("_loud_again")
@@ -63,7 +64,7 @@ def test_the_table_has_each_row_and_its_distance_to_the_float_network(tmp_path):
     assert [cell.strip() for cell in row.split("|")[1:-1]] == [
         "LSQ W2A2", "3", "84.00 ± 6.57", "-3.20", "1 of 3", "25,452", "77", "0.03"
     ]  # fmt: skip
-    assert made["cifar, tuning"].splitlines()[-1].split() == [
+    assert made["cifar, tuning of tiny"].splitlines()[-1].split() == [
         "|", "LSQ", "|", "diverged", "|"
     ]  # fmt: skip
     sizes = {"float": 318292, "bits": {"W2A2": {"bytes": {"packed": 34896}}}}
@@ -82,6 +83,66 @@ def test_the_table_has_each_row_and_its_distance_to_the_float_network(tmp_path):
         np.testing.assert_allclose(points[0].get_xydata(), [[cost, 84.0]])
         heights = [line.get_ydata()[0] for line in axes.lines[-2:]]
         assert heights == pytest.approx([85.0, 87.2])
+
+
+def pytorch_weights():
+    """Random weights of a ResNet-20 of PyTorch's names, of width 2."""
+    rng = np.random.default_rng(0)
+    found = {}
+
+    def conv(name, norm, outputs, inputs):
+        found[f"{name}.weight"] = rng.normal(size=(outputs, inputs, 3, 3)) / 3
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            found[f"{norm}.{part}"] = rng.uniform(0.5, 1.5, outputs)
+
+    conv("conv1", "bn1", 2, 3)
+    for stage, width in ((1, 2), (2, 4), (3, 8)):
+        for index in range(3):
+            name = f"layer{stage}.{index}"
+            inputs = width // 2 if stage > 1 and index == 0 else width
+            conv(f"{name}.conv1", f"{name}.bn1", width, inputs)
+            conv(f"{name}.conv2", f"{name}.bn2", width, width)
+    found["linear.weight"] = rng.normal(size=(10, 8))
+    found["linear.bias"] = rng.normal(size=10)
+    return {name: weight.astype(np.float32) for name, weight in found.items()}
+
+
+def by_hand(weights, x):
+    """The network in TensorFlow's operations, as it stands in PyTorch."""
+
+    def conv(x, name, norm, strides=1):
+        kernel = weights[f"{name}.weight"].transpose(2, 3, 1, 0)
+        x = tf.nn.conv2d(x, kernel, strides, [[0, 0], [1, 1], [1, 1], [0, 0]])
+        gamma, beta, mean, variance = (
+            weights[f"{norm}.{part}"]
+            for part in ("weight", "bias", "running_mean", "running_var")
+        )
+        return (x - mean) / np.sqrt(variance + 1e-5) * gamma + beta
+
+    x = tf.nn.relu(conv(x, "conv1", "bn1"))
+    for stage in (1, 2, 3):
+        for index in range(3):
+            name = f"layer{stage}.{index}"
+            halves = stage > 1 and index == 0
+            y = tf.nn.relu(conv(x, f"{name}.conv1", f"{name}.bn1", 1 + halves))
+            y = conv(y, f"{name}.conv2", f"{name}.bn2")
+            if halves:
+                x = x[:, ::2, ::2]
+                zeros = tf.zeros_like(x)[..., : x.shape[-1] // 2]
+                x = tf.concat([zeros, x, zeros], -1)
+            x = tf.nn.relu(x + y)
+    x = tf.reduce_mean(x, (1, 2))
+    return x @ weights["linear.weight"].T + weights["linear.bias"]
+
+
+def test_resnet20_is_pytorchs(tmp_path):
+    weights = pytorch_weights()
+    np.savez(tmp_path / "cifar10_resnet20_float.npz", **weights)
+    model = networks.NETWORKS["resnet20"].load(tmp_path)
+    images = np.random.default_rng(1).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    outputs = by_hand(weights, images)
+    assert np.std(outputs) > 0.1
+    np.testing.assert_allclose(model(images), outputs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +175,7 @@ def files(tmp_path_factory):
     )
     (folder / "models").mkdir()
     model.save(folder / "models" / "mlperf_tiny_ic_resnet8.h5")
+    np.savez(folder / "models" / "cifar10_resnet20_float.npz", **pytorch_weights())
     return folder
 
 
@@ -146,6 +208,19 @@ def test_a_run_trains_and_tells_what_it_cost(files, tmp_path, method, bits, seed
     assert found["weight_bytes"] < 4.5 * weights
     assert found["cpu_seconds_per_epoch"] > 0
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_images_are_normalized_as_the_network_reads_them(files, tmp_path):
+    run = cifar_plan.Run("resnet20", "float", None, 0, 1, 0.01)
+    assert perform(run, files, tmp_path)["weight_bytes"] == 4 * sum(
+        weight.size for weight in pytorch_weights().values()
+    )
+    network = networks.NETWORKS["resnet20"]
+    data = cifar_run.load_data("cifar10", network, run, str(files / "data"), 0, 0)
+    images = np.concatenate([x for x, _ in data.test])
+    # Uniform pixels: 127.5 on average, where the scale is 255.
+    means = (0.5 - np.array([0.485, 0.456, 0.406])) / [0.229, 0.224, 0.225]
+    np.testing.assert_allclose(images.mean((0, 1, 2)), means, atol=0.05)
 
 
 def test_a_run_that_was_interrupted_goes_on(files, tmp_path, monkeypatch):
