@@ -66,6 +66,18 @@ def augmented(x):
     return layers.Identity(name="same")(x)
 
 
+def widened(x):
+    """Half the pixels and twice the channels, with a shortcut without weights.
+
+    Option A of arXiv:1512.03385, section 3.3, as CIFAR's ResNets have it.
+    """
+    channels = x.shape[-1]
+    y = conv_bn_relu(x, channels, name="third")
+    y = layers.Conv2D(2 * channels, 3, 2, padding="same", name="second")(y)
+    sides = [[0, 0], [0, 0], [0, 0], [channels // 2, channels - channels // 2]]
+    return bn_relu(y + tf.pad(x[:, ::2, ::2, :], sides), "sum")
+
+
 EVERYWHERE = {
     "SeparableConv2D": lambda: of_images(
         normed(layers.SeparableConv2D, 6, 3, padding="same")
@@ -90,6 +102,7 @@ EVERYWHERE = {
     "tf.image.resize": lambda: of_images(
         behind(lambda x: tf.image.resize(x, (16, 16)))
     ),
+    "shortcut of padded channels": lambda: of_images(behind(widened)),
     "noise and augmentation": lambda: of_images(behind(augmented)),
     "softmax": lambda: of_images(behind(lambda x: x), layers.Softmax(name="end")),
     "tf.nn.softmax": lambda: of_images(behind(lambda x: x), tf.nn.softmax),

@@ -133,6 +133,7 @@ TABLE = {
     twin.IntegerAdd: Row("integer_add"),
     twin.ToCodes: Row("to_codes"),
     twin.ToValues: Row("to_values"),
+    twin.ZeroPadding: _codes("zero_pad", operator="PAD"),
 }
 _INTERPOLATED = Row("interpolate", INTERPOLATE, True, True)
 _INTEGER = {

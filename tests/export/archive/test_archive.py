@@ -229,9 +229,9 @@ def computed(layer, sources):
             view = windows(x, s["pool_size"], s["strides"], ones, s["padding"], lowest)
             return view.max(axis=(-1, -2))
         case "zero_pad":
-            sides = s["padding"]
-            sides = [sides] if x.ndim == 3 else sides
-            return np.pad(x, [(0, 0), *sides, (0, 0)])
+            sides = np.reshape(s["padding"], (-1, 2)).tolist()
+            missing = [(0, 0)] * (x.ndim - 1 - len(sides))
+            return np.pad(x, [(0, 0), *sides, *missing])
         case "edge_pad":
             rows, columns = s["padding"]
             sides = [(0, 0), (rows, rows), (columns, columns), (0, 0)]
@@ -359,6 +359,21 @@ def test_decoders_and_sequences_are_computed_as_the_text_says(tmp_path):
     snapped, found = saved(network, tmp_path, data)
     kinds = {layer.type for layer in found.layers}
     assert {"integer_transposed", "edge_pad", "integer_depthwise"} <= kinds
+    check_layers(found, tensors(snapped.twin, data))
+
+
+def test_padded_channels_are_computed_as_the_text_says(tmp_path):
+    image = keras.Input((4, 4, 2), name="image")
+    x = layers.Conv2D(4, 3, activation="relu", name="stem")(image)
+    x = tf.pad(x, [[0, 0], [1, 0], [0, 2], [2, 1]])
+    x = layers.Conv2D(3, 1, name="head")(x)
+    data = images(4, (4, 4, 2))
+    rules = [rule(2, 2, activations="uniform", edges=True)]
+    network = quantized(keras.Model(image, x), rules, data)
+    snapped, found = saved(network, tmp_path, data)
+    assert [[1, 0], [0, 2], [2, 1]] in [
+        layer.settings.get("padding") for layer in found.layers
+    ]
     check_layers(found, tensors(snapped.twin, data))
 
 

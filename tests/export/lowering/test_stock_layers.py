@@ -11,6 +11,7 @@ from tests.export.networks import (
 )
 from tf_lowbit import export
 from tf_lowbit.compat import keras, tf
+from tf_lowbit.export.integer import twin
 from tf_lowbit.export.lowering import forms, stock_layers
 from tf_lowbit.export.tflite import writer
 from tf_lowbit.network import graph
@@ -25,6 +26,24 @@ OPERATIONS = {
     "pad": (
         lambda x: tf.pad(x, [[0, 0], [1, 2], [0, 1], [0, 0]]),
         layers.ZeroPadding2D,
+    ),
+    "more_channels": (
+        lambda x: tf.pad(x, [[0, 0], [0, 0], [0, 0], [1, 2]]),
+        twin.ZeroPadding,
+    ),
+    "all_sides": (
+        lambda x: tf.pad(x, [[0, 0], [1, 0], [0, 2], [3, 0]]),
+        twin.ZeroPadding,
+    ),
+    "more_features": (
+        lambda x: tf.pad(tf.reshape(x, (-1, 144)), [[0, 0], [1, 2]]),
+        twin.ZeroPadding,
+    ),
+    "every_other": (lambda x: x[:, ::2, ::2, :], layers.MaxPooling2D),
+    "every_third": (lambda x: x[:, :, ::3], layers.MaxPooling2D),
+    "every_step": (
+        lambda x: tf.reshape(x, (-1, 6, 24))[:, ::4],
+        layers.MaxPooling1D,
     ),
     "slice": (lambda x: x[:, 1:-1, 2:], layers.Cropping2D),
     "ellipsis": (lambda x: x[:, -3:, ...], layers.Cropping2D),
@@ -44,10 +63,11 @@ OTHERS = {
     "batch": lambda x: tf.reshape(x, (-1, 3)),
     "batch_axis": lambda x: tf.transpose(x, (1, 0, 2, 3)),
     "batches": lambda x: tf.concat([x, x], 0),
-    "channels": lambda x: tf.pad(x, [[0, 0], [0, 0], [0, 0], [1, 1]]),
+    "examples": lambda x: tf.pad(x, [[1, 0], [0, 0], [0, 0], [0, 0]]),
     "ones": lambda x: tf.pad(x, [[0, 0], [1, 1], [0, 0], [0, 0]], constant_values=1.0),
     "mirrored": lambda x: tf.pad(x, [[0, 0], [1, 1], [0, 0], [0, 0]], "REFLECT"),
-    "steps": lambda x: x[:, ::2],
+    "from_the_second": lambda x: x[:, 1::2],
+    "reversed": lambda x: x[:, ::-1],
     "some": lambda x: x[..., :2],
     "row": lambda x: x[:, 1],
     "height": lambda x: tf.reduce_mean(x, 1),
@@ -101,6 +121,7 @@ def test_operations_are_exact_in_the_file():
         return made
 
     moving = ("reshape", "transpose", "concat", "pad", "slice", "nearest")
+    moving += ("more_channels", "all_sides", "every_other", "every_third")
     branches = {name: branch(OPERATIONS[name][0]) for name in moving}
     branches["reshape"] = branch(lambda x: tf.reshape(x, (-1, 8, 6, x.shape[-1])))
     branches["concat"] = branch(lambda x: tf.concat([x, layers.MaxPooling2D(1)(x)], -1))

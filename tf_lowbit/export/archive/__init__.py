@@ -76,7 +76,7 @@ and `represents` is the trained network's tensor that the layer outputs.
 | max_pool | pool_size, strides, padding | padding of "same" does not count |
 | average_pool | pool_size, strides, padding | float; padding does not count |
 | global_max_pool, global_average_pool | keepdims | over steps, or height and width |
-| zero_pad | padding | [before, after] of width, or of height and of width |
+| zero_pad | padding | [before, after] of width, or of both, or of all and channels |
 | edge_pad | padding | rows and columns at each border, mirrored: `b a a b b a` |
 | crop | cropping | [before, after] of width, or of height and of width |
 | upsample | size | repeats: `size[0]` in height, `size[1]` in width; steps `size` |

@@ -57,7 +57,7 @@ _SETTINGS = {
     "keepdims": lambda v: isinstance(v, bool),
     "kernel": _one_of(*kernels.KERNELS, kernels.TFLM),
     "max_value": lambda v: v is None or (checks.is_number(v) and v >= 0),
-    "padding": lambda v: _is_window(v) or _are_margins(v),
+    "padding": lambda v: _is_window(v) or _are_pair(v) or _are(_are_pair, 1, 2, 3)(v),
     "pool_size": _are_counts,
     "ratios": _are(_are(_is_count, 2), 2),
     "represents": lambda v: v is None or isinstance(v, str),

@@ -425,6 +425,33 @@ class EdgePadding(keras.layers.Layer):
 
 
 @keras.utils.register_keras_serializable(package="tf_lowbit")
+class ZeroPadding(keras.layers.Layer):
+    """Pads with zeros, channels too, which Keras's layers leave as they are.
+
+    Args:
+        padding: (before, behind) for each axis behind the batch.
+    """
+
+    def __init__(
+        self,
+        padding: Sequence[Sequence[int]],
+        name: str | None = None,
+        **arguments: Any,
+    ):
+        arguments["dtype"] = "float32"
+        super().__init__(name=name, **arguments)
+        self.padding = tuple(map(tuple, padding))
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Tensor [batch, ...] -> larger tensor of the same rank."""
+        return tf.pad(inputs, [(0, 0), *self.padding])
+
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {**super().get_config(), "padding": [list(p) for p in self.padding]}
+
+
+@keras.utils.register_keras_serializable(package="tf_lowbit")
 class Affine(keras.layers.Layer):
     """`gain x + offset` per channel in float32: a folded batch normalization."""
 

@@ -90,21 +90,23 @@ def _concat(node):
 
 
 def _pad(node):
-    """Pads steps, or height and width, with zeros."""
+    """Pads with zeros: steps, or height and width; channels by `twin.ZeroPadding`."""
     if passthrough.kept(node) is not passthrough.Kept.GRID:
         return None
     mode = str(_argument(node, 2, "mode", default="CONSTANT")).upper()
     sides = np.asarray(_argument(node, 1, "paddings"))
-    if mode != "CONSTANT" or sides[[0, -1]].any():
+    if mode != "CONSTANT" or sides[0].any():
         return None
-    inner = [tuple(map(int, side)) for side in sides[1:-1]]
+    *inner, channels = [tuple(map(int, side)) for side in sides[1:]]
+    if any(channels):
+        return twin.ZeroPadding([*inner, channels])
     if len(inner) == 1:
         return _layers.ZeroPadding1D(inner[0])
     return _layers.ZeroPadding2D(inner) if len(inner) == 2 else None
 
 
 def _slice(node):
-    """Crops steps, or height and width."""
+    """Crops steps, or height and width, or takes every nth of them."""
     (_, *sizes, _), wanted = _shapes(node)
     given = _argument(node, 1, "slice_spec")
     given = tuple(given) if isinstance(given, tuple | list) else (given,)
@@ -122,8 +124,16 @@ def _slice(node):
     if parts[0] != slice(None) or parts[-1] != slice(None):
         return None
     spans = [part.indices(size) for part, size in zip(parts[1:-1], sizes, strict=True)]
-    if any(step != 1 for _, _, step in spans):
-        return None
+    steps = [step for _, _, step in spans]
+    if any(step != 1 for step in steps):
+        is_whole = all(
+            step > 0 and (a, b) == (0, size)
+            for (a, b, step), size in zip(spans, sizes, strict=True)
+        )
+        pools = {1: _layers.MaxPooling1D, 2: _layers.MaxPooling2D}
+        pool = pools.get(len(sizes)) if is_whole else None
+        # The largest of a single one.
+        return None if pool is None else pool(1, steps)
     cut = [(a, size - b) for (a, b, _), size in zip(spans, sizes, strict=True)]
     if len(cut) == 1:
         return _layers.Cropping1D(cut[0])

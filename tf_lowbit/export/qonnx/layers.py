@@ -317,8 +317,12 @@ def _permute(writer, node, layer, inputs):
 
 
 def _zero_pad(writer, node, layer, inputs):
-    sides = np.reshape(layer.padding, (-1, 2)).T.tolist()
-    pads = writer.constant("pads", [0, 0, *sides[0], 0, 0, *sides[1]], np.int64)
+    rank = len(node.output_shapes)
+    sides = np.zeros((rank, 2), np.int64)
+    given = np.reshape(layer.padding, (-1, 2))
+    sides[1 : len(given) + 1] = given
+    pads = sides[list(channels_first(rank))].T.ravel()
+    pads = writer.constant("pads", pads, np.int64)
     return writer.add("Pad", [*inputs, pads], _output(writer, node), mode="constant")
 
 

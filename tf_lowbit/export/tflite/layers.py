@@ -137,9 +137,7 @@ def reshape(writer: Writer, layer: Layer, sources: Sources, node: Node) -> Sourc
 def pad(writer: Writer, layer: Layer, sources: Sources, node: Node) -> Source:
     """Writes padding with zeros."""
     ((index, grid),) = sources
-    sides = layer.padding
-    if isinstance(layer, _layers.ZeroPadding1D):
-        sides = [sides]
+    sides = np.reshape(layer.padding, (-1, 2))
     shape = node.output_shapes
     return writer.padded(index, grid, layer.name, shape, sides), grid
 

@@ -140,7 +140,7 @@ class OperatorWriter:
         grid: Grid | None,
         name: str,
         shape: Shape,
-        sides: Sequence[tuple[int, int]],
+        sides: Sequence[tuple[int, int]] | np.ndarray,
     ) -> int:
         """Adds a PAD with zeros; returns the index of its output.
 
@@ -149,9 +149,11 @@ class OperatorWriter:
             grid: Grid of both tensors, or None.
             name: Name of the output.
             shape: Shape of the output.
-            sides: (before, behind) for each axis between batch and channels.
+            sides: (before, behind) for each axis behind the batch; where the channels'
+                are left out, they are not padded.
         """
-        table = np.array([(0, 0), *sides, (0, 0)], np.int32)
+        table = np.zeros((len(shape), 2), np.int32)
+        table[1 : len(sides) + 1] = sides
         table = self.file.constant(f"{name}/paddings", table)
         result = self.like(name, shape, grid)
         self.operator("PAD", [index, table], [result], schema.PadOptionsT(), grid)
