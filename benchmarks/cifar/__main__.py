@@ -20,6 +20,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "Data as TensorFlow Datasets prepares them.")
 flags.DEFINE_string("models_dir", None, "Folder of the trained float networks.")
 flags.DEFINE_list("experiments", list(cifar_plan.EXPERIMENTS), "Which, in their order.")
+flags.DEFINE_list("rows", [], "Only these of the table, such as 'LSQ W2A2'.")
 flags.DEFINE_string("results", "benchmarks/results/cifar.jsonl", "One line a run.")
 flags.DEFINE_string("work_dir", "runs/cifar", "Checkpoints of unfinished runs.")
 flags.DEFINE_integer("workers", 2, "Processes, of one thread each.")
@@ -46,9 +47,15 @@ def main(argv):
             f"--experiments must be of {list(cifar_plan.EXPERIMENTS)}. "
             f"Received: {sorted(unknown)}"
         )
+    chosen = [cifar_plan.EXPERIMENTS[name] for name in FLAGS.experiments]
+    names = {cifar_plan.row_name(*row) for each in chosen for row in each.rows}
+    if unknown := set(FLAGS.rows) - names:
+        raise app.UsageError(
+            f"--rows must be of {sorted(names)}. Received: {sorted(unknown)}"
+        )
     results = Path(FLAGS.results).resolve()
     for name in FLAGS.experiments:
-        while left := cifar_plan.next_runs(name, store.read(results)):
+        while left := cifar_plan.next_runs(name, store.read(results), FLAGS.rows):
             print(f"{name}: {len(left)} runs, and perhaps more", flush=True)
             # What is left may change with each result.
             now = left[: FLAGS.workers]

@@ -1,8 +1,9 @@
 """The CIFAR experiments as data: which runs there are. Nothing imports TensorFlow."""
 
 import dataclasses
+from collections.abc import Collection
 
-from benchmarks.accuracy import tuning
+from benchmarks.accuracy import rows, tuning
 
 FLOAT = "float"
 # Seeds of the tuning. They train on 45,000 images and measure on the other 5,000.
@@ -150,7 +151,14 @@ class Run:
         )
 
 
-def next_runs(name: str, results: dict[str, dict]) -> list[Run]:
+def row_name(method: str, bits: tuple[int, int] | None) -> str:
+    """What a row of the tables is named: "LSQ W2A2"; a float one by its method."""
+    return method if bits is None else f"{method} {rows.label(bits)}"
+
+
+def next_runs(
+    name: str, results: dict[str, dict], only: Collection[str] = ()
+) -> list[Run]:
     """The runs that an experiment still needs, as far as is known, the first one first.
 
     A row whose method is not tuned yet needs the runs of the tuning.
@@ -158,10 +166,13 @@ def next_runs(name: str, results: dict[str, dict]) -> list[Run]:
     Args:
         name: Of the experiment.
         results: Of the runs that are done, by name.
+        only: Names of the rows that are wanted; empty for all.
     """
     experiment = EXPERIMENTS[name]
     runs: dict[str, Run] = {}
     for method, bits in experiment.rows:
+        if only and row_name(method, bits) not in only:
+            continue
         tuned_bits = None if method == FLOAT else experiment.tuned_at
         scores = _scores(name, method, tuned_bits, results)
         rates = tuning.next_rates(scores)

@@ -46,7 +46,7 @@ def accuracy_table(name: str, results: dict[str, dict]) -> str:
         mean, half = mean_interval(accuracies)
         lines.append(
             [
-                f"{method} {label(bits)}" if bits else method,
+                cifar_plan.row_name(method, bits),
                 str(len(runs)),
                 f"{mean:.2f} ± {half:.2f}" if len(runs) > 1 else f"{mean:.2f}",
                 NOTHING if given is None else f"{mean - given:+.2f}",

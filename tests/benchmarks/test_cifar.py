@@ -45,6 +45,16 @@ def test_rates_are_tuned_first_and_then_each_row_takes_its_own():
     }
 
 
+def test_single_rows_can_be_asked_for():
+    only = ["LSQ W2A2", "float"]
+    results = {}
+    while runs := cifar_plan.next_runs("tiny", results, only):
+        results[runs[0].name] = result(runs[0], 0.9 - abs(runs[0].learning_rate - 0.1))
+    found = {(r["method"], r["bits"]) for r in results.values()}
+    assert found == {("LSQ", (2, 2)), ("float", None)}
+    assert len(results) == 2 * (3 + TINY.seeds)  # Three rates.
+
+
 def test_the_table_has_each_row_and_its_distance_to_the_float_network(tmp_path):
     path = tmp_path / "cifar.jsonl"
     costs = {"weight_bytes": 25452, "bops": 76587008}
