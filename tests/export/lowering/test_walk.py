@@ -624,6 +624,22 @@ def test_a_mean_of_steps_is_computed_in_codes_for_an_int8_head():
     assert proof.layer("mean_sum").grid.levels == 256
 
 
+@pytest.mark.parametrize("head", ["float", "int8"])
+def test_outputs_that_share_a_head_are_as_precise_as_one(head):
+    image = keras.Input(IMAGE, name="image")
+    x = conv_bn_relu(conv_bn_relu(image, 4, name="first"), 4, name="inner")
+    logits = layers.Dense(CLASSES, name="head")(layers.Flatten(name="flat")(x))
+    ends = [logits, layers.Softmax(name="shares")(logits), tf.argmax(logits, -1)]
+    model = randomize(keras.Model(image, ends))
+    model = quantize(model, [EDGE, Rule("inner", 2, 2)])
+    proof = prove(model, images(), not_delegated=["ARG_MAX"], head=head)
+    assert [note.layer for note in proof.snapped.notes] == (
+        [] if head == "float" else ["head"]
+    )
+    kind = layers.Dense if head == "float" else twin.IntegerLinear
+    assert type(proof.layer("head")) is kind
+
+
 CHANNELS_FIRST = {
     "conv": lambda: layers.Conv2D(4, 3, data_format="channels_first", name="odd"),
     "depthwise": lambda: layers.DepthwiseConv2D(

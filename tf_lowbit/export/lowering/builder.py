@@ -143,6 +143,8 @@ class Builder:
         """Fixes a pending layer at 8 bits if it has several readers, not all Adds."""
         if self.reader_count(value.tensor) < 2 or not value.linear.is_integer:
             return
+        if self._is_float_head(value):
+            return
         readers = self.readers.get(id(value.tensor), [])
         if all(isinstance(inspection.wrapped_layer(n.layer), _layers.Add)
                for n in readers):  # fmt: skip
@@ -241,6 +243,11 @@ class Builder:
         linear = value.linear
         if not linear.is_integer or linear.kind == twin.SCALE:
             return True
+        return self._is_float_head(value)
+
+    def _is_float_head(self, value) -> bool:
+        """Whether a pending layer is a last one, which the options leave in float."""
+        linear = value.linear
         is_head = linear.kind == twin.DENSE and linear.layer.name in self.last
         return is_head and self.options.head == "float"
 
