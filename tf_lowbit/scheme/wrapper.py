@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tf_lowbit.compat import keras, tf, tfmot
+from tf_lowbit.compat import KerasTensor, keras, tf, tfmot
 from tf_lowbit.network import graph
 
 
@@ -42,7 +42,10 @@ class LowBitWrapper(tfmot.quantization.keras.QuantizeWrapperV2):
         self.trainable = trainable
         # A call puts tensors in the places of weights, which takes these off the list
         # of the layer. The list must not depend on whether there was a call.
-        places = [None for _ in self._weight_vars]
+        places = [
+            KerasTensor(tf.TensorSpec(weight.shape, weight.dtype))
+            for weight, _, _ in self._weight_vars
+        ]
         self.quantize_config.set_quantize_weights(self.layer, places)
         # With an input_spec, SavedModel traces the layer without this wrapper, and so
         # without quantized weights.
