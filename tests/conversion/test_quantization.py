@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import tf_lowbit as tfl
 from tests.scheme import nets
 from tf_lowbit import (
     PrecisionRule,
@@ -152,6 +153,50 @@ def test_however_often_the_network_is_rebuilt_nothing_is_traced(monkeypatch):
     quantized(nets.images())
     assert sorted(traced) == ["head", "last", "mid", "stem"]
     assert lists() == before  # Files and optimizers rely on it.
+
+
+@keras.utils.register_keras_serializable("tests")
+class Switched(layers.Dense):
+    """A layer of one's own, whose `call` AutoGraph must convert."""
+
+    def call(self, inputs):
+        outputs = super().call(inputs)
+        if tf.reduce_mean(inputs) > 0:
+            outputs = -outputs
+        return outputs
+
+
+tfl.register_layer(Switched, {"kernel": (-1,)})
+
+
+@keras.utils.register_keras_serializable("tests")
+class Nested(layers.Layer):
+    """A layer of one's own that holds a model, which has a name of the outer one."""
+
+    def __init__(self, name=None, **arguments):
+        super().__init__(name=name, **arguments)
+        image = keras.Input((4,))
+        within = layers.Dense(7, name="mid")(image)
+        self.within = keras.Model(image, layers.Dense(2, name="end")(within))
+
+    def call(self, inputs):
+        return self.within(inputs)
+
+
+def test_own_layers_are_called_as_they_are_without_rounding():
+    x = image = keras.Input((6,))
+    x = layers.Dense(8, activation="relu", name="stem")(x)
+    x = layers.ReLU()(Switched(4, name="mid")(x))
+    model = keras.Model(image, layers.Dense(3, name="head")(Nested()(x)))
+    rules = PrecisionRule("mid", 8, 8, "uniform", "uniform")
+    quantized = quantize(model, rules)
+    assert quantized.get_layer("mid").layer.__class__ is Switched
+    images = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
+    calibrate(quantized, [images])
+    np.testing.assert_allclose(
+        quantized.predict(images, verbose=0), model(images), atol=0.05
+    )
+    assert np.ptp(model(images)) > 0.3
 
 
 def test_the_default_is_two_bits_inside():

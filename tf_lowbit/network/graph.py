@@ -177,7 +177,11 @@ def copied_by_name(model: keras.Model) -> Iterator[None]:
     Its outputs have the shapes of the layer's, as with `call_copy`.
     """
     by_name: dict[str, list[Node]] = {}
-    for node in calls(model):
+    # An own layer may make a model of its own, with any names, when it is copied.
+    is_plain = all(
+        is_builtin(_unwrapped(layer)) or not _parts(layer) for layer in model.layers
+    )
+    for node in calls(model) if is_plain else ():
         by_name.setdefault(_unwrapped(node.layer).name, []).append(node)
 
     def known(layer):
@@ -193,23 +197,28 @@ def _outputs(copy, node):
     inner = _unwrapped(copy)
     # Other layers may make weights in a call, or output another dtype.
     is_known = (
-        _is_builtin(inner)
-        and not list(inner._flatten_layers(include_self=False))
+        is_builtin(inner)
+        and not _parts(inner)
         and "call" not in vars(inner)
         and copy.compute_dtype == node.layer.compute_dtype
     )
     return node.outputs if is_known else None
 
 
+def _parts(layer) -> list:
+    """The layers inside a layer."""
+    return list(layer._flatten_layers(include_self=False))
+
+
 def _unwrapped(layer):
     """What is inside the wrappers of Keras and TF-MOT."""
-    while isinstance(layer, keras.layers.Wrapper) and _is_builtin(layer):
+    while isinstance(layer, keras.layers.Wrapper) and is_builtin(layer):
         layer = layer.layer
     return layer
 
 
-def _is_builtin(layer) -> bool:
-    """Tells whether a layer is of Keras or TF-MOT."""
+def is_builtin(layer) -> bool:
+    """Tells whether a layer is of Keras, TF-MOT or this library."""
     return type(layer).__module__.partition(".")[0] in _BUILTIN
 
 

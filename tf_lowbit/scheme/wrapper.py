@@ -51,11 +51,14 @@ class LowBitWrapper(tfmot.quantization.keras.QuantizeWrapperV2):
         # without quantized weights.
         self.layer.input_spec = None
 
-    # AutoGraph is for users' code: to convert TF-MOT's takes half the time of a trace.
-    @tf.autograph.experimental.do_not_convert
     def call(self, inputs: Any, training: Any = None, **kwargs: Any) -> Any:
         """Calls the layer with quantized weights; TF-MOT's method does it."""
-        return super().call(inputs, training=training, **kwargs)
+        call = super().call
+        # AutoGraph is for layers of users. To convert TF-MOT's method takes half the
+        # time of a trace.
+        if graph.is_builtin(self.layer):
+            call = tf.autograph.experimental.do_not_convert(call)
+        return call(inputs, training=training, **kwargs)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """Returns the wrapped layer's output shape."""
