@@ -217,7 +217,7 @@ def _unwrapped(layer):
     return layer
 
 
-def is_builtin(layer) -> bool:
+def is_builtin(layer: keras.layers.Layer) -> bool:
     """Tells whether a layer is of Keras, TF-MOT or this library."""
     return type(layer).__module__.partition(".")[0] in _BUILTIN
 
