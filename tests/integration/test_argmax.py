@@ -19,7 +19,7 @@ from tests.export.networks import (
 from tf_lowbit import export
 from tf_lowbit.analysis import page
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.export.integer import twin
+from tf_lowbit.export.integer import plain_layers
 from tf_lowbit.export.lowering import problems
 from tf_lowbit.export.lowering.builder import Builder
 from tf_lowbit.export.options import Options
@@ -112,10 +112,10 @@ def test_the_first_of_equal_ones_by_hand(target, head, dtype):
 
 
 def test_the_layer_alone():
-    layer = twin.ArgMax("int32")
+    layer = plain_layers.ArgMax("int32")
     scores = np.array([[[1.0, 5.0], [7.0, 7.0]]])
     assert layer(scores).numpy().tolist() == [[1, 0]]
-    assert twin.ArgMax.from_config(layer.get_config()).output_type == "int32"
+    assert plain_layers.ArgMax.from_config(layer.get_config()).output_type == "int32"
 
 
 # --- what is measured -----------------------------------------------------------------
@@ -192,7 +192,7 @@ def test_a_twin_that_chooses_otherwise_is_found(maps, fault, monkeypatch):
     """Two classes have one kernel, so their codes are equal."""
     logits, model = maps
     head = logits.get_layer("head").weights
-    monkeypatch.setattr(twin.ArgMax, "call", fault)
+    monkeypatch.setattr(plain_layers.ArgMax, "call", fault)
     weights = [weight for weight in head if weight.shape[-1:] == 3]
     before = [weight.numpy() for weight in weights]
     try:

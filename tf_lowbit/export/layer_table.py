@@ -10,7 +10,7 @@ depend on more than a layer's type (sums, products, scales, activations) are fou
 import dataclasses
 
 from tf_lowbit.compat import keras
-from tf_lowbit.export.integer import twin
+from tf_lowbit.export.integer import plain_layers, twin
 
 _layers = keras.layers
 
@@ -127,13 +127,13 @@ TABLE = {
     _layers.UpSampling2D: _codes("upsample", True, "RESIZE_NEAREST_NEIGHBOR"),
     _layers.ZeroPadding1D: _codes("zero_pad", operator="PAD"),
     _layers.ZeroPadding2D: _codes("zero_pad", operator="PAD"),
-    twin.Affine: Row("affine", is_float=True),
-    twin.ArgMax: Row("argmax", ARGMAX, operators=("ARG_MAX",)),
-    twin.EdgePadding: Row("edge_pad"),
+    plain_layers.Affine: Row("affine", is_float=True),
+    plain_layers.ArgMax: Row("argmax", ARGMAX, operators=("ARG_MAX",)),
+    plain_layers.EdgePadding: Row("edge_pad"),
     twin.IntegerAdd: Row("integer_add"),
     twin.ToCodes: Row("to_codes"),
     twin.ToValues: Row("to_values"),
-    twin.ZeroPadding: _codes("zero_pad", operator="PAD"),
+    plain_layers.ZeroPadding: _codes("zero_pad", operator="PAD"),
 }
 _INTERPOLATED = Row("interpolate", INTERPOLATE, True, True)
 _INTEGER = {

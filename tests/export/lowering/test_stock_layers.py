@@ -11,7 +11,7 @@ from tests.export.networks import (
 )
 from tf_lowbit import export
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.export.integer import twin
+from tf_lowbit.export.integer import plain_layers
 from tf_lowbit.export.lowering import forms, stock_layers
 from tf_lowbit.export.tflite import writer
 from tf_lowbit.network import graph
@@ -29,15 +29,15 @@ OPERATIONS = {
     ),
     "more_channels": (
         lambda x: tf.pad(x, [[0, 0], [0, 0], [0, 0], [1, 2]]),
-        twin.ZeroPadding,
+        plain_layers.ZeroPadding,
     ),
     "all_sides": (
         lambda x: tf.pad(x, [[0, 0], [1, 0], [0, 2], [3, 0]]),
-        twin.ZeroPadding,
+        plain_layers.ZeroPadding,
     ),
     "more_features": (
         lambda x: tf.pad(tf.reshape(x, (-1, 144)), [[0, 0], [1, 2]]),
-        twin.ZeroPadding,
+        plain_layers.ZeroPadding,
     ),
     "every_other": (lambda x: x[:, ::2, ::2, :], layers.MaxPooling2D),
     "every_third": (lambda x: x[:, :, ::3], layers.MaxPooling2D),

@@ -12,7 +12,7 @@ from tf_lowbit.core import checks
 from tf_lowbit.core.files import replace_file
 from tf_lowbit.export import layer_table
 from tf_lowbit.export.archive import bit_packing, reader
-from tf_lowbit.export.integer import transposed, twin
+from tf_lowbit.export.integer import plain_layers, transposed, twin
 from tf_lowbit.export.integer.int8_grids import Grid
 from tf_lowbit.export.lowering.walk import Snapped
 from tf_lowbit.export.types import ExportError
@@ -85,7 +85,7 @@ def _little(dtype) -> np.dtype:
 
 
 def _output_grid(layer, input_grid) -> Grid | None:
-    if isinstance(layer, twin.ToValues | twin.ArgMax):
+    if isinstance(layer, twin.ToValues | plain_layers.ArgMax):
         return None
     return getattr(layer, "grid", input_grid)
 

@@ -14,7 +14,7 @@ import numpy as np
 from tf_lowbit import quantizers
 from tf_lowbit.compat import KerasTensor, Node, keras
 from tf_lowbit.core import grid as core_grid
-from tf_lowbit.export.integer import int8_grids, thresholds, twin
+from tf_lowbit.export.integer import int8_grids, plain_layers, thresholds, twin
 from tf_lowbit.export.integer.int8_grids import Grid
 from tf_lowbit.export.lowering import linear as linears
 from tf_lowbit.export.lowering import stock_layers
@@ -293,7 +293,7 @@ class Builder:
         linear = value.linear
         inputs = self.values(linear.source)
         if linear.kind == twin.SCALE:
-            layer = twin.Affine(name=self.name(value.name))
+            layer = plain_layers.Affine(name=self.name(value.name))
             outputs = layer(inputs)
             layer.set_weights(
                 [linear.gain.astype(np.float32), linear.offset.astype(np.float32)]

@@ -11,7 +11,7 @@ import numpy as np
 from tf_lowbit import quantizers
 from tf_lowbit.compat import Node, keras
 from tf_lowbit.export import layer_table, targets
-from tf_lowbit.export.integer import int8_grids, twin
+from tf_lowbit.export.integer import int8_grids, plain_layers
 from tf_lowbit.export.lowering import elementwise, inputs, joins, pools
 from tf_lowbit.export.lowering import linear as linears
 from tf_lowbit.export.lowering.builder import Builder, Value, Values, copy_of
@@ -164,7 +164,7 @@ def argmax(builder: Builder, value: Value, sources: Values, node: Node) -> None:
     output_type = node.outputs.dtype.name
     if builder.options.target.interpreter == targets.TFLITE_MICRO:
         output_type = "int32"  # It has no other.
-    layer = twin.ArgMax(output_type, name=builder.name(value.name))
+    layer = plain_layers.ArgMax(output_type, name=builder.name(value.name))
     value.values = layer(builder.codes_or_values(source))
 
 

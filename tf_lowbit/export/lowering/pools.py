@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from tf_lowbit.compat import Node, keras
-from tf_lowbit.export.integer import int8_grids, twin
+from tf_lowbit.export.integer import int8_grids, plain_layers, twin
 from tf_lowbit.export.integer.int8_grids import Grid
 from tf_lowbit.export.lowering import linear as linears
 from tf_lowbit.export.lowering import stock_layers
@@ -85,7 +85,7 @@ def interpolate(builder: Builder, value: Value, sources: Values, node: Node) -> 
     repeated = _layers.UpSampling2D(
         layer.size, name=builder.name(f"{value.name}_repeated"), dtype="float32"
     )
-    around = twin.EdgePadding(
+    around = plain_layers.EdgePadding(
         [size // 2 for size in layer.size], name=builder.name(f"{value.name}_padded")
     )
     pixels = Value(source.tensor, around.name, codes=around(repeated(codes)), grid=grid)

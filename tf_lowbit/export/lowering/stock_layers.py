@@ -2,7 +2,7 @@
 
 `tf.reshape(x, (-1, 12))` in a functional model is a Keras layer that calls the
 operation. If a stock layer computes the same, it is exported in its place. For an
-argmax, which Keras lacks, this is `twin.ArgMax`.
+argmax, which Keras lacks, this is `plain_layers.ArgMax`.
 """
 
 import math
@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from tf_lowbit.compat import Node, keras
-from tf_lowbit.export.integer import twin
+from tf_lowbit.export.integer import plain_layers
 from tf_lowbit.network import graph, inspection, passthrough
 
 _layers = keras.layers
@@ -25,9 +25,9 @@ def layer_of(node: Node) -> keras.layers.Layer:
         )
     else:
         make = _MAKERS.get(passthrough.operation(layer))
-        # `tf.shape(x)[0]` is an operation, too.
-        is_data = all(len(t.shape) > 1 for t in node.keras_inputs[:1])
-        made = make(node) if make is not None and is_data else None
+        # `tf.shape(x)[0]` is an operation, too, on a tensor without examples.
+        has_examples = (node.keras_inputs[0].shape.rank or 0) > 1
+        made = make(node) if make is not None and has_examples else None
     if made is None:
         return layer
     made._name = layer.name  # For messages.
@@ -90,7 +90,7 @@ def _concat(node):
 
 
 def _pad(node):
-    """Pads with zeros: steps, or height and width; channels by `twin.ZeroPadding`."""
+    """Pads steps, height and width, or channels with zeros."""
     if passthrough.kept(node) is not passthrough.Kept.GRID:
         return None
     mode = str(_argument(node, 2, "mode", default="CONSTANT")).upper()
@@ -99,7 +99,7 @@ def _pad(node):
         return None
     *inner, channels = [tuple(map(int, side)) for side in sides[1:]]
     if any(channels):
-        return twin.ZeroPadding([*inner, channels])
+        return plain_layers.ZeroPadding([*inner, channels])
     if len(inner) == 1:
         return _layers.ZeroPadding1D(inner[0])
     return _layers.ZeroPadding2D(inner) if len(inner) == 2 else None
@@ -156,7 +156,7 @@ def _argmax(node):
     if not is_last or len(shape) < 2 or shape[-1] is None:
         return None
     (made,) = graph.outputs_of(node)
-    return twin.ArgMax(made.dtype.name)
+    return plain_layers.ArgMax(made.dtype.name)
 
 
 def _mean(node):

@@ -12,7 +12,7 @@ import numpy as np
 
 from tf_lowbit.compat import KerasTensor, Node, keras, tf
 from tf_lowbit.export import layer_table
-from tf_lowbit.export.integer import int8_grids, twin
+from tf_lowbit.export.integer import int8_grids, plain_layers, twin
 from tf_lowbit.export.lowering import forms
 from tf_lowbit.export.lowering.tensor_ranges import key
 from tf_lowbit.export.lowering.walk import Snapped
@@ -99,7 +99,7 @@ class Agreements:
             is_measured = key(made[node.layer.name]) in snapped.ranges
             # Of pixels the range is known, whatever the data reach.
             is_measured &= not _are_pixels(node, snapped.options)
-            if isinstance(node.layer, twin.ArgMax):
+            if isinstance(node.layer, plain_layers.ArgMax):
                 levels = int(node.keras_inputs[0].shape[-1])
             row = Agreement(name, levels, is_measured, coarseness=_coarseness(node))
             if grid is not None and is_measured:
@@ -139,7 +139,7 @@ class Agreements:
                 is_noted |= row.tensor in self._noted
                 wanted = trained[name].reshape(made.shape)
                 row.explained |= is_noted
-                if isinstance(node.layer, twin.ArgMax):
+                if isinstance(node.layer, plain_layers.ArgMax):
                     _add_classes(row, wanted, made.numpy(), read[0].numpy(), own[name])
                     made, is_exact = wanted, True
                 elif row.levels:
@@ -227,7 +227,7 @@ def grid_of(node: Node) -> int8_grids.Grid | None:
     """The grid of what a node of the twin puts out; None for floats and classes."""
     if isinstance(node.layer, twin.ToCodes | twin.IntegerLinear | twin.IntegerAdd):
         return node.layer.grid
-    is_other = isinstance(node.layer, twin.ToValues | twin.ArgMax)
+    is_other = isinstance(node.layer, twin.ToValues | plain_layers.ArgMax)
     if is_other or computes_floats(node.layer):
         return None
     source = graph.producer(node.keras_inputs[0])

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.export.integer import twin
+from tf_lowbit.export.integer import plain_layers, twin
 from tf_lowbit.export.lowering.walk import Snapped
 from tf_lowbit.export.proof.agreement import Agreements, computes_floats, grid_of
 from tf_lowbit.export.proof.outputs import Classes, Numbers
@@ -56,7 +56,7 @@ def compare_on_data(
     rows = [
         Comparison(
             node.layer.name,
-            grid_of(node) is not None or isinstance(node.layer, twin.ArgMax),
+            grid_of(node) is not None or isinstance(node.layer, plain_layers.ArgMax),
         )
         for node in nodes
     ]

@@ -12,7 +12,7 @@ from tf_lowbit.compat import keras
 from tf_lowbit.core import checks as arguments
 from tf_lowbit.core import progress
 from tf_lowbit.export import file_bytes, layer_table, targets
-from tf_lowbit.export.integer import twin
+from tf_lowbit.export.integer import plain_layers, twin
 from tf_lowbit.export.lowering import requirements
 from tf_lowbit.export.lowering.walk import Snapped, snap
 from tf_lowbit.export.options import Options
@@ -304,9 +304,9 @@ def _left_out(layer) -> str | None:
         return "MAX_POOL_2D"
     if isinstance(layer, keras.layers.Concatenate) and len(layer.input) > 5:
         return "CONCATENATION"
-    if isinstance(layer, twin.EdgePadding):
+    if isinstance(layer, plain_layers.EdgePadding):
         return "MIRROR_PAD"
-    if isinstance(layer, twin.ArgMax):
+    if isinstance(layer, plain_layers.ArgMax):
         return "ARG_MAX"
     if isinstance(layer, keras.layers.Reshape) and not layer.target_shape:
         return "RESHAPE"

@@ -8,7 +8,7 @@ import numpy as np
 from tf_lowbit.compat import tf
 from tf_lowbit.core import checks
 from tf_lowbit.export import layer_table
-from tf_lowbit.export.integer import twin
+from tf_lowbit.export.integer import plain_layers, twin
 from tf_lowbit.export.integer.int8_grids import Grid
 from tf_lowbit.export.lowering.walk import Snapped
 from tf_lowbit.export.tflite.flatbuffer import schema
@@ -134,7 +134,7 @@ class _Writer(OperatorWriter):
         """The file's output for an output of the twin."""
         index, grid = self._tensors[id(tensor)]
         node = graph.producer(tensor)
-        if self.output_type == "float32" or isinstance(node.layer, twin.ArgMax):
+        if self.output_type == "float32" or isinstance(node.layer, plain_layers.ArgMax):
             return index  # Class numbers are neither codes nor floats.
         if grid is None and ends_in_codes(node):
             # Another layer reads the float values; the output takes the codes.
