@@ -8,6 +8,7 @@ run that was interrupted goes on from its last epoch, in --work_dir.
 
 import functools
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from absl import app, flags
@@ -37,22 +38,22 @@ def perform(run: cifar_plan.Run, results: Path) -> None:
     )
 
 
+def require(flag: str, names: Collection[str]) -> None:
+    """Refuses values of a flag that are not of some names."""
+    unknown = set(getattr(FLAGS, flag)) - set(names)
+    if unknown:
+        raise app.UsageError(
+            f"--{flag} must be of {sorted(names)}. Received: {sorted(unknown)}"
+        )
+
+
 def main(argv):
     """Trains what is missing."""
     if len(argv) > 1:
         raise app.UsageError(f"Received: arguments that are no flags: {argv[1:]}")
-    unknown = set(FLAGS.experiments) - set(cifar_plan.EXPERIMENTS)
-    if unknown:
-        raise app.UsageError(
-            f"--experiments must be of {list(cifar_plan.EXPERIMENTS)}. "
-            f"Received: {sorted(unknown)}"
-        )
+    require("experiments", cifar_plan.EXPERIMENTS)
     chosen = [cifar_plan.EXPERIMENTS[name] for name in FLAGS.experiments]
-    names = {cifar_plan.row_name(*row) for each in chosen for row in each.rows}
-    if unknown := set(FLAGS.rows) - names:
-        raise app.UsageError(
-            f"--rows must be of {sorted(names)}. Received: {sorted(unknown)}"
-        )
+    require("rows", {cifar_plan.row_name(*row) for each in chosen for row in each.rows})
     results = Path(FLAGS.results).resolve()
     for name in FLAGS.experiments:
         while left := cifar_plan.next_runs(name, store.read(results), FLAGS.rows):

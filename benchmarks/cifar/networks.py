@@ -23,18 +23,19 @@ def mlperf_resnet8(models_dir: Path) -> keras.Model:
 
 
 def resnet20(models_dir: Path) -> keras.Model:
-    """ResNet-20 of He et al., section 4.2, with shortcuts of kind A, from PyTorch.
+    """A trained ResNet-20 from PyTorch, with shortcuts of kind A.
 
-    Source: "Deep Residual Learning for Image Recognition", arXiv 1512.03385.
+    Float32 images [batch, 32, 32, 3] -> logits [batch, 10]. Architecture: He et al.,
+    arXiv:1512.03385, section 4.2.
     """
     with np.load(models_dir / "cifar10_resnet20_float.npz") as file:
         weights = dict(file)
 
     def conv(x, name, strides=1):
-        filters, size = weights[f"{name}.weight"].shape[0], 3
+        filters = len(weights[f"{name}.weight"])
         # PyTorch pads both sides, Keras's "same" only one of an even image.
         x = _layers.ZeroPadding2D(1, name=f"{name}.pad")(x)
-        return _layers.Conv2D(filters, size, strides, use_bias=False, name=name)(x)
+        return _layers.Conv2D(filters, 3, strides, use_bias=False, name=name)(x)
 
     def norm(x, name):
         return _layers.BatchNormalization(epsilon=1e-5, name=name)(x)
@@ -57,7 +58,7 @@ def resnet20(models_dir: Path) -> keras.Model:
             strides = 2 if stage > 1 and index == 0 else 1
             x = block(x, f"layer{stage}.{index}", strides)
     x = _layers.GlobalAveragePooling2D(name="pool")(x)
-    x = _layers.Dense(weights["linear.weight"].shape[0], name="linear")(x)
+    x = _layers.Dense(len(weights["linear.weight"]), name="linear")(x)
     model = keras.Model(image, x, name="resnet20")
     for layer in model.layers:
         own = {

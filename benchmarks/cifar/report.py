@@ -1,6 +1,7 @@
 """Table and plot of the CIFAR experiments, drawn from their results alone."""
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import matplotlib.figure
 import numpy as np
 
 from benchmarks.accuracy import tuning
-from benchmarks.accuracy.rows import label, mean_interval
+from benchmarks.accuracy.rows import label, mean_interval, paired
 from benchmarks.cifar import plan as cifar_plan
 from benchmarks.common import store
 from benchmarks.common.tables import NOTHING, table
@@ -39,17 +40,19 @@ def accuracy_table(name: str, results: dict[str, dict]) -> str:
     target = cifar_plan.EXPERIMENTS[name].target
     lines, given = [], given_accuracy(name, results)
     if given is not None:
-        lines.append(["float, as given", *[NOTHING] * 7])
+        lines.append(["float, as given", *[NOTHING] * 8])
         lines[0][2] = f"{given:.2f}"
-    for (method, bits), runs in _rows(name, results):
+    found = dict(_rows(name, results))
+    for (method, bits), runs in found.items():
         accuracies = _percent(runs)
-        mean, half = mean_interval(accuracies)
+        base = found.get(("LSQ", bits)) if method != "LSQ" else None
         lines.append(
             [
                 cifar_plan.row_name(method, bits),
                 str(len(runs)),
-                f"{mean:.2f} ± {half:.2f}" if len(runs) > 1 else f"{mean:.2f}",
-                NOTHING if given is None else f"{mean - given:+.2f}",
+                _interval(*mean_interval(accuracies)),
+                NOTHING if given is None else f"{np.mean(accuracies) - given:+.2f}",
+                NOTHING if base is None else _to(runs, base),
                 f"{sum(a >= target for a in accuracies)} of {len(runs)}",
                 f"{runs[0]['weight_bytes']:,}",
                 f"{runs[0]['bops'] / 1e6:,.0f}",
@@ -57,10 +60,24 @@ def accuracy_table(name: str, results: dict[str, dict]) -> str:
             ]
         )
     headers = [
-        "method", "seeds", "accuracy, %", "to float", f"{target:g} % or more",
-        "weight bytes", "million BOPs", "rate",
+        "method", "seeds", "accuracy, %", "to float", "to LSQ, by seed",
+        f"{target:g} % or more", "weight bytes", "million BOPs", "rate",
     ]  # fmt: skip
     return table(headers, lines)
+
+
+def _to(runs, base) -> str:
+    """The difference in percentage points over the seeds that both have."""
+    sides = [{r["seed"]: 100 * r["accuracy"] for r in each} for each in (runs, base)]
+    return _interval(*paired(*sides), "+")
+
+
+def _interval(mean, half, sign="") -> str:
+    """The mean, and the half width of its interval if there is one."""
+    if math.isnan(mean):
+        return NOTHING
+    shown = f"{mean:{sign}.2f}"
+    return shown if math.isnan(half) else f"{shown} ± {half:.2f}"
 
 
 def short_table(path: Path, files: Path) -> str:

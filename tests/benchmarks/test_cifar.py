@@ -55,6 +55,26 @@ def test_single_rows_can_be_asked_for():
     assert len(results) == 2 * (3 + TINY.seeds)  # Three rates.
 
 
+def test_other_methods_stand_beside_lsq_seed_by_seed(tmp_path):
+    path = tmp_path / "cifar.jsonl"
+    more = {"measured_on": "test", "weight_bytes": 1, "bops": 1}
+    accuracies = {"LSQ": [0.80, 0.83, 0.90], cifar_plan.RECIPE: [0.81, 0.85]}
+    for method, found in accuracies.items():
+        for seed, accuracy in enumerate(found):
+            run = cifar_plan.Run("tiny", method, (2, 2), seed, 8, 0.03)
+            store.write(path, run.name, {**result(run, accuracy), **more})
+    run = cifar_plan.Run("tiny", cifar_plan.RECIPE, (4, 4), 0, 8, 0.03)
+    store.write(path, run.name, {**result(run, 0.9), **more})
+    lines = cifar_report.tables(path)["cifar, tiny"].splitlines()[2:]
+    cells = [[cell.strip() for cell in line.split("|")] for line in lines]
+    # One point and two; 12.706 is Student's t of one degree of freedom.
+    assert {row[1]: row[5] for row in cells} == {
+        "LSQ W2A2": "—",
+        "recipes.low_bit W2A2": "+1.50 ± 6.35",
+        "recipes.low_bit W4A4": "—",
+    }
+
+
 def test_the_table_has_each_row_and_its_distance_to_the_float_network(tmp_path):
     path = tmp_path / "cifar.jsonl"
     costs = {"weight_bytes": 25452, "bops": 76587008}
@@ -72,7 +92,7 @@ def test_the_table_has_each_row_and_its_distance_to_the_float_network(tmp_path):
     ]  # fmt: skip
     # Deviation 2.6458; 4.3027 is Student's t of two degrees of freedom.
     assert [cell.strip() for cell in row.split("|")[1:-1]] == [
-        "LSQ W2A2", "3", "84.00 ± 6.57", "-3.20", "1 of 3", "25,452", "77", "0.03"
+        "LSQ W2A2", "3", "84.00 ± 6.57", "-3.20", "—", "1 of 3", "25,452", "77", "0.03"
     ]  # fmt: skip
     assert made["cifar, tuning of tiny"].splitlines()[-1].split() == [
         "|", "LSQ", "|", "diverged", "|"
