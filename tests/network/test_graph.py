@@ -256,3 +256,14 @@ def test_a_layer_of_another_dtype_is_traced():
     )
     assert model.output.dtype == tf.float32
     assert half.output.dtype == tf.bfloat16
+
+
+class Nameless(keras.layers.Layer):
+    # Keras's own `get_config` drops the name where `**` is not called `kwargs`.
+    def __init__(self, **options):
+        super().__init__(**options)
+
+
+def test_a_layer_whose_config_has_no_name_is_refused():
+    with pytest.raises(ValueError, match="`get_config` has no `name`"):
+        graph.copy_layer(Nameless(name="own"))

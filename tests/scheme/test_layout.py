@@ -330,6 +330,18 @@ def test_graph_clone_copies_weights_and_frees_the_outputs():
     assert_same_function(copy, model, nets.images())
 
 
+def test_graph_clone_can_take_layers_over():
+    model = nets.randomize(nets.chain())
+    expected = model(nets.images()).numpy()
+    model.get_layer("relu1")(keras.Input((2, 2, 4)))
+    layers_before = {layer.name: layer for layer in model.layers}
+    taken = graph.clone(model, lambda layer: layer)
+    for layer in taken.layers[1:]:
+        assert layer is layers_before[layer.name]
+        assert len(layer.inbound_nodes) == 1
+    np.testing.assert_array_equal(taken(nets.images()), expected)
+
+
 def test_wrapped_layers_keep_their_own_name_and_class():
     quantized = quantize(nets.perceptron(), W2A2)
     layer = inspection.wrapped_layer(quantized.get_layer("mid"))

@@ -176,12 +176,15 @@ def _unmixed():
 
 
 def _own_wrapper(layer, policies):
-    """Copies the layer, in this library's wrapper if it is in TF-MOT's.
+    """Returns the layer, in this library's wrapper if it is in TF-MOT's.
 
     Args:
         layer: Layer of the float32 network.
         policies: Layer name -> precision policy, as in configurations, for the given
             network. A new layer takes the policy of the layer that it reads.
+
+    Returns:
+        The layer itself if nothing changes, or else a copy.
     """
     source = layer
     while source.name not in policies:
@@ -192,6 +195,10 @@ def _own_wrapper(layer, policies):
         own = {**config["layer"]["config"], "dtype": policy}
         config["layer"] = {**config["layer"], "config": own}
         return LowBitWrapper.from_config(config)
+    # TF-MOT built the layers that it unwrapped with its wrapper's name in the weights'.
+    was_wrapped = layer_registry.kernels(layer)
+    if layer.get_config().get("dtype") == policy and not was_wrapped:
+        return layer
     return graph.copy_layer(layer, dtype=policy)
 
 

@@ -73,6 +73,8 @@ def copy_layer(layer: keras.layers.Layer, **changes: Any) -> keras.layers.Layer:
     """
     try:
         config = layer.get_config()
+        if "name" not in config:
+            raise ValueError("its `get_config` has no `name`")
         config |= {name: value for name, value in changes.items() if name in config}
         return type(layer).from_config(config)
     except (TypeError, ValueError, NotImplementedError) as error:
@@ -354,12 +356,21 @@ def clone(
     """Copies a model with its weights; each new layer is called by this model only.
 
     TF-MOT shares layers between its intermediate models, so that `layer.output` is
-    ambiguous. In the copy it is not. `copy` is a function layer -> new layer with the
-    same weights in the same order.
+    ambiguous. In the copy it is not.
+
+    Args:
+        model: Functional model.
+        copy: Function layer -> new layer with the same weights in the same order; or
+            the layer itself, which `model` then loses.
     """
-    copies = {layer.name: copy(layer) for layer in model.layers}
-    result = rebuild(model, lambda n, a, k: call_copy(copies[n.layer.name], n, a, k))
     # Not by name: a copy may have another name, such as TF-MOT's annotation.
-    for layer in model.layers:
-        set_weights(layer, copies[layer.name])
+    pairs = [(layer, copy(layer)) for layer in {n.layer: 0 for n in calls(model)}]
+    for layer, new in pairs:
+        if new is layer:
+            layer._inbound_nodes, layer._outbound_nodes = [], []
+    copies = {layer.name: new for layer, new in pairs}
+    result = rebuild(model, lambda n, a, k: call_copy(copies[n.layer.name], n, a, k))
+    for layer, new in pairs:
+        if new is not layer:
+            set_weights(layer, new)
     return result

@@ -176,13 +176,15 @@ def _identity(name: str, dtype) -> keras.layers.Layer:
 
 
 def _place_quantizers(model: keras.Model, plan: Plan) -> keras.Model:
-    """Puts an identity layer at the place of each activation quantizer."""
-    copies = {}
-    for layer in model.layers:
-        if layer.name in plan.activations:
-            copies[layer.name] = _identity(layer.name, layer.dtype_policy)
-        else:
-            copies[layer.name] = graph.copy_layer(layer)
+    """Puts an identity layer at the place of each activation quantizer.
+
+    The other layers are used again: TF-MOT's hook owns the model.
+    """
+    replaced = {
+        layer.name: _identity(layer.name, layer.dtype_policy)
+        for layer in model.layers
+        if layer.name in plan.activations
+    }
     inserted: dict[str, object] = {}
 
     def edge(node, old, new):
@@ -200,14 +202,11 @@ def _place_quantizers(model: keras.Model, plan: Plan) -> keras.Model:
             return new
         return _identity(residual.name, old._keras_history.layer.dtype_policy)(new)
 
-    result = graph.rebuild(
-        model,
-        lambda node, a, k: graph.call_copy(copies[node.layer.name], node, a, k),
-        edge,
-        behind,
-    )
-    graph.copy_weights(model, result)
-    return result
+    def call(node, args, kwargs):
+        layer = replaced.get(node.layer.name, node.layer)
+        return graph.call_copy(layer, node, args, kwargs)
+
+    return graph.rebuild(model, call, edge, behind)
 
 
 def _configs(plan: Plan, model: keras.Model) -> dict:
