@@ -364,7 +364,8 @@ def clone(
             the layer itself, which `model` then loses.
     """
     # Not by name: a copy may have another name, such as TF-MOT's annotation.
-    pairs = [(layer, copy(layer)) for layer in {n.layer: 0 for n in calls(model)}]
+    layers = dict.fromkeys(node.layer for node in calls(model))
+    pairs = [(layer, copy(layer)) for layer in layers]
     for layer, new in pairs:
         if new is layer:
             layer._inbound_nodes, layer._outbound_nodes = [], []
