@@ -71,6 +71,13 @@ def test_auto_is_fused_on_this_device_and_composed_under_xla():
     assert chosen == ["fused", "composed"]
 
 
+def test_a_gpu_reads_no_limit_on_the_host(monkeypatch):
+    devices = [tf.config.LogicalDevice("/device:GPU:0", "GPU")]
+    monkeypatch.setattr(tf.config, "list_logical_devices", lambda: devices)
+    assert ste.choose_implementation("auto", 1.0) == "fused"
+    assert ste.choose_implementation("auto", tf.constant(1.0)) == "composed"
+
+
 @pytest.mark.parametrize("implementation", ["fused", "composed"])
 def test_a_named_implementation_is_kept(implementation):
     assert ste.choose_implementation(implementation) == implementation

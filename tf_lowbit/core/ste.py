@@ -21,11 +21,14 @@ def validate_implementation(implementation: str) -> str:
     return checks.choice("implementation", implementation, IMPLEMENTATIONS)
 
 
-def choose_implementation(implementation: str = "auto") -> str:
+def choose_implementation(
+    implementation: str = "auto", limit: float | tf.Tensor = 1.0
+) -> str:
     """Resolves "auto" to "fused" or "composed".
 
-    The fused kernels exist for CPU and GPU. "auto" is "composed" under XLA, which fuses
-    by itself, and on other devices (TPU), which have no such kernel.
+    "auto" is "composed" where the fused kernels do not exist (TPU), under XLA, which
+    fuses by itself, and where a GPU has `limit` in a tensor: the fused kernels read it
+    on the host, so each call would wait for a copy.
 
     Raises:
         ValueError: If it is none of the three.
@@ -34,9 +37,8 @@ def choose_implementation(implementation: str = "auto") -> str:
     if implementation != "auto":
         return implementation
     kinds = {device.device_type for device in tf.config.list_logical_devices()}
-    if in_xla_context() or not kinds <= {"CPU", "GPU"}:
-        return "composed"
-    return "fused"
+    fused_on = {"CPU"} if tf.is_tensor(limit) else {"CPU", "GPU"}
+    return "composed" if in_xla_context() or not kinds <= fused_on else "fused"
 
 
 def _fused_unsigned(inputs, limit, bits):
@@ -67,7 +69,7 @@ def unsigned_forward(
 
     Both implementations agree, except in the sign of 0.
     """
-    if choose_implementation(implementation) == "fused":
+    if choose_implementation(implementation, limit) == "fused":
         return _fused_unsigned(inputs, limit, bits)
     return _composed_unsigned(inputs, limit, bits)
 
@@ -146,7 +148,7 @@ def learned_clip_round(
     `dy/dlimit = 1` where `x > limit`, else 0. `limit`, "alpha" in the paper, is a
     positive scalar float32 tensor.
     """
-    fused = choose_implementation(implementation) == "fused"
+    fused = choose_implementation(implementation, limit) == "fused"
 
     @tf.custom_gradient
     def quantize(x, alpha):
@@ -262,7 +264,7 @@ def stepped_round(
         gradient_scale: Scalar factor on the step's gradient, "g" in the paper.
         implementation: As in `clip_round`. The signed grid is always composed.
     """
-    fused = not signed and choose_implementation(implementation) == "fused"
+    fused = not signed and choose_implementation(implementation, step) == "fused"
 
     @tf.custom_gradient
     def quantize(x, s):
@@ -273,7 +275,8 @@ def stepped_round(
         else:
             low, high = 0.0, unsigned_range(s, bits)
             fineness = bits if rounding_bits is None else rounding_bits
-            y = unsigned_forward(x, high, fineness, implementation)
+            forward = _fused_unsigned if fused else _composed_unsigned
+            y = forward(x, high, fineness)
 
         def gradient(upstream):
             # The step's gradient keeps `x` anyway, so a mask would be extra memory.
