@@ -12,6 +12,7 @@ import numpy as np
 from benchmarks.accuracy import tuning
 from benchmarks.accuracy.rows import label, mean_interval, paired
 from benchmarks.cifar import plan as cifar_plan
+from benchmarks.cifar.plan import FLOAT, RECIPE
 from benchmarks.common import store
 from benchmarks.common.tables import NOTHING, table
 
@@ -139,17 +140,36 @@ def tuning_table(name: str, results: dict[str, dict]) -> str:
     return table(["method", *(f"{rate:g}" for rate in rates)], lines)
 
 
-def plots(path: Path) -> dict[str, matplotlib.figure.Figure]:
-    """Matplotlib figures by file name; none as long as there are no results."""
+def plots(path: Path, step_costs: Path) -> dict[str, matplotlib.figure.Figure]:
+    """Matplotlib figures by file name; none as long as there are no results.
+
+    Args:
+        path: The file of all results.
+        step_costs: JSON file of `benchmarks.cost.step_cost`.
+    """
     results = store.read(path)
-    rows, given = list(_rows("tiny", results)), given_accuracy("tiny", results)
+    rows = [row for row in _rows("tiny", results) if row[0][1] is not None]
+    given = given_accuracy("tiny", results)
     if not rows:
         return {}
     matplotlib.rcParams["svg.hashsalt"] = "tf_lowbit"
-    figure = matplotlib.figure.Figure(figsize=(9, 4), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    _plot(axes[0], rows, "weight_bytes", 1e3, "kilobytes of weights, packed")
-    _plot(axes[1], rows, "bops", 1e6, "million bit operations (BOPs)")
+    figure = matplotlib.figure.Figure(figsize=(12, 4), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
+    _plot(axes[0], rows, lambda r: r["weight_bytes"] / 1e3, "kilobytes of weights")
+    _plot(axes[1], rows, lambda r: r["bops"] / 1e6, "million bit operations (BOPs)")
+    relative = _relative_steps(json.loads(step_costs.read_text())["ratios"])
+    trained = [
+        ((method, bits), runs)
+        for name in ("tiny", "tiny_long")
+        for (method, bits), runs in _rows(name, results)
+        if bits in (None, (2, 2))
+    ]
+    _plot(
+        axes[2],
+        trained,
+        lambda r: r["epochs"] * relative[r["method"]],
+        "training at W2A2, in epochs of a float network",
+    )
     target = cifar_plan.EXPERIMENTS["tiny"].target
     lines = [(target, "gray", ":", "MLPerf's target")]
     lines += [] if given is None else [(given, "black", "--", "float, as given")]
@@ -161,16 +181,27 @@ def plots(path: Path) -> dict[str, matplotlib.figure.Figure]:
     return {"tiny.svg": figure}
 
 
-def _plot(axes, rows, cost, unit, title) -> None:
+def _relative_steps(ratios: list[dict]) -> dict[str, float]:
+    """CPU time of a step of each method at W2A2, relative to a float step."""
+    found = {r["step"]: r["median"] for r in ratios if r["relative to"] == "float"}
+    return {
+        FLOAT: 1.0,
+        "plain": found["DoReFa W2A2"],
+        "LSQ": found["LSQ W2A2"],
+        RECIPE: found["recipes.low_bit W2A2"],
+    }
+
+
+def _plot(axes, rows, cost, title) -> None:
     colors = dict(
         zip(cifar_plan.METHODS, matplotlib.colormaps["tab10"].colors, strict=False)
     )
     for method, color in colors.items():
-        own = [(bits, runs) for (name, bits), runs in rows if name == method and bits]
+        own = [(bits, runs) for (name, bits), runs in rows if name == method]
         if not own:
             continue
-        own.sort(key=lambda row: row[1][0][cost])
-        costs = [runs[0][cost] / unit for _, runs in own]
+        own.sort(key=lambda row: cost(row[1][0]))
+        costs = [cost(runs[0]) for _, runs in own]
         means, halves = zip(
             *(mean_interval(_percent(runs)) for _, runs in own), strict=True
         )

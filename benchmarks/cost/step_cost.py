@@ -44,10 +44,16 @@ COMPARISONS = [
 ]
 
 
-def quantized(model, activation="dorefa"):
-    """A W2A2 network with one activation quantizer."""
-    rule = tfl.PrecisionRule(".*", 2, 2, activation_quantizer=activation)
-    return tfl.quantize(model, [rule])
+def quantized(model, activation="dorefa", weight="dorefa"):
+    """A W2A2 network with these quantizers."""
+    return tfl.quantize(model, [tfl.PrecisionRule(".*", 2, 2, weight, activation)])
+
+
+def recipe(model):
+    """The trainer of `recipes.low_bit` at W2A2."""
+    batch = tf.random.normal((8, *model.input_shape[1:])), tf.zeros(8, tf.int32)
+    data = tf.data.Dataset.from_tensors(batch)
+    return tfl.recipes.low_bit(model, data, bits=2, epochs=1).trainer
 
 
 def trainer(model, teacher=None, unit=None, train="joint", hints=None):
@@ -73,6 +79,8 @@ def variants() -> dict[str, keras.Model]:
         "DoReFa W2A2, composed": quantized(model, composed),
         "PACT activations": quantized(model, "pact"),
         "LSQ activations": quantized(model, "lsq"),
+        "LSQ W2A2": quantized(model, "lsq", "lsq"),
+        "recipes.low_bit W2A2": recipe(model),
         "trainer without options": trainer(model),
         "stochastic precision, layers": trainer(model, unit="layer"),
         "stochastic precision, blocks": trainer(model, unit="block"),

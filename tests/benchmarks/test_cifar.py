@@ -107,8 +107,21 @@ def test_the_table_has_each_row_and_its_distance_to_the_float_network(tmp_path):
     assert [cell.strip() for cell in row.split("|")[1:-1]] == [
         "W2A2", "84.00 ± 6.57 (3)", "34,896", "77"
     ]  # fmt: skip
-    (figure,) = cifar_report.plots(path).values()
-    for axes, cost in zip(figure.axes, (25.452, 76.587008), strict=True):
+    ratios = {"DoReFa W2A2": 1.1, "LSQ W2A2": 1.25, "recipes.low_bit W2A2": 2.5}
+    steps = tmp_path / "steps.json"
+    steps.write_text(
+        json.dumps(
+            {
+                "ratios": [
+                    {"step": name, "relative to": "float", "median": ratio}
+                    for name, ratio in ratios.items()
+                ]
+            }
+        )
+    )
+    (figure,) = cifar_report.plots(path, steps).values()
+    # Eight epochs of steps that take 1.25 times as long.
+    for axes, cost in zip(figure.axes, (25.452, 76.587008, 10.0), strict=True):
         (points,) = axes.containers
         np.testing.assert_allclose(points[0].get_xydata(), [[cost, 84.0]])
         heights = [line.get_ydata()[0] for line in axes.lines[-2:]]

@@ -13,6 +13,8 @@ COMPARISONS = {
     "DoReFa W2A2, composed": ["float"],
     "PACT activations": ["float"],
     "LSQ activations": ["float"],
+    "LSQ W2A2": ["float"],
+    "recipes.low_bit W2A2": ["float"],
     "trainer without options": ["float", "DoReFa W2A2"],
     "stochastic precision, layers": ["float", "DoReFa W2A2"],
     "stochastic precision, blocks": ["float", "DoReFa W2A2"],
