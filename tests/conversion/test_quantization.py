@@ -14,7 +14,7 @@ from tf_lowbit import (
     quantizers,
     requantize,
 )
-from tf_lowbit.compat import keras, tf
+from tf_lowbit.compat import keras, tf, tfmot
 from tf_lowbit.network import graph, inspection
 
 layers = keras.layers
@@ -649,3 +649,49 @@ def test_a_rule_for_layers_leaves_their_own_relus_to_those_that_read_them():
         t.name: t.bits for t in inspection.quantized_tensors(quantize(model, named))
     }
     assert bits["conv2_relu/output"] == 4
+
+
+@keras.utils.register_keras_serializable(package="tests")
+class HalfFrozen(layers.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.first = layers.Dense(4, trainable=False)
+        self.second = layers.Dense(4)
+        self.seen = 0
+
+    def call(self, inputs):
+        self.seen += 1
+        return self.second(self.first(inputs))
+
+
+def test_parts_that_their_layer_froze_keep_their_weights():
+    own = HalfFrozen(name="own")
+    model = nets.randomize(
+        keras.Sequential(
+            [keras.Input((6,)), layers.Dense(4), own, layers.Dense(4), layers.Dense(2)]
+        )
+    )
+    copy = quantize(model, W2A2).get_layer("own")
+    np.testing.assert_array_equal(copy.first.kernel, own.first.kernel)
+    np.testing.assert_array_equal(copy.second.kernel, own.second.kernel)
+    # TF-MOT's calls are not this layer's.
+    assert copy.seen == 1
+
+
+def test_weights_have_their_layers_names_after_quantize_apply():
+    model = keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.Dense(4, name="first"),
+            layers.BatchNormalization(name="norm"),
+            layers.ReLU(name="relu"),
+            layers.Dense(4, name="second"),
+            layers.Dense(2, name="head"),
+        ]
+    )
+    annotated = tfmot.quantization.keras.quantize_annotate_model(model)
+    applied = tfmot.quantization.keras.quantize_apply(
+        annotated, tfl.LowBitScheme(W2A2), quantized_layer_name_prefix=""
+    )
+    names = {weight.name.split("/")[0] for weight in applied.weights}
+    assert names == {"first", "norm", "relu", "second", "head"}

@@ -195,9 +195,7 @@ def _own_wrapper(layer, policies):
         own = {**config["layer"]["config"], "dtype": policy}
         config["layer"] = {**config["layer"], "config": own}
         return LowBitWrapper.from_config(config)
-    # TF-MOT built the layers that it unwrapped with its wrapper's name in the weights'.
-    was_wrapped = layer_registry.kernels(layer)
-    if layer.get_config().get("dtype") == policy and not was_wrapped:
+    if graph.is_movable(layer) and layer.get_config().get("dtype") == policy:
         return layer
     return graph.copy_layer(layer, dtype=policy)
 
@@ -325,8 +323,10 @@ def _annotate(model: keras.Model) -> keras.Model:
 
     def copy(layer):
         is_float = layer.dtype is not None and tf.as_dtype(layer.dtype).is_floating
-        fresh = graph.copy_layer(layer, **({"dtype": "float32"} if is_float else {}))
-        fresh.trainable = True  # TF-MOT reorders the weights of frozen layers.
+        # TF-MOT reorders the weights of frozen layers. By the configuration, which is
+        # what it copies: the setter would reach parts that `__init__` froze.
+        changes = {"trainable": True, **({"dtype": "float32"} if is_float else {})}
+        fresh = graph.copy_layer(layer, **changes)
         return annotate(fresh) if layer.name in found else fresh
 
     return graph.clone(model, copy)

@@ -224,6 +224,15 @@ def is_builtin(layer: keras.layers.Layer) -> bool:
     return type(layer).__module__.partition(".")[0] in _BUILTIN
 
 
+def is_movable(layer: keras.layers.Layer) -> bool:
+    """Tells whether a layer can leave its model for another one.
+
+    Layers of users may keep tensors, counts or losses of their calls.
+    """
+    has_loss = getattr(layer, "activity_regularizer", None) is not None
+    return is_builtin(layer) and not _parts(layer) and not has_loss
+
+
 def nested_models(model: keras.Model) -> list[keras.Model]:
     """Returns the models among the model's own layers."""
     return [layer for layer in model.layers if isinstance(layer, keras.Model)]

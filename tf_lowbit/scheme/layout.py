@@ -94,7 +94,7 @@ class LowBitLayout(tfmot.quantization.keras.QuantizeLayoutTransform):
         )
         report_problems(plan.problems(), self.strict)
         self._check_annotated(plan, model, layer_quantize_map)
-        placed = _place_quantizers(split, plan)
+        placed = _place_quantizers(split, plan, set(layer_quantize_map))
         configs = {**_configs(plan, split), **given}
         if not configs:
             raise ValueError(
@@ -175,38 +175,50 @@ def _identity(name: str, dtype) -> keras.layers.Layer:
     return keras.layers.Activation("linear", name=name, dtype=dtype)
 
 
-def _place_quantizers(model: keras.Model, plan: Plan) -> keras.Model:
+def _place_quantizers(
+    model: keras.Model, plan: Plan, annotated: set[str]
+) -> keras.Model:
     """Puts an identity layer at the place of each activation quantizer.
 
-    The other layers are used again: TF-MOT's hook owns the model.
+    Other layers move to the new model if they can: TF-MOT's hook owns the given one.
+    Weights of annotated layers have the names of their annotations, and would keep
+    them.
     """
-    replaced = {
-        layer.name: _identity(layer.name, layer.dtype_policy)
-        for layer in model.layers
-        if layer.name in plan.activations
-    }
+    new = {}
+    for layer in model.layers:
+        if layer.name in plan.activations:
+            new[layer.name] = _identity(layer.name, layer.dtype_policy)
+        elif layer.name in annotated or not graph.is_movable(layer):
+            new[layer.name] = graph.copy_layer(layer)
+        else:
+            new[layer.name] = layer
     inserted: dict[str, object] = {}
 
-    def edge(node, old, new):
+    def edge(node, old, tensor):
         insertion = plan.insertions.get((id(node), id(old)))
         if insertion is None:
-            return new
+            return tensor
         if insertion.name not in inserted:
             layer = _identity(insertion.name, node.layer.dtype_policy)
-            inserted[insertion.name] = layer(new)
+            inserted[insertion.name] = layer(tensor)
         return inserted[insertion.name]
 
-    def behind(old, new):
+    def behind(old, tensor):
         residual = plan.residuals.get(id(old))
         if residual is None:
-            return new
-        return _identity(residual.name, old._keras_history.layer.dtype_policy)(new)
+            return tensor
+        return _identity(residual.name, old._keras_history.layer.dtype_policy)(tensor)
 
-    def call(node, args, kwargs):
-        layer = replaced.get(node.layer.name, node.layer)
-        return graph.call_copy(layer, node, args, kwargs)
-
-    return graph.rebuild(model, call, edge, behind)
+    result = graph.rebuild(
+        model,
+        lambda node, a, k: graph.call_copy(new[node.layer.name], node, a, k),
+        edge,
+        behind,
+    )
+    for layer in model.layers:
+        if new[layer.name] is not layer:
+            graph.set_weights(layer, new[layer.name])
+    return result
 
 
 def _configs(plan: Plan, model: keras.Model) -> dict:
