@@ -126,7 +126,6 @@ def test_the_file_says_how_it_was_made(model, path):
     about = flatbuffer.read_metadata(path.read_bytes())
     assert about["options"] == choices
     assert about["ranges"] == {k: list(v) for k, v in made.snapped.ranges.items()}
-    assert about["notes"] == [str(note) for note in made.notes]
     assert about["tf_lowbit"] == tfl.__version__
 
 

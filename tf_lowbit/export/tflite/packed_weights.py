@@ -301,44 +301,4 @@ def _bytes(model) -> bytes:
             buffers.append(schema.BufferT(np.frombuffer(data, np.uint8)))
         user.buffer = kept[data]
     model.buffers = buffers
-    written: dict[tuple, int] = {}
-    for tensor in graph.tensors:
-        if tensor.quantization is not None:
-            tensor.quantization = _SharedQuantization(tensor.quantization, written)
     return flatbuffer.pack(model)
-
-
-class _SharedQuantization:
-    """Quantization parameters, of which equal ones are written once.
-
-    Zero points alone take 8 bytes per channel of all weights and biases, all of them 0.
-    """
-
-    def __init__(self, quantization, written):
-        self._written = written
-        scale, zero_point = quantization.scale, quantization.zeroPoint
-        self._scale = np.asarray([] if scale is None else scale, np.float32)
-        self._zero_point = np.asarray(
-            [] if zero_point is None else zero_point, np.int64
-        )
-        self._axis = quantization.quantizedDimension
-
-    def Pack(self, builder):  # noqa: N802
-        """Writes the parameters, or returns the offset of equal ones."""
-        key = (self._scale.tobytes(), self._zero_point.tobytes(), self._axis)
-        if key not in self._written:
-            vectors = [
-                self._vector(builder, v) for v in (self._scale, self._zero_point)
-            ]
-            schema.QuantizationParametersStart(builder)
-            schema.QuantizationParametersAddScale(builder, vectors[0])
-            schema.QuantizationParametersAddZeroPoint(builder, vectors[1])
-            schema.QuantizationParametersAddQuantizedDimension(builder, self._axis)
-            self._written[key] = schema.QuantizationParametersEnd(builder)
-        return self._written[key]
-
-    def _vector(self, builder, values):
-        key = (values.dtype, values.tobytes())
-        if key not in self._written:
-            self._written[key] = builder.CreateNumpyVector(values)
-        return self._written[key]

@@ -30,7 +30,6 @@ def metadata(snapped: Snapped, info: dict | None) -> dict:
         "tf_lowbit": __version__,
         "options": snapped.options.as_dict(),
         "ranges": {name: list(pair) for name, pair in snapped.ranges.items()},
-        "notes": [str(note) for note in snapped.notes],
         "info": info or {},
     }
 
