@@ -20,12 +20,15 @@ from benchmarks.common.tables import NOTHING, table
 def tables(path: Path) -> dict[str, str]:
     """The tables in Markdown, by the name that their place in the README has.
 
+    An experiment that is still being tuned has none.
+
     Args:
         path: The file of all results.
     """
     results = store.read(path)
     made = {}
-    for name in dict.fromkeys(run["experiment"] for run in results.values()):
+    tested = [r["experiment"] for r in results.values() if r["measured_on"] == "test"]
+    for name in dict.fromkeys(tested):
         made[f"cifar, {name}"] = accuracy_table(name, results)
         made[f"cifar, tuning of {name}"] = tuning_table(name, results)
     return made

@@ -402,6 +402,20 @@ def test_many_classes_have_no_confusion_matrix(network):
         assert ("confusion" in drawn) == (classes == plots.MOST_CLASSES)
 
 
+def test_a_trainer_and_a_float_network_of_keras3_are_reported(network, tmp_path):
+    keras3 = pytest.importorskip("keras")
+    float_model = keras3.Sequential(
+        [keras3.Input((8, 8, 1)), keras3.layers.Flatten(), keras3.layers.Dense(10)]
+    )
+    path = tfl.report(
+        tfl.LowBitTrainer(network),
+        None,
+        tmp_path / "net.html",
+        float_model=float_model,
+    )
+    assert path.exists()
+
+
 @pytest.mark.slow
 def test_what_cannot_be_reported(network, tmp_path, monkeypatch):
     path = tmp_path / "net.html"
@@ -415,8 +429,6 @@ def test_what_cannot_be_reported(network, tmp_path, monkeypatch):
         tfl.report(network, (batch for batch in DATA), path)
     with pytest.raises(ValueError, match="nothing is quantized"):
         tfl.report(nets.chain(), None, path)
-    with pytest.raises(ValueError, match="Received: LowBitTrainer"):
-        tfl.report(tfl.LowBitTrainer(network), None, path)
     with pytest.raises(ValueError, match="float_model must be of type Model"):
         tfl.report(network, None, path, float_model="net.h5")
     with pytest.raises(FileNotFoundError, match=r"folder must exist\. Rec.*absent'$"):

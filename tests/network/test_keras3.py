@@ -438,6 +438,13 @@ OF_KERAS3 = {
 }
 
 
+def test_check_reads_a_model_of_keras3():
+    model = on_an_input(layers.Dense(2, activation="hard_silu", name="own"))
+    (problem,) = tfl.export.check(model).problems
+    assert problem.layer == "own"
+    assert "x * tf.nn.relu6(x + 3.0) / 6.0" in problem.remedy
+
+
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("name", OF_KERAS3)
 def test_what_stays_of_keras3_is_refused_in_a_line(name):

@@ -107,3 +107,50 @@ def test_what_is_wrong_is_said(trained, changed, message):
     arguments = {"data": data(), "epochs": 1, **changed}
     with pytest.raises(ValueError, match=message):
         tfl.recipes.low_bit(trained, **arguments)
+
+
+def with_softmax(trained):
+    model = keras.models.clone_model(trained)
+    model.layers[-1].activation = keras.activations.softmax
+    return keras.models.clone_model(model)
+
+
+def test_a_softmax_is_refused_before_anything_is_measured(trained):
+    def never():
+        raise AssertionError("data were read")
+        yield
+
+    unread = tf.data.Dataset.from_generator(
+        never, output_signature=(tf.TensorSpec((1, 8, 8, 1)), tf.TensorSpec((1,)))
+    )
+    with pytest.raises(ValueError, match=r"must output logits.*activations\.linear"):
+        tfl.recipes.low_bit(with_softmax(trained), unread, epochs=1, steps_per_epoch=1)
+
+
+def test_data_of_keras3_are_refused(trained):
+    keras3 = pytest.importorskip("keras")
+
+    class Batches(keras3.utils.PyDataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return next(iter(data()))
+
+    with pytest.raises(ValueError, match=r"tf_keras\.utils\.Sequence.*of Keras 3"):
+        tfl.recipes.low_bit(trained, Batches(), epochs=1)
+
+
+def test_a_chain_of_layers_has_no_shortcut_to_warn_of(recwarn):
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            layers.Conv2D(4, 3, activation="relu"),
+            layers.Conv2D(4, 3, activation="relu"),
+            layers.Flatten(),
+            layers.Dense(3),
+        ]
+    )
+    recipe = tfl.recipes.low_bit(model, data(), epochs=1)
+    assert recipe.settings["shortcut_bits"] is None
+    assert not [w for w in recwarn if "_bits=" in str(w.message)]

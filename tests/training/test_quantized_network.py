@@ -276,3 +276,17 @@ def test_copies_warn_too(tmp_path, how):
     assert isinstance(again, QuantizedNetwork)
     (message,) = nets.told(lambda: compiled(again).evaluate(X, Y, verbose=0))
     assert "Call tf_lowbit.calibrate" in message
+
+
+def test_data_of_nan_end_in_what_to_do():
+    rule = tfl.PrecisionRule(".*", 2, 2, "lsq", "lsq")
+    model = ready(rule=rule, rate=0.1)
+    spoilt = X.copy()
+    spoilt[0] = np.nan
+    data = tf.data.Dataset.from_tensors((spoilt, Y)).repeat(2)
+    with pytest.raises(ValueError, match=r"finite: look for NaN in the data.*Received"):
+        model.fit(data, epochs=2, verbose=0)
+    with pytest.raises(ValueError, match=r"finite: look for NaN in the data.*Received"):
+        model.evaluate(X, Y, verbose=0)
+    with pytest.raises(tfl.export.ExportError, match="Weights must be finite"):
+        tfl.export.to_tflite(model, "never.tflite", [X])

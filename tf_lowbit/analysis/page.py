@@ -13,11 +13,12 @@ import numpy as np
 from tf_lowbit.analysis import plots
 from tf_lowbit.analysis.cost import cost
 from tf_lowbit.analysis.environment import environment
-from tf_lowbit.compat import keras, tf
+from tf_lowbit.compat import is_keras3, keras, tf
 from tf_lowbit.core import checks
 from tf_lowbit.core.files import replace_file, replaced
 from tf_lowbit.export import Export, Report
 from tf_lowbit.network import inspection, output_names, predictions
+from tf_lowbit.network.keras3 import from_keras3
 from tf_lowbit.network.observation import batches_for, require_end, require_rereadable
 from tf_lowbit.network.tensor_statistics import statistics
 from tf_lowbit.training.stages import Stage
@@ -57,7 +58,7 @@ def report(
     show values under the mouse. The page follows the reader's light or dark setting.
 
     Args:
-        model: Quantized model.
+        model: Quantized model, or a `LowBitTrainer` of one student.
         dataset: Finite iterable of batches, `x` or `(x, y)`; `y` are integer labels or
             probabilities of the classes. For several outputs `y` is a tuple or dict, of
             which the first output's counts. If labels are classes, the accuracy is
@@ -69,7 +70,8 @@ def report(
         stages: Stages of the training, as for `StagedPrecision`.
         exported: Result of `tf_lowbit.export.to_tflite`.
         verified: Result of `tf_lowbit.export.verify`.
-        float_model: The network before `quantize`, for comparison.
+        float_model: The network before `quantize`, of `tf_keras` or Keras 3, for
+            comparison.
         figures: Folder for each figure as a PNG file, 300 dots per inch; created if
             missing.
 
@@ -77,7 +79,7 @@ def report(
         The page's path.
 
     Raises:
-        ValueError: If nothing in the model is quantized, it is not a single network, a
+        ValueError: If nothing in the model is quantized, it has several students, a
             value is NaN or infinite, or the dataset is empty, endless or can be read
             only once.
         ImportError: Without matplotlib and Jinja (`pip install '.[report]'`).
@@ -92,6 +94,7 @@ def report(
             "report needs matplotlib and Jinja: pip install '.[report]'"
         ) from error
     inspection.require_quantized(model)
+    model = inspection.single_network(model)
     path = Path(checks.path("path", path))
     if not path.parent.is_dir():
         raise FileNotFoundError(
@@ -100,6 +103,8 @@ def report(
     if dataset is not None:
         require_rereadable(dataset)
         require_end(dataset)
+    if is_keras3(float_model):
+        float_model = from_keras3(float_model)
     _check_parts(history, stages, exported, verified, float_model)
     if figures is not None:
         figures = checks.path("figures", figures)

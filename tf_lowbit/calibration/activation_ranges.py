@@ -10,6 +10,7 @@ from tf_lowbit.calibration.batch_norm import (
     batch_normalized,
     fit_to_fixed_clips,
     require_values,
+    warn_of_other_scale,
 )
 from tf_lowbit.calibration.residual_steps import step_as_made, tie
 from tf_lowbit.compat import keras, tf
@@ -107,6 +108,8 @@ def _calibrate(model, batches, fit_batch_norm) -> list[str]:
         if tensor.role == "activation" and tensor.quantizer.needs_calibration
     ]
     measure(model, tensors, batches)
+    if inputs:
+        warn_of_other_scale(model, inputs[0])
     return [*names, *(tensor.name for tensor in tensors)]
 
 

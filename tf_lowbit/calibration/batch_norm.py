@@ -26,6 +26,11 @@ from tf_lowbit.scheme.layout import QuantizationWarning
 # digits lost 1.5 to 76 points of accuracy above it; one below it lost 10.
 NOTABLE_LAG = 0.15
 _MOST_NAMED = 5
+# A lag as large as this may have another cause.
+_LARGE_LAG = 3.0
+# Ratio of deviations at which data have another scale than those of the training. It is
+# 255 for pixels that were not divided, 127 for those in -1 to 1.
+_OTHER_SCALE = 16.0
 # Statistics of fewer values are mostly noise.
 _FEW_VALUES = 8
 
@@ -215,13 +220,61 @@ def lag_message(late: dict[str, float], where: str) -> str:
     """
     worst = dict(sorted(late.items(), key=lambda item: -item[1])[:_MOST_NAMED])
     received = ", ".join(f"{name} by {value:.2f}" for name, value in worst.items())
+    other = ""
+    if max(late.values()) > _LARGE_LAG:
+        other = (
+            " So large a lag can also mean data of another scale than the training's, "
+            "such as 0 to 255 for 0 to 1: then give data as in training instead."
+        )
     return (
         "Moving statistics of batch normalization must be those of the trained "
         "network, or it evaluates worse than it trains: call "
         "tf_lowbit.recalibrate_batch_norm(model, data), train with "
         "tf_lowbit.callbacks.BatchNormReestimation, or give the layers a lower "
-        f"momentum, such as 0.9. Received: {len(late)} layers that lag {where}, in "
+        f"momentum, such as 0.9.{other} Received: {len(late)} layers that lag {where}, in "
         f"standard deviations: {received}"
+    )
+
+
+def warn_of_other_scale(network: keras.Model, inputs: Any) -> None:
+    """Warns if a batch has another scale than the data of the float training.
+
+    What the first normalization reads is compared with its moving statistics. Nothing
+    is known without a normalization, or behind weights whose quantizer changes their
+    scale, as DoReFa's does.
+
+    Args:
+        network: Quantized network whose ranges fit the batch.
+        inputs: Inputs of one batch.
+    """
+    node = next(
+        (n for n in graph.calls(network) if n.layer in norms_of(network)),
+        None,
+    )
+    if node is None or _is_at_start(node.layer):
+        return
+    reads = keras.Model(network.inputs, node.keras_inputs[0])
+    for tensor in inspection.quantized_tensors(reads):
+        if tensor.latent is not None:
+            ratio = np.std(tensor.quantized()) / np.std(tensor.latent)
+            if not 0.5 < ratio < 2.0:
+                return
+    values = tf.cast(reads(inputs, training=False), tf.float32).numpy()
+    kept = {axis % values.ndim for axis in node.layer.axis}
+    axes = tuple(axis for axis in range(values.ndim) if axis not in kept)
+    mean, variance = statistics_of(node.layer)
+    deviation = np.sqrt(np.maximum(variance, 0.0) + node.layer.epsilon)
+    spread = float(np.median(values.std(axis=axes).ravel() / deviation))
+    shift = float(np.median(np.abs(values.mean(axis=axes).ravel() - mean) / deviation))
+    if 1 / _OTHER_SCALE < spread < _OTHER_SCALE and shift < _OTHER_SCALE:
+        return
+    warnings.warn(
+        "Data must have the scale of the float network's training data, such as 0 to "
+        "1 or 0 to 255, or the ranges will not fit the training. Received: data behind "
+        f"which {node.layer.name!r} reads {spread:.2g} times the deviation of its "
+        f"moving statistics, shifted by {shift:.2g} deviations",
+        QuantizationWarning,
+        stacklevel=4,
     )
 
 

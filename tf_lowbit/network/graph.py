@@ -335,12 +335,12 @@ def set_weights(source: keras.layers.Layer, target: keras.layers.Layer) -> None:
         return
     with contextlib.ExitStack() as stack:
         for layer in (source, target):
-            stack.enter_context(_thawed(layer))
+            stack.enter_context(thawed(layer))
         target.set_weights(source.get_weights())
 
 
 @contextlib.contextmanager
-def _thawed(layer):
+def thawed(layer):
     """A context in which a layer and its inner layers are trainable."""
     flags = [(within, within._trainable) for within in layer._flatten_layers()]
     try:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from tf_lowbit.compat import keras, tf, tfmot
 from tf_lowbit.core import checks
-from tf_lowbit.network import passthrough
+from tf_lowbit.network import graph, passthrough
 
 _layers = keras.layers
 
@@ -154,9 +154,11 @@ def relu_kind(layer: keras.layers.Layer) -> str | None:
 
 
 def is_unsupported(layer: keras.layers.Layer) -> bool:
-    """Tells whether the layer trains weights that this library cannot quantize.
+    """Tells whether the layer has weights to train that this library cannot quantize.
 
-    BatchNormalization is supported: it is folded into an integer scale.
+    Whether they are frozen does not matter. BatchNormalization is supported: it is
+    folded into an integer scale.
     """
     known = bool(kernels(layer)) or isinstance(layer, BATCH_NORMS)
-    return bool(layer.trainable_weights) and not known
+    with graph.thawed(layer):
+        return bool(layer.trainable_weights) and not known

@@ -9,12 +9,13 @@ from tf_lowbit.callbacks import StagedPrecision
 from tf_lowbit.compat import is_keras3, keras
 from tf_lowbit.conversion.quantization import quantize
 from tf_lowbit.core import checks, grid
-from tf_lowbit.network import graph
+from tf_lowbit.network import graph, layer_registry
 from tf_lowbit.network.keras3 import from_keras3
 from tf_lowbit.network.observation import require_rereadable
 from tf_lowbit.scheme.placement import edge_layers
 from tf_lowbit.scheme.rules import PrecisionRule
 from tf_lowbit.training import JointDistillation, LowBitTrainer
+from tf_lowbit.training.outputs import check_ends
 from tf_lowbit.training.stages import Stage
 
 TEACHERS = ("joint", "frozen")
@@ -112,11 +113,19 @@ def low_bit(
     if teacher is not None:
         checks.choice("teacher", teacher, TEACHERS)
     require_rereadable(data)
+    if is_keras3(data, "utils.PyDataset"):
+        raise ValueError(
+            "data must be a tf.data.Dataset or a tf_keras.utils.Sequence, which the "
+            f"trainer's fit reads. Received: {type(data).__name__} of Keras 3"
+        )
     steps = epochs * _steps_per_epoch(data, steps_per_epoch)
 
     model = from_keras3(model) if is_keras3(model) else model
     checks.instance("model", model, keras.Model)
     model = graph.clone(graph.flatten(model))  # A joint teacher is trained.
+    if teacher is not None:
+        check_ends([], model)
+    has_sums = any(map(layer_registry.is_sum, model.layers))
     first, last = edge_layers(model)
     names = "|".join(map(re.escape, sorted(first | last)))
     rules = [
@@ -124,7 +133,10 @@ def low_bit(
         PrecisionRule(".*", *pair, "lsq", "lsq"),
     ]
     student = quantize(
-        model, rules, residual_bits=_RESIDUAL_BITS, shortcut_bits=_SHORTCUT_BITS
+        model,
+        rules,
+        residual_bits=_RESIDUAL_BITS if has_sums else None,
+        shortcut_bits=_SHORTCUT_BITS if has_sums else None,
     )
     calibrate(student, data)
     trainer = LowBitTrainer(
@@ -148,8 +160,8 @@ def low_bit(
         "activation_bits": pair[1],
         "quantizers": "lsq",
         "edges": f"{_EDGE_BITS} bits, uniform: {', '.join(sorted(first | last))}",
-        "shortcut_bits": _SHORTCUT_BITS,
-        "residual_bits": _RESIDUAL_BITS,
+        "shortcut_bits": _SHORTCUT_BITS if has_sums else None,
+        "residual_bits": _RESIDUAL_BITS if has_sums else None,
         "teacher": teacher,
         "epochs": epochs,
         "steps": steps,

@@ -76,14 +76,16 @@ class CheckedTraining:
         given = inspect.signature(super().fit).bind(*args, **kwargs)
         callbacks = given.arguments.get("callbacks")
         keras3.require_callbacks(callbacks)
-        with _watched(self, callbacks) as given.arguments["callbacks"]:
+        watched = _watched(self, callbacks)
+        with _explained(self), watched as given.arguments["callbacks"]:
             return super().fit(*given.args, **given.kwargs)
 
     @functools.wraps(keras.Model.evaluate)
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 (Keras's own)
         keras3.require_callbacks(kwargs.get("callbacks"))
         warn_of_open_ranges(self)
-        return super().evaluate(*args, **kwargs)
+        with _explained(self):
+            return super().evaluate(*args, **kwargs)
 
 
 @keras.utils.register_keras_serializable(package="tf_lowbit")
@@ -135,6 +137,21 @@ def warn_of_open_ranges(model: keras.Model) -> None:
             QuantizationWarning,
             stacklevel=3,
         )
+
+
+@contextlib.contextmanager
+def _explained(model):
+    """A context in which a kernel's refusal of a step of NaN says what to do."""
+    try:
+        yield
+    except tf.errors.InvalidArgumentError as error:
+        if "Invalid range" not in str(error):
+            raise
+        raise ValueError(
+            "Steps and clips must be finite: look for NaN in the data, lower the "
+            "learning rate, or load weights from before the training diverged. "
+            f"Received: NaN or infinity in {inspection.nonfinite_weight(model)}"
+        ) from error
 
 
 @contextlib.contextmanager

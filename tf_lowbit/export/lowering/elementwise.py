@@ -10,7 +10,7 @@ import numpy as np
 
 from tf_lowbit.compat import CustomScaleLayer, LayerScale, Node, keras, tf
 from tf_lowbit.export.types import ExportError, refusal
-from tf_lowbit.network import inspection, layer_registry
+from tf_lowbit.network import inspection, keras3_activations, layer_registry
 
 _layers = keras.layers
 _OPERATORS = {
@@ -162,10 +162,13 @@ def is_known(function: Any) -> bool:
 def unknown_activation(layer: keras.layers.Layer) -> ExportError:
     """The error for a layer whose activation cannot be exported."""
     function = layer.activation
+    remedy = "use one of these and continue training"
+    if function is keras3_activations.hard_silu:
+        remedy = "write it as x * tf.nn.relu6(x + 3.0) / 6.0, which is the same"
     return refusal(
         layer,
         f"Activations must be one of {', '.join(FLOAT_ACTIVATIONS)}",
-        "use one of these and continue training",
+        remedy,
         f"with {getattr(function, '__name__', type(function).__name__)!r}",
     )
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from tf_lowbit import quantizers
-from tf_lowbit.compat import keras
+from tf_lowbit.compat import is_keras3, keras
 from tf_lowbit.export import layer_table, targets
 from tf_lowbit.export.integer import twin
 from tf_lowbit.export.lowering import elementwise, forms, stock_layers
@@ -12,6 +12,7 @@ from tf_lowbit.export.lowering.builder import edges_of
 from tf_lowbit.export.targets import Target
 from tf_lowbit.export.types import ExportError, Problem, refusal
 from tf_lowbit.network import graph, inspection, layer_registry, separable
+from tf_lowbit.network.keras3 import from_keras3
 
 _layers = keras.layers
 _POOLS = (_layers.AveragePooling1D, _layers.AveragePooling2D)
@@ -56,8 +57,9 @@ def check(model: keras.Model, target: str | Target = "xnnpack") -> Check:
     setting. Call it again after `quantize`: it then checks the bits of the rules, too.
 
     Args:
-        model: Built Sequential or Functional model, float or quantized; or a
-            `LowBitTrainer`, for its students. Nested models are included.
+        model: Built Sequential or Functional model of `tf_keras` or Keras 3, float or
+            quantized; or a `LowBitTrainer`, for its students. Nested models are
+            included.
         target: As in `to_tflite`; or "qonnx" for `to_qonnx`.
 
     Returns:
@@ -71,6 +73,8 @@ def check(model: keras.Model, target: str | Target = "xnnpack") -> Check:
     """
     target = targets.find(target)
     found: dict[str, Problem] = {}
+    if is_keras3(model):
+        model = from_keras3(model)
     for network in inspection.networks(model):
         is_graph = isinstance(network, keras.Model) and network._is_graph_network
         if not is_graph:

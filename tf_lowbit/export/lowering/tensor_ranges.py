@@ -19,6 +19,21 @@ def key(tensor: KerasTensor) -> str:
     return f"{history.layer.name}{call}{output}"
 
 
+class MissingRange(ValueError):
+    """There is no data to measure the range of a tensor on.
+
+    Args:
+        tensor: Name of the tensor.
+    """
+
+    def __init__(self, tensor: str):
+        self.tensor = tensor
+        super().__init__(
+            "data must be given: training did not fix the range of every integer "
+            f"tensor. Received: data=None, and {tensor!r} has no range"
+        )
+
+
 def _pairs(ranges) -> dict[str, tuple[float, float]]:
     """Ranges that were measured before, checked."""
     is_whole = isinstance(ranges, Mapping) and all(
@@ -90,10 +105,7 @@ class Ranges:
 
     def _measure(self, wanted):
         if self._data is None:
-            raise ValueError(
-                "data must be given: training did not fix the range of every integer "
-                f"tensor. Received: data=None, and {wanted!r} has no range"
-            )
+            raise MissingRange(wanted)
         tensors = [
             tensor
             for node in graph.nodes(self._model)

@@ -148,12 +148,12 @@ def to_tflite(
                 f"{snapped.options}. Received: {options}"
             )
     else:
-        if data is not None:
-            batch_norm.warn_of_lag(model, data, batches)
         with progress.bar("Placing thresholds", verbose) as update:
             snapped = snap(
                 model, data, options=options, batches=batches, progress=update
             )
+        if data is not None:
+            batch_norm.warn_of_lag(model, data, batches)
     content = writer.to_bytes(snapped, info)
     target_check.require_runnable(content, options.target)
     if options.storage == "packed":

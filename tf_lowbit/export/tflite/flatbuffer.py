@@ -289,7 +289,10 @@ def read_metadata(data: bytes) -> dict:
     """
     try:
         model = unpack(data)
-        (index,) = (m.buffer for m in model.metadata if m.name == METADATA.encode())
+        own = [m for m in model.metadata or () if m.name == METADATA.encode()]
+        if not own:
+            raise ValueError(f"no metadata {METADATA!r}: another program wrote it")
+        index = own[0].buffer
         found = json.loads(bytes(model.buffers[index].data))
         if not isinstance(found, dict):
             raise TypeError("no table")
