@@ -224,15 +224,15 @@ def lag_message(late: dict[str, float], where: str) -> str:
     if max(late.values()) > _LARGE_LAG:
         other = (
             " So large a lag can also mean data of another scale than the training's, "
-            "such as 0 to 255 for 0 to 1: then give data as in training instead."
+            "such as 0 to 255 for 0 to 1: then give data as in training."
         )
     return (
         "Moving statistics of batch normalization must be those of the trained "
         "network, or it evaluates worse than it trains: call "
         "tf_lowbit.recalibrate_batch_norm(model, data), train with "
         "tf_lowbit.callbacks.BatchNormReestimation, or give the layers a lower "
-        f"momentum, such as 0.9.{other} Received: {len(late)} layers that lag {where}, in "
-        f"standard deviations: {received}"
+        f"momentum, such as 0.9.{other} Received: {len(late)} layers that lag "
+        f"{where}, in standard deviations: {received}"
     )
 
 

@@ -45,8 +45,8 @@ def quantize(
       rule that matches the layer, by name or type, matches both.
     - Nested models are flattened. If a name occurs twice, the layer in the nested model
       gets the model's name as prefix: `backbone_conv1`.
-    - A quantized ReLU clips at its own range. If it replaces a ReLU6, `calibrate` sets a
-      range that ends at 6 or below.
+    - A quantized ReLU clips at its own range. If it replaces a ReLU6, `calibrate` sets
+      a range that ends at 6 or below.
 
     Float weights become latent weights (float64 is rounded to float32), and learned
     weight steps start from them. Activation ranges that are learned or calibrated need

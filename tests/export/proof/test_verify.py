@@ -595,7 +595,7 @@ def test_changed_ranges_make_another_plan(trained, file):
     ids=["none", "another tensor's"],
 )
 def test_ranges_that_are_missing(trained, file, change):
-    with pytest.raises(ValueError, match="must be of this model.*without a range for"):
+    with pytest.raises(ValueError, match=r"must be of this model.*without a range for"):
         verify(with_metadata(file, change), trained)
 
 
@@ -649,7 +649,7 @@ def test_what_is_no_file(snapped, content):
 def test_a_file_of_another_maker(snapped):
     model = keras.Sequential([keras.layers.Dense(2, input_shape=(3,))])
     converter = tf.lite.TFLiteConverter.from_keras_model(model)
-    with pytest.raises(ValueError, match="to_tflite.*another program wrote it"):
+    with pytest.raises(ValueError, match=r"to_tflite.*another program wrote it"):
         verify(converter.convert(), snapped)
 
 

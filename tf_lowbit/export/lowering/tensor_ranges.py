@@ -19,7 +19,7 @@ def key(tensor: KerasTensor) -> str:
     return f"{history.layer.name}{call}{output}"
 
 
-class MissingRange(ValueError):
+class MissingRangeError(ValueError):
     """There is no data to measure the range of a tensor on.
 
     Args:
@@ -105,7 +105,7 @@ class Ranges:
 
     def _measure(self, wanted):
         if self._data is None:
-            raise MissingRange(wanted)
+            raise MissingRangeError(wanted)
         tensors = [
             tensor
             for node in graph.nodes(self._model)

@@ -14,7 +14,7 @@ from tf_lowbit.core import progress
 from tf_lowbit.export import file_bytes, layer_table, targets
 from tf_lowbit.export.integer import plain_layers, twin
 from tf_lowbit.export.lowering import requirements
-from tf_lowbit.export.lowering.tensor_ranges import MissingRange
+from tf_lowbit.export.lowering.tensor_ranges import MissingRangeError
 from tf_lowbit.export.lowering.walk import Snapped, snap
 from tf_lowbit.export.options import Options
 from tf_lowbit.export.proof import arithmetic
@@ -246,7 +246,7 @@ def _plan(model, about, options, trained, report, verbose):
             snapped = snap(
                 network, options=options, ranges=about["ranges"], progress=update
             )
-        except MissingRange as error:
+        except MissingRangeError as error:
             raise ValueError(
                 "The file must be of this model: export it again. "
                 f"Received: a file without a range for {error.tensor!r}"
