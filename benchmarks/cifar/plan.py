@@ -86,7 +86,7 @@ EXPERIMENTS = {
         # What MLPerf Tiny asks of a network for CIFAR-10.
         target=85.0,
     ),
-    # The recipe's teacher at most doubles the cost of a step: LSQ for twice as long.
+    # LSQ for twice as long: a step of the recipe takes about as long as two of LSQ.
     "tiny_long": Experiment(
         network="mlperf_resnet8",
         dataset="cifar10",

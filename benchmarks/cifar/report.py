@@ -20,7 +20,7 @@ from benchmarks.common.tables import NOTHING, table
 def tables(path: Path) -> dict[str, str]:
     """The tables in Markdown, by the name that their place in the README has.
 
-    An experiment that is still being tuned has none.
+    An experiment that is still being tuned has no table.
 
     Args:
         path: The file of all results.
@@ -180,7 +180,7 @@ def plots(path: Path, step_costs: Path) -> dict[str, matplotlib.figure.Figure]:
         for height, color, style, name in lines:
             axis.axhline(height, color=color, linestyle=style, linewidth=1, label=name)
     axes[0].set_ylabel("accuracy, % of the test set")
-    axes[1].legend(fontsize=8, loc="lower right")
+    axes[2].legend(fontsize=8, loc="lower right")
     return {"tiny.svg": figure}
 
 

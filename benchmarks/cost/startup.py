@@ -5,7 +5,7 @@
 A fresh process for each: the float network, the W2A2 network, and the trainer with
 stochastic precision and a teacher. Import, building (and quantizing), the first step
 (which traces), and a second one. Medians over the rounds, in which they take turns. The
-import also pays for the collection of its garbage, 0.2 s.
+time of the import includes 0.2 s of garbage collection.
 """
 
 import gc

@@ -79,9 +79,9 @@ def report(
         The page's path.
 
     Raises:
-        ValueError: If nothing in the model is quantized, it has several students, a
-            value is NaN or infinite, or the dataset is empty, endless or can be read
-            only once.
+        ValueError: If nothing in the model is quantized, a trainer has several
+            students, a value is NaN or infinite, or the dataset is empty, endless or
+            can be read only once.
         ImportError: Without matplotlib and Jinja (`pip install '.[report]'`).
         FileNotFoundError: If the page's folder does not exist.
         OSError: If the page or the folder cannot be written.

@@ -58,6 +58,8 @@ def calibrate(
     If a signed inserted quantizer sees no negative value, it becomes unsigned, with all
     levels from zero on, and a `QuantizationWarning` names it. Another call with other
     data can revert that. The sign is a variable, and every kind of checkpoint saves it.
+    Another `QuantizationWarning` tells if the first batch normalization reads values of
+    another scale than in the float training.
 
     If a quantized ReLU replaced a ReLU6, its range ends at 6 or below. Frozen layers
     get ranges too.

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tf_lowbit.compat import keras, tf
+from tf_lowbit.compat import deep_graphs, keras, tf
 from tf_lowbit.network import graph, inspection, layer_registry, passthrough
 from tf_lowbit.network.observation import (
     batches_of,
@@ -28,8 +28,8 @@ NOTABLE_LAG = 0.15
 _MOST_NAMED = 5
 # A lag as large as this may have another cause.
 _LARGE_LAG = 3.0
-# Ratio of deviations at which data have another scale than those of the training. It is
-# 255 for pixels that were not divided, 127 for those in -1 to 1.
+# Data have another scale than the training's if deviations differ by this factor. For
+# a network trained on 0 to 1, undivided pixels give 255.
 _OTHER_SCALE = 16.0
 # Statistics of fewer values are mostly noise.
 _FEW_VALUES = 8
@@ -223,8 +223,8 @@ def lag_message(late: dict[str, float], where: str) -> str:
     other = ""
     if max(late.values()) > _LARGE_LAG:
         other = (
-            " So large a lag can also mean data of another scale than the training's, "
-            "such as 0 to 255 for 0 to 1: then give data as in training."
+            " So large a lag can also mean data of another scale than the float "
+            "training's, such as 0 to 255 instead of 0 to 1: then pass data as there."
         )
     return (
         "Moving statistics of batch normalization must be those of the trained "
@@ -240,42 +240,54 @@ def warn_of_other_scale(network: keras.Model, inputs: Any) -> None:
     """Warns if a batch has another scale than the data of the float training.
 
     What the first normalization reads is compared with its moving statistics. Nothing
-    is known without a normalization, or behind weights whose quantizer changes their
-    scale, as DoReFa's does.
+    is known without a normalization, or behind quantizers that change the scale, as
+    DoReFa's do.
 
     Args:
-        network: Quantized network whose ranges fit the batch.
+        network: Calibrated network.
         inputs: Inputs of one batch.
     """
-    node = next(
-        (n for n in graph.calls(network) if n.layer in norms_of(network)),
-        None,
-    )
+    norms = layer_registry.BATCH_NORMS
+    node = next((n for n in graph.calls(network) if isinstance(n.layer, norms)), None)
     if node is None or _is_at_start(node.layer):
         return
-    reads = keras.Model(network.inputs, node.keras_inputs[0])
-    for tensor in inspection.quantized_tensors(reads):
-        if tensor.latent is not None:
-            ratio = np.std(tensor.quantized()) / np.std(tensor.latent)
-            if not 0.5 < ratio < 2.0:
-                return
+    layer = node.layer
+    if getattr(layer, "virtual_batch_size", None) is not None:
+        return  # Its axes are those of another shape.
+    with deep_graphs():
+        # Not `inputs`: a dict's keys may differ from the layers' names.
+        reads = keras.Model(network.input, node.keras_inputs[0])
+    if any(map(_changes_scale, inspection.quantized_tensors(reads))):
+        return
     values = tf.cast(reads(inputs, training=False), tf.float32).numpy()
-    kept = {axis % values.ndim for axis in node.layer.axis}
+    kept = {axis % values.ndim for axis in layer.axis}
     axes = tuple(axis for axis in range(values.ndim) if axis not in kept)
-    mean, variance = statistics_of(node.layer)
-    deviation = np.sqrt(np.maximum(variance, 0.0) + node.layer.epsilon)
-    spread = float(np.median(values.std(axis=axes).ravel() / deviation))
-    shift = float(np.median(np.abs(values.mean(axis=axes).ravel() - mean) / deviation))
+    mean, variance = (statistic.ravel() for statistic in statistics_of(layer))
+    varies = variance > np.finfo(np.float32).tiny  # Others are dead channels.
+    if not varies.any():
+        return
+    deviation = np.sqrt(variance[varies])
+    spread = np.median(values.std(axis=axes).ravel()[varies] / deviation)
+    away = np.abs(values.mean(axis=axes).ravel() - mean)[varies]
+    shift = np.median(away / deviation)
     if 1 / _OTHER_SCALE < spread < _OTHER_SCALE and shift < _OTHER_SCALE:
         return
     warnings.warn(
         "Data must have the scale of the float network's training data, such as 0 to "
-        "1 or 0 to 255, or the ranges will not fit the training. Received: data behind "
-        f"which {node.layer.name!r} reads {spread:.2g} times the deviation of its "
-        f"moving statistics, shifted by {shift:.2g} deviations",
+        "1 or 0 to 255, or the ranges will not fit the training. Received: data of "
+        f"which {layer.name!r} reads values with {spread:.2g} times the deviation of "
+        f"its moving statistics, and a mean {shift:.2g} deviations away",
         QuantizationWarning,
         stacklevel=4,
     )
+
+
+def _changes_scale(tensor) -> bool:
+    """Tells whether a quantizer's values have another scale than what it rounds."""
+    if tensor.latent is None:
+        return tensor.quantizer.has_fixed_clip
+    before, after = np.std(tensor.latent), np.std(tensor.quantized())
+    return not 0.5 * before < after < 2.0 * before
 
 
 def named_norms(model: keras.Model) -> dict:

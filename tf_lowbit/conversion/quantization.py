@@ -324,8 +324,8 @@ def _annotate(model: keras.Model) -> keras.Model:
 
     def copy(layer):
         is_float = layer.dtype is not None and tf.as_dtype(layer.dtype).is_floating
-        # TF-MOT reorders the weights of frozen layers. By the configuration, which is
-        # what it copies: the setter would reach parts that `__init__` froze.
+        # TF-MOT reorders the weights of frozen layers. Set in the configuration: the
+        # setter would also thaw parts that `__init__` froze.
         changes = {"trainable": True, **({"dtype": "float32"} if is_float else {})}
         fresh = graph.copy_layer(layer, **changes)
         return annotate(fresh) if layer.name in found else fresh

@@ -27,8 +27,8 @@ def choose_implementation(
     """Resolves "auto" to "fused" or "composed".
 
     "auto" is "composed" where the fused kernels do not exist (TPU), under XLA, which
-    fuses by itself, and where a GPU has `limit` in a tensor: the fused kernels read it
-    on the host, so each call would wait for a copy.
+    fuses by itself, and where there is a GPU and `limit` is a tensor: the fused kernels
+    read it on the host, so each call would wait for a copy.
 
     Raises:
         ValueError: If it is none of the three.

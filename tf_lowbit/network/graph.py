@@ -227,7 +227,8 @@ def is_builtin(layer: keras.layers.Layer) -> bool:
 def is_movable(layer: keras.layers.Layer) -> bool:
     """Tells whether a layer can leave its model for another one.
 
-    Layers of users may keep tensors, counts or losses of their calls.
+    Layers of users may keep tensors, counts or losses of their calls, as may parts of
+    a layer; a regularizer's loss belongs to a call.
     """
     has_loss = getattr(layer, "activity_regularizer", None) is not None
     return is_builtin(layer) and not _parts(layer) and not has_loss
@@ -259,14 +260,14 @@ def flatten(model: keras.Model) -> keras.Model:
     if not nested_models(model):
         return model
     copies: dict[int, tuple] = {}
-    thawed: set[int] = set()  # Layers with a call outside all frozen models.
+    open_calls: set[int] = set()  # Layers with a call outside all frozen models.
     taken = {layer.name for layer in model.layers} - {
         within.name for within in nested_models(model)
     }
 
     def copied(layer, owner, is_frozen):
         if not is_frozen:
-            thawed.add(id(layer))
+            open_calls.add(id(layer))
         if id(layer) not in copies:
             name = layer.name
             if owner is not None:
@@ -303,7 +304,7 @@ def flatten(model: keras.Model) -> keras.Model:
     for key, (layer, copy) in copies.items():
         set_weights(layer, copy)
         copy_flags(layer, copy)
-        if key not in thawed:
+        if key not in open_calls:
             copy.trainable = False
     flat.output_names[:] = model.output_names  # Keras would name nested layers.
     return flat
@@ -340,7 +341,7 @@ def set_weights(source: keras.layers.Layer, target: keras.layers.Layer) -> None:
 
 
 @contextlib.contextmanager
-def thawed(layer):
+def thawed(layer: keras.layers.Layer) -> Iterator[None]:
     """A context in which a layer and its inner layers are trainable."""
     flags = [(within, within._trainable) for within in layer._flatten_layers()]
     try:

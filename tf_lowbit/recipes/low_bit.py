@@ -82,7 +82,7 @@ def low_bit(
         model: Trained float model of `tf_keras` or Keras 3, built, Sequential or
             Functional. With a teacher, or with the default loss, it must output logits.
         data: Training batches `(x, y)` or `(x, y, weight)` that can be read repeatedly:
-            a `tf.data.Dataset` or a Keras `Sequence`.
+            a `tf.data.Dataset` or a `tf_keras.utils.Sequence`.
         bits: Bits of weights and activations, 1 to 8; or a pair (weights, activations).
         epochs: Epochs of the training, at least 1.
         learning_rate: Learning rate after the warmup, of the student and of a joint
@@ -125,7 +125,10 @@ def low_bit(
     model = graph.clone(graph.flatten(model))  # A joint teacher is trained.
     if teacher is not None:
         check_ends([], model)
-    has_sums = any(map(layer_registry.is_sum, model.layers))
+    has_sums = any(
+        layer_registry.is_sum(node.layer) and len(node.keras_inputs) > 1
+        for node in graph.calls(model)
+    )
     first, last = edge_layers(model)
     names = "|".join(map(re.escape, sorted(first | last)))
     rules = [

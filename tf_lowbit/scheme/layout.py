@@ -180,9 +180,9 @@ def _place_quantizers(
 ) -> keras.Model:
     """Puts an identity layer at the place of each activation quantizer.
 
-    Other layers move to the new model if they can: TF-MOT's hook owns the given one.
-    Weights of annotated layers have the names of their annotations, and would keep
-    them.
+    Other layers are moved, not copied, where possible: the given model is TF-MOT's own
+    copy. Annotated layers are copied, because their weights are named after the
+    annotation.
     """
     new = {}
     for layer in model.layers:

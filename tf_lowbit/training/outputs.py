@@ -148,8 +148,9 @@ def check_ends(students: Sequence[keras.Model], teacher: keras.Model) -> bool:
         if SOFTMAX in ends:
             raise ValueError(
                 f"The {role} must output logits, not probabilities: distillation "
-                "applies the softmax itself. Set the layer's activation to "
-                "keras.activations.linear before the call, and give the loss "
+                "applies the softmax itself. Before quantize, set that layer's "
+                "activation to keras.activations.linear, or build the network without "
+                "the softmax. Give the loss "
                 f"from_logits=True. Received: a softmax in layer {ends[SOFTMAX]!r}"
             )
         if SIGMOID in ends and len(ends) > 1:

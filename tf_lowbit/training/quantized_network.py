@@ -141,16 +141,17 @@ def warn_of_open_ranges(model: keras.Model) -> None:
 
 @contextlib.contextmanager
 def _explained(model):
-    """A context in which a kernel's refusal of a step of NaN says what to do."""
+    """A context that explains the error of a kernel that got a step of NaN."""
     try:
         yield
     except tf.errors.InvalidArgumentError as error:
-        if "Invalid range" not in str(error):
+        spoilt = inspection.nonfinite_weight(model)
+        if "Invalid range: input_min" not in str(error) or spoilt is None:
             raise
         raise ValueError(
             "Steps and clips must be finite: look for NaN in the data, lower the "
             "learning rate, or load weights from before the training diverged. "
-            f"Received: NaN or infinity in {inspection.nonfinite_weight(model)}"
+            f"Received: NaN or infinity in {spoilt}"
         ) from error
 
 

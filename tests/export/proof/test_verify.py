@@ -649,7 +649,7 @@ def test_what_is_no_file(snapped, content):
 def test_a_file_of_another_maker(snapped):
     model = keras.Sequential([keras.layers.Dense(2, input_shape=(3,))])
     converter = tf.lite.TFLiteConverter.from_keras_model(model)
-    with pytest.raises(ValueError, match=r"to_tflite.*another program wrote it"):
+    with pytest.raises(ValueError, match=r"to_tflite.*another program wrote"):
         verify(converter.convert(), snapped)
 
 

@@ -69,7 +69,7 @@ def check(model: keras.Model, target: str | Target = "xnnpack") -> Check:
 
     Raises:
         ValueError: If the model is not built, or is subclassed, or the target does not
-            exist.
+            exist; or if `from_keras3` cannot convert it.
     """
     target = targets.find(target)
     found: dict[str, Problem] = {}
@@ -79,7 +79,7 @@ def check(model: keras.Model, target: str | Target = "xnnpack") -> Check:
         is_graph = isinstance(network, keras.Model) and network._is_graph_network
         if not is_graph:
             raise ValueError(
-                "model must be a built Sequential or Functional model of tf_keras. "
+                "model must be a built Sequential or Functional model. "
                 f"Received: {type(network).__name__} {getattr(network, 'name', '')!r}"
             )
         network = graph.flatten(network)

@@ -26,7 +26,7 @@ class MissingRangeError(ValueError):
         tensor: Name of the tensor.
     """
 
-    def __init__(self, tensor: str):
+    def __init__(self, tensor: str) -> None:
         self.tensor = tensor
         super().__init__(
             "data must be given: training did not fix the range of every integer "

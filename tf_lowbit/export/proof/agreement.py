@@ -367,8 +367,8 @@ def _problem(row) -> str | None:
             return None
         return (
             f"given its inputs, its floats are off by {row.error_within:.1e} of the "
-            f"largest, allowed {allowed:.0e}: where data exceed the ranges that the "
-            "export measured, export again with more `batches`"
+            f"largest, allowed {allowed:.0e}. If data exceed the measured ranges, "
+            "export again with more `batches`"
         )
     # Rounded inputs move more codes of a finer grid.
     share = _UNEQUAL + row.levels / 2560  # Ties and off-by-one accumulators.
@@ -396,7 +396,7 @@ def _problem(row) -> str | None:
     if row.is_measured and row.clipped > _FEW + _CLIPPED * count:
         return (
             f"{row.clipped:,} of {count:,} values are beyond the range that the file "
-            "has for them: export again with representative data, in more `batches`"
+            "has for them: export again with representative data, or more `batches`"
         )
     low, high = row.span
     # From zero on: an honest range may hold little but one number. Not of the grid's

@@ -47,9 +47,9 @@ class _AlignedBuffer(schema.BufferT):
 
 
 class _SharedQuantization:
-    """Quantization parameters, of which equal ones are written once.
+    """Quantization parameters; equal ones are written once.
 
-    Zero points alone take 8 bytes per channel of all weights and biases, all of them 0.
+    The zero points of weights and biases are all 0, yet take 8 bytes per channel.
     """
 
     def __init__(self, quantization, written):
@@ -243,7 +243,10 @@ def _maps(tensors):
 
 
 def pack(model: Any) -> bytes:
-    """The bytes of a schema object: buffers aligned, equal quantization shared."""
+    """The bytes of a schema object: buffers aligned, equal quantization shared.
+
+    Of quantization parameters, only scales, zero points and the axis are written.
+    """
     model.buffers = [
         buffer
         if isinstance(buffer, _AlignedBuffer)
@@ -256,9 +259,11 @@ def pack(model: Any) -> bytes:
     for tensor in tensors:
         tensor.quantization = _SharedQuantization(tensor.quantization, written)
     builder = flatbuffers.Builder(1 << 16)
-    builder.Finish(model.Pack(builder), file_identifier=IDENTIFIER)
-    for tensor, quantization in zip(tensors, given, strict=True):
-        tensor.quantization = quantization
+    try:
+        builder.Finish(model.Pack(builder), file_identifier=IDENTIFIER)
+    finally:
+        for tensor, quantization in zip(tensors, given, strict=True):
+            tensor.quantization = quantization
     return bytes(builder.Output())
 
 
@@ -287,12 +292,15 @@ def read_metadata(data: bytes) -> dict:
     Raises:
         ValueError: If the bytes are not a file with such metadata.
     """
+    model = unpack(data)
+    own = [m for m in model.metadata or () if m.name == METADATA.encode()]
+    if not own:
+        raise ValueError(
+            "The file must be a complete one from tf_lowbit.export.to_tflite. "
+            "Received: a file without its metadata, which another program wrote"
+        )
     try:
-        model = unpack(data)
-        own = [m for m in model.metadata or () if m.name == METADATA.encode()]
-        if not own:
-            raise ValueError(f"no metadata {METADATA!r}: another program wrote it")
-        index = own[0].buffer
+        (index,) = (m.buffer for m in own)
         found = json.loads(bytes(model.buffers[index].data))
         if not isinstance(found, dict):
             raise TypeError("no table")
