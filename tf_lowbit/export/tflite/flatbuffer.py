@@ -253,7 +253,10 @@ def pack(model: Any) -> bytes:
         else _AlignedBuffer(buffer.data, buffer.offset, buffer.size)
         for buffer in model.buffers
     ]
-    tensors = [t for g in model.subgraphs for t in g.tensors if t.quantization]
+    graphs = model.subgraphs or ()
+    # By identity: a damaged file's graphs may share tensors.
+    unique = {id(t): t for graph in graphs for t in graph.tensors or ()}
+    tensors = [t for t in unique.values() if t.quantization]
     given = [t.quantization for t in tensors]
     written: dict[tuple, int] = {}
     for tensor in tensors:
