@@ -295,24 +295,24 @@ def read_metadata(data: bytes) -> dict:
     Raises:
         ValueError: If the bytes are not a file with such metadata.
     """
-    model = unpack(data)
-    own = [m for m in model.metadata or () if m.name == METADATA.encode()]
-    if not own:
-        raise ValueError(
-            "The file must be a complete one from tf_lowbit.export.to_tflite. "
-            "Received: a file without its metadata, which another program wrote"
-        )
+    name = METADATA.encode()
     try:
-        (index,) = (m.buffer for m in own)
-        found = json.loads(bytes(model.buffers[index].data))
-        if not isinstance(found, dict):
-            raise TypeError("no table")
-        return found
+        model = unpack(data)
+        own = [m.buffer for m in model.metadata or () if m.name == name]
+        found = [json.loads(bytes(model.buffers[index].data)) for index in own]
+        if len(found) > 1 or not all(isinstance(each, dict) for each in found):
+            raise TypeError("not one table")
     except Exception as error:  # A torn flatbuffer fails in many ways.
         raise ValueError(
             "The file must be a complete one from tf_lowbit.export.to_tflite. "
             f"Received: contents that cannot be read ({error})"
         ) from error
+    if not found:
+        raise ValueError(
+            "The file must be a complete one from tf_lowbit.export.to_tflite. "
+            "Received: a file without its metadata, which another program wrote"
+        )
+    return found[0]
 
 
 def pack_int4(values: np.ndarray) -> np.ndarray:
