@@ -5,7 +5,7 @@
 A fresh process for each: the float network, the W2A2 network, and the trainer with
 stochastic precision and a teacher. Import, building (and quantizing), the first step
 (which traces), and a second one. Medians over the rounds, in which they take turns. The
-time of the import includes 0.2 s of garbage collection.
+time of the import includes the collection of its garbage.
 """
 
 import gc

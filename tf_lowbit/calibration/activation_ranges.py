@@ -6,12 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from tf_lowbit.calibration.batch_norm import (
-    batch_normalized,
-    fit_to_fixed_clips,
-    require_values,
-    warn_of_other_scale,
-)
+from tf_lowbit.calibration.batch_norm import batch_normalized, require_values
+from tf_lowbit.calibration.data_scale import warn_of_other_scale
+from tf_lowbit.calibration.fixed_clips import fit_to_fixed_clips
 from tf_lowbit.calibration.residual_steps import step_as_made, tie
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.core import checks, grid, progress, ratios

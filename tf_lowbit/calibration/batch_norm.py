@@ -1,4 +1,4 @@
-"""Batch normalization: fitted to fixed clips, and its statistics measured on data."""
+"""Moving statistics of batch normalization: measured on data, and how far they lag."""
 
 import itertools
 import math
@@ -8,18 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from tf_lowbit.compat import deep_graphs, keras, tf
-from tf_lowbit.network import graph, inspection, layer_registry, passthrough
+from tf_lowbit.compat import keras, tf
+from tf_lowbit.network import graph, inspection, layer_registry
 from tf_lowbit.network.observation import (
     batches_of,
-    calibration_samples,
     changed_setting,
     input_batches,
     validate_batches,
     without_draws,
 )
 from tf_lowbit.network.variables import restored, unchanged_on_error
-from tf_lowbit.quantizers import sampling
 from tf_lowbit.scheme.layout import QuantizationWarning
 
 # Lag of the worst layer, in standard deviations. A compromise: 2-bit networks on the
@@ -28,88 +26,8 @@ NOTABLE_LAG = 0.15
 _MOST_NAMED = 5
 # A lag as large as this may have another cause.
 _LARGE_LAG = 3.0
-# Data have another scale than the training's if deviations differ by this factor. For
-# a network trained on 0 to 1, undivided pixels give 255.
-_OTHER_SCALE = 16.0
 # Statistics of fewer values are mostly noise.
 _FEW_VALUES = 8
-
-# In the first pass, the layers in front do not fit yet. The normalization in between
-# removes most of the error, and the second pass removes the rest.
-_PASSES = 2
-
-
-def fit_to_fixed_clips(model: keras.Model, batches: list) -> list[str]:
-    """Scales the normalization in front of fixed clips, so that the clips fit.
-
-    Gamma and beta are divided by the ratio of two clips: that of least squared error at
-    the bits of the quantizer's rule, and the fixed one (`tf_lowbit.calibrate`). Returns
-    the names of the quantizers that fit now.
-
-    Raises:
-        ValueError: If there is no batch, or an activation is NaN or infinite.
-    """
-    # By normalization: two quantizers behind one must not both scale it.
-    found: dict[int, tuple] = {}
-    for tensor in inspection.quantized_tensors(model):
-        if tensor.role == "activation" and tensor.quantizer.has_fixed_clip:
-            norm = _norm_in_front(model, tensor.layer)
-            if norm is not None:
-                found.setdefault(id(norm), (tensor, norm))
-    tensors = [tensor for tensor, _ in found.values()]
-    in_front = [
-        (tensor.variables, tensor.ceiling)
-        for tensor in inspection.quantized_tensors(model)
-        if tensor.is_shortcut
-        and tensor.quantizer.needs_calibration
-        and tensor.role == "activation"
-    ]
-    for _ in range(_PASSES if found else 0):
-        with (
-            restored(model.non_trainable_variables),
-            without_draws(model),
-            sampling.opened(in_front),
-        ):
-            for tensor in tensors:
-                tensor.assign_bits(tensor.quantizer.bits)
-            samples = calibration_samples(model, tensors, batches)
-        for tensor, norm in found.values():
-            ratio = tensor.quantizer.misfit(samples[tensor.name])
-            norm.gamma.assign(norm.gamma / ratio)
-            if norm.center:
-                norm.beta.assign(norm.beta / ratio)
-    return [tensor.name for tensor in tensors]
-
-
-def _norm_in_front(model, layer):
-    """Returns the scalable batch normalization that only this layer reads, or None."""
-    readers = graph.readers(model)
-    outputs = {id(tensor) for tensor in model.outputs}
-    while True:
-        read = graph.inputs_of(model, layer)
-        finer = _finer_in_front(read[0]) if len(read) == 1 else None
-        if finer is not None:
-            layer = finer
-            continue
-        if len(read) != 1 or len(readers[id(read[0])]) != 1 or id(read[0]) in outputs:
-            return None
-        node = graph.producer(read[0])
-        layer = node.layer
-        if isinstance(layer, layer_registry.BATCH_NORMS):
-            is_once = len(graph.inputs_of(model, layer)) == 1
-            return layer if is_once and layer.scale and layer.trainable else None
-        if node.is_input or not passthrough.is_transparent(node):
-            return None
-
-
-def _finer_in_front(tensor):
-    """Returns the quantized ReLU of a shortcut that a tensor comes from, or None."""
-    node = graph.producer(tensor)
-    while passthrough.is_transparent(node):
-        node = graph.producer(passthrough.sources(node)[0])
-    config = getattr(node.layer, "quantize_config", None)
-    is_relu = getattr(config, "replaces", "linear") != "linear"
-    return node.layer if is_relu and config.shortcut else None
 
 
 def recalibrate_batch_norm(
@@ -236,60 +154,6 @@ def lag_message(late: dict[str, float], where: str) -> str:
     )
 
 
-def warn_of_other_scale(network: keras.Model, inputs: Any) -> None:
-    """Warns if a batch has another scale than the data of the float training.
-
-    What the first normalization reads is compared with its moving statistics. Nothing
-    is known without a normalization, or behind quantizers that change the scale, as
-    DoReFa's do.
-
-    Args:
-        network: Calibrated network.
-        inputs: Inputs of one batch.
-    """
-    norms = layer_registry.BATCH_NORMS
-    node = next((n for n in graph.calls(network) if isinstance(n.layer, norms)), None)
-    if node is None or _is_at_start(node.layer):
-        return
-    layer = node.layer
-    if getattr(layer, "virtual_batch_size", None) is not None:
-        return  # Its axes are those of another shape.
-    with deep_graphs():
-        # Not `inputs`: a dict's keys may differ from the layers' names.
-        reads = keras.Model(network.input, node.keras_inputs[0])
-    if any(map(_changes_scale, inspection.quantized_tensors(reads))):
-        return
-    values = tf.cast(reads(inputs, training=False), tf.float32).numpy()
-    kept = {axis % values.ndim for axis in layer.axis}
-    axes = tuple(axis for axis in range(values.ndim) if axis not in kept)
-    mean, variance = (statistic.ravel() for statistic in statistics_of(layer))
-    varies = variance > np.finfo(np.float32).tiny  # Others are dead channels.
-    if not varies.any():
-        return
-    deviation = np.sqrt(variance[varies])
-    spread = np.median(values.std(axis=axes).ravel()[varies] / deviation)
-    away = np.abs(values.mean(axis=axes).ravel() - mean)[varies]
-    shift = np.median(away / deviation)
-    if 1 / _OTHER_SCALE < spread < _OTHER_SCALE and shift < _OTHER_SCALE:
-        return
-    warnings.warn(
-        "Data must have the scale of the float network's training data, such as 0 to "
-        "1 or 0 to 255, or the ranges will not fit the training. Received: data of "
-        f"which {layer.name!r} reads values with {spread:.2g} times the deviation of "
-        f"its moving statistics, and a mean {shift:.2g} deviations away",
-        QuantizationWarning,
-        stacklevel=4,
-    )
-
-
-def _changes_scale(tensor) -> bool:
-    """Tells whether a quantizer's values have another scale than what it rounds."""
-    if tensor.latent is None:
-        return tensor.quantizer.has_fixed_clip
-    before, after = np.std(tensor.latent), np.std(tensor.quantized())
-    return not 0.5 * before < after < 2.0 * before
-
-
 def named_norms(model: keras.Model) -> dict:
     """Returns the layers that use batch statistics in training, by name.
 
@@ -392,7 +256,7 @@ def _average_batch_norm(network, dataset, batches) -> list:
             network(inputs, training=True)
     moved = []
     for layer, values in zip(norms, before, strict=True):
-        if _is_at_start(layer):  # Called with training=False.
+        if is_at_start(layer):  # Called with training=False.
             layer.set_weights(values)
         else:
             moved.append(layer)
@@ -445,7 +309,7 @@ def batch_normalized(network: keras.Model) -> list:
     return [n for n in norms_of(network) if n.trainable and n.name not in fixed]
 
 
-def _is_at_start(layer) -> bool:
+def is_at_start(layer: keras.layers.Layer) -> bool:
     """Tells whether the averages are still 0 and 1, which no batch produces exactly."""
     is_mean = tf.reduce_all(tf.equal(layer.moving_mean, 0.0))
     return bool(is_mean & tf.reduce_all(tf.equal(layer.moving_variance, 1.0)))
