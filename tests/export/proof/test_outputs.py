@@ -46,3 +46,26 @@ def test_all_of_them_are_wanted(equal, is_enough):
 
 def test_nothing_is_wanted():
     assert failures(0, 1000, wanted=0.0) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "twin", "is_tie"),
+    [
+        # Tied to 1e-4 of the largest score: an untrained float head puts out such.
+        ([[1.0, 1.00001]], [[1.00001, 1.0]], True),
+        ([[1.0, 1.001]], [[1.001, 1.0]], False),
+        # One step of an int8 output is more.
+        ([[126 / 127, 1.0]], [[1.0, 126 / 127]], False),
+        ([[0.500001]], [[0.499999]], True),
+        ([[0.51]], [[0.49]], False),
+        # A map: the second position differs.
+        ([[[2.0, 1.0], [1.0, 2.0]]], [[[2.0, 1.0], [2.0, 1.0]]], False),
+        ([[[2.0, 1.0], [1.0, 1.00001]]], [[[2.0, 1.0], [1.0, 1.0]]], True),
+    ],
+)
+def test_a_tie_of_floats_is_no_other_prediction(file, twin, is_tie):
+    classes = outputs.Classes(0.5)
+    classes.add({"file": np.array(file), "twin": np.array(twin)}, None)
+    report = Report("a file", "a runtime")
+    classes.judge(report, is_tainted=False)
+    assert (report.failures == []) is is_tie

@@ -42,7 +42,9 @@ class Classes:
         found = self._found
         chosen = {n: classifying.classes(s, self._limit) for n, s in scores.items()}
         found.examples += len(chosen["file"])
-        found.twin_agrees += int((chosen["file"] == chosen["twin"]).sum())
+        same = chosen["file"] == chosen["twin"]
+        same |= self._are_tied(chosen["file"], scores["twin"])
+        found.twin_agrees += int(same.sum())
         if "trained" in chosen:
             agrees = int((chosen["file"] == chosen["trained"]).sum())
             found.trained_agrees = (found.trained_agrees or 0) + agrees
@@ -63,6 +65,20 @@ class Classes:
             found.gained += int((right["file"] & ~right["trained"]).sum())
         if scores["file"].ndim > 2:
             self._add_map(chosen, labels, max(scores["file"].shape[-1], 2))
+
+    def _are_tied(self, file: np.ndarray, twin: np.ndarray) -> np.ndarray:
+        """Whether the twin scores the file's class as its own, to float32's rounding.
+
+        A float head sums in another order than the twin. Steps of an int8 head are far
+        larger than this rounding.
+        """
+        twin = classifying.in_units(twin)
+        if twin.shape[-1] == 1:
+            behind = np.abs(twin - self._limit)
+        else:
+            own = np.take_along_axis(twin, file.reshape(*twin.shape[:-1], 1), axis=-1)
+            behind = twin.max(axis=-1, keepdims=True) - own
+        return (behind <= _ROUNDINGS * np.abs(twin).max(initial=0.0)).ravel()
 
     def _add_map(self, chosen, labels, count) -> None:
         known = (labels >= 0) & (labels < count)

@@ -113,7 +113,8 @@ class Predictions:
 
     Attributes:
         examples: Number of predictions; a map of classes has one for each position.
-        twin_agrees: Number of the file's predictions that equal the twin's.
+        twin_agrees: Number of the file's predictions that equal the twin's. Scores of
+            the twin that only float32's rounding tells apart are a tie.
         trained_agrees: Number that equal the trained model's, or None without one.
         labels: Number of predictions with a label that is a class.
         right: Number of right predictions of "file", "twin" and "trained".
