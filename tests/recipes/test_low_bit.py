@@ -154,3 +154,46 @@ def test_a_chain_of_layers_has_no_shortcut_to_warn_of(recwarn):
     recipe = tfl.recipes.low_bit(model, data(), epochs=1)
     assert recipe.settings["shortcut_bits"] is None
     assert not [w for w in recwarn if "_bits=" in str(w.message)]
+
+
+def test_the_loss_fits_the_labels(trained):
+    one_hot = data().map(lambda x, y: (x, tf.one_hot(y, 3)))
+    losses = []
+    for batches in (data(), one_hot):
+        keras.utils.set_random_seed(3)
+        recipe = tfl.recipes.low_bit(trained, batches, epochs=1)
+        fitted = recipe.trainer.fit(
+            batches, epochs=1, callbacks=recipe.callbacks, verbose=0
+        )
+        losses.append(fitted.history["loss"])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("teacher", ["frozen", None])
+@pytest.mark.parametrize(
+    ("units", "activation", "message"),
+    [
+        (1, None, r"loss must be given.*Received: loss=None, outputs of shape.* 1\)"),
+        (3, "sigmoid", r"loss must be given.*behind a sigmoid"),
+        (3, "softmax", r"must output logits"),
+    ],
+)
+def test_a_loss_is_asked_for_where_cross_entropy_is_none(
+    units, activation, message, teacher
+):
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            layers.Conv2D(4, 3, activation="relu"),
+            layers.Flatten(),
+            layers.Dense(units, activation=activation),
+        ]
+    )
+    with pytest.raises(ValueError, match=message):
+        tfl.recipes.low_bit(model, data(), epochs=1, teacher=teacher)
+
+
+@pytest.mark.parametrize("change", [lambda x, y: x, lambda x, y: (x,)])
+def test_labels_are_asked_for(trained, change):
+    with pytest.raises(ValueError, match=r"data must be batches \(x, y\).*Received"):
+        tfl.recipes.low_bit(trained, data().map(change), epochs=1)

@@ -4,6 +4,8 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
+
 from tf_lowbit.calibration.activation_ranges import calibrate
 from tf_lowbit.callbacks import StagedPrecision
 from tf_lowbit.compat import is_keras3, keras
@@ -11,7 +13,7 @@ from tf_lowbit.conversion.quantization import quantize
 from tf_lowbit.core import checks, grid
 from tf_lowbit.network import graph, layer_registry
 from tf_lowbit.network.keras3 import from_keras3
-from tf_lowbit.network.observation import require_rereadable
+from tf_lowbit.network.observation import batches_of, require_rereadable
 from tf_lowbit.scheme.placement import edge_layers
 from tf_lowbit.scheme.rules import PrecisionRule
 from tf_lowbit.training import JointDistillation, LowBitTrainer
@@ -88,8 +90,9 @@ def low_bit(
         learning_rate: Learning rate after the warmup, of the student and of a joint
             teacher.
         teacher: "joint", "frozen" or None.
-        loss: Task loss: a `keras.losses.Loss`, its name or a function. None for sparse
-            categorical cross-entropy from logits.
+        loss: Task loss: a `keras.losses.Loss`, its name or a function. None for the
+            cross-entropy of logits that fits the labels of the first batch: integers,
+            or a probability for each class (one-hot).
         metrics: Metrics for `compile`.
         steps_per_epoch: Number of batches in an epoch; None for the length of `data`.
 
@@ -108,7 +111,7 @@ def low_bit(
         checks.choice("bits", value, range(1, grid.MAX_BITS + 1))
     checks.integer("epochs", epochs, at_least=1)
     checks.number("learning_rate", learning_rate, above=0)
-    loss = _loss(loss)
+    loss = None if loss is None else _loss(loss)
     checks.instance("metrics", metrics, list | tuple)
     if teacher is not None:
         checks.choice("teacher", teacher, TEACHERS)
@@ -123,8 +126,10 @@ def low_bit(
     model = from_keras3(model) if is_keras3(model) else model
     checks.instance("model", model, keras.Model)
     model = graph.clone(graph.flatten(model))  # A joint teacher is trained.
-    if teacher is not None:
-        check_ends([], model)
+    if teacher is not None or loss is None:
+        is_sigmoid = check_ends([], model)
+    if loss is None:
+        loss = _cross_entropy(model, data, is_sigmoid)
     has_sums = any(
         layer_registry.is_sum(node.layer) and len(node.keras_inputs) > 1
         for node in graph.calls(model)
@@ -175,9 +180,27 @@ def low_bit(
     return Recipe(trainer, [StagedPrecision([stage])], epochs, settings)
 
 
+def _cross_entropy(model, data, is_sigmoid) -> keras.losses.Loss:
+    shape = model.output_shape
+    if isinstance(shape, list | dict) or shape[-1] == 1 or is_sigmoid:
+        raise ValueError(
+            "loss must be given, unless the network has one output with a logit for "
+            f"each of several classes. Received: loss=None, outputs of shape {shape}"
+            f"{', behind a sigmoid' if is_sigmoid else ''}"
+        )
+    batch = next(iter(batches_of(data)), None)
+    if not isinstance(batch, tuple | list) or len(batch) < 2:
+        raise ValueError(
+            "data must be batches (x, y) or (x, y, weight). Received: a batch of type "
+            f"{type(batch).__name__}{'' if batch is None else ' without labels'}"
+        )
+    labels = np.shape(batch[1])
+    if len(labels) == len(shape) and labels[-1] == shape[-1]:
+        return keras.losses.CategoricalCrossentropy(from_logits=True)
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
 def _loss(given) -> Callable:
-    if given is None:
-        return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     if callable(given):
         return given
     try:
