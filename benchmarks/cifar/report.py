@@ -1,5 +1,6 @@
 """Table and plot of the CIFAR experiments, drawn from their results alone."""
 
+import itertools
 import json
 import math
 from collections.abc import Iterable
@@ -128,19 +129,23 @@ def given_accuracy(name: str, results: dict[str, dict]) -> float | None:
 
 
 def tuning_table(name: str, results: dict[str, dict]) -> str:
-    """Accuracy on held-out training images, by method and rate."""
+    """Accuracy on held-out training images, by method, start and rate."""
     rates = [
         rate
         for rate in tuning.RATES
         if any(r["learning_rate"] == rate for r in _held_out(name, results))
     ]
-    found = {(r["method"], r["learning_rate"]): r for r in _held_out(name, results)}
+    found = {
+        (r["method"], r["seed"] in cifar_plan.TUNING_SEEDS, r["learning_rate"]): r
+        for r in _held_out(name, results)
+    }
     lines = []
-    for method in cifar_plan.METHODS:
-        cells = [found.get((method, rate)) for rate in rates]
+    for method, is_new in itertools.product(cifar_plan.METHODS, (False, True)):
+        cells = [found.get((method, is_new, rate)) for rate in rates]
+        start = cifar_plan.START if is_new else "float, as given"
         if any(cells):
-            lines.append([method, *(_accuracy_cell(cell) for cell in cells)])
-    return table(["method", *(f"{rate:g}" for rate in rates)], lines)
+            lines.append([method, start, *(_accuracy_cell(cell) for cell in cells)])
+    return table(["method", "start", *(f"{rate:g}" for rate in rates)], lines)
 
 
 def plots(path: Path, step_costs: Path) -> dict[str, matplotlib.figure.Figure]:
@@ -245,6 +250,7 @@ def _held_out(name, results) -> list[dict]:
         r
         for r in results.values()
         if r["experiment"] == name and r["measured_on"] == "held-out"
+        if r["method"] != cifar_plan.START
     ]
 
 

@@ -17,6 +17,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # TensorFlow leaves oneDNN off on CPUs without VNNI; these networks train much faster
 # with it there, too.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+import numpy as np
+
 import tf_lowbit as tfl
 from benchmarks.cifar import plan as cifar_plan
 from benchmarks.cifar.networks import NETWORKS
@@ -24,6 +26,7 @@ from benchmarks.common import store
 from examples import experiment
 from tf_lowbit.analysis import environment
 from tf_lowbit.compat import keras, tf
+from tf_lowbit.core.files import replaced
 from tf_lowbit.datasets import cifar, pipeline
 from tf_lowbit.datasets.dataset import PipelineOptions
 
@@ -40,7 +43,8 @@ def perform(
         data_dir: Of the data sets as TensorFlow Datasets prepares them.
         models_dir: Of the trained float networks.
         folder: Of the run's checkpoints. It is removed at the end.
-        results: File of all results.
+        results: File of all results. The weights that the tuning starts from are in
+            the folder `starts` beside it.
     """
     experiment.quiet()
     keras.utils.set_random_seed(run.seed)
@@ -50,6 +54,12 @@ def perform(
     network = NETWORKS[plan.network]
     data = load_data(plan.dataset, network, run, data_dir, epoch, step)
     given = network.load(models_dir)
+    start = results.parent / "starts" / f"{plan.network}.npz"
+    if run.method == cifar_plan.START:
+        given = keras.models.clone_model(given)  # With random weights.
+    elif run.is_held_out:
+        with np.load(start) as file:
+            given.set_weights(list(file.values()))
     measured = data.validation if run.is_held_out else data.test
     float_accuracy = accuracy_of(given, measured)
     trained, callbacks = prepared(given, network.edges, run, data)
@@ -83,6 +93,10 @@ def perform(
         **costs(trained),
         **environment(),
     }
+    if run.method == cifar_plan.START:
+        start.parent.mkdir(exist_ok=True)
+        with replaced(start) as path, path.open("wb") as file:
+            np.savez_compressed(file, *trained.get_weights())
     store.write(results, run.name, found)
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -51,8 +51,15 @@ def test_single_rows_can_be_asked_for():
     while runs := cifar_plan.next_runs("tiny", results, only):
         results[runs[0].name] = result(runs[0], 0.9 - abs(runs[0].learning_rate - 0.1))
     found = {(r["method"], r["bits"]) for r in results.values()}
-    assert found == {("LSQ", (2, 2)), ("float", None)}
-    assert len(results) == 2 * (3 + TINY.seeds)  # Three rates.
+    assert found == {("LSQ", (2, 2)), ("float", None), (cifar_plan.START, None)}
+    assert len(results) == 1 + 2 * (3 + TINY.seeds)  # Three rates.
+    # The start comes first, and serves other experiments on the same network.
+    start = next(iter(results))
+    assert start == cifar_plan.start_run("tiny").name
+    assert start == cifar_plan.start_run("tiny_long").name
+    assert start != cifar_plan.start_run("resnet20").name
+    (first, *_) = cifar_plan.next_runs("tiny_long", {start: results[start]})
+    assert first.method == "LSQ"
 
 
 def test_other_methods_stand_beside_lsq_seed_by_seed(tmp_path):
@@ -95,7 +102,7 @@ def test_the_table_has_each_row_and_its_distance_to_the_float_network(tmp_path):
         "LSQ W2A2", "3", "84.00 ± 6.57", "-3.20", "—", "1 of 3", "25,452", "77", "0.03"
     ]  # fmt: skip
     assert made["cifar, tuning of tiny"].splitlines()[-1].split() == [
-        "|", "LSQ", "|", "diverged", "|"
+        "|", "LSQ", "|", "float,", "as", "given", "|", "diverged", "|"
     ]  # fmt: skip
     sizes = {"float": 318292, "bits": {"W2A2": {"bytes": {"packed": 34896}}}}
     files = tmp_path / "tiny.json"
@@ -188,6 +195,9 @@ def test_resnet20_is_pytorchs(tmp_path):
     np.testing.assert_allclose(model(images), outputs, rtol=1e-4, atol=1e-4)
 
 
+TUNING_SEED = cifar_plan.TUNING_SEEDS[0]
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Records of CIFAR-10, and a network of MLPerf's layer names."""
@@ -233,7 +243,6 @@ def perform(run, files, folder):
     ("method", "bits", "seed"),
     [
         ("float", None, 0),
-        ("plain", (2, 2), 100),
         (cifar_plan.RECIPE, (4, 4), 0),
     ],
 )
@@ -243,7 +252,7 @@ def test_a_run_trains_and_tells_what_it_cost(files, tmp_path, method, bits, seed
     found = perform(run, files, tmp_path)
     assert 0.0 <= found["accuracy"] <= 1.0
     assert 0.0 <= found["float_accuracy"] <= 1.0
-    assert found["measured_on"] == ("held-out" if seed == 100 else "test")
+    assert found["measured_on"] == "test"
     weights = 4 * 3 * 9 + 4 * 4 * 9 + 10 * 144
     edges = 4 * 3 * 9 + 10 * 144
     low = (weights - edges) * (32 if bits is None else bits[0])
@@ -251,6 +260,22 @@ def test_a_run_trains_and_tells_what_it_cost(files, tmp_path, method, bits, seed
     assert found["weight_bytes"] < 4.5 * weights
     assert found["cpu_seconds_per_epoch"] > 0
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_the_tuning_starts_from_weights_that_have_not_seen_its_images(files, tmp_path):
+    start = cifar_plan.Run("tiny", cifar_plan.START, None, TUNING_SEED, 2, 0.1)
+    trained = perform(start, files, tmp_path)
+    assert trained["measured_on"] == "held-out"
+    run = cifar_plan.Run("tiny", "plain", (2, 2), TUNING_SEED, 1, 0.01)
+    tuned = perform(run, files, tmp_path)
+    assert tuned["measured_on"] == "held-out"
+    assert tuned["float_accuracy"] == pytest.approx(trained["accuracy"])
+    # It does not begin with the given weights.
+    given = networks.NETWORKS["mlperf_resnet8"].load(files / "models").get_weights()
+    with np.load(tmp_path / "starts" / "mlperf_resnet8.npz") as file:
+        own = list(file.values())
+    assert [w.shape for w in own] == [w.shape for w in given]
+    assert np.abs(own[0] - given[0]).max() > 0.01
 
 
 def test_images_are_normalized_as_the_network_reads_them(files, tmp_path):
