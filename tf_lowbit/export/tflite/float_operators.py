@@ -16,7 +16,6 @@ from tf_lowbit.export.tflite.operators import (
     Sources,
     copies,
     is_transposed,
-    linear_options,
     oriented,
 )
 from tf_lowbit.export.tflite.operators import OperatorWriter as Writer
@@ -26,25 +25,14 @@ _layers = keras.layers
 
 def linear(writer: Writer, layer: Layer, sources: Sources, node: Node) -> Source:
     """Writes a convolution or a dense layer."""
-    ((index, _),) = sources
+    (source,) = sources
     kernel, bias = (np.asarray(w, np.float32) for w in layer.get_weights())
-    (inputs,) = node.keras_inputs
-    kind = layer_table.kind_of(layer)
     if is_transposed(layer):
         kernel = transposed.plain_kernel(kernel, *transposed.axes(layer))
-    kernel, name, _ = oriented(kind, kernel)
+    kernel, name, _ = oriented(layer_table.kind_of(layer), kernel)
     weights = writer.shared(f"{layer.name}/weights", kernel)
     biases = writer.shared(f"{layer.name}/bias", np.tile(bias, copies(layer)))
-    rank = len(inputs.shape)
-
-    def add(index, output, shape, padding):
-        result = writer.like(output, shape, None)
-        options = linear_options(layer, name, 0, rank, padding)
-        writer.operator(name, [index, weights, biases], [result], options)
-        return result
-
-    shapes = inputs.shape, node.output_shapes
-    return writer.add_linear(layer, name, index, (None, None), shapes, add), None
+    return writer.add_linear(layer, name, source, (weights, biases), node)
 
 
 def affine(writer: Writer, layer: Layer, sources: Sources, node: Node) -> Source:
@@ -54,19 +42,17 @@ def affine(writer: Writer, layer: Layer, sources: Sources, node: Node) -> Source
     gain, offset = layer.get_weights()
     gain = writer.file.constant(f"{layer.name}/gain", gain)
     offset = writer.file.constant(f"{layer.name}/offset", offset)
-    scaled = writer.file.activation(f"{layer.name}/scaled", shape, np.float32)
-    result = writer.file.activation(layer.name, shape, np.float32)
-    writer.operator("MUL", [index, gain], [scaled], schema.MulOptionsT())
-    writer.operator("ADD", [scaled, offset], [result], schema.AddOptionsT())
-    return result, None
+    mul, add = schema.MulOptionsT(), schema.AddOptionsT()
+    scaled = f"{layer.name}/scaled"
+    index = writer.made("MUL", [index, gain], scaled, shape, options=mul)
+    return writer.made("ADD", [index, offset], layer.name, shape, options=add), None
 
 
 def relu(writer: Writer, layer: Layer, sources: Sources, node: Node) -> Source:
     """Writes a ReLU or a ReLU6."""
     ((index, _),) = sources
-    result = writer.file.activation(layer.name, node.output_shapes, np.float32)
-    writer.operator("RELU6" if layer.max_value else "RELU", [index], [result])
-    return result, None
+    name = "RELU6" if layer.max_value else "RELU"
+    return writer.made(name, [index], layer.name, node.output_shapes), None
 
 
 def activation(writer: Writer, layer: Layer, sources: Sources, node: Node) -> Source:
@@ -75,24 +61,17 @@ def activation(writer: Writer, layer: Layer, sources: Sources, node: Node) -> So
     kind = keras.activations.serialize(layer.activation)
     if kind == "linear":
         return index, None
+    shape = node.output_shapes
     if kind == "swish":
-        return _swish(writer, layer, index, node.output_shapes), None
-    result = writer.file.activation(layer.name, node.output_shapes, np.float32)
+        gate = writer.made("LOGISTIC", [index], f"{layer.name}/sigmoid", shape)
+        mul = schema.MulOptionsT()
+        return writer.made("MUL", [index, gate], layer.name, shape, options=mul), None
     options = {
         "gelu": schema.GeluOptionsT(False),
         "softmax": schema.SoftmaxOptionsT(1.0),
     }.get(kind)
     (name,) = elementwise.OPERATORS[kind]
-    writer.operator(name, [index], [result], options)
-    return result, None
-
-
-def _swish(writer, layer, index, shape) -> int:
-    gate = writer.file.activation(f"{layer.name}/sigmoid", shape, np.float32)
-    result = writer.file.activation(layer.name, shape, np.float32)
-    writer.operator("LOGISTIC", [index], [gate])
-    writer.operator("MUL", [index, gate], [result], schema.MulOptionsT())
-    return result
+    return writer.made(name, [index], layer.name, shape, options=options), None
 
 
 def mean(writer: Writer, layer: Layer, sources: Sources, node: Node) -> Source:
@@ -101,10 +80,8 @@ def mean(writer: Writer, layer: Layer, sources: Sources, node: Node) -> Source:
     rank = len(node.keras_inputs[0].shape)
     axes = np.arange(1, rank - 1, dtype=np.int32)
     axes = writer.file.constant(f"{layer.name}/axes", axes)
-    result = writer.file.activation(layer.name, node.output_shapes, np.float32)
-    options = schema.ReducerOptionsT(bool(layer.keepdims))
-    writer.operator("MEAN", [index, axes], [result], options)
-    return result, None
+    shape, options = node.output_shapes, schema.ReducerOptionsT(bool(layer.keepdims))
+    return writer.made("MEAN", [index, axes], layer.name, shape, None, options), None
 
 
 def add(writer: Writer, layer: Layer, sources: Sources, node: Node) -> Source:
@@ -124,28 +101,22 @@ def _joined(writer, operator, options, layer, sources, node):
         is_last = position == len(sources) - 1
         name = layer.name if is_last else f"{layer.name}/part{position}"
         shape = tf.broadcast_static_shape(shape, node.keras_inputs[position].shape)
-        result = writer.file.activation(name, shape, np.float32)
-        writer.operator(operator, [total, index], [result], options())
-        total = result
+        total = writer.made(operator, [total, index], name, shape, options=options())
     return total, None
 
 
 def leaky_relu(writer: Writer, layer: Layer, sources: Sources, node: Node) -> Source:
     """Writes a ReLU with a fixed slope below 0."""
     ((index, _),) = sources
-    result = writer.like(layer.name, node.output_shapes, None)
-    options = schema.LeakyReluOptionsT(float(layer.alpha))
-    writer.operator("LEAKY_RELU", [index], [result], options)
-    return result, None
+    shape, options = node.output_shapes, schema.LeakyReluOptionsT(float(layer.alpha))
+    return writer.made("LEAKY_RELU", [index], layer.name, shape, None, options), None
 
 
 def prelu(writer: Writer, layer: Layer, sources: Sources, node: Node) -> Source:
     """Writes a ReLU with learned slopes below 0."""
     ((index, _),) = sources
     alpha = writer.file.constant(f"{layer.name}/alpha", layer.alpha.numpy())
-    result = writer.like(layer.name, node.output_shapes, None)
-    writer.operator("PRELU", [index, alpha], [result])
-    return result, None
+    return writer.made("PRELU", [index, alpha], layer.name, node.output_shapes), None
 
 
 def layer_norm(writer: Writer, layer: Layer, sources: Sources, node: Node) -> Source:
@@ -160,34 +131,28 @@ def layer_norm(writer: Writer, layer: Layer, sources: Sources, node: Node) -> So
     epsilon = writer.file.constant(f"{layer.name}/epsilon", epsilon)
 
     def made(name, part, size, inputs, options=None):
-        result = writer.like(f"{layer.name}/{part}", size, None)
-        writer.operator(name, inputs, [result], options)
-        return result
+        return writer.made(name, inputs, f"{layer.name}/{part}", size, None, options)
 
-    mean_options, mul = schema.ReducerOptionsT(True), schema.MulOptionsT
+    mean_options = schema.ReducerOptionsT(True)
+    mul, add = schema.MulOptionsT(), schema.AddOptionsT()
     mean = made("MEAN", "mean", reduced, [index, axis], mean_options)
     centred = made("SUB", "centred", shape, [index, mean], schema.SubOptionsT())
-    squares = made("MUL", "squares", shape, [centred, centred], mul())
+    squares = made("MUL", "squares", shape, [centred, centred], mul)
     variance = made("MEAN", "variance", reduced, [squares, axis], mean_options)
-    variance = made(
-        "ADD", "above_zero", reduced, [variance, epsilon], schema.AddOptionsT()
-    )
+    variance = made("ADD", "above_zero", reduced, [variance, epsilon], add)
     inverse = made("RSQRT", "inverse", reduced, [variance])
-    last = made("MUL", "normal", shape, [centred, inverse], mul())
+    last = made("MUL", "normal", shape, [centred, inverse], mul)
     gain = writer.file.constant(f"{layer.name}/gain", layer.gamma.numpy())
-    last = made("MUL", "scaled", shape, [last, gain], mul())
+    last = made("MUL", "scaled", shape, [last, gain], mul)
     offset = writer.file.constant(f"{layer.name}/offset", layer.beta.numpy())
-    result = writer.like(layer.name, shape, None)
-    writer.operator("ADD", [last, offset], [result], schema.AddOptionsT())
-    return result, None
+    return writer.made("ADD", [last, offset], layer.name, shape, options=add), None
 
 
 def dot(writer: Writer, layer: Layer, sources: Sources, node: Node) -> Source:
     """Writes a matrix product for each example."""
-    result = writer.file.activation(layer.name, node.output_shapes, np.float32)
+    indices, shape = [index for index, _ in sources], node.output_shapes
     options = schema.BatchMatMulOptionsT(adjY=layer.axes[1] == 2)
-    writer.operator("BATCH_MATMUL", [i for i, _ in sources], [result], options)
-    return result, None
+    return writer.made("BATCH_MATMUL", indices, layer.name, shape, None, options), None
 
 
 FUNCTIONS = {

@@ -20,7 +20,6 @@ from tf_lowbit.export.tflite.operators import (
     Sources,
     copies,
     is_transposed,
-    linear_options,
     oriented,
     padding_code,
     to_4d,
@@ -54,9 +53,8 @@ def to_codes(writer: Writer, layer: Layer, sources: Sources, node: Node) -> Sour
             options = schema.MaximumMinimumOptionsT()
             writer.operator("MAXIMUM", [index, bound], [clamped], options)
         index = clamped
-    result = writer.integer(layer.name, shape, grid)
-    writer.operator("QUANTIZE", [index], [result], schema.QuantizeOptionsT(), grid)
-    return result, grid
+    options = schema.QuantizeOptionsT()
+    return writer.made("QUANTIZE", [index], layer.name, shape, grid, options), grid
 
 
 def to_values(writer: Any, layer: Layer, sources: Sources, node: Node) -> Source:
@@ -74,9 +72,8 @@ def to_values(writer: Any, layer: Layer, sources: Sources, node: Node) -> Source
     if is_scaled:
         factor = np.array([layer.factor], np.float32)
         factor = writer.file.constant(f"{layer.name}/factor", factor)
-        scaled = writer.file.activation(layer.name, shape, np.float32)
-        writer.operator("MUL", [result, factor], [scaled], schema.MulOptionsT())
-        result = scaled
+        mul = schema.MulOptionsT()
+        result = writer.made("MUL", [result, factor], layer.name, shape, options=mul)
     return result, None
 
 
@@ -84,11 +81,8 @@ def integer_linear(
     writer: Writer, layer: Layer, sources: Sources, node: Node
 ) -> Source:
     """Writes a convolution or a dense layer of codes."""
-    ((index, input_grid),) = sources
-    assert input_grid is not None  # It reads codes.
-    (inputs,) = node.keras_inputs
-    scales = layer.weight_scales.numpy()
-    scales = np.tile(scales, copies(layer))
+    (source,) = sources
+    scales = np.tile(layer.weight_scales.numpy(), copies(layer))
     weights = np.rint(layer.codes().numpy()).astype(np.int64) * layer.upscale
     if is_transposed(layer):
         weights = transposed.plain_kernel(weights, *transposed.axes(layer))
@@ -100,32 +94,18 @@ def integer_linear(
     bias = writer.file.constant(
         f"{layer.name}/bias",
         np.tile(layer.biases.numpy(), copies(layer)),
-        np.float32(input_grid.scale) * scales,
+        np.float32(source[1].scale) * scales,
     )
-    activation = getattr(schema.ActivationFunctionType, layer.grid.clamp)
     versions = INT4_VERSIONS if is_int4 else INTEGER_VERSIONS
-    rank = len(inputs.shape)
-
-    def add(index, output, shape, padding):
-        result = writer.integer(output, shape, layer.grid)
-        options = linear_options(layer, name, activation, rank, padding)
-        tensors = [index, weights, bias]
-        writer.file.operator(name, versions[name], tensors, [result], options)
-        return result
-
-    shapes = inputs.shape, node.output_shapes
-    grids = input_grid, layer.grid
-    return writer.add_linear(layer, name, index, grids, shapes, add), layer.grid
+    constants, grid = (weights, bias), layer.grid
+    return writer.add_linear(layer, name, source, constants, node, grid, versions)
 
 
 def integer_add(writer: Writer, layer: Layer, sources: Sources, node: Node) -> Source:
     """Writes a sum of codes."""
-    result = writer.integer(layer.name, node.output_shapes, layer.grid)
-    activation = getattr(schema.ActivationFunctionType, layer.grid.clamp)
-    options = schema.AddOptionsT(activation)
-    indices = [index for index, _ in sources]
-    writer.operator("ADD", indices, [result], options, layer.grid)
-    return result, layer.grid
+    indices, shape, grid = [i for i, _ in sources], node.output_shapes, layer.grid
+    options = schema.AddOptionsT(getattr(schema.ActivationFunctionType, grid.clamp))
+    return writer.made("ADD", indices, layer.name, shape, grid, options), grid
 
 
 def reshape(writer: Writer, layer: Layer, sources: Sources, node: Node) -> Source:
@@ -147,10 +127,9 @@ def edge_pad(writer: Writer, layer: Layer, sources: Sources, node: Node) -> Sour
     ((index, grid),) = sources
     table = np.array([(n, n) for n in (0, *layer.padding, 0)], np.int32)
     table = writer.file.constant(f"{layer.name}/paddings", table)
-    result = writer.like(layer.name, node.output_shapes, grid)
     options = schema.MirrorPadOptionsT(schema.MirrorPadMode.SYMMETRIC)
-    writer.operator("MIRROR_PAD", [index, table], [result], options, grid)
-    return result, grid
+    inputs, shape = [index, table], node.output_shapes
+    return writer.made("MIRROR_PAD", inputs, layer.name, shape, grid, options), grid
 
 
 def crop(writer: Writer, layer: Layer, sources: Sources, node: Node) -> Source:
@@ -173,13 +152,13 @@ def upsample(writer: Writer, layer: Layer, sources: Sources, node: Node) -> Sour
         index = writer.reshaped(index, grid, f"{layer.name}/in", to_4d(inputs.shape))
     inner = to_4d(shape) if is_1d else shape
     size = writer.file.constant(f"{layer.name}/size", np.array(inner[1:3], np.int32))
-    result = writer.like(f"{layer.name}/out" if is_1d else layer.name, inner, grid)
+    output = f"{layer.name}/out" if is_1d else layer.name
     # With half-pixel centers, no position lies on the border of two pixels.
     if getattr(layer, "interpolation", "nearest") == "bilinear":  # Floats only.
         name, options = "RESIZE_BILINEAR", schema.ResizeBilinearOptionsT
     else:
         name, options = "RESIZE_NEAREST_NEIGHBOR", schema.ResizeNearestNeighborOptionsT
-    writer.operator(name, [index, size], [result], options(False, True), grid)
+    result = writer.made(name, [index, size], output, inner, grid, options(False, True))
     if is_1d:
         result = writer.reshaped(result, grid, layer.name, shape)
     return result, grid
@@ -190,10 +169,9 @@ def permute(writer: Writer, layer: Layer, sources: Sources, node: Node) -> Sourc
     ((index, grid),) = sources
     order = np.array((0, *layer.dims), np.int32)
     order = writer.file.constant(f"{layer.name}/order", order)
-    result = writer.like(layer.name, node.output_shapes, grid)
+    inputs, shape = [index, order], node.output_shapes
     options = schema.TransposeOptionsT()
-    writer.operator("TRANSPOSE", [index, order], [result], options, grid)
-    return result, grid
+    return writer.made("TRANSPOSE", inputs, layer.name, shape, grid, options), grid
 
 
 def pool(writer: Writer, layer: Layer, sources: Sources, node: Node) -> Source:
@@ -222,8 +200,8 @@ def pool(writer: Writer, layer: Layer, sources: Sources, node: Node) -> Source:
     if len(in_shape) != 4:
         index = writer.reshaped(index, grid, f"{layer.name}/in", to_4d(in_shape))
     inner = shape if is_2d else to_4d(shape)
-    result = writer.like(layer.name if is_2d else f"{layer.name}/out", inner, grid)
-    writer.operator(name, [index], [result], options, grid)
+    output = layer.name if is_2d else f"{layer.name}/out"
+    result = writer.made(name, [index], output, inner, grid, options)
     if not is_2d:
         result = writer.reshaped(result, grid, layer.name, shape)
     return result, grid
@@ -231,13 +209,10 @@ def pool(writer: Writer, layer: Layer, sources: Sources, node: Node) -> Source:
 
 def concatenate(writer: Writer, layer: Layer, sources: Sources, node: Node) -> Source:
     """Writes a concatenation."""
-    grid = sources[0][1]
-    rank = len(node.output_shapes)
-    result = writer.like(layer.name, node.output_shapes, grid)
-    options = schema.ConcatenationOptionsT(layer.axis % rank)
+    grid, shape = sources[0][1], node.output_shapes
+    options = schema.ConcatenationOptionsT(layer.axis % len(shape))
     indices = [index for index, _ in sources]
-    writer.operator("CONCATENATION", indices, [result], options, grid)
-    return result, grid
+    return writer.made("CONCATENATION", indices, layer.name, shape, grid, options), grid
 
 
 def argmax(writer: Writer, layer: Layer, sources: Sources, node: Node) -> Source:

@@ -1,12 +1,12 @@
 """Operators of a TFLite file: their versions, shapes and options."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from tf_lowbit.compat import keras
-from tf_lowbit.export.integer import transposed, twin
+from tf_lowbit.compat import Node, keras
+from tf_lowbit.export.integer import int8_grids, transposed, twin
 from tf_lowbit.export.integer.int8_grids import Grid
 from tf_lowbit.export.tflite.flatbuffer import FileBuilder, schema
 from tf_lowbit.export.types import ExportError
@@ -115,6 +115,20 @@ class OperatorWriter:
         versions = FLOAT_VERSIONS if grid is None else INTEGER_VERSIONS
         self.file.operator(name, versions[name], inputs, outputs, options)
 
+    def made(
+        self,
+        operator: str,
+        inputs: Sequence[int],
+        name: str,
+        shape: Shape,
+        grid: Grid | None = None,
+        options: Any = None,
+    ) -> int:
+        """Adds an operator and its output, as `like`; returns the output's index."""
+        result = self.like(name, shape, grid)
+        self.operator(operator, inputs, [result], options, grid)
+        return result
+
     def reshaped(self, index: int, grid: Grid | None, name: str, shape: Shape) -> int:
         """Adds a RESHAPE; returns the index of its output.
 
@@ -129,10 +143,8 @@ class OperatorWriter:
         target = self.file.constant(
             f"{name}/shape", np.array([s or -1 for s in shape], np.int32)
         )
-        result = self.like(name, shape, grid)
         options = schema.ReshapeOptionsT([s or -1 for s in shape])
-        self.operator("RESHAPE", [index, target], [result], options, grid)
-        return result
+        return self.made("RESHAPE", [index, target], name, shape, grid, options)
 
     def padded(
         self,
@@ -155,39 +167,50 @@ class OperatorWriter:
         table = np.zeros((len(shape), 2), np.int32)
         table[1 : len(sides) + 1] = sides
         table = self.file.constant(f"{name}/paddings", table)
-        result = self.like(name, shape, grid)
-        self.operator("PAD", [index, table], [result], schema.PadOptionsT(), grid)
-        return result
+        options = schema.PadOptionsT()
+        return self.made("PAD", [index, table], name, shape, grid, options)
 
     def add_linear(
         self,
         layer: Layer,
         name: str,
-        index: int,
-        grids: tuple[Grid | None, Grid | None],
-        shapes: Sequence[Shape],
-        add: Callable[[int, str, Shape, str | None], int],
-    ) -> int:
-        """Adds a linear operator, with operators that reshape its input and output.
+        source: Source,
+        constants: Sequence[int],
+        node: Node,
+        grid: Grid | None = None,
+        versions: Mapping[str, int] = FLOAT_VERSIONS,
+    ) -> Source:
+        """Writes a linear operator, with operators that reshape its input and output.
 
         Args:
             layer: Layer of the twin.
             name: Name of the operator.
-            index: Index of the layer's input.
-            grids: Grids of input and output, or None for floats.
-            shapes: Shapes of input and output.
-            add: Adds the operator itself: (index, name, shape, padding) -> index of its
-                output. With padding None it uses the layer's padding.
+            source: The layer's input.
+            constants: Indices of weights and bias.
+            node: Node of the layer.
+            grid: Grid of the output; None for floats.
+            versions: Versions of operators, for the type of the weights.
         """
-        grid, out_grid = grids
-        in_shape, shape = map(tuple, shapes)
+        index, in_grid = source
+        in_shape, shape = tuple(node.keras_inputs[0].shape), tuple(node.output_shapes)
+        clamp = int8_grids.NO_CLAMP if grid is None else grid.clamp
+        activation = getattr(schema.ActivationFunctionType, clamp)
+
+        def add(index, output, shape, padding=None):
+            result = self.like(output, shape, grid)
+            options = linear_options(layer, name, activation, len(in_shape), padding)
+            tensors = [index, *constants]
+            self.file.operator(name, versions[name], tensors, [result], options)
+            return result
+
         if is_transposed(layer):
-            return self._transposed(layer, index, grids, (in_shape, shape), add)
+            grids, shapes = (in_grid, grid), (in_shape, shape)
+            return self._transposed(layer, index, grids, shapes, add), grid
         if name == "FULLY_CONNECTED" or len(in_shape) == 4:
-            return add(index, layer.name, shape, None)
-        index = self.reshaped(index, grid, f"{layer.name}/in", to_4d(in_shape))
-        result = add(index, f"{layer.name}/out", to_4d(shape), None)
-        return self.reshaped(result, out_grid, layer.name, shape)
+            return add(index, layer.name, shape), grid
+        index = self.reshaped(index, in_grid, f"{layer.name}/in", to_4d(in_shape))
+        result = add(index, f"{layer.name}/out", to_4d(shape))
+        return self.reshaped(result, grid, layer.name, shape), grid
 
     def _transposed(self, layer, index, grids, shapes, add) -> int:
         """Adds a plain convolution and a DEPTH_TO_SPACE: see `integer.transposed`."""
@@ -208,9 +231,8 @@ class OperatorWriter:
         is_whole = not np.any(sides)
         wide = (batch, *(s and s * stride for s in cells), channels)
         name = layer.name if is_whole else f"{layer.name}/cells"
-        result = self.like(name, wide, grids[1])
         options = schema.DepthToSpaceOptionsT(stride)
-        self.operator("DEPTH_TO_SPACE", [index], [result], options, grids[1])
+        result = self.made("DEPTH_TO_SPACE", [index], name, wide, grids[1], options)
         if is_whole:
             return result
         return self.cropped(result, grids[1], layer.name, shape, sides)
@@ -230,10 +252,8 @@ class OperatorWriter:
         mask = sum(1 << axis for axis, stop in enumerate(end) if not stop)
         parts = {"begin": begin, "end": end, "strides": np.ones_like(end)}
         tables = [self.file.constant(f"{name}/{n}", t) for n, t in parts.items()]
-        result = self.like(name, shape, grid)
         options = schema.StridedSliceOptionsT(beginMask=1, endMask=mask)
-        self.operator("STRIDED_SLICE", [index, *tables], [result], options, grid)
-        return result
+        return self.made("STRIDED_SLICE", [index, *tables], name, shape, grid, options)
 
 
 def is_transposed(layer: Layer) -> bool:
