@@ -27,7 +27,7 @@ from tests.export.networks import (
 from tf_lowbit import export
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.export import layer_table
-from tf_lowbit.export.qonnx import writer
+from tf_lowbit.export.qonnx import grids
 from tf_lowbit.network import inspection
 
 LSQ = [EDGE, Rule(".*", 2, 2, "lsq", "lsq")]
@@ -56,7 +56,7 @@ def assert_same(agreement):
 
 
 @pytest.mark.quick(1)
-@pytest.mark.parametrize("activations", writer.ACTIVATIONS)
+@pytest.mark.parametrize("activations", grids.ACTIVATIONS)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks(name, activations, tmp_path):
     model = quantize(NETWORKS[name](), LSQ)

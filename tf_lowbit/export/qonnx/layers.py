@@ -15,7 +15,7 @@ from tf_lowbit.export import layer_table
 from tf_lowbit.export.integer import twin
 from tf_lowbit.export.lowering import elementwise, forms
 from tf_lowbit.export.qonnx.grids import quantize
-from tf_lowbit.network import graph, inspection, layer_registry, passthrough
+from tf_lowbit.network import inspection, layer_registry, passthrough
 
 _layers = keras.layers
 
@@ -27,11 +27,6 @@ def channels_first(rank: int) -> list[int]:
 
 def _channels_last(rank):
     return [0, *range(2, rank), 1] if rank > 2 else list(range(rank))
-
-
-def _output(writer, node):
-    (tensor,) = graph.outputs_of(node)
-    return writer.shape(tensor)
 
 
 def _pads(layer, sizes, window, strides, dilation) -> list[int]:
@@ -69,7 +64,6 @@ def _conv(writer, node, layer, inputs):
     return writer.add(
         "Conv",
         [inputs[0], weight, *_bias(writer, layer)],
-        _output(writer, node),
         dilations=dilation,
         group=shape[1] if is_depthwise else layer.groups,
         kernel_shape=window,
@@ -91,7 +85,6 @@ def _conv_transpose(writer, node, layer, inputs):
     return writer.add(
         "ConvTranspose",
         [inputs[0], weight, *_bias(writer, layer)],
-        _output(writer, node),
         dilations=list(layer.dilation_rate),
         group=1,
         kernel_shape=window,
@@ -106,21 +99,20 @@ def _bias(writer, layer):
 
 
 def _dense(writer, node, layer, inputs):
-    shape = _output(writer, node)
-    if len(shape) == 2:
+    rank = len(node.output_shapes)
+    if rank == 2:
         weight = writer.weight(node, layer, "kernel", lambda kernel: kernel)
-        made = writer.add("MatMul", [inputs[0], weight], shape)
+        made = writer.add("MatMul", [inputs[0], weight])
         bias = _bias(writer, layer)
-        return writer.add("Add", [made, *bias], shape) if bias else made
+        return writer.add("Add", [made, *bias]) if bias else made
     # Over the last axis of images and series: a convolution with kernel size 1.
-    ones = [1] * (len(shape) - 2)
+    ones = [1] * (rank - 2)
     weight = writer.weight(
         node, layer, "kernel", lambda kernel: kernel.T.reshape(*kernel.T.shape, *ones)
     )
     return writer.add(
         "Conv",
         [inputs[0], weight, *_bias(writer, layer)],
-        shape,
         dilations=ones,
         group=1,
         kernel_shape=ones,
@@ -137,7 +129,6 @@ def _pool(operator, **attributes):
         return writer.add(
             operator,
             inputs,
-            _output(writer, node),
             kernel_shape=window,
             pads=_pads(layer, sizes, window, strides, [1] * len(sizes)),
             strides=strides,
@@ -152,9 +143,7 @@ def _global_pool(operator):
         shape = writer.shape(node.keras_inputs[0])
         pooled = [*shape[:2], *[1] * (len(shape) - 2)]
         made = writer.add(operator, inputs, pooled)
-        if layer.keepdims:
-            return made
-        return writer.add("Flatten", [made], pooled[:2], axis=1)
+        return made if layer.keepdims else writer.add("Flatten", [made], axis=1)
 
     return form
 
@@ -170,52 +159,47 @@ def _batch_norm(writer, node, layer, inputs):
         "variance": layer.moving_variance.numpy(),
     }
     names = [writer.constant(name, values) for name, values in parameters.items()]
-    return writer.add(
-        "BatchNormalization",
-        [*inputs, *names],
-        _output(writer, node),
-        epsilon=float(layer.epsilon),
-    )
+    epsilon = float(layer.epsilon)
+    return writer.add("BatchNormalization", [*inputs, *names], epsilon=epsilon)
 
 
 def _layer_norm(writer, node, layer, inputs):
-    shape, (x,) = _output(writer, node), inputs
+    shape, (x,) = writer.shape(node.keras_inputs[0]), inputs
     reduced, channels = [shape[0], 1, *shape[2:]], [-1, *[1] * (len(shape) - 2)]
 
     def mean(of):
         return writer.add("ReduceMean", [of], reduced, axes=[1], keepdims=1)
 
-    centred = writer.add("Sub", [x, mean(x)], shape)
-    variance = mean(writer.add("Mul", [centred, centred], shape))
+    centred = writer.add("Sub", [x, mean(x)])
+    variance = mean(writer.add("Mul", [centred, centred]))
     epsilon = writer.constant("epsilon", layer.epsilon)
     above = writer.add("Add", [variance, epsilon], reduced)
     deviation = writer.add("Sqrt", [above], reduced)
-    made = writer.add("Div", [centred, deviation], shape)
+    made = writer.add("Div", [centred, deviation])
     if layer.scale:
         gain = writer.constant("gain", layer.gamma.numpy().reshape(channels))
-        made = writer.add("Mul", [made, gain], shape)
+        made = writer.add("Mul", [made, gain])
     if layer.center:
         offset = writer.constant("offset", layer.beta.numpy().reshape(channels))
-        made = writer.add("Add", [made, offset], shape)
+        made = writer.add("Add", [made, offset])
     return made
 
 
 def _scale(writer, node, layer, inputs):
     """Writes a gain and an offset per channel."""
-    shape, made = _output(writer, node), inputs[0]
+    rank, made = len(node.output_shapes), inputs[0]
     parts = zip(("Mul", "Add"), elementwise.scale(node), (1.0, 0.0), strict=True)
     for operator, values, neutral in parts:
         if (values != neutral).any():
             if values.size > 1:
-                values = values.reshape(-1, *[1] * (len(shape) - 2))
+                values = values.reshape(-1, *[1] * (rank - 2))
             constant = writer.constant(f"{operator.lower()}_by", values)
-            made = writer.add(operator, [made, constant], shape)
+            made = writer.add(operator, [made, constant])
     return made
 
 
 def _join(writer, node, layer, inputs):
     operator = "Add" if elementwise.join(node) is np.add else "Mul"
-    shape = _output(writer, node)
     parts = [
         name
         if factor == 1.0
@@ -228,43 +212,41 @@ def _join(writer, node, layer, inputs):
     ]
     made = parts[0]
     for part in parts[1:]:
-        made = writer.add(operator, [made, part], shape)
+        made = writer.add(operator, [made, part])
     return made
 
 
 def _activation(writer, node, layer, inputs):
     name = layer_registry.relu_kind(layer) or elementwise.activation(node)
-    shape, (x,) = _output(writer, node), inputs
+    (x,) = inputs
     if name == "relu6":
         limits = [writer.constant("low", 0.0), writer.constant("high", 6.0)]
-        return writer.add("Clip", [x, *limits], shape)
+        return writer.add("Clip", [x, *limits])
     if name == "softmax":
-        return writer.add("Softmax", [x], shape, axis=1)
+        return writer.add("Softmax", [x], axis=1)
     if name == "swish":
-        return writer.add("Mul", [x, writer.add("Sigmoid", [x], shape)], shape)
+        return writer.add("Mul", [x, writer.add("Sigmoid", [x])])
     if name == "gelu":
         scaled = writer.constant("scale", np.sqrt(0.5))
-        made = writer.add("Mul", [x, scaled], shape)
-        made = writer.add("Erf", [made], shape)
-        made = writer.add("Add", [made, writer.constant("one", 1.0)], shape)
-        made = writer.add("Mul", [x, made], shape)
-        return writer.add("Mul", [made, writer.constant("half", 0.5)], shape)
+        made = writer.add("Mul", [x, scaled])
+        made = writer.add("Erf", [made])
+        made = writer.add("Add", [made, writer.constant("one", 1.0)])
+        made = writer.add("Mul", [x, made])
+        return writer.add("Mul", [made, writer.constant("half", 0.5)])
     if name == "linear":
         return x
-    return writer.add(name.capitalize(), [x], shape)
+    return writer.add(name.capitalize(), [x])
 
 
 def _leaky_relu(writer, node, layer, inputs):
-    return writer.add(
-        "LeakyRelu", inputs, _output(writer, node), alpha=float(layer.alpha)
-    )
+    return writer.add("LeakyRelu", inputs, alpha=float(layer.alpha))
 
 
 def _prelu(writer, node, layer, inputs):
     slope = layer.alpha.numpy()
     order = [axis - 1 for axis in channels_first(slope.ndim + 1)[1:]]
     slope = writer.constant("alpha", slope.transpose(order))
-    return writer.add("PRelu", [*inputs, slope], _output(writer, node))
+    return writer.add("PRelu", [*inputs, slope])
 
 
 def _dot(writer, node, layer, inputs):
@@ -272,25 +254,18 @@ def _dot(writer, node, layer, inputs):
     first, second = inputs
     if forms.dot_axes(layer) == (2, 2):
         second = writer.transpose(second, writer.shape(node.keras_inputs[1]), [0, 2, 1])
-    return writer.add("MatMul", [second, first], _output(writer, node))
+    return writer.add("MatMul", [second, first])
 
 
 def _argmax(writer, node, layer, inputs):
-    return writer.add(
-        "ArgMax",
-        inputs,
-        _output(writer, node),
-        dtype=np.int64,
-        axis=1,
-        keepdims=0,
-        select_last_index=0,
-    )
+    how = {"axis": 1, "keepdims": 0, "select_last_index": 0}
+    return writer.add("ArgMax", inputs, dtype=np.int64, **how)
 
 
 def _concatenate(writer, node, layer, inputs):
     rank = len(node.output_shapes)
     axis = channels_first(rank).index(layer.axis % rank)
-    return writer.add("Concat", inputs, _output(writer, node), axis=axis)
+    return writer.add("Concat", inputs, axis=axis)
 
 
 def _reshape(writer, node, layer, inputs):
@@ -300,7 +275,7 @@ def _reshape(writer, node, layer, inputs):
     if len(target) > 2 or math.prod(shape[2:]) > 1:
         made = writer.transpose(made, shape, _channels_last(len(shape)))
     if len(target) == 2:
-        return writer.add("Flatten", [made], _output(writer, node), axis=1)
+        return writer.add("Flatten", [made], axis=1)
     target = [shape[0], *target[1:]]
     # 0 keeps the batch.
     sizes = writer.constant("sizes", [0, *target[1:]], np.int64)
@@ -323,7 +298,7 @@ def _zero_pad(writer, node, layer, inputs):
     sides[1 : len(given) + 1] = given
     pads = sides[list(channels_first(rank))].T.ravel()
     pads = writer.constant("pads", pads, np.int64)
-    return writer.add("Pad", [*inputs, pads], _output(writer, node), mode="constant")
+    return writer.add("Pad", [*inputs, pads], mode="constant")
 
 
 def _crop(writer, node, layer, inputs):
@@ -333,22 +308,18 @@ def _crop(writer, node, layer, inputs):
     axes = list(range(2, 2 + len(sizes)))
     parts = {"starts": before, "ends": ends, "axes": axes}
     names = [writer.constant(name, part, np.int64) for name, part in parts.items()]
-    return writer.add("Slice", [*inputs, *names], _output(writer, node))
+    return writer.add("Slice", [*inputs, *names])
 
 
 def _upsample(writer, node, layer, inputs):
-    how = {
-        "nearest": ("nearest", "asymmetric"),
-        "bilinear": ("linear", "half_pixel"),
-    }[getattr(layer, "interpolation", "nearest")]
+    is_linear = getattr(layer, "interpolation", "nearest") == "bilinear"
     scales = writer.constant("scales", [1, 1, *np.ravel(layer.size)])
     region = writer.constant("region", np.zeros(0))  # Required, but not read.
     return writer.add(
         "Resize",
         [*inputs, region, scales],
-        _output(writer, node),
-        mode=how[0],
-        coordinate_transformation_mode=how[1],
+        mode="linear" if is_linear else "nearest",
+        coordinate_transformation_mode="half_pixel" if is_linear else "asymmetric",
         nearest_mode="floor",
     )
 

@@ -37,13 +37,7 @@ from tf_lowbit.compat import keras
 from tf_lowbit.core import checks as arguments
 from tf_lowbit.core.files import replace_file
 from tf_lowbit.export.lowering import forms, problems, requirements, stock_layers
-from tf_lowbit.export.qonnx.grids import (
-    ACTIVATIONS,
-    DOMAIN,
-    QUANT,
-    is_bipolar,
-    quant_of,
-)
+from tf_lowbit.export.qonnx import grids
 from tf_lowbit.export.qonnx.layers import channels_first, form_of
 from tf_lowbit.export.targets import TARGETS
 from tf_lowbit.network import graph, inspection
@@ -63,7 +57,7 @@ def to_qonnx(
     model: keras.Model,
     path: str | os.PathLike[str],
     *,
-    activations: str = QUANT,
+    activations: str = grids.QUANT,
     fold_batch_norm: bool = False,
     batch_size: int = 1,
 ) -> Path:
@@ -100,7 +94,7 @@ def to_qonnx(
     arguments.path("path", path)
     arguments.integer("batch_size", batch_size, at_least=1)
     arguments.flag("fold_batch_norm", fold_batch_norm)
-    arguments.choice("activations", activations, ACTIVATIONS)
+    arguments.choice("activations", activations, grids.ACTIVATIONS)
     model = requirements.single_network(model)
     requirements.require_exportable(model)
     problems.require_exportable(model, TARGETS["qonnx"])
@@ -133,15 +127,11 @@ class _Writer:
         self._weights: dict[tuple[str, str], str] = {}
         self._quantizers: dict = {}
         self._taken: set[str] = set()
-        self._layer = ""
+        # Of the present node: the layer's name, and the shape of its output.
+        self._layer, self._shape = "", []
 
     def write(self, model, ends):
-        """The file of a network as a `ModelProto`.
-
-        Args:
-            model: The network, from `forms.as_layers`.
-            ends: Names of the outputs.
-        """
+        """The file of a network from `forms.as_layers`, as a `ModelProto`."""
         self._quantizers = {
             (t.layer.name, t.attribute): t for t in inspection.quantized_tensors(model)
         }
@@ -168,13 +158,10 @@ class _Writer:
             value_info=list(self._values.values()),
         )
         made.quantization_annotation.extend(self._annotations)
-        opsets = [
-            onnx.helper.make_opsetid("", _OPSET),
-            onnx.helper.make_opsetid(DOMAIN, 1),
-        ]
+        opset = onnx.helper.make_opsetid
         return onnx.helper.make_model(
             made,
-            opset_imports=opsets,
+            opset_imports=[opset("", _OPSET), opset(grids.DOMAIN, 1)],
             ir_version=_IR_VERSION,
             producer_name="tf_lowbit",
             producer_version=__version__,
@@ -183,7 +170,7 @@ class _Writer:
     def _write_node(self, node):
         layer = stock_layers.layer_of(node)
         (output,) = graph.outputs_of(node)
-        self._layer = node.layer.name
+        self._layer, self._shape = node.layer.name, self.shape(output)
         before = len(self._nodes)
         inputs = [self._names[id(tensor)] for tensor in node.keras_inputs]
         made = form_of(node, layer)(self, node, layer, inputs)
@@ -224,20 +211,20 @@ class _Writer:
         self,
         operator,
         inputs,
-        shape,
+        shape=None,
         suffix=None,
         domain="",
         dtype=np.float32,
         **attributes,
     ) -> str:
-        """Adds a node with one output, and returns its name."""
+        """Adds a node with one output, of the layer's shape by default; its name."""
         suffix = suffix or operator.lower()
         name = graph.free_name(f"{self._layer}_{suffix}", self._taken)
-        self._nodes.append(
-            onnx.helper.make_node(
-                operator, inputs, [name], name=name, domain=domain, **attributes
-            )
+        made = onnx.helper.make_node(
+            operator, inputs, [name], name=name, domain=domain, **attributes
         )
+        self._nodes.append(made)
+        shape = self._shape if shape is None else shape
         self._values[name] = self._value(name, shape, dtype)
         return name
 
@@ -271,13 +258,12 @@ class _Writer:
     def quant(self, tensor, shape, suffix, scale, levels) -> str:
         """Adds a quantizer with the given levels: values -> values on the grid."""
         scale = self.constant(f"{suffix}_scale", scale)
-        if is_bipolar(levels):
-            made = self.add(
-                "BipolarQuant", [tensor, scale], shape, suffix, domain=DOMAIN
-            )
+        if grids.is_bipolar(levels):
+            inputs = [tensor, scale]
+            made = self.add("BipolarQuant", inputs, shape, suffix, domain=grids.DOMAIN)
             self.annotate(made, "SCALEDINT<1>")
             return made
-        bits, signed, narrow = quant_of(levels)
+        bits, signed, narrow = grids.quant_of(levels)
         zero = self.constant(f"{suffix}_zero_point", 0.0)
         width = self.constant(f"{suffix}_bits", float(bits))
         made = self.add(
@@ -285,7 +271,7 @@ class _Writer:
             [tensor, scale, zero, width],
             shape,
             suffix,
-            domain=DOMAIN,
+            domain=grids.DOMAIN,
             signed=int(signed),
             narrow=int(narrow),
             rounding_mode="ROUND",
@@ -296,11 +282,7 @@ class _Writer:
     def weight(self, node, layer, attribute, arrange) -> str:
         """The name of a kernel, or of its quantizer's output; added once for a layer.
 
-        Args:
-            node: Node of the layer.
-            layer: Layer of the kernel.
-            attribute: Attribute of the kernel.
-            arrange: Function from an array of the kernel's rank to ONNX's layout.
+        `arrange` takes an array of the kernel's rank to ONNX's layout.
         """
         key = node.layer.name, attribute
         if key in self._weights:
@@ -310,15 +292,13 @@ class _Writer:
             values = arrange(getattr(layer, attribute).numpy())
             made = self.constant(attribute, values)
         else:
-            step = np.asarray(
-                tensor.quantizer.step(tensor.latent, tensor.variables), np.float32
-            )
+            step = tensor.quantizer.step(tensor.latent, tensor.variables)
+            step = np.asarray(step, np.float32)
             values = arrange(tensor.codes().numpy() * step)
             scale = step.reshape(()) if step.size == 1 else arrange(step)
             constant = self.constant(attribute, values)
             levels = tensor.quantizer.level_codes(tensor.bits)
-            made = self.quant(
-                constant, values.shape, f"{attribute}_quant", scale, levels
-            )
+            name = f"{attribute}_quant"
+            made = self.quant(constant, values.shape, name, scale, levels)
         self._weights[key] = made
         return made
