@@ -140,6 +140,7 @@ _INTEGER = {
     kind: Row(f"integer_{kind}", operators=operators)
     for kind, operators in _WEIGHTED.items()
 }
+INTEGER_KINDS = tuple(row.kind for row in _INTEGER.values())
 
 
 def row_of(layer: keras.layers.Layer) -> Row | None:

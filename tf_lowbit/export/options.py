@@ -44,14 +44,7 @@ class Options:
                 f"those of QONNX. Received: target={target.name!r}"
             )
         object.__setattr__(self, "target", target)
-        known = {
-            "storage": targets.STORAGES,
-            "first_layer": targets.PRECISIONS,
-            "head": targets.PRECISIONS,
-            "input_type": targets.END_TYPES,
-            "output_type": targets.END_TYPES,
-        }
-        for name, choices in known.items():
+        for name, choices in targets.CHOICES.items():
             value, allowed = getattr(self, name), getattr(target, name)
             if value is not None:
                 checks.choice(name, value, choices)

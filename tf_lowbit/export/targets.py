@@ -25,17 +25,20 @@ _ROUNDING = {
     ),
 }
 _ALLOWED_BITS = {"weight_bits": BITS, "activation_bits": BITS}
-# Of TFLite files alone.
-_ALLOWED = {
-    "kernels": tuple(_ROUNDING),
+# Options whose allowed values depend on the target -> their values.
+CHOICES = {
     "storage": STORAGES,
     "first_layer": PRECISIONS,
     "head": PRECISIONS,
     "input_type": END_TYPES,
+    "output_type": END_TYPES,
+}
+# Of TFLite files alone.
+_ALLOWED = {
+    "kernels": tuple(_ROUNDING),
+    **CHOICES,
     "output_type": (*END_TYPES, None),
 }
-# Options whose allowed values depend on the target.
-CHOICES = ("storage", "first_layer", "head", "input_type", "output_type")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -11,7 +11,7 @@ import numpy as np
 
 from tf_lowbit.core import checks
 from tf_lowbit.core.files import require_plausible_zip
-from tf_lowbit.export import file_bytes
+from tf_lowbit.export import file_bytes, layer_table
 from tf_lowbit.export.archive import bit_packing, fields
 from tf_lowbit.export.integer import twin
 from tf_lowbit.export.integer.int8_grids import Grid
@@ -59,10 +59,6 @@ FORMS = {
     "upsample": (("size",), ()),
     "zero_pad": (("padding",), ()),
 }
-_INTEGER = (
-    *("integer_conv", "integer_dense", "integer_depthwise", "integer_scale"),
-    "integer_transposed",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +88,7 @@ class ArchivedLayer:
     @property
     def is_integer(self) -> bool:
         """Whether it has weight codes and thresholds."""
-        return self.type in _INTEGER
+        return self.type in layer_table.INTEGER_KINDS
 
     @property
     def weight_count(self) -> int:

@@ -50,7 +50,9 @@ def save_archive(snapped: Snapped, path: str | os.PathLike[str]) -> Path:
         (output,) = graph.outputs_of(node)
         grid = _output_grid(node.layer, input_grid)
         written[node.layer.name] = grid
-        own = {name: np.asarray(a, _little(a.dtype)) for name, a in own.items()}
+        own = {
+            name: np.asarray(a, a.dtype.newbyteorder("<")) for name, a in own.items()
+        }
         records.append(
             {
                 "name": node.layer.name,
@@ -78,10 +80,6 @@ def save_archive(snapped: Snapped, path: str | os.PathLike[str]) -> Path:
     parts: dict[str, Any] = {reader.HEADER: np.frombuffer(text, np.uint8), **arrays}
     np.savez_compressed(content, **parts)
     return replace_file(path, content.getvalue())
-
-
-def _little(dtype) -> np.dtype:
-    return dtype.newbyteorder("<")
 
 
 def _output_grid(layer, input_grid) -> Grid | None:

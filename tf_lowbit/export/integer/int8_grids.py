@@ -81,12 +81,12 @@ def grid(step: float, low: int, high: int) -> Grid:
     Raises:
         ValueError: If there are more than 256 codes, or zero is none of them.
     """
-    check(step, low, high)
-    zero_point = INT8[1] - high
-    if low == 0 or low + zero_point == INT8[0]:
-        clamp = CLAMP_AT_ZERO if low + zero_point > INT8[0] else NO_CLAMP
-        return Grid(float(step), low, high, _float32(step), zero_point, clamp)
-    return Grid(float(step), low, high, _float32(-1.0 / low), zero_point, CLAMP_AT_ONE)
+    made = float_grid(step, low, high)
+    if low + made.zero_point == INT8[0]:
+        return made
+    if low == 0:
+        return dataclasses.replace(made, clamp=CLAMP_AT_ZERO)
+    return dataclasses.replace(made, scale=_float32(-1.0 / low), clamp=CLAMP_AT_ONE)
 
 
 def float_grid(step: float, low: int, high: int) -> Grid:

@@ -97,16 +97,10 @@ class Axis:
 def axes(layer: keras.layers.Layer) -> tuple[Axis, Axis]:
     """Height and width of a transposed layer, of the twin or trained."""
     if hasattr(layer, "kernel_shape"):
-        place = {"before": layer.before, "excess": layer.excess}
-        sizes = layer.kernel_shape[:2]
+        sizes, before, excess = layer.kernel_shape[:2], layer.before, layer.excess
     else:
-        place, sizes = placement(layer), layer.kernel_size
-    height, width = (
-        Axis(*numbers)
-        for numbers in zip(
-            sizes, layer.strides, place["before"], place["excess"], strict=True
-        )
-    )
+        sizes, (before, excess) = layer.kernel_size, placement(layer).values()
+    height, width = map(Axis, sizes, layer.strides, before, excess)
     return height, width
 
 
