@@ -36,14 +36,9 @@ def require_plain(node: Node, layer: keras.layers.Layer) -> None:
 def split(
     layer: Any, args: tuple, kwargs: dict, name: str, free_name: Callable[[str], str]
 ) -> KerasTensor:
-    """Computes a `MultiHeadAttention` (arXiv:1706.03762) by stock layers.
+    """Computes a built `MultiHeadAttention` (arXiv:1706.03762) by stock layers.
 
-    Args:
-        layer: The layer, built.
-        args: Positional arguments of its call.
-        kwargs: Keyword arguments of its call.
-        name: Name of the layer that outputs the result.
-        free_name: Gives each other new layer its name.
+    The last layer has the name; `free_name` gives each other layer its name.
     """
     named = dict(zip(("query", "value", "key"), args, strict=False)) | kwargs
     query, value, key = named["query"], named["value"], named.get("key")
@@ -51,9 +46,8 @@ def split(
     heads = []
     for head in range(layer._num_heads):
         # The weights absorb the scale 1 / sqrt(d).
-        q = _projected(
-            layer._query_dense, query, head, free_name, 1 / math.sqrt(layer._key_dim)
-        )
+        scale = 1 / math.sqrt(layer._key_dim)
+        q = _projected(layer._query_dense, query, head, free_name, scale)
         k = _projected(layer._key_dense, key, head, free_name)
         v = _projected(layer._value_dense, value, head, free_name)
         scores = _layers.Dot(axes=(2, 2), name=free_name("scores"))([q, k])
@@ -62,12 +56,9 @@ def split(
     together = joined(heads, -1, free_name("heads"), free_name)
     output = layer._output_dense
     kernel = output.kernel.numpy()
-    return _dense(
-        name,
-        together,
-        kernel.reshape(-1, kernel.shape[-1]),
-        None if output.bias is None else output.bias.numpy(),
-    )
+    kernel = kernel.reshape(-1, kernel.shape[-1])
+    bias = None if output.bias is None else output.bias.numpy()
+    return _dense(name, together, kernel, bias)
 
 
 def _projected(dense, x, head, free_name, factor=1.0):

@@ -127,9 +127,8 @@ class Builder:
 
     def can_be_codes(self, value: Value) -> bool:
         """Whether a tensor has codes or can get them."""
-        if value.codes is not None:
-            return True
-        return value.linear is not None and value.linear.is_integer
+        is_pending = value.linear is not None and value.linear.is_integer
+        return value.codes is not None or is_pending
 
     def may_consume(self, value: Value) -> bool:
         """Whether a tensor has one reader only, which may then be folded into it."""
@@ -141,9 +140,8 @@ class Builder:
 
     def settle(self, value: Value) -> None:
         """Fixes a pending layer at 8 bits if it has several readers, not all Adds."""
-        if self.reader_count(value.tensor) < 2 or not value.linear.is_integer:
-            return
-        if self._is_float_head(value):
+        is_shared = self.reader_count(value.tensor) > 1
+        if not (is_shared and value.linear.is_integer) or self._is_float_head(value):
             return
         readers = self.readers.get(id(value.tensor), [])
         if all(isinstance(inspection.wrapped_layer(n.layer), _layers.Add)
@@ -240,10 +238,8 @@ class Builder:
 
     def _keeps_precision(self, value) -> bool:
         """Whether a pending layer's float values are computed in float, unrounded."""
-        linear = value.linear
-        if not linear.is_integer or linear.kind == twin.SCALE:
-            return True
-        return self._is_float_head(value)
+        is_scale = value.linear.kind == twin.SCALE
+        return not value.linear.is_integer or is_scale or self._is_float_head(value)
 
     def _is_float_head(self, value) -> bool:
         """Whether a pending layer is a last one, which the options leave in float."""
@@ -281,12 +277,7 @@ class Builder:
 
     def name(self, wanted: str) -> str:
         """An unused layer name: the wanted one, with a number if it is taken."""
-        name, count = wanted, 1
-        while name in self.names:
-            count += 1
-            name = f"{wanted}_{count}"
-        self.names.add(name)
-        return name
+        return graph.free_name(wanted, self.names)
 
     def emit_float(self, value: Value) -> KerasTensor:
         """Makes the float layers that compute a pending tensor."""
@@ -300,12 +291,12 @@ class Builder:
             )
         else:
             inputs = self._padded(linear, inputs)
-            layer, outputs = self._float_layer(value, linear, inputs)
+            outputs = self._float_layer(linear, inputs)
         if linear.relu:
             outputs = self.relu_layer(linear.relu, f"{value.name}_relu")(outputs)
         return outputs
 
-    def _float_layer(self, value, linear, inputs):
+    def _float_layer(self, linear, inputs):
         config = {
             **linear.layer.get_config(),
             "name": self.name(linear.layer.name),
@@ -331,7 +322,7 @@ class Builder:
         gain = linears.per_channel(linear, linear.gain)
         kernel = (np.asarray(kernel, np.float64) * gain).astype(np.float32)
         layer.set_weights([kernel, linear.offset.astype(np.float32)])
-        return layer, outputs
+        return outputs
 
     def emit_integer(
         self, value: Value, linear: linears.Linear, grid: Grid, in_place: bool = False
@@ -414,9 +405,8 @@ class Builder:
         return value.name
 
     def _storage(self, value, linear, most) -> str:
-        if self.options.storage != "int4" or linear.kind == twin.SCALE:
-            return "int8"
-        if linear.weights is None:
+        is_int4 = self.options.storage == "int4" and linear.kind != twin.SCALE
+        if not is_int4 or linear.weights is None:
             return "int8"
         inputs, outputs = linears.latent_shape(linear)[-2:]
         if linear.kind == twin.DENSE and outputs == 1 and inputs % 2 == 0:

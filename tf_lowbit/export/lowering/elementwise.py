@@ -129,7 +129,9 @@ def activation(node: Node) -> str | None:
     """
     layer = node.layer
     if type(layer) is _layers.Activation:
-        return _named(layer)
+        if name := function_name(layer.activation):
+            return name
+        raise unknown_activation(layer)
     named = [value for key, value in node.call_kwargs.items() if key != "name"]
     given = (*node.call_args[1:], *named)
     settings = [s for s in given if s is not None and s is not False]
@@ -154,11 +156,6 @@ def function_name(function: Any) -> str | None:
     return _FUNCTIONS.get(function)
 
 
-def is_known(function: Any) -> bool:
-    """Whether an activation function can be exported."""
-    return function in _FUNCTIONS
-
-
 def unknown_activation(layer: keras.layers.Layer) -> ExportError:
     """The error for a layer whose activation cannot be exported."""
     function = layer.activation
@@ -171,12 +168,6 @@ def unknown_activation(layer: keras.layers.Layer) -> ExportError:
         remedy,
         f"with {getattr(function, '__name__', type(function).__name__)!r}",
     )
-
-
-def _named(layer) -> str:
-    if not is_known(layer.activation):
-        raise unknown_activation(layer)
-    return _FUNCTIONS[layer.activation]
 
 
 def _symbol(layer) -> str | None:

@@ -176,7 +176,7 @@ def _is_training(node, layer) -> bool:
     position = parameters.index("training")
     if given is None and len(node.call_args) > position:
         given = node.call_args[position]
-    return given is not None and bool(given)
+    return bool(given)
 
 
 def _require_fixed_size(node, layer) -> None:
@@ -227,14 +227,12 @@ def _require_matrices(node, layer) -> None:
 
 def _require_linear(layer) -> None:
     """Refuses weight layers that the file's operators cannot compute."""
-    kind = f"of type {type(layer).__name__}"
     if layer_table.form_of(layer) != LINEAR:
         raise refusal(
             layer,
             "Weight layers must be Dense, Conv1D, Conv2D, Conv2DTranspose, "
             "DepthwiseConv1D or DepthwiseConv2D",
             _remedy(layer),
-            kind,
         )
 
 
@@ -282,7 +280,11 @@ def split(
     """
     owners = {layer.name for layer in model.layers if has_own_activation(layer)}
     unrolled = {x.name for x in model.layers if layer_table.form_of(x) == PARTS}
-    unrolled |= {node.layer.name for node in graph.calls(model) if _adds_many(node)}
+    unrolled |= {
+        node.layer.name
+        for node in graph.calls(model)
+        if type(node.layer) is _layers.Add and len(node.keras_inputs) > 2
+    }
     ends = {layer.name for layer in model.layers} - unrolled
     if not owners and not unrolled:
         return model, []
@@ -324,10 +326,6 @@ def split(
             _copy_values(layer, copies[layer.name])
             graph.copy_flags(layer, copies[layer.name])
     return result, pairs
-
-
-def _adds_many(node) -> bool:
-    return type(node.layer) is _layers.Add and len(node.keras_inputs) > 2
 
 
 def _adds_of_two(layer, terms, name, free):

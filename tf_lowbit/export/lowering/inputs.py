@@ -98,12 +98,6 @@ def codes_of(
 
     If the file takes codes and only layers that move values stand between input and
     quantizer, the input is quantized instead, and these layers move its codes.
-
-    Args:
-        builder: Builder of the integer model.
-        source: The float tensor.
-        grid: Grid of the quantizer.
-        name: Name of the quantizer.
     """
     moves = []
     node = graph.producer(source.tensor)

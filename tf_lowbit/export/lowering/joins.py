@@ -24,13 +24,10 @@ def add(builder: Builder, value: Value, sources: Values, node: Node) -> None:
         made = _layers.Add(name=builder.name(value.name), dtype="float32")
         value.values = made([builder.values(s) for s in sources])
         return
-    target = builder.only_quantizer(value)
-    settled = [s for s in sources if s.codes is not None]
-    if target is not None:
-        wanted = target
-    else:
+    wanted = builder.only_quantizer(value)
+    if wanted is None:
         step = builder.eight_bit_step(value)
-        if settled:
+        if settled := [s for s in sources if s.codes is not None]:
             first = settled[0].grid.step
             # If the sum is far larger than its first term, the term is requantized.
             if first / step > 0.9 * float(ratios.RATIOS[0]):
@@ -69,9 +66,9 @@ def concatenate(builder: Builder, value: Value, sources: Values, node: Node) -> 
         value.values = made([builder.values(s) for s in sources])
         return
     known = [s.grid for s in sources if s.codes is not None]
-    are_alike = known and all(g.looks_like(known[0]) for g in known)
-    wanted = known[0] if are_alike else None
-    if wanted is None or len(known) < len(sources):
+    if len(known) == len(sources) and all(g.looks_like(known[0]) for g in known):
+        wanted = known[0]
+    else:
         wanted = builder.eight_bit_grid(value)
         builder.note_eight_bits(value)
     terms = []

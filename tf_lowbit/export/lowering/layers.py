@@ -113,14 +113,13 @@ def relu(builder: Builder, value: Value, sources: Values, node: Node) -> None:
     """Folds a ReLU or ReLU6 into the layer in front."""
     (source,) = sources
     kind = layer_registry.relu_kind(node.layer)
-    if source.linear is not None and builder.may_consume(source):
-        if source.linear.relu is None:
-            value.linear = dataclasses.replace(source.linear, relu=kind)
-        elif kind == "relu" or source.linear.relu == "relu6":
-            value.linear = source.linear
-    if value.linear is None and builder.can_be_codes(source):
+    pending = source.linear if builder.may_consume(source) else None
+    if pending is not None and pending.relu in (None, kind, "relu6"):
+        # A ReLU behind a ReLU6 changes nothing.
+        value.linear = dataclasses.replace(pending, relu=pending.relu or kind)
+    elif builder.can_be_codes(source):
         value.linear = dataclasses.replace(builder.rescale(source), relu=kind)
-    if value.linear is None:
+    else:
         value.values = builder.relu_layer(kind, value.name)(builder.values(source))
         return
     builder.settle(value)

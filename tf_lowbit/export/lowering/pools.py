@@ -18,8 +18,6 @@ _ROUNDED = (
     "the average is rounded to 8 bits. It is exact if window size times levels is "
     "below 256, with fewer bits or a smaller window"
 )
-_ROUNDED_HEAD = "the average is rounded to 8 bits"
-_FLOAT_HEAD = "; head='float' keeps it in float"
 
 
 def average_pool(builder: Builder, value: Value, sources: Values, node: Node) -> None:
@@ -123,7 +121,8 @@ def global_pool(builder: Builder, value: Value, sources: Values, node: Node) -> 
     offset = _UP * value.grid.step
     linear = _window_means(value, source, sizes, (1,) * len(sizes), offset)
     builder.emit_integer(pooled, linear, value.grid)
-    remedy = _FLOAT_HEAD if "float" in builder.options.target.head else ""
-    builder.note(value.name, _ROUNDED_HEAD + remedy)
+    may_be_float = "float" in builder.options.target.head
+    remedy = "; head='float' keeps it in float" if may_be_float else ""
+    builder.note(value.name, f"the average is rounded to 8 bits{remedy}")
     flat = _layers.Flatten(name=builder.name(value.name), dtype="float32")
     value.codes = pooled.codes if layer.keepdims else flat(pooled.codes)

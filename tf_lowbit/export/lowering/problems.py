@@ -97,9 +97,7 @@ def check(model: keras.Model, target: str | Target = "xnnpack") -> Check:
 def require_exportable(network: keras.Model, target: Target) -> None:
     """Raises `ExportError` for the first quantizer or layer that a target refuses.
 
-    Args:
-        network: Functional model without nested models.
-        target: Target of the file.
+    The network is functional, without nested models.
     """
     for tensor in inspection.quantized_tensors(network):
         if problem := bit_problem(tensor, tensor.bits, target):
@@ -135,11 +133,8 @@ def problems(
 def target_problems(network: keras.Model, target: Target) -> Iterator[Problem]:
     """Yields the `Problem` of each layer that can be exported, but not for a target.
 
-    `to_tflite` and `verify` check what depends on data or on neighbouring layers.
-
-    Args:
-        network: Functional model without nested models.
-        target: Target of the file.
+    The network is functional, without nested models. `to_tflite` and `verify` check
+    what depends on data or on neighbouring layers.
     """
     if not target.open_sizes:
         for node in graph.nodes(network):
@@ -191,10 +186,11 @@ def _operators(node, form, target) -> tuple[str, ...]:
     """TFLite operators that a node always needs in a file for a target."""
     layer = inspection.wrapped_layer(stock_layers.layer_of(node))
     row = layer_table.row_of(layer)
+    own = () if row is None else row.operators
     if form == layer_table.LINEAR:
         is_cells = row.kind == twin.TRANSPOSED and max(layer.strides) > 1
         cells = ["DEPTH_TO_SPACE"] * is_cells
-        return (*row.operators, *cells, *_own_operators(layer))
+        return (*own, *cells, *_own_operators(layer))
     if form == layer_table.ACTIVATION:
         return elementwise.OPERATORS.get(elementwise.activation(node), ())
     if form == layer_table.INTERPOLATE:
@@ -204,12 +200,7 @@ def _operators(node, form, target) -> tuple[str, ...]:
     if form in (layer_table.ADD, layer_table.MULTIPLY):
         join = _layers.Add if form == layer_table.ADD else _layers.Multiply
         return layer_table.TABLE[join].operators
-    if form in (
-        *(layer_table.ARGMAX, layer_table.CODES, layer_table.CONCATENATE),
-        *(layer_table.DOT, layer_table.FLOATS, layer_table.PARTS),
-    ):
-        return row.operators
-    return ()
+    return own
 
 
 def _own_operators(layer) -> tuple[str, ...]:
@@ -309,17 +300,15 @@ def _require_floats(tensor) -> None:
 def _require_own_activation(layer) -> None:
     """Refuses a weight layer with an activation that cannot be exported."""
     own = inspection.wrapped_layer(layer)
-    if (
-        not forms.has_own_activation(layer)
-        or layer_table.form_of(own) != layer_table.LINEAR
-    ):
+    is_linear = layer_table.form_of(own) == layer_table.LINEAR
+    if not (is_linear and forms.has_own_activation(layer)):
         return
     if isinstance(own.activation, _layers.Layer):
         relu = layer_registry.relu_kind(own.activation)
-        is_known = bool(layer_table.form_of(own.activation) or relu)
+        known = layer_table.form_of(own.activation) or relu
     else:
-        is_known = elementwise.is_known(own.activation)
-    if not is_known:
+        known = elementwise.function_name(own.activation)
+    if not known:
         raise elementwise.unknown_activation(own)
 
 

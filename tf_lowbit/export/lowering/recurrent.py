@@ -21,15 +21,7 @@ Names = Callable[[str], str]
 
 
 def require_plain(layer: keras.layers.Layer, inputs: int) -> None:
-    """Refuses a recurrent layer with more than one input, or with a kept state.
-
-    Args:
-        layer: The layer.
-        inputs: Number of tensors that it reads.
-
-    Raises:
-        ExportError: Naming the layer.
-    """
+    """Raises `ExportError` for a recurrent layer of several inputs or a kept state."""
     if inputs != 1 or layer.stateful or layer.time_major:
         raise refusal(
             layer,
@@ -40,7 +32,7 @@ def require_plain(layer: keras.layers.Layer, inputs: int) -> None:
             f"time_major={layer.time_major}",
         )
     for function in (layer.activation, layer.recurrent_activation):
-        if not elementwise.is_known(function):
+        if elementwise.function_name(function) is None:
             raise elementwise.unknown_activation(layer)
 
 
@@ -74,14 +66,7 @@ def unroll(
 def joined(
     parts: list[KerasTensor], axis: int, name: str, free_name: Names
 ) -> KerasTensor:
-    """Concatenates tensors by layers of at most 5 inputs.
-
-    Args:
-        parts: One or more Keras tensors.
-        axis: Axis of the concatenation.
-        name: Name of the last layer.
-        free_name: Names the layers before it.
-    """
+    """Concatenates tensors by layers of at most 5 inputs; the last one has the name."""
     while len(parts) > _JOINED:
         groups = [parts[i : i + _JOINED] for i in range(0, len(parts), _JOINED)]
         parts = [
