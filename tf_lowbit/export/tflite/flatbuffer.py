@@ -28,6 +28,17 @@ OPERATORS = {
 }
 
 
+def vector(values: Any, dtype: np.typing.DTypeLike) -> np.ndarray:
+    """A vector of the schema as an array; None is an empty one."""
+    return np.asarray([] if values is None else values, dtype)
+
+
+def code_of(model: Any, operator: Any) -> Any:
+    """The entry of an operator in a schema object, and its number in the schema."""
+    entry = model.operatorCodes[operator.opcodeIndex]
+    return entry, max(entry.builtinCode, entry.deprecatedBuiltinCode)
+
+
 class _AlignedBuffer(schema.BufferT):
     """A buffer whose bytes start at a multiple of 16."""
 
@@ -54,23 +65,19 @@ class _SharedQuantization:
 
     def __init__(self, quantization, written):
         self._written = written
-        scale, zero_point = quantization.scale, quantization.zeroPoint
-        self._scale = np.asarray([] if scale is None else scale, np.float32)
-        self._zero_point = np.asarray(
-            [] if zero_point is None else zero_point, np.int64
-        )
+        self._scale = vector(quantization.scale, np.float32)
+        self._zero_point = vector(quantization.zeroPoint, np.int64)
         self._axis = quantization.quantizedDimension
 
     def Pack(self, builder):  # noqa: N802
         """Writes the parameters, or returns the offset of equal ones."""
         key = (self._scale.tobytes(), self._zero_point.tobytes(), self._axis)
         if key not in self._written:
-            vectors = [
-                self._vector(builder, v) for v in (self._scale, self._zero_point)
-            ]
+            scale = self._vector(builder, self._scale)
+            zero_point = self._vector(builder, self._zero_point)
             schema.QuantizationParametersStart(builder)
-            schema.QuantizationParametersAddScale(builder, vectors[0])
-            schema.QuantizationParametersAddZeroPoint(builder, vectors[1])
+            schema.QuantizationParametersAddScale(builder, scale)
+            schema.QuantizationParametersAddZeroPoint(builder, zero_point)
             schema.QuantizationParametersAddQuantizedDimension(builder, self._axis)
             self._written[key] = schema.QuantizationParametersEnd(builder)
         return self._written[key]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tf_lowbit.compat import Node, keras
+from tf_lowbit.export import layer_table
 from tf_lowbit.export.integer import int8_grids, transposed, twin
 from tf_lowbit.export.tflite import flatbuffer, float_operators
 from tf_lowbit.export.tflite.flatbuffer import schema
@@ -82,6 +83,7 @@ def integer_linear(
 ) -> Source:
     """Writes a convolution or a dense layer of codes."""
     (source,) = sources
+    assert source[1] is not None  # It reads codes.
     scales = np.tile(layer.weight_scales.numpy(), copies(layer))
     weights = np.rint(layer.codes().numpy()).astype(np.int64) * layer.upscale
     if is_transposed(layer):
@@ -230,13 +232,7 @@ def argmax(writer: Writer, layer: Layer, sources: Sources, node: Node) -> Source
 # From the kind of a layer (`layer_table`) to its function.
 FUNCTIONS = {
     **float_operators.FUNCTIONS,
-    **dict.fromkeys(
-        (
-            *("integer_conv", "integer_dense", "integer_depthwise", "integer_scale"),
-            "integer_transposed",
-        ),
-        integer_linear,
-    ),
+    **dict.fromkeys(layer_table.INTEGER_KINDS, integer_linear),
     "argmax": argmax,
     "average_pool": pool,
     "concatenate": concatenate,

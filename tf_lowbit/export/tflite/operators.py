@@ -140,10 +140,9 @@ class OperatorWriter:
                 "A reshaped tensor must have one open size, the batch. "
                 f"Received: {name!r} of shape {tuple(shape)}"
             )
-        target = self.file.constant(
-            f"{name}/shape", np.array([s or -1 for s in shape], np.int32)
-        )
-        options = schema.ReshapeOptionsT([s or -1 for s in shape])
+        sizes = [size or -1 for size in shape]
+        target = self.file.constant(f"{name}/shape", np.array(sizes, np.int32))
+        options = schema.ReshapeOptionsT(sizes)
         return self.made("RESHAPE", [index, target], name, shape, grid, options)
 
     def padded(
@@ -269,7 +268,6 @@ def copies(layer: Layer) -> int:
 
 def to_4d(shape: Shape) -> tuple[int | None, ...]:
     """A shape of rank 2 to 4 as (batch, height, width, channels)."""
-    shape = tuple(shape)
     return (shape[0], *(1,) * (4 - len(shape)), *shape[1:])
 
 

@@ -174,7 +174,7 @@ def pack(data: bytes) -> bytes:
     readers = [int(i) for operator in graph.operators for i in operator.inputs]
     operators = []
     for operator in graph.operators:
-        if _code(model, operator) in _LINEAR:
+        if flatbuffer.code_of(model, operator)[1] in _LINEAR:
             index = int(operator.inputs[1])
             parts = _smallest(model, graph.tensors[index])
             if parts is not None and readers.count(index) == 1:
@@ -262,9 +262,8 @@ def _smallest(model, tensor) -> Packed | None:
     both = (encode(values), encode(values, axis))
     found = [parts for parts in both if parts is not None]
     best = min(found, key=lambda parts: parts.size, default=None)
-    if best is None or best.size + _OVERHEAD >= len(data):
-        return None
-    return best
+    is_smaller = best is not None and best.size + _OVERHEAD < len(data)
+    return best if is_smaller else None
 
 
 def is_decode(model: Any, operator: Any) -> bool:
@@ -272,14 +271,8 @@ def is_decode(model: Any, operator: Any) -> bool:
     return model.operatorCodes[operator.opcodeIndex].customCode == OPERATOR
 
 
-def _code(model, operator) -> int:
-    code = model.operatorCodes[operator.opcodeIndex]
-    return max(code.builtinCode, code.deprecatedBuiltinCode)
-
-
 def _data(model, tensor) -> np.ndarray:
-    data = model.buffers[tensor.buffer].data
-    return np.asarray([] if data is None else data, np.uint8)
+    return flatbuffer.vector(model.buffers[tensor.buffer].data, np.uint8)
 
 
 def _damaged(what: str) -> ValueError:

@@ -49,21 +49,17 @@ def interpreter(data: bytes, kernel: str = kernels.XNNPACK, threads: int = 1) ->
     checks.choice("kernel", kernel, (kernels.XNNPACK, kernels.BUILTIN))
     checks.integer("threads", threads, at_least=1)
     arguments = {"model_content": bytes(data), "num_threads": threads}
-    resolvers = (
-        tf.lite.experimental.OpResolverType
-        if _litert is None
-        else _litert.OpResolverType
-    )
+    if _litert is None:
+        make, resolvers = tf.lite.Interpreter, tf.lite.experimental.OpResolverType
+    else:
+        make, resolvers = _litert.Interpreter, _litert.OpResolverType
     if kernel == kernels.BUILTIN:
-        arguments["experimental_op_resolver_type"] = (
-            resolvers.BUILTIN_WITHOUT_DEFAULT_DELEGATES
-        )
+        resolver = resolvers.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+        arguments["experimental_op_resolver_type"] = resolver
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TensorFlow warns that LiteRT replaces it.
         try:
-            if _litert is None:
-                return tf.lite.Interpreter(**arguments)
-            return _litert.Interpreter(**arguments)
+            return make(**arguments)
         except ValueError as error:
             raise ValueError(
                 "data must be the content of a whole TFLite file. "
@@ -157,12 +153,7 @@ def check_inputs(inputs: Sequence[Any], details: Sequence[Mapping[str, Any]]) ->
         ValueError: If number, dtype or shape differ from the file's, an array has no
             example, or a value is not finite.
     """
-    fit = len(inputs) == len(details) and all(
-        isinstance(x, np.ndarray)
-        and x.dtype == detail["dtype"]
-        and _has_shape(x.shape, detail)
-        for x, detail in zip(inputs, details, strict=True)
-    )
+    fit = len(inputs) == len(details) and all(map(_fits, inputs, details))
     if not fit:
         wanted = ", ".join(
             f"{np.dtype(d['dtype'])} {['batch', *_shape_of(d)[1:]]}" for d in details
@@ -188,12 +179,14 @@ def _shape_of(detail) -> list[int]:
     return [int(n) for n in (signature if len(signature) else detail["shape"])]
 
 
-def _has_shape(shape, detail) -> bool:
+def _fits(x, detail) -> bool:
+    if not isinstance(x, np.ndarray) or x.dtype != detail["dtype"]:
+        return False
     wanted = _shape_of(detail)
     return (
-        len(shape) == len(wanted)
-        and min(shape, default=1) >= 1
-        and all(w in (-1, n) for n, w in zip(shape[1:], wanted[1:], strict=True))
+        x.ndim == len(wanted)
+        and min(x.shape, default=1) >= 1
+        and all(w in (-1, n) for n, w in zip(x.shape[1:], wanted[1:], strict=True))
     )
 
 

@@ -26,14 +26,10 @@ class Difference:
 
 
 def differences(found: Any, expected: Any) -> list[Difference]:
-    """Lists every field of a file that differs from the plan.
+    """Lists every field of a consistent file that differs from the plan, both unpacked.
 
     The description and the contents of the metadata are not compared. Constants are
     compared by tensor, not by buffer.
-
-    Args:
-        found: Consistent schema object of the file.
-        expected: Schema object of the plan.
     """
     return list(_walk(_contents(found), _contents(expected), ""))
 

@@ -15,11 +15,7 @@ def require_runnable(data: bytes, target: Target) -> None:
 
 
 def problems(model: Any, target: Target) -> list[str]:
-    """Lists what a target cannot run in a file.
-
-    Args:
-        model: The file as a schema object.
-        target: Target of the file.
+    """Lists what a target cannot run in a file, a schema object.
 
     Returns:
         A message for each operator that the target lacks, for each float operator if
@@ -28,8 +24,7 @@ def problems(model: Any, target: Target) -> list[str]:
     (graph,) = model.subgraphs
     found = []
     for operator in graph.operators:
-        code = model.operatorCodes[operator.opcodeIndex]
-        number = max(code.builtinCode, code.deprecatedBuiltinCode)
+        _, number = flatbuffer.code_of(model, operator)
         name = flatbuffer.OPERATORS.get(number, str(number))
         output = graph.tensors[operator.outputs[0]]
         where = f"{name} in {output.name.decode()!r}"

@@ -13,10 +13,7 @@ from tf_lowbit.export.integer.int8_grids import Grid
 from tf_lowbit.export.lowering.walk import Snapped
 from tf_lowbit.export.tflite.flatbuffer import schema
 from tf_lowbit.export.tflite.layers import FUNCTIONS, ends_in_codes
-from tf_lowbit.export.tflite.operators import (
-    REQUANTIZE_VERSION,
-    OperatorWriter,
-)
+from tf_lowbit.export.tflite.operators import REQUANTIZE_VERSION, OperatorWriter
 from tf_lowbit.export.types import ExportError
 from tf_lowbit.network import graph
 from tf_lowbit.version import __version__
@@ -75,22 +72,22 @@ class _Writer(OperatorWriter):
         self.output_type = options.output_type
         self._tensors: dict[int, tuple[int, Grid | None]] = {}
         self._inputs: dict[str, int] = {}
+        self._readers = graph.readers(model)
 
     def run(self, about: bytes) -> bytes:
         """Walks the twin; `about` becomes the file's metadata."""
-        for node in graph.nodes(self.model):
+        model = self.model
+        for node in graph.nodes(model):
             if node.is_input:
                 self._input(node)
             else:
                 self._visit(node)
         outputs = {
             name: self._output(name, tensor)
-            for name, tensor in zip(
-                self.model.output_names, self.model.outputs, strict=True
-            )
+            for name, tensor in zip(model.output_names, model.outputs, strict=True)
         }
         # In the model's order, which need not be that of its graph.
-        inputs = {name: self._inputs[name] for name in twin.input_names(self.model)}
+        inputs = {name: self._inputs[name] for name in twin.input_names(model)}
         return self.file.finish(inputs, outputs, about, SIGNATURE)
 
     def _input(self, node) -> None:
@@ -101,11 +98,7 @@ class _Writer(OperatorWriter):
             self._inputs[name] = index
             self._tensors[id(tensor)] = (index, None)
             return
-        readers = [
-            reader
-            for reader in graph.calls(self.model)
-            if any(t is tensor for t in reader.keras_inputs)
-        ]
+        readers = self._readers.get(id(tensor), [])
         if len(readers) != 1 or not isinstance(readers[0].layer, twin.ToCodes):
             raise ExportError(
                 f"input_type={self.input_type!r} needs an input that only a quantizer "
@@ -118,10 +111,7 @@ class _Writer(OperatorWriter):
         if self.input_type == "int8":
             index = self.integer(name, tensor.shape, grid)
         else:
-            zero_point = grid.zero_point + 128
-            pixels = self.file.activation(
-                name, tensor.shape, np.uint8, (grid.scale, zero_point)
-            )
+            pixels = self._unsigned(name, tensor.shape, grid)
             index = self.integer(f"{name}/int8", tensor.shape, grid)
             self._requantize(pixels, index)
             self._inputs[name] = pixels
@@ -150,12 +140,14 @@ class _Writer(OperatorWriter):
         if self.output_type != "uint8":
             return index
         assert grid is not None  # As checked: codes.
-        zero_point = grid.zero_point + 128
-        result = self.file.activation(
-            f"{name}/uint8", tensor.shape, np.uint8, (grid.scale, zero_point)
-        )
+        result = self._unsigned(f"{name}/uint8", tensor.shape, grid)
         self._requantize(index, result)
         return result
+
+    def _unsigned(self, name, shape, grid) -> int:
+        """Adds a uint8 tensor of codes."""
+        quantization = grid.scale, grid.zero_point + 128
+        return self.file.activation(name, shape, np.uint8, quantization)
 
     def _requantize(self, source, result) -> None:
         """Adds the operator between int8 and uint8 codes of one scale."""
@@ -163,17 +155,15 @@ class _Writer(OperatorWriter):
         self.file.operator("QUANTIZE", REQUANTIZE_VERSION, [source], [result], options)
 
     def _visit(self, node) -> None:
-        layer = node.layer
         sources = [self._tensors[id(t)] for t in node.keras_inputs]
         (output,) = graph.outputs_of(node)
-        write = FUNCTIONS[layer_table.kind_of(layer)]
-        self._tensors[id(output)] = write(self, layer, sources, node)
+        write = FUNCTIONS[layer_table.kind_of(node.layer)]
+        self._tensors[id(output)] = write(self, node.layer, sources, node)
 
     def is_read(self, node) -> bool:
         """Whether a layer reads a node's output."""
         (output,) = graph.outputs_of(node)
-        inputs = [t for reader in graph.calls(self.model) for t in reader.keras_inputs]
-        return any(t is output for t in inputs)
+        return id(output) in self._readers
 
 
 def input_codes(layer: twin.ToCodes, values: np.ndarray, input_type: str) -> np.ndarray:
