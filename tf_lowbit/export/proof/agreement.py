@@ -93,17 +93,17 @@ class Agreements:
         )
         self._rows = {}
         for node in self._nodes_with:
-            grid = grid_of(node)
-            name = made[node.layer.name]._keras_history.layer.name
+            grid, tensor = grid_of(node), made[node.layer.name]
+            name = tensor._keras_history.layer.name
             levels = 0 if grid is None else grid.levels
-            is_measured = key(made[node.layer.name]) in snapped.ranges
+            is_measured = key(tensor) in snapped.ranges
             # Of pixels the range is known, whatever the data reach.
             is_measured &= not _are_pixels(node, snapped.options)
             if isinstance(node.layer, plain_layers.ArgMax):
                 levels = int(node.keras_inputs[0].shape[-1])
             row = Agreement(name, levels, is_measured, coarseness=_coarseness(node))
             if grid is not None and is_measured:
-                low, high = snapped.ranges[key(made[node.layer.name])]
+                low, high = snapped.ranges[key(tensor)]
                 sides = 2 if grid.low < 0 else 1
                 row.measured_levels = sides * max(high, -low) / grid.step
             self._rows[node.layer.name] = row
@@ -174,13 +174,8 @@ class _Split:
     fault of the split is on both sides.
 
     Each layer gets the trained network's tensors. Rounding errors of an earlier split
-    would move codes, and these would move others all the way to the outputs.
-
-    Args:
-        trained: The trained network.
-        split: The network after the split.
-        pairs: Tensors of the two that must be equal.
-        is_half: Whether layers compute in float16.
+    would move codes, and these would move others all the way to the outputs. `pairs`
+    are the tensors of the two networks that must be equal.
     """
 
     def __init__(self, trained, split, pairs, is_half):
@@ -206,7 +201,10 @@ class _Split:
                 found = wanted
             made[id(tensor)] = found
 
-        graph.run(self._split, made, _call, put_out)
+        def call(node, args, kwargs):
+            return node.layer(*args, **kwargs)
+
+        graph.run(self._split, made, call, put_out)
 
     def problems(self) -> list[str]:
         return [
@@ -216,11 +214,6 @@ class _Split:
             for name, error in self._errors.items()
             if not error <= self._allowed
         ]
-
-
-def _call(node, args, kwargs):
-    """Calls a node's layer on values, in inference."""
-    return node.layer(*args, **kwargs)
 
 
 def grid_of(node: Node) -> int8_grids.Grid | None:
@@ -260,14 +253,13 @@ def computes_floats(layer: keras.layers.Layer) -> bool:
 def _unrounded(trained, made) -> dict[str, KerasTensor]:
     """Name of a node of the twin -> what the quantizer of its tensor rounds."""
     tensors = inspection.quantized_tensors(trained)
-    has = {role: {t.layer.name for t in tensors if t.role == role}
-           for role in (ACTIVATION, WEIGHT)}  # fmt: skip
+    quantizers = {t.layer.name for t in tensors if t.role == ACTIVATION}
+    quantizers -= {t.layer.name for t in tensors if t.role == WEIGHT}
     sources = {name: graph.producer(tensor) for name, tensor in made.items()}
     return {
         name: source.keras_inputs[0]
         for name, source in sources.items()
-        if source.layer.name in has[ACTIVATION] - has[WEIGHT]
-        and len(source.keras_inputs) == 1
+        if source.layer.name in quantizers and len(source.keras_inputs) == 1
     }
 
 

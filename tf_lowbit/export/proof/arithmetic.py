@@ -22,17 +22,10 @@ def check_decisions(
     """Adds (3) of `verify` to a report: which accumulators become other codes.
 
     Layers whose tensors do not have the planned shapes are left to the plan's check.
-
-    Args:
-        snapped: The integer model and the options.
-        tensors: The file's tensors.
-        expected: The planned ones.
-        report: Gets `decisions` and `failures`.
     """
     for layer in twin.integer_layers(snapped.twin):
-        output = layer.name
-        if f"{layer.name}/out" in expected:
-            output = f"{layer.name}/out"
+        inner = f"{layer.name}/out"
+        output = inner if inner in expected else layer.name
         weights, biases = f"{layer.name}/weights", f"{layer.name}/bias"
         if any(
             name not in tensors or tensors.shape(name) != expected.shape(name)
@@ -75,15 +68,8 @@ def check_decisions(
                 np.tile(layer.weight_scales.numpy(), copies), layer.grid.scale,
                 np.tile(layer.biases.numpy(), copies), smallest, largest, points,
             )  # fmt: skip
-            report.decisions.append(
-                Decisions(
-                    layer.name,
-                    kernel,
-                    channels,
-                    int(inside.sum()),
-                    tuple(int(w) for w in wrong),
-                )
-            )
+            decisions = int(inside.sum()), tuple(wrong.tolist())
+            report.decisions.append(Decisions(layer.name, kernel, channels, *decisions))
             if (wrong > planned).any():
                 report.failures.append(
                     f"{layer.name}: {int(wrong.sum())} accumulators are off by one "
@@ -103,13 +89,7 @@ def _wrong(layer, kernel, in_scale, scales, out_scale, bias, smallest, largest, 
 
 
 def check_additions(snapped: Snapped, tensors: Tensors, report: Report) -> None:
-    """Adds (4) of `verify` to a report: each pair's sum, by the real kernels.
-
-    Args:
-        snapped: The integer model and the options.
-        tensors: The file's tensors.
-        report: Gets `additions` and `failures`.
-    """
+    """Adds (4) of `verify` to a report: each pair's sum, by the real kernels."""
     seen: dict[tuple, int] = {}
     for layer in snapped.twin.layers:
         if not isinstance(layer, twin.IntegerAdd) or layer.name not in tensors:
@@ -156,16 +136,10 @@ def wrong_sums(
         builder.activation(name, shape, np.int8, end)
         for name, end in zip(("first", "second", "sum"), ends, strict=True)
     )
-    builder.operator(
-        "ADD",
-        operators.INTEGER_VERSIONS["ADD"],
-        [first, second],
-        [output],
-        schema.AddOptionsT(clamp),
-    )
-    data = builder.finish(
-        {"first": first, "second": second}, {"sum": output}, b"{}", "sum"
-    )
+    version, options = operators.INTEGER_VERSIONS["ADD"], schema.AddOptionsT(clamp)
+    builder.operator("ADD", version, [first, second], [output], options)
+    inputs = {"first": first, "second": second}
+    data = builder.finish(inputs, {"sum": output}, b"{}", "sum")
     pairs = [p.reshape(shape) for p in np.meshgrid(_INT8, _INT8)]
     is_micro = kernel == kernels.TFLM
     try:

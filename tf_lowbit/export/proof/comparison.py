@@ -121,16 +121,7 @@ def _dequantized(values, detail):
 
 
 def _compare_tensors(rows, nodes, inputs, values, found, own) -> None:
-    """Adds one batch to the rows.
-
-    Args:
-        rows: A comparison for each node.
-        nodes: Nodes of the twin.
-        inputs: Input tensors of the twin.
-        values: Values of the inputs.
-        found: Name -> value of a tensor of the file.
-        own: Values of the twin's tensors, one for each node.
-    """
+    """Adds a batch to the rows: tensors of the file, by name, and of the twin."""
     known = {id(t): tf.constant(v) for t, v in zip(inputs, values, strict=True)}
     for node in nodes:
         name = node.layer.name
@@ -158,12 +149,8 @@ def _fed(snapped, index, values):
     if input_type == "float32":
         return values
     tensor = snapped.twin.inputs[index]
-    (reader,) = [
-        node.layer
-        for node in graph.calls(snapped.twin)
-        if any(t is tensor for t in node.keras_inputs)
-    ]
-    return writer.input_codes(reader, values, input_type)
+    (reader,) = graph.readers(snapped.twin)[id(tensor)]
+    return writer.input_codes(reader.layer, values, input_type)
 
 
 def _as_twin(values, node):

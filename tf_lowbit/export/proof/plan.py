@@ -41,28 +41,25 @@ class Tensors:
 
     def scales(self, name: str) -> np.ndarray:
         """Float32 scales; empty if the tensor is not quantized."""
-        quantization = self._by_name[name].quantization
-        scales = None if quantization is None else quantization.scale
-        return np.asarray([] if scales is None else scales, np.float32)
+        return flatbuffer.vector(self._quantization(name).scale, np.float32)
 
     def zero_points(self, name: str) -> np.ndarray:
         """Zero points; empty if the tensor is not quantized."""
-        quantization = self._by_name[name].quantization
-        points = None if quantization is None else quantization.zeroPoint
-        return np.asarray([] if points is None else points, np.int64)
+        return flatbuffer.vector(self._quantization(name).zeroPoint, np.int64)
 
     def axis(self, name: str) -> int:
         """The axis of the channels."""
-        quantization = self._by_name[name].quantization
-        return 0 if quantization is None else quantization.quantizedDimension
+        return self._quantization(name).quantizedDimension
+
+    def _quantization(self, name):
+        return self._by_name[name].quantization or schema.QuantizationParametersT()
 
     def values(self, name: str) -> np.ndarray | None:
         """The values of a constant; None for a computed tensor."""
         tensor = self._by_name[name]
-        data = self._model.buffers[tensor.buffer].data
-        if data is None or not len(data):
+        data = flatbuffer.vector(self._model.buffers[tensor.buffer].data, np.uint8)
+        if not len(data):
             return None
-        data = np.asarray(data, np.uint8)
         shape = [int(s) for s in np.ravel(tensor.shape)]
         if tensor.type == schema.TensorType.INT4:
             return flatbuffer.unpack_int4(data, int(np.prod(shape))).reshape(shape)
@@ -71,8 +68,7 @@ class Tensors:
     def operators(self) -> Iterator[Operator]:
         """Yields each `Operator`, in the file's order."""
         for operator in self._graph.operators:
-            code = self._model.operatorCodes[operator.opcodeIndex]
-            number = max(code.builtinCode, code.deprecatedBuiltinCode)
+            code, number = flatbuffer.code_of(self._model, operator)
             options = operator.builtinOptions
             yield (
                 flatbuffer.OPERATORS.get(number, f"operator {number}"),
@@ -100,13 +96,7 @@ def _plain(options: dict) -> dict:
 
 
 def compare_plan(found: Any, expected: Any, report: Report) -> None:
-    """Compares every tensor and operator of a file with the plan.
-
-    Args:
-        found: The file's schema object.
-        expected: The plan's schema object.
-        report: The failures are added to it.
-    """
+    """Compares every tensor and operator of a file with the plan, both unpacked."""
     found, expected = Tensors(found), Tensors(expected)
     for name in expected.names():
         if name not in found:
@@ -118,17 +108,15 @@ def compare_plan(found: Any, expected: Any, report: Report) -> None:
                 f"{expected.shape(name)}"
             )
             continue
+        points = found.zero_points, expected.zero_points
         _compare_arrays(name, "scales", found.scales, expected.scales, report)
-        _compare_arrays(
-            name, "zero points", found.zero_points, expected.zero_points, report
-        )
+        _compare_arrays(name, "zero points", *points, report)
         if found.axis(name) != expected.axis(name):
             report.failures.append(
                 f"{name}: the axis of its channels is not the plan's"
             )
-        what = {"weights": "codes", "bias": "biases"}.get(
-            name.split("/")[-1], "constants"
-        )
+        part = name.split("/")[-1]
+        what = {"weights": "codes", "bias": "biases"}.get(part, "constants")
         _compare_arrays(name, what, found.values, expected.values, report)
     for name in sorted(set(found.names()) - set(expected.names())):
         report.failures.append(f"tensor {name} is not in the plan")
@@ -157,9 +145,8 @@ def _compare_arrays(name, what, found, expected, report) -> None:
         report.failures.append(f"{name}: {what} are missing or of another shape")
         return
     # Compare bits, so that -0.0 differs from 0.0 and NaN equals itself.
-    different = int((have.view(np.uint8) != want.view(np.uint8)).any() and (
-        np.ravel(have) != np.ravel(want)
-    ).sum())  # fmt: skip
+    is_other = (have.view(np.uint8) != want.view(np.uint8)).any()
+    different = (np.ravel(have) != np.ravel(want)).sum() if is_other else 0
     if different:
         report.failures.append(
             f"{name}: {different} of {have.size} {what} differ from the plan"

@@ -264,11 +264,10 @@ class Report:
         """
         if not (self.ok and self.is_measured) or self.notes or self.is_tuned:
             return False
-        if self.off_by_one:
+        found = self.predictions
+        is_other = found is not None and found.trained_agrees != found.examples
+        if self.off_by_one or is_other:
             return False
-        if self.predictions is not None:
-            if self.predictions.trained_agrees != self.predictions.examples:
-                return False
         measured = [*self.further.values(), *([self.values] if self.values else [])]
         return all(v.against["trained"].largest <= 1e-4 * v.spread for v in measured)
 

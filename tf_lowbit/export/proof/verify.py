@@ -155,8 +155,10 @@ def verify(
     arithmetic.check_decisions(snapped, tensors, Tensors(expected), report)
     if is_planned:
         arithmetic.check_additions(snapped, tensors, report)
-        check = _check_micro if is_micro else _check_delegation
-        runs = check(content, snapped, report)
+        if is_micro:
+            runs = _check_micro(content, report)
+        else:
+            runs = _check_delegation(content, snapped, report)
         if data is not None and runs:
             with progress.bar("Running the file", verbose) as update:
                 compare_on_data(
@@ -186,20 +188,15 @@ def _tracked(network, data, batches, update):
 
 def _written(expected, found, options) -> bytes:
     """The bytes of the plan, as `to_tflite` writes them."""
-    content = flatbuffer.pack(_described(expected, found))
-    is_packed = options.storage == "packed"
-    return packed_weights.pack(content) if is_packed else content
-
-
-def _described(expected, found):
-    """The plan with the description and metadata of the file, which may differ."""
     made = copy.copy(expected)
+    # The file's own description and metadata, which may differ.
     made.description = found.description
     made.buffers = list(expected.buffers)
     if [m.name for m in made.metadata] == [m.name for m in found.metadata]:
         for ours, theirs in zip(made.metadata, found.metadata, strict=True):
             made.buffers[ours.buffer] = found.buffers[theirs.buffer]
-    return made
+    content = flatbuffer.pack(made)
+    return packed_weights.pack(content) if options.storage == "packed" else content
 
 
 def _read(content, report):
@@ -214,9 +211,8 @@ def _read(content, report):
             f"Received: {error}"
         ) from error
     if options.storage == "packed":
-        plain = packed_weights.unpack(content)
-        report.widths = packed_weights.widths(content)
-        content = plain
+        packed, content = content, packed_weights.unpack(content)
+        report.widths = packed_weights.widths(packed)
     found = flatbuffer.unpack(content)
     structure.require_consistent(found)
     return found, about, options
@@ -268,9 +264,8 @@ def _require_same_ends(trained, twin) -> None:
         )
 
 
-def _check_micro(content, snapped, report) -> bool:
+def _check_micro(content, report) -> bool:
     """Reports the arena of TFLite Micro; returns whether the file can be run."""
-    del snapped
     try:
         report.arena = micro.MicroRunner(content).arena()
     except RuntimeError as error:
