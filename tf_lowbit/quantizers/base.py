@@ -1,6 +1,7 @@
 """The base classes of all quantizers."""
 
 import abc
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from tf_lowbit.compat import as_float32, keras, tf, tfmot
 from tf_lowbit.core import grid
 from tf_lowbit.quantizers import sampling
 
+# The variables of a quantizer, by name.
+Variables = dict[str, tf.Variable]
 # The smallest learned step or clip. A step of zero would divide by zero, and a negative
 # one would flip the grid (a known LSQ failure).
 SMALLEST_RANGE = 1e-6
@@ -65,7 +68,7 @@ class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
         tensor_shape: tf.TensorShape | None,
         name: str,
         layer: keras.layers.Layer,
-    ) -> dict[str, tf.Variable]:
+    ) -> Variables:
         """Makes the variables on `layer`; `name` prefixes their names."""
         variables = {"bits": self.add_state(layer, f"{name}_bits", self.bits, tf.int32)}
         self.build_range(tensor_shape, name, layer, variables)
@@ -77,7 +80,7 @@ class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
         self,
         inputs: tf.Tensor | tf.Variable,
         training: bool | tf.Tensor | None,
-        weights: dict[str, tf.Variable],
+        weights: Variables,
         **kwargs: Any,
     ) -> tf.Tensor:
         """Quantizes `inputs`, in training and inference alike.
@@ -86,7 +89,6 @@ class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
         range and does not round; with raw weights, it does not change weights. Within
         `sampling.opened` it neither rounds nor clips.
         """
-        del training, kwargs
         values = as_float32(inputs)
         if sampling.is_open(weights):
             exact = self.exact(values, weights)
@@ -109,9 +111,7 @@ class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
         return self.quantize(values, weights)
 
     @abc.abstractmethod
-    def quantize(
-        self, inputs: tf.Tensor, variables: dict[str, tf.Variable]
-    ) -> tf.Tensor:
+    def quantize(self, inputs: tf.Tensor, variables: Variables) -> tf.Tensor:
         """Returns values on the grid, with the gradient that training uses.
 
         Args:
@@ -123,16 +123,14 @@ class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
         """
 
     @abc.abstractmethod
-    def codes(self, inputs: tf.Tensor, variables: dict[str, tf.Variable]) -> tf.Tensor:
+    def codes(self, inputs: tf.Tensor, variables: Variables) -> tf.Tensor:
         """Returns int32 codes in the shape of `inputs`, at 1 to 8 bits.
 
         `value = code * step`.
         """
 
     @abc.abstractmethod
-    def step(
-        self, inputs: tf.Tensor | None, variables: dict[str, tf.Variable]
-    ) -> tf.Tensor:
+    def step(self, inputs: tf.Tensor | None, variables: Variables) -> tf.Tensor:
         """Returns the step, the value of code 1: float32, broadcastable to `inputs`.
 
         Some steps depend on `inputs`, the tensor to quantize.
@@ -160,17 +158,19 @@ class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
         """Returns the number of levels at `bits` in [1, 8]."""
         return len(self.level_codes(bits))
 
-    def exact(self, inputs: tf.Tensor, variables: dict[str, tf.Variable]) -> tf.Tensor:
+    def exact(self, inputs: tf.Tensor, variables: Variables) -> tf.Tensor:
         """Returns the values that the grid approximates: float32, shape of `inputs`.
 
         They are the float32 inputs, or their ReLU if the quantizer replaces a ReLU.
         """
-        del variables
         return inputs if self.signed else tf.nn.relu(inputs)
 
-    def get_config(self) -> dict:
-        """The constructor's arguments."""
-        return {"bits": self.bits}
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments, from the attributes of the same names."""
+        names = [n for n in inspect.signature(type(self)).parameters if n in vars(self)]
+        values = {name: getattr(self, name) for name in names}
+        # As JSON has them.
+        return {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
 
     def __eq__(self, other):
         return type(self) is type(other) and self.get_config() == other.get_config()
@@ -187,12 +187,12 @@ class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
         tensor_shape: tf.TensorShape | None,
         name: str,
         layer: keras.layers.Layer,
-        variables: dict[str, tf.Variable],
+        variables: Variables,
     ) -> None:
         """Adds the subclass's variables, by `add_state` and `add_learned`."""
 
     @staticmethod
-    def rounding_bits(variables: dict[str, tf.Variable]) -> tf.Tensor:
+    def rounding_bits(variables: Variables) -> tf.Tensor:
         """Returns the bits to round to: `bits`, or "not rounded" within the same range.
 
         `quantize` must round by them and not by `variables["bits"]`: stochastic
@@ -274,9 +274,7 @@ class ActivationQuantizer(LowBitQuantizer):
         is_unsigned = int(variables["calibrated"].numpy()) == _CALIBRATED_UNSIGNED
         return unsigned if is_unsigned else self
 
-    def assign_sign(
-        self, samples: Sequence[np.ndarray], variables: dict[str, tf.Variable]
-    ) -> None:
+    def assign_sign(self, samples: Sequence[np.ndarray], variables: Variables) -> None:
         """Drops the codes below zero if no sample is negative, else restores them.
 
         Does nothing if all samples are zero, or without a variable `calibrated`.
@@ -317,9 +315,7 @@ class ActivationQuantizer(LowBitQuantizer):
         """Whether it clips at zero, and so replaces a ReLU."""
         return not self.signed
 
-    def calibrate(
-        self, samples: Sequence[np.ndarray], variables: dict[str, tf.Variable]
-    ) -> None:
+    def calibrate(self, samples: Sequence[np.ndarray], variables: Variables) -> None:
         """Sets the range from data. Does nothing if the method fixes the range.
 
         Args:
@@ -352,12 +348,12 @@ class WeightQuantizer(LowBitQuantizer):
         mean, variance = _moments(weights)
         return (weights - mean) * tf.math.rsqrt(variance)
 
-    def exact(self, inputs: tf.Tensor, variables: dict[str, tf.Variable]) -> tf.Tensor:
+    def exact(self, inputs: tf.Tensor, variables: Variables) -> tf.Tensor:
         """See `LowBitQuantizer.exact`: the weights, standardized if `standardize`."""
         return super().exact(self.prepared(inputs), variables)
 
     def latent(
-        self, codes: tf.Tensor, weights: tf.Tensor, variables: dict[str, tf.Variable]
+        self, codes: tf.Tensor, weights: tf.Tensor, variables: Variables
     ) -> tf.Tensor:
         """Returns latent weights that lie on the levels of `codes`, not between two.
 
@@ -386,9 +382,7 @@ class WeightQuantizer(LowBitQuantizer):
         mean, variance = _moments(as_float32(weights))
         return values * tf.sqrt(variance) + mean
 
-    def initialize(
-        self, weights: tf.Variable, variables: dict[str, tf.Variable]
-    ) -> None:
+    def initialize(self, weights: tf.Variable, variables: Variables) -> None:
         """Sets the range from the latent weights. Does nothing without a range."""
 
 

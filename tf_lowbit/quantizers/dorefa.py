@@ -5,14 +5,13 @@ Zhou et al., DoReFa-Net, arXiv:1606.06160, in the form of the code released with
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from tf_lowbit.compat import as_float32, keras, tf
 from tf_lowbit.core import checks, grid, ste
 from tf_lowbit.quantizers import ranges
-from tf_lowbit.quantizers.base import ActivationQuantizer, WeightQuantizer
+from tf_lowbit.quantizers.base import ActivationQuantizer, Variables, WeightQuantizer
 
 
 @keras.utils.register_keras_serializable(package="tf_lowbit")
@@ -39,19 +38,17 @@ class DoReFaWeightQuantizer(WeightQuantizer):
         self.max_gradient = checks.flag("max_gradient", max_gradient)
         self.standardize = checks.flag("standardize", standardize)
 
-    def quantize(
-        self, inputs: tf.Tensor, variables: dict[str, tf.Variable]
-    ) -> tf.Tensor:
+    def quantize(self, inputs: tf.Tensor, variables: Variables) -> tf.Tensor:
         """See `LowBitQuantizer.quantize`."""
         bits = self.rounding_bits(variables)
         return ste.normalized_round(self.prepared(inputs), bits, self.max_gradient)
 
-    def codes(self, inputs: tf.Tensor, variables: dict[str, tf.Variable]) -> tf.Tensor:
+    def codes(self, inputs: tf.Tensor, variables: Variables) -> tf.Tensor:
         """Odd int32 codes in [-n, n], the shape of `inputs`."""
         values = self.quantize(inputs, variables)
         return tf.cast(tf.round(values / self.step(inputs, variables)), tf.int32)
 
-    def step(self, inputs: tf.Tensor, variables: dict[str, tf.Variable]) -> tf.Tensor:
+    def step(self, inputs: tf.Tensor, variables: Variables) -> tf.Tensor:
         """`1 / n`, for any weights."""
         return grid.odd_step(variables["bits"])
 
@@ -59,13 +56,13 @@ class DoReFaWeightQuantizer(WeightQuantizer):
         """Returns the `2^k` odd codes; zero is not one of them."""
         return grid.level_codes(bits, signed=True, odd=True)
 
-    def exact(self, inputs: tf.Tensor, variables: dict[str, tf.Variable]) -> tf.Tensor:
+    def exact(self, inputs: tf.Tensor, variables: Variables) -> tf.Tensor:
         """`2u - 1`: the weight on the scale of the grid."""
         unrounded = tf.constant(grid.UNROUNDED_BITS[-1])
         return self.quantize(inputs, {**variables, "rounding_bits": unrounded})
 
     def latent(
-        self, codes: tf.Tensor, weights: tf.Tensor, variables: dict[str, tf.Variable]
+        self, codes: tf.Tensor, weights: tf.Tensor, variables: Variables
     ) -> tf.Tensor:
         """See `WeightQuantizer.latent`: `atanh(codes / n * max|t|)`."""
         largest = tf.reduce_max(tf.abs(self.prepared(weights)))
@@ -77,14 +74,6 @@ class DoReFaWeightQuantizer(WeightQuantizer):
             tf.atanh(share * tf.tanh(largest)),
         )
         return self.unprepared(values, weights)
-
-    def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
-        return {
-            **super().get_config(),
-            "max_gradient": self.max_gradient,
-            "standardize": self.standardize,
-        }
 
 
 @keras.utils.register_keras_serializable(package="tf_lowbit")
@@ -105,21 +94,17 @@ class DoReFaActivationQuantizer(ActivationQuantizer):
         super().__init__(bits)
         self.implementation = ste.validate_implementation(implementation)
 
-    def quantize(
-        self, inputs: tf.Tensor, variables: dict[str, tf.Variable]
-    ) -> tf.Tensor:
+    def quantize(self, inputs: tf.Tensor, variables: Variables) -> tf.Tensor:
         """See `LowBitQuantizer.quantize`."""
         bits = self.rounding_bits(variables)
         return ste.clip_round(inputs, self.clip, bits, self.implementation)
 
-    def codes(self, inputs: tf.Tensor, variables: dict[str, tf.Variable]) -> tf.Tensor:
+    def codes(self, inputs: tf.Tensor, variables: Variables) -> tf.Tensor:
         """Int32 codes in [0, n], the shape of `inputs`."""
         codes = grid.unsigned_codes(as_float32(inputs), self.clip, variables["bits"])
         return tf.cast(codes, tf.int32)
 
-    def step(
-        self, inputs: tf.Tensor | None, variables: dict[str, tf.Variable]
-    ) -> tf.Tensor:
+    def step(self, inputs: tf.Tensor | None, variables: Variables) -> tf.Tensor:
         """`1 / n`."""
         return grid.unsigned_step(self.clip, variables["bits"])
 
@@ -130,7 +115,3 @@ class DoReFaActivationQuantizer(ActivationQuantizer):
         """
         clip = ranges.least_error_clip(samples, self.bits, signed=False)
         return clip / self.clip
-
-    def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
-        return {**super().get_config(), "implementation": self.implementation}

@@ -5,7 +5,6 @@ Esser et al., Learned Step Size Quantization, arXiv:1902.08153.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from tf_lowbit.quantizers import ranges
 from tf_lowbit.quantizers.base import (
     SMALLEST_RANGE,
     ActivationQuantizer,
+    Variables,
     WeightQuantizer,
     channel_shape,
     scaled_gradient,
@@ -146,15 +146,13 @@ class LSQWeightQuantizer(_LearnedStep, WeightQuantizer):
         tensor_shape: tf.TensorShape,
         name: str,
         layer: keras.layers.Layer,
-        variables: dict[str, tf.Variable],
+        variables: Variables,
     ) -> None:
         """See `LowBitQuantizer.build_range`."""
         shape = channel_shape(tensor_shape, self.channel_axes) if self.per_axis else ()
         variables["step"] = self.add_learned(layer, f"{name}_step", 1.0, shape)
 
-    def quantize(
-        self, inputs: tf.Tensor, variables: dict[str, tf.Variable]
-    ) -> tf.Tensor:
+    def quantize(self, inputs: tf.Tensor, variables: Variables) -> tf.Tensor:
         """See `LowBitQuantizer.quantize`."""
         bits = tf.convert_to_tensor(variables["bits"])
         step = self._step(variables)
@@ -169,19 +167,17 @@ class LSQWeightQuantizer(_LearnedStep, WeightQuantizer):
             gradient_scale=self._gradient_scale(sharing, bits),
         )
 
-    def codes(self, inputs: tf.Tensor, variables: dict[str, tf.Variable]) -> tf.Tensor:
+    def codes(self, inputs: tf.Tensor, variables: Variables) -> tf.Tensor:
         """Int32 codes in [-Q_N, Q_P], the shape of `inputs`."""
         scaled = self.prepared(inputs) / self._step(variables)
         codes = grid.signed_codes(scaled, variables["bits"], self.narrow_range)
         return tf.cast(codes, tf.int32)
 
-    def step(self, inputs: tf.Tensor, variables: dict[str, tf.Variable]) -> tf.Tensor:
+    def step(self, inputs: tf.Tensor, variables: Variables) -> tf.Tensor:
         """The learned step."""
         return self._step(variables)
 
-    def initialize(
-        self, weights: tf.Variable, variables: dict[str, tf.Variable]
-    ) -> None:
+    def initialize(self, weights: tf.Variable, variables: Variables) -> None:
         """Sets the first step from the weights by `initialization`."""
         values = self.prepared(weights).numpy()
         axes = self.channel_axes if self.per_axis else None
@@ -197,18 +193,6 @@ class LSQWeightQuantizer(_LearnedStep, WeightQuantizer):
             )
 
         self._assign_first_step(variables, mean_magnitude, clip)
-
-    def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
-        return {
-            **super().get_config(),
-            "per_axis": self.per_axis,
-            "narrow_range": self.narrow_range,
-            "channel_axes": list(self.channel_axes),
-            "initialization": self.initialization,
-            "gradient_factor": self.gradient_factor,
-            "standardize": self.standardize,
-        }
 
 
 @keras.utils.register_keras_serializable(package="tf_lowbit")
@@ -256,15 +240,13 @@ class LSQActivationQuantizer(_LearnedStep, ActivationQuantizer):
         tensor_shape: tf.TensorShape | None,
         name: str,
         layer: keras.layers.Layer,
-        variables: dict[str, tf.Variable],
+        variables: Variables,
     ) -> None:
         """See `LowBitQuantizer.build_range`."""
         variables["step"] = self.add_learned(layer, f"{name}_step", 1.0)
         self._add_calibrated(name, layer, variables)
 
-    def quantize(
-        self, inputs: tf.Tensor, variables: dict[str, tf.Variable]
-    ) -> tf.Tensor:
+    def quantize(self, inputs: tf.Tensor, variables: Variables) -> tf.Tensor:
         """See `LowBitQuantizer.quantize`."""
         bits = tf.convert_to_tensor(variables["bits"])
         features = tf.cast(tf.reduce_prod(tf.shape(inputs)[1:]), tf.float32)
@@ -278,7 +260,7 @@ class LSQActivationQuantizer(_LearnedStep, ActivationQuantizer):
             implementation=self.implementation,
         )
 
-    def codes(self, inputs: tf.Tensor, variables: dict[str, tf.Variable]) -> tf.Tensor:
+    def codes(self, inputs: tf.Tensor, variables: Variables) -> tf.Tensor:
         """Int32 codes, the shape of `inputs`."""
         inputs, bits = as_float32(inputs), variables["bits"]
         step = self._step(variables)
@@ -289,9 +271,7 @@ class LSQActivationQuantizer(_LearnedStep, ActivationQuantizer):
             codes = grid.unsigned_codes(inputs, limit, bits)
         return tf.cast(codes, tf.int32)
 
-    def step(
-        self, inputs: tf.Tensor | None, variables: dict[str, tf.Variable]
-    ) -> tf.Tensor:
+    def step(self, inputs: tf.Tensor | None, variables: Variables) -> tf.Tensor:
         """The learned step, rounded as the grid's float32 arithmetic rounds it."""
         step = self._step(variables)
         if self.signed:
@@ -299,9 +279,7 @@ class LSQActivationQuantizer(_LearnedStep, ActivationQuantizer):
         bits = variables["bits"]
         return grid.unsigned_step(ste.unsigned_range(step, bits), bits)
 
-    def calibrate(
-        self, samples: Sequence[np.ndarray], variables: dict[str, tf.Variable]
-    ) -> None:
+    def calibrate(self, samples: Sequence[np.ndarray], variables: Variables) -> None:
         """Sets the first step from data by `initialization`."""
         self._assign_first_step(
             variables,
@@ -309,13 +287,3 @@ class LSQActivationQuantizer(_LearnedStep, ActivationQuantizer):
             lambda bits: ranges.least_error_clip(samples, bits, signed=self.signed),
         )
         self.mark_calibrated(variables)
-
-    def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
-        return {
-            **super().get_config(),
-            "signed": self.signed,
-            "implementation": self.implementation,
-            "initialization": self.initialization,
-            "gradient_factor": self.gradient_factor,
-        }

@@ -4,14 +4,13 @@ Choi et al., PACT: Parameterized Clipping Activation for Quantized Neural
 Networks, arXiv:1805.06085.
 """
 
-from typing import Any
-
 from tf_lowbit.compat import as_float32, keras, tf
 from tf_lowbit.core import checks, grid, ste
 from tf_lowbit.quantizers import ranges
 from tf_lowbit.quantizers.base import (
     SMALLEST_RANGE,
     ActivationQuantizer,
+    Variables,
     scaled_gradient,
 )
 
@@ -65,7 +64,7 @@ class PACTActivationQuantizer(ranges.FittedClip, ActivationQuantizer):
         tensor_shape: tf.TensorShape | None,
         name: str,
         layer: keras.layers.Layer,
-        variables: dict[str, tf.Variable],
+        variables: Variables,
     ) -> None:
         """See `LowBitQuantizer.build_range`."""
         penalty = keras.regularizers.l2(self.alpha_decay) if self.alpha_decay else None
@@ -74,24 +73,20 @@ class PACTActivationQuantizer(ranges.FittedClip, ActivationQuantizer):
         )
         self._add_calibrated(name, layer, variables)
 
-    def quantize(
-        self, inputs: tf.Tensor, variables: dict[str, tf.Variable]
-    ) -> tf.Tensor:
+    def quantize(self, inputs: tf.Tensor, variables: Variables) -> tf.Tensor:
         """See `LowBitQuantizer.quantize`."""
         bits = self.rounding_bits(variables)
         alpha = scaled_gradient(self._alpha(variables), self.gradient_factor)
         return ste.learned_clip_round(inputs, alpha, bits, self.implementation)
 
-    def codes(self, inputs: tf.Tensor, variables: dict[str, tf.Variable]) -> tf.Tensor:
+    def codes(self, inputs: tf.Tensor, variables: Variables) -> tf.Tensor:
         """Int32 codes in [0, n], the shape of `inputs`."""
         codes = grid.unsigned_codes(
             as_float32(inputs), self._alpha(variables), variables["bits"]
         )
         return tf.cast(codes, tf.int32)
 
-    def step(
-        self, inputs: tf.Tensor | None, variables: dict[str, tf.Variable]
-    ) -> tf.Tensor:
+    def step(self, inputs: tf.Tensor | None, variables: Variables) -> tf.Tensor:
         """`alpha / n`."""
         return grid.unsigned_step(self._alpha(variables), variables["bits"])
 
@@ -99,13 +94,3 @@ class PACTActivationQuantizer(ranges.FittedClip, ActivationQuantizer):
     def _alpha(variables):
         # Some optimizers ignore constraints; a clip of zero would divide by zero.
         return tf.maximum(as_float32(variables["alpha"]), SMALLEST_RANGE)
-
-    def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
-        return {
-            **super().get_config(),
-            "alpha": self.alpha,
-            "alpha_decay": self.alpha_decay,
-            "implementation": self.implementation,
-            "gradient_factor": self.gradient_factor,
-        }

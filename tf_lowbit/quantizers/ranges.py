@@ -9,7 +9,7 @@ import numpy as np
 
 from tf_lowbit.compat import tf
 from tf_lowbit.core import grid, ste
-from tf_lowbit.quantizers.base import SMALLEST_RANGE
+from tf_lowbit.quantizers.base import SMALLEST_RANGE, Variables
 
 # Candidate clips as shares of the largest magnitude, from 1/64 (far outliers) to 1 (no
 # clipping). The best is found within a few percent.
@@ -157,9 +157,9 @@ class FittedClip:
     # Of the quantizer:
     signed: bool
     narrow_range: bool
-    mark_calibrated: Callable[[dict[str, tf.Variable]], None]
+    mark_calibrated: Callable[[Variables], None]
 
-    def assign_bits(self, variables: dict[str, tf.Variable], bits: int) -> None:
+    def assign_bits(self, variables: Variables, bits: int) -> None:
         """Sets the bits and rescales the clip.
 
         The factor is the ratio of the clips of least squared error that normally
@@ -172,9 +172,7 @@ class FittedClip:
         clip.assign(clip * (clips[1] / clips[0]))
         variables["bits"].assign(new)
 
-    def calibrate(
-        self, samples: Sequence[np.ndarray], variables: dict[str, tf.Variable]
-    ) -> None:
+    def calibrate(self, samples: Sequence[np.ndarray], variables: Variables) -> None:
         """Sets the clip of least squared error at the current bits."""
         clip = least_error_clip(
             samples,

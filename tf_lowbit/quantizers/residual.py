@@ -8,7 +8,7 @@ import numpy as np
 from tf_lowbit.compat import as_float32, keras, tf
 from tf_lowbit.core import checks, grid, ste
 from tf_lowbit.quantizers import ranges
-from tf_lowbit.quantizers.base import SMALLEST_RANGE, ActivationQuantizer
+from tf_lowbit.quantizers.base import SMALLEST_RANGE, ActivationQuantizer, Variables
 
 RESIDUAL_BITS = 8
 # The step before `calibrate`: a power of two, for the range [-8, 8).
@@ -46,13 +46,13 @@ class ResidualQuantizer(ActivationQuantizer):
         tensor_shape: tf.TensorShape | None,
         name: str,
         layer: keras.layers.Layer,
-        variables: dict[str, tf.Variable],
+        variables: Variables,
     ) -> None:
         """See `LowBitQuantizer.build_range`."""
         variables["step"] = self.add_state(layer, f"{name}_step", _FIRST_STEP)
         self._add_calibrated(name, layer, variables)
 
-    def assign_bits(self, variables: dict[str, tf.Variable], bits: int) -> None:
+    def assign_bits(self, variables: Variables, bits: int) -> None:
         """See `LowBitQuantizer.assign_bits`; takes only 8, 16 and 32.
 
         Raises:
@@ -65,9 +65,7 @@ class ResidualQuantizer(ActivationQuantizer):
             )
         super().assign_bits(variables, bits)
 
-    def quantize(
-        self, inputs: tf.Tensor, variables: dict[str, tf.Variable]
-    ) -> tf.Tensor:
+    def quantize(self, inputs: tf.Tensor, variables: Variables) -> tf.Tensor:
         """See `LowBitQuantizer.quantize`."""
         return ste.scaled_round(
             inputs,
@@ -77,21 +75,17 @@ class ResidualQuantizer(ActivationQuantizer):
             rounding_bits=self.rounding_bits(variables),
         )
 
-    def codes(self, inputs: tf.Tensor, variables: dict[str, tf.Variable]) -> tf.Tensor:
+    def codes(self, inputs: tf.Tensor, variables: Variables) -> tf.Tensor:
         """Int32 codes in [-128, 127], the shape of `inputs`."""
         scaled = as_float32(inputs) / self.step(inputs, variables)
         codes = grid.signed_codes(scaled, self.bits, narrow_range=False)
         return tf.cast(codes, tf.int32)
 
-    def step(
-        self, inputs: tf.Tensor | None, variables: dict[str, tf.Variable]
-    ) -> tf.Tensor:
+    def step(self, inputs: tf.Tensor | None, variables: Variables) -> tf.Tensor:
         """The calibrated step."""
         return tf.maximum(as_float32(variables["step"]), SMALLEST_RANGE)
 
-    def calibrate(
-        self, samples: Sequence[np.ndarray], variables: dict[str, tf.Variable]
-    ) -> None:
+    def calibrate(self, samples: Sequence[np.ndarray], variables: Variables) -> None:
         """Sets the step to `clip / 127`, with the clip of least squared error.
 
         `tf_lowbit.calibrate` then ties the steps of each Add (`tie_residuals`).

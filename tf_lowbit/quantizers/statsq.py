@@ -4,11 +4,15 @@ Liu et al., Nonuniform-to-Uniform Quantization (N2UQ), arXiv:2111.14826.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.core import checks, grid, ste
-from tf_lowbit.quantizers.base import SMALLEST_RANGE, WeightQuantizer, shared_axes
+from tf_lowbit.quantizers.base import (
+    SMALLEST_RANGE,
+    Variables,
+    WeightQuantizer,
+    shared_axes,
+)
 
 
 @keras.utils.register_keras_serializable(package="tf_lowbit")
@@ -42,21 +46,19 @@ class StatsQWeightQuantizer(WeightQuantizer):
         self.channel_axes = checks.integers("channel_axes", channel_axes)
         self.standardize = checks.flag("standardize", standardize)
 
-    def quantize(
-        self, inputs: tf.Tensor, variables: dict[str, tf.Variable]
-    ) -> tf.Tensor:
+    def quantize(self, inputs: tf.Tensor, variables: Variables) -> tf.Tensor:
         """See `LowBitQuantizer.quantize`."""
         weights = self.prepared(inputs)
         bits = self.rounding_bits(variables)
         return ste.odd_round(weights, self._scale(weights), bits)
 
-    def codes(self, inputs: tf.Tensor, variables: dict[str, tf.Variable]) -> tf.Tensor:
+    def codes(self, inputs: tf.Tensor, variables: Variables) -> tf.Tensor:
         """Odd int32 codes in [-n, n], the shape of `inputs`."""
         weights = self.prepared(inputs)
         unit = ste.odd_unit(weights, self._scale(weights))
         return tf.cast(grid.odd_codes(unit, variables["bits"]), tf.int32)
 
-    def step(self, inputs: tf.Tensor, variables: dict[str, tf.Variable]) -> tf.Tensor:
+    def step(self, inputs: tf.Tensor, variables: Variables) -> tf.Tensor:
         """`s / n`, for each channel."""
         scale = self._scale(self.prepared(inputs))
         return scale * grid.odd_step(variables["bits"])
@@ -69,11 +71,3 @@ class StatsQWeightQuantizer(WeightQuantizer):
         axes = shared_axes(weights.shape, self.channel_axes)
         mean = tf.reduce_mean(tf.abs(weights), axis=axes, keepdims=True)
         return tf.stop_gradient(tf.maximum(2.0 * mean, SMALLEST_RANGE))
-
-    def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
-        return {
-            **super().get_config(),
-            "channel_axes": list(self.channel_axes),
-            "standardize": self.standardize,
-        }

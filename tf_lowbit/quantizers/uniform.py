@@ -1,7 +1,6 @@
 """Uniform symmetric quantizers without learned parameters (common practice)."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from tf_lowbit.compat import as_float32, keras, tf
 from tf_lowbit.core import checks, grid, ste
@@ -9,6 +8,7 @@ from tf_lowbit.quantizers import ranges
 from tf_lowbit.quantizers.base import (
     SMALLEST_RANGE,
     ActivationQuantizer,
+    Variables,
     WeightQuantizer,
     shared_axes,
 )
@@ -44,9 +44,7 @@ class UniformWeightQuantizer(WeightQuantizer):
         self.channel_axes = checks.integers("channel_axes", channel_axes)
         self.standardize = checks.flag("standardize", standardize)
 
-    def quantize(
-        self, inputs: tf.Tensor, variables: dict[str, tf.Variable]
-    ) -> tf.Tensor:
+    def quantize(self, inputs: tf.Tensor, variables: Variables) -> tf.Tensor:
         """See `LowBitQuantizer.quantize`."""
         bits = tf.convert_to_tensor(variables["bits"])
         weights = self.prepared(inputs)
@@ -59,14 +57,14 @@ class UniformWeightQuantizer(WeightQuantizer):
             clips_gradient=False,
         )
 
-    def codes(self, inputs: tf.Tensor, variables: dict[str, tf.Variable]) -> tf.Tensor:
+    def codes(self, inputs: tf.Tensor, variables: Variables) -> tf.Tensor:
         """Int32 codes in [-Q, Q], the shape of `inputs`."""
         weights = self.prepared(inputs)
         scaled = weights / self._scale(weights, variables)
         codes = grid.signed_codes(scaled, variables["bits"], narrow_range=True)
         return tf.cast(codes, tf.int32)
 
-    def step(self, inputs: tf.Tensor, variables: dict[str, tf.Variable]) -> tf.Tensor:
+    def step(self, inputs: tf.Tensor, variables: Variables) -> tf.Tensor:
         """The scale: `max|w| / Q`, or `mean|w|` at one bit."""
         return self._scale(self.prepared(inputs), variables)
 
@@ -81,15 +79,6 @@ class UniformWeightQuantizer(WeightQuantizer):
         highest = grid.signed_limits(bits, narrow_range=True)[1]
         scale = tf.where(bits == 1, mean, largest / highest)
         return tf.maximum(scale, SMALLEST_RANGE)
-
-    def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
-        return {
-            **super().get_config(),
-            "per_axis": self.per_axis,
-            "channel_axes": list(self.channel_axes),
-            "standardize": self.standardize,
-        }
 
 
 @keras.utils.register_keras_serializable(package="tf_lowbit")
@@ -132,15 +121,13 @@ class UniformActivationQuantizer(ranges.FittedClip, ActivationQuantizer):
         tensor_shape: tf.TensorShape | None,
         name: str,
         layer: keras.layers.Layer,
-        variables: dict[str, tf.Variable],
+        variables: Variables,
     ) -> None:
         """See `LowBitQuantizer.build_range`."""
         variables["clip"] = self.add_state(layer, f"{name}_clip", self.clip)
         self._add_calibrated(name, layer, variables)
 
-    def quantize(
-        self, inputs: tf.Tensor, variables: dict[str, tf.Variable]
-    ) -> tf.Tensor:
+    def quantize(self, inputs: tf.Tensor, variables: Variables) -> tf.Tensor:
         """See `LowBitQuantizer.quantize`."""
         bits = tf.convert_to_tensor(variables["bits"])
         clip = tf.stop_gradient(as_float32(variables["clip"]))
@@ -161,7 +148,7 @@ class UniformActivationQuantizer(ranges.FittedClip, ActivationQuantizer):
     def _signed_step(clip, bits):
         return clip / grid.signed_limits(bits, narrow_range=True)[1]
 
-    def codes(self, inputs: tf.Tensor, variables: dict[str, tf.Variable]) -> tf.Tensor:
+    def codes(self, inputs: tf.Tensor, variables: Variables) -> tf.Tensor:
         """Int32 codes, the shape of `inputs`."""
         inputs, bits = as_float32(inputs), variables["bits"]
         if self.signed:
@@ -171,20 +158,9 @@ class UniformActivationQuantizer(ranges.FittedClip, ActivationQuantizer):
             codes = grid.unsigned_codes(inputs, as_float32(variables["clip"]), bits)
         return tf.cast(codes, tf.int32)
 
-    def step(
-        self, inputs: tf.Tensor | None, variables: dict[str, tf.Variable]
-    ) -> tf.Tensor:
+    def step(self, inputs: tf.Tensor | None, variables: Variables) -> tf.Tensor:
         """`clip / n`, or `clip / Q` if signed."""
         clip, bits = as_float32(variables["clip"]), variables["bits"]
         if self.signed:
             return self._signed_step(clip, bits)
         return grid.unsigned_step(clip, bits)
-
-    def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
-        return {
-            **super().get_config(),
-            "signed": self.signed,
-            "clip": self.clip,
-            "implementation": self.implementation,
-        }
