@@ -32,6 +32,7 @@ __all__ = [
     "CustomScaleLayer",
     "KerasTensor",
     "LayerScale",
+    "Logs",
     "LossesContainer",
     "MetricsContainer",
     "Node",
@@ -48,6 +49,8 @@ __all__ = [
     "unpacked_archives",
     "untraced_calls",
 ]
+# What Keras gives the methods of a callback.
+Logs = dict[str, Any] | None
 _UNPACKING = threading.RLock()
 _DEEPENING = threading.RLock()
 _UNTRACING = threading.RLock()

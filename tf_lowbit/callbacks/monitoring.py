@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tf_lowbit.compat import keras, tf
+from tf_lowbit.compat import Logs, keras, tf
 from tf_lowbit.core import checks
 from tf_lowbit.core.grid import MAX_BITS
 from tf_lowbit.network.inspection import networks, quantized_tensors, require_quantized
@@ -77,14 +77,13 @@ class QuantizationMonitor(keras.callbacks.Callback):
         # Name of a network -> tensor -> bits and codes at the last measurement.
         self._codes: dict[str, dict] = {}
 
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+    def on_train_begin(self, logs: Logs = None) -> None:
         """Opens the log file."""
-        del logs
         require_quantized(self.model)
         folder = os.path.join(self.log_dir, "quantization")
         self._writer = tf.summary.create_file_writer(folder)
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         """Measures the tensors, and writes the logs."""
         with self._writer.as_default(step=epoch):
             for name, value in (logs or {}).items():
@@ -93,9 +92,8 @@ class QuantizationMonitor(keras.callbacks.Callback):
                 self._write_tensors()
         self._writer.flush()
 
-    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+    def on_train_end(self, logs: Logs = None) -> None:
         """Closes the log file."""
-        del logs
         self._writer.close()
 
     def _write_tensors(self):

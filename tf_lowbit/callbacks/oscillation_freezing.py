@@ -1,11 +1,10 @@
 """Freezes the weights whose codes oscillate."""
 
 import math
-from typing import Any
 
 import numpy as np
 
-from tf_lowbit.compat import keras, tf
+from tf_lowbit.compat import Logs, keras, tf
 from tf_lowbit.core import checks
 from tf_lowbit.network import oscillation
 from tf_lowbit.network.inspection import networks, require_quantized
@@ -76,9 +75,8 @@ class OscillationFreezing(keras.callbacks.Callback):
         self.weights: list[WeightOscillation] = []
         self._epoch = 0
 
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+    def on_train_begin(self, logs: Logs = None) -> None:
         """Makes the state, where no earlier training has."""
-        del logs
         require_quantized(self.model)
         self.weights = [w for n in networks(self.model) for w in oscillation.track(n)]
         if not self.weights:
@@ -89,24 +87,19 @@ class OscillationFreezing(keras.callbacks.Callback):
             )
         self._look = tf.function(self._look_at_all)
 
-    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         """Notes the epoch."""
-        del logs
         self._epoch = epoch
 
-    def on_train_batch_end(
-        self, batch: int, logs: dict[str, Any] | None = None
-    ) -> None:
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         """Measures and freezes."""
-        del logs
         steps = self.params.get("steps")
         within = (batch + 1) / steps if steps else 0.0
         progress = (self._epoch + within) / self.params["epochs"]
         self._look(tf.constant(self.threshold_at(progress), tf.float32))
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         """Adds the shares to the logs."""
-        del epoch
         if logs is not None:
             sizes = [own.weights.shape.num_elements() for own in self.weights]
             for name, shares in (

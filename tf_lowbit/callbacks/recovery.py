@@ -7,11 +7,10 @@ import uuid
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from tf_lowbit.callbacks import checkpoint_files
 from tf_lowbit.callbacks.checkpoint_files import Position
-from tf_lowbit.compat import keras, tf
+from tf_lowbit.compat import Logs, keras, tf
 from tf_lowbit.core import checks
 from tf_lowbit.core.files import flush
 
@@ -121,9 +120,8 @@ class Recovery(keras.callbacks.Callback):
         """
         return self._newest_intact() or Position(0, 0)
 
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+    def on_train_begin(self, logs: Logs = None) -> None:
         """Restores the newest intact checkpoint, and makes `fit` continue there."""
-        del logs
         if self.every is not None and self.params.get("steps") is None:
             raise ValueError(
                 "every needs the number of steps in an epoch: give fit "
@@ -144,25 +142,18 @@ class Recovery(keras.callbacks.Callback):
                 print(self._announcement(position))
         self.model._training_state = _Start(self.model, self.params, position, steps)
 
-    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         """Checks that no other callback has moved the start of the training."""
-        del logs
         _require_no_other(self.model)
         self._epoch = epoch
         self._is_epoch_whole = False
 
-    def on_train_batch_begin(
-        self, batch: int, logs: dict[str, Any] | None = None
-    ) -> None:
+    def on_train_batch_begin(self, batch: int, logs: Logs = None) -> None:
         """Stores the number of steps that are done."""
-        del logs
         self._steps_before = batch
 
-    def on_train_batch_end(
-        self, batch: int, logs: dict[str, Any] | None = None
-    ) -> None:
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         """Saves after each `every` steps."""
-        del logs
         # With steps_per_execution, this batch is the last step of an execution, and
         # that of the begin hook is the first.
         done, steps = batch + 1, self.params.get("steps")
@@ -173,9 +164,8 @@ class Recovery(keras.callbacks.Callback):
         if is_stopped or done // self.every > self._steps_before // self.every:
             self._save(Position(self._epoch, done))
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         """Saves, unless `stop_training` or a lack of data ended the epoch early."""
-        del logs
         if self._is_epoch_whole:
             self._save(Position(epoch + 1, 0))
 
@@ -316,7 +306,6 @@ class _Start:
         self, steps_per_epoch, initial_epoch, mode
     ):
         """The epoch and the step to start with; Keras chose the name."""
-        del mode
         # Removed at once, so that it does not move the start of a later `fit` if this
         # one fails.
         self._model._training_state = None

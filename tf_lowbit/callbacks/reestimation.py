@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from tf_lowbit.calibration.batch_norm import recalibrate_batch_norm
-from tf_lowbit.compat import keras
+from tf_lowbit.compat import Logs, keras
 from tf_lowbit.network.observation import require_rereadable, validate_batches
 
 
@@ -46,19 +46,16 @@ class BatchNormReestimation(keras.callbacks.Callback):
         self.batches = batches
         self._is_measured = False
 
-    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         """Notes that the statistics become outdated."""
-        del epoch, logs
         self._is_measured = False
 
-    def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
+    def on_test_begin(self, logs: Logs = None) -> None:
         """Measures the statistics."""
-        del logs
         self._measure()
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         """Measures the statistics, unless a validation of this epoch did."""
-        del epoch, logs
         if not self._is_measured:
             self._measure()
 

@@ -10,7 +10,7 @@ from tf_lowbit.callbacks.optimizer_state import (
     reset_optimizer,
 )
 from tf_lowbit.callbacks.staged_bits import StagedBits
-from tf_lowbit.compat import keras, tf
+from tf_lowbit.compat import Logs, keras, tf
 from tf_lowbit.core import checks
 from tf_lowbit.network.observation import require_rereadable
 from tf_lowbit.quantizers import ACTIVATION, WEIGHT
@@ -162,9 +162,8 @@ class StagedPrecision(keras.callbacks.Callback):
         """Checks the final bits again, which a later callback may have changed."""
         self._warn_of_end()
 
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+    def on_train_begin(self, logs: Logs = None) -> None:
         """Checks that the stages fit the model and the training."""
-        del logs
         self._bits = StagedBits(self.model, self.data, self.keep_ranges)
         total = sum(stage.epochs for stage in self.stages)
         if self.params.get("epochs") != total:
@@ -186,9 +185,8 @@ class StagedPrecision(keras.callbacks.Callback):
                 stage=counter(-1), epochs_done=counter()
             )
 
-    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         """Enters the epoch's stage, if it is not the present one."""
-        del logs
         if not self._is_first_epoch:
             self._best.note(self._stage())
         self._epoch = epoch
@@ -212,33 +210,26 @@ class StagedPrecision(keras.callbacks.Callback):
         if self.verbose and epoch == start:
             print(f"Stage {index + 1}/{len(self.stages)}: {self._description(stage)}")
 
-    def on_train_batch_begin(
-        self, batch: int, logs: dict[str, Any] | None = None
-    ) -> None:
+    def on_train_batch_begin(self, batch: int, logs: Logs = None) -> None:
         """Follows the stage's warmup and decay of the learning rate."""
-        del logs
         if _moves_rate(self._stage()):
             self._set_learning_rate(batch)
 
-    def on_train_batch_end(
-        self, batch: int, logs: dict[str, Any] | None = None
-    ) -> None:
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         """Adds the bits to the progress bar."""
-        del batch
         if logs is not None:
             # Not read from the variables, which would cost time in each step.
             logs.update(self._lowest)
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         """Adds the bits to the logs, ties steps, and counts the epoch as done."""
         self._bits.tie_residuals()
         self.model.staging.epochs_done.assign(epoch + 1)
         if logs is not None:
             logs.update(self._lowest_bits())
 
-    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+    def on_train_end(self, logs: Logs = None) -> None:
         """Warns if the training ended before the last stage, or did not begin."""
-        del logs
         if isinstance(self.model, LowBitTrainer):
             self.model.assign_teacher(None)
         if self._is_first_epoch:

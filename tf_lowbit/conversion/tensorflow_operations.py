@@ -33,7 +33,6 @@ def of(ops: Any) -> dict[str, Callable]:
 
     def pad(tensor, paddings, mode="CONSTANT", name=None, constant_values=0):
         # Positions are those of version 1, which version 2 calls.
-        del name
         paddings = np.asarray(paddings).tolist()
         if mode.upper() != "CONSTANT":
             return ops.pad(tensor, paddings, mode=mode.lower())

@@ -279,7 +279,6 @@ def without_draws(model: keras.Model) -> Iterator[None]:
 
 
 def _at_rest(call, inputs, *args, **kwargs):
-    del args, kwargs
     return call(inputs, training=False)
 
 

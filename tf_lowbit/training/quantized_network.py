@@ -203,7 +203,6 @@ class _Watch(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         """Checks the ranges once, and stores the statistics."""
-        del epoch, logs
         if self._norms is None:
             warn_of_open_ranges(self.model)
             self._norms = batch_norm.named_norms(self.model)
@@ -215,13 +214,11 @@ class _Watch(keras.callbacks.Callback):
 
     def on_test_begin(self, logs=None):
         """Stores the statistics at the end of the epoch's training."""
-        del logs
         if self._end is None:
             self._end = self._present()
 
     def on_epoch_end(self, epoch, logs=None):
         """Stores the statistics if there was no validation."""
-        del epoch
         self.on_test_begin(logs)
 
     def warn_of_lag(self):

@@ -1,8 +1,6 @@
 """Counts the steps of a training."""
 
-from typing import Any
-
-from tf_lowbit.compat import keras, tf
+from tf_lowbit.compat import Logs, keras, tf
 from tf_lowbit.training.counters import counter
 from tf_lowbit.training.stochastic_precision import StochasticPrecision
 
@@ -42,9 +40,8 @@ class StepCount(keras.callbacks.Callback):
         """Returns the counters by name."""
         return {n: getattr(self.progress, n) for n in ("step", "total_steps")}
 
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+    def on_train_begin(self, logs: Logs = None) -> None:
         """Checks that the number of steps is known, if it is needed."""
-        del logs
         self._is_first_batch = True
         self.is_known = self._total is not None or bool(self.params.get("steps"))
         if self._is_needed and not self.is_known:
@@ -54,9 +51,8 @@ class StepCount(keras.callbacks.Callback):
                 "unknown length"
             )
 
-    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         """Sets the first step of `fit`, unless a checkpoint within the epoch did."""
-        del logs
         self._epoch = epoch
         steps, done = self.params.get("steps"), int(self.progress.step.numpy())
         if self._is_first_batch and steps:
@@ -67,19 +63,15 @@ class StepCount(keras.callbacks.Callback):
             # is restored into a trainer that has not trained yet.
             self.progress.step.assign(0)
 
-    def on_train_batch_begin(
-        self, batch: int, logs: dict[str, Any] | None = None
-    ) -> None:
+    def on_train_batch_begin(self, batch: int, logs: Logs = None) -> None:
         """Sets the first step from the batch; Keras may skip this hook."""
-        del logs
         steps = self.params.get("steps")
         if self._is_first_batch and steps:
             self._begin_at(self._epoch * steps + batch)
         self._is_first_batch = False
 
-    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+    def on_train_end(self, logs: Logs = None) -> None:
         """Stores that the counters are from a finished training."""
-        del logs
         self._has_trained = True
 
     def _begin_at(self, step: int):
