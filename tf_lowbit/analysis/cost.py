@@ -64,7 +64,7 @@ class LayerCost:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost:
+class Cost(tables.Table):
     """The cost of a network.
 
     Attributes:
@@ -109,13 +109,6 @@ class Cost:
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
         }
 
-    def __str__(self) -> str:
-        """A table, layer by layer, without colors."""
-        return tables.as_text(self.__rich__())
-
-    def _repr_html_(self) -> str:
-        return tables.as_html(self.__rich__())
-
     def __rich__(self):
         """The table for a rich console."""
         return _table(self)
@@ -131,9 +124,6 @@ def cost(model: keras.Model) -> Cost:
     Args:
         model: Functional or sequential model, quantized or float; or a
             `LowBitTrainer` of one student.
-
-    Returns:
-        The cost.
 
     Raises:
         ValueError: If the model is subclassed or not built, or a trainer has several

@@ -26,7 +26,7 @@ _REPEATS = 80.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(tables.Table):
     """The effect of rounding a single tensor of a network, for each tensor.
 
     Attributes:
@@ -65,13 +65,6 @@ class Sensitivity:
             )
         score = self.scores[name][bits]
         return 10 ** (-score / 10) if self.metric == SQNR else max(score, 0.0)
-
-    def __str__(self) -> str:
-        """A table, tensor by tensor."""
-        return tables.as_text(self.__rich__())
-
-    def _repr_html_(self) -> str:
-        return tables.as_html(self.__rich__())
 
     def __rich__(self):
         """The table for a rich console."""
@@ -115,9 +108,6 @@ def sensitivity(
             "accuracy" compares top-1 accuracies, which is coarse on few examples.
         batches: Number of batches to use, at least 1.
         progress: Whether to show a progress bar.
-
-    Returns:
-        The scores.
 
     Raises:
         ValueError: If the model is not a quantized network with one output, the dataset

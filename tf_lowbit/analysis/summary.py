@@ -11,7 +11,7 @@ from tf_lowbit.network import inspection, keras3
 
 
 @dataclasses.dataclass(frozen=True)
-class Summary:
+class Summary(tables.Table):
     """A cost that prints as a table.
 
     Attributes:
@@ -22,13 +22,6 @@ class Summary:
 
     cost: Cost
     uncalibrated: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        """The table without colors, as wide as needed."""
-        return tables.as_text(self.__rich__())
-
-    def _repr_html_(self) -> str:
-        return tables.as_html(self.__rich__())
 
     def __rich__(self):
         """The table for a rich console."""

@@ -11,6 +11,21 @@ _WIDEST = 1_000_000
 _HTML = '<pre style="line-height: 1.25; overflow-x: auto">{code}</pre>'
 
 
+class Table:
+    """Base class of a result that prints as the table of its method `__rich__`."""
+
+    def __rich__(self) -> RenderableType:
+        """The table for a rich console."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        """The table without colors, as wide as needed."""
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
+
+
 def as_text(shown: RenderableType, width: int = _WIDEST) -> str:
     """Renders as plain text without colours.
 
