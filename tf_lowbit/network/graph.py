@@ -278,7 +278,8 @@ def flatten(model: keras.Model) -> keras.Model:
     def caller(owner, training, is_frozen):
         def call(node, args, kwargs):
             layer = node.layer
-            is_open = kwargs.get("training") is None and _takes_training(layer)
+            takes_training = "training" in inspect.signature(layer.call).parameters
+            is_open = takes_training and kwargs.get("training") is None
             if training is not None and is_open:
                 kwargs = {**kwargs, "training": training}
             if isinstance(layer, keras.Model):
@@ -308,10 +309,6 @@ def flatten(model: keras.Model) -> keras.Model:
             copy.trainable = False
     flat.output_names[:] = model.output_names  # Keras would name nested layers.
     return flat
-
-
-def _takes_training(layer) -> bool:
-    return "training" in inspect.signature(layer.call).parameters
 
 
 def copy_flags(source: keras.layers.Layer, target: keras.layers.Layer) -> None:
@@ -351,12 +348,6 @@ def thawed(layer: keras.layers.Layer) -> Iterator[None]:
     finally:
         for within, flag in flags:
             within._trainable = flag
-
-
-def copy_weights(source: keras.Model, target: keras.Model) -> None:
-    """Copies the weights of all layers of `source` to those of the same name."""
-    for layer in source.layers:
-        set_weights(layer, target.get_layer(layer.name))
 
 
 def clone(

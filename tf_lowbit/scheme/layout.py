@@ -7,6 +7,7 @@ BatchNormalization and Add stay. Around an Add, 8-bit quantizers can round as an
 Add does (`residual_blocks`).
 """
 
+import dataclasses
 import warnings
 from typing import Any
 
@@ -37,27 +38,21 @@ def report_problems(problems: list[str], strict: bool) -> None:
         warnings.warn(problem, QuantizationWarning, stacklevel=3)
 
 
+@dataclasses.dataclass(frozen=True)
 class LowBitLayout(tfmot.quantization.keras.QuantizeLayoutTransform):
     """Rewrites the model, and makes a config for each quantized layer.
 
-    Args:
-        rules: Tuple of `PrecisionRule`.
+    Attributes:
+        rules: The rules, in order.
         strict: Whether to raise an error if a rule cannot be followed.
         residual_bits: 8 for quantizers on residual Adds, or None for none.
         shortcut_bits: 1 to 8 for residual shortcuts, or None for the rules' bits.
     """
 
-    def __init__(
-        self,
-        rules: tuple[PrecisionRule, ...],
-        strict: bool = False,
-        residual_bits: int | None = None,
-        shortcut_bits: int | None = None,
-    ):
-        self.rules = rules
-        self.strict = strict
-        self.residual_bits = residual_bits
-        self.shortcut_bits = shortcut_bits
+    rules: tuple[PrecisionRule, ...]
+    strict: bool = False
+    residual_bits: int | None = None
+    shortcut_bits: int | None = None
 
     def apply(
         self, model: keras.Model, layer_quantize_map: dict[str, dict[str, Any]]
@@ -93,7 +88,12 @@ class LowBitLayout(tfmot.quantization.keras.QuantizeLayoutTransform):
             shortcut_bits=self.shortcut_bits,
         )
         report_problems(plan.problems(), self.strict)
-        self._check_annotated(plan, model, layer_quantize_map)
+        missing = (set(plan.activations) & present) - set(layer_quantize_map)
+        if missing:
+            raise ValueError(
+                "A ReLU that a quantized layer reads must be annotated too. "
+                f"Received: {sorted(missing)} without quantize_annotate"
+            )
         placed = _place_quantizers(split, plan, set(layer_quantize_map))
         configs = {**_configs(plan, split), **given}
         if not configs:
@@ -123,16 +123,6 @@ class LowBitLayout(tfmot.quantization.keras.QuantizeLayoutTransform):
             f"last weight layer float, here {spared}: set edges=True in the rule, or "
             f"name a layer, as in PrecisionRule({spared[0]!r}, 8, 8)."
         )
-
-    @staticmethod
-    def _check_annotated(plan: Plan, model, layer_quantize_map) -> None:
-        present = {layer.name for layer in model.layers}
-        missing = (set(plan.activations) & present) - set(layer_quantize_map)
-        if missing:
-            raise ValueError(
-                "A ReLU that a quantized layer reads must be annotated too. "
-                f"Received: {sorted(missing)} without quantize_annotate"
-            )
 
 
 def _owned_relu(layer) -> str | None:
@@ -167,7 +157,8 @@ def split_activations(model: keras.Model) -> keras.Model:
         return relus[name](outputs) if name in relus else outputs
 
     result = graph.rebuild(model, call)
-    graph.copy_weights(model, result)
+    for layer in model.layers:
+        graph.set_weights(layer, copies[layer.name])
     return result
 
 

@@ -93,9 +93,6 @@ def make_plan(
             the ReLU's readers have priority.
         shortcut_bits: Bits of the inputs and weights of residual shortcuts that a rule
             quantizes; None for the rules' bits.
-
-    Returns:
-        The plan.
     """
     planner = _Planner(model, rules, eligible, residual_bits, split_off, shortcut_bits)
     return planner.plan
@@ -423,11 +420,8 @@ def _weight_quantizer(rule, kernel):
 
 
 def _relu_quantizer(rule):
-    return quantizers.get(
-        quantizers.get(rule.activation_quantizer, quantizers.ACTIVATION),
-        quantizers.ACTIVATION,
-        bits=rule.activation_bits,
-    )
+    kind, bits = rule.activation_quantizer, rule.activation_bits
+    return quantizers.get(kind, quantizers.ACTIVATION, bits=bits)
 
 
 def _at_bits(rule, bits: int):
