@@ -1,6 +1,7 @@
 """Atomic checkpoints, and a `model.fit` that continues from them."""
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import uuid
@@ -282,6 +283,7 @@ class Recovery(keras.callbacks.Callback):
             shutil.rmtree(partial, ignore_errors=True)
 
 
+@dataclasses.dataclass
 class _Start:
     """Tells `fit` where to start.
 
@@ -290,17 +292,10 @@ class _Start:
     `keras.callbacks.BackupAndRestore`.
     """
 
-    def __init__(
-        self,
-        model: keras.Model,
-        params: dict,
-        position: Position | None,
-        steps: int | None,
-    ):
-        self._model = model
-        self._params = params
-        self._position = position
-        self._steps = steps
+    model: keras.Model
+    params: dict
+    position: Position | None
+    steps: int | None
 
     def maybe_load_initial_counters_from_ckpt(
         self, steps_per_epoch, initial_epoch, mode
@@ -308,14 +303,14 @@ class _Start:
         """The epoch and the step to start with; Keras chose the name."""
         # Removed at once, so that it does not move the start of a later `fit` if this
         # one fails.
-        self._model._training_state = None
+        self.model._training_state = None
         # A `fit` gives all its callbacks the same parameters. Other parameters mean a
         # later `fit`, because ours failed before this call.
-        history = getattr(self._model, "history", None)
-        is_later = history is not None and history.params is not self._params
-        if self._position is None or is_later:
+        history = getattr(self.model, "history", None)
+        is_later = history is not None and history.params is not self.params
+        if self.position is None or is_later:
             return initial_epoch, 0
-        epoch, step = self._position
+        epoch, step = self.position
         if initial_epoch > epoch:
             raise ValueError(
                 "initial_epoch must not be past the checkpoint, which would be lost; "
@@ -324,12 +319,12 @@ class _Start:
             )
         if step and steps_per_epoch is not None:
             # Earlier versions did not store the number.
-            is_known = self._steps is not None
-            if steps_per_epoch != self._steps if is_known else step >= steps_per_epoch:
+            is_known = self.steps is not None
+            if steps_per_epoch != self.steps if is_known else step >= steps_per_epoch:
                 raise ValueError(
                     "The steps per epoch must be those that the checkpoint was made "
                     f"with. Received: {steps_per_epoch} steps, a checkpoint at step "
-                    f"{step}" + (f" of {self._steps}" if is_known else "")
+                    f"{step}" + (f" of {self.steps}" if is_known else "")
                 )
         return epoch, step
 

@@ -232,7 +232,7 @@ class _FromKeras3:
 
     def _called(self, node, args, kwargs):
         operation = node.operation
-        if _is_layer(operation):
+        if isinstance(operation, sys.modules["keras"].layers.Layer):
             # Some layers of tf_keras do not take all arguments that may be None. And
             # Keras 3 records the default of `training`, which would be fixed here.
             called = inspect.signature(operation.call).parameters.get("training")
@@ -277,10 +277,6 @@ def _graph_of(model):
             f"read. Received: {kind} Keras 3 {type(model).__name__} {model.name!r}"
         )
     return graph
-
-
-def _is_layer(operation) -> bool:
-    return isinstance(operation, sys.modules["keras"].layers.Layer)
 
 
 def _converted_layer(layer) -> keras.layers.Layer:

@@ -93,9 +93,7 @@ def makes_nonnegative(node: Node) -> bool:
         return _is_number(low) and bool(np.all(np.asarray(low) >= 0))
     if name == "multiply" and len(node.keras_inputs) == 2:
         return len({id(tensor) for tensor in node.keras_inputs}) == 1  # A square.
-    if type(layer) is _layers.Softmax or name in _NONNEGATIVE:
-        return True
-    return False
+    return type(layer) is _layers.Softmax or name in _NONNEGATIVE
 
 
 def is_nonnegative_function(activation: Any) -> bool:
@@ -173,9 +171,8 @@ def _is_at_rest(node) -> bool:
 def _pads_zeros(node) -> bool:
     mode = str(_argument(node, 2, "mode", default="CONSTANT")).upper()
     value = _argument(node, 4, "constant_values", default=0)
-    name_at_3 = len(node.call_args) > 3 and _is_number(node.call_args[3])
-    if name_at_3:  # `tf.pad` of version 2 has the value in the name's position.
-        value = node.call_args[3]
+    if len(node.call_args) > 3 and _is_number(node.call_args[3]):
+        value = node.call_args[3]  # `tf.pad` of version 2 has it in the name's place.
     return mode != "CONSTANT" or (_is_number(value) and bool(np.all(value == 0)))
 
 

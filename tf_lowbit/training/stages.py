@@ -8,6 +8,7 @@ TensorFlow.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -265,10 +266,6 @@ def split_epochs(total: int, parts: int) -> tuple[int, ...]:
     Args:
         total: Number of epochs.
         parts: Number of stages.
-
-    Returns:
-        Epochs of each stage.
-
     Raises:
         ValueError: If there are fewer epochs than stages.
     """
@@ -332,11 +329,7 @@ def _rungs(final: tuple[int, int], ladder: Sequence[int]) -> list[tuple[int, int
 
 
 def _without_repeats(pairs):
-    kept = pairs[:1]
-    for pair in pairs[1:]:
-        if pair != kept[-1]:
-            kept.append(pair)
-    return kept
+    return [pair for pair, _ in itertools.groupby(pairs)]
 
 
 def _each(values, count: int, name: str) -> list:

@@ -89,7 +89,9 @@ def residual_blocks(model: keras.Model) -> dict[str, frozenset[str]]:
     taken: set[str] = set()
     for node in graph.nodes(model):
         branches = [ancestors[id(tensor)] for tensor in node.keras_inputs]
-        if _is_sum(node.layer) and len(branches) > 1:
+        is_kind_of_add = isinstance(node.layer, keras.layers.Add | CustomScaleLayer)
+        is_sum = is_kind_of_add or layer_registry.is_sum(node.layer)
+        if is_sum and len(branches) > 1:
             shared = frozenset.intersection(*branches)
             members = frozenset(
                 layer.name
@@ -104,11 +106,6 @@ def residual_blocks(model: keras.Model) -> dict[str, frozenset[str]]:
         for tensor in graph.outputs_of(node):
             ancestors[id(tensor)] = reached
     return blocks
-
-
-def _is_sum(layer) -> bool:
-    is_kind_of_add = isinstance(layer, keras.layers.Add | CustomScaleLayer)
-    return is_kind_of_add or layer_registry.is_sum(layer)
 
 
 def _unit_names(model, unit, owners: Iterable[str]) -> dict[str, str]:
