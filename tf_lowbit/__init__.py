@@ -27,11 +27,7 @@ from tf_lowbit.network.tensor_statistics import TensorStatistics, statistics
 from tf_lowbit.scheme.layout import QuantizationWarning
 from tf_lowbit.scheme.rules import PrecisionRule
 from tf_lowbit.scheme.scheme import LowBitScheme
-from tf_lowbit.training import (
-    JointDistillation,
-    LowBitTrainer,
-    StochasticPrecision,
-)
+from tf_lowbit.training import JointDistillation, LowBitTrainer, StochasticPrecision
 from tf_lowbit.training.schedules import LinearRamp, weight_decay_at_bits
 from tf_lowbit.training.stages import (
     Stage,

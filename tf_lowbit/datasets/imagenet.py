@@ -12,12 +12,7 @@ import numpy as np
 from tf_lowbit.compat import tf
 from tf_lowbit.core import checks
 from tf_lowbit.datasets import tfds_source
-from tf_lowbit.datasets.dataset import (
-    Dataset,
-    Normalization,
-    PipelineOptions,
-    batches,
-)
+from tf_lowbit.datasets.dataset import Dataset, Normalization, PipelineOptions, batches
 from tf_lowbit.datasets.pipeline import epoch_seeds, finish, repeat_epochs
 
 _NAME = "imagenet2012"

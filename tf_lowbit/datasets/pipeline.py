@@ -7,12 +7,7 @@ import numpy as np
 
 from tf_lowbit.compat import tf
 from tf_lowbit.datasets.augmentation import Augmentation
-from tf_lowbit.datasets.dataset import (
-    Dataset,
-    Normalization,
-    PipelineOptions,
-    batches,
-)
+from tf_lowbit.datasets.dataset import Dataset, Normalization, PipelineOptions, batches
 from tf_lowbit.datasets.splitting import stratified_split
 
 # Enough to bridge the end of an epoch; ImageNet's batches have 150 MB each.

@@ -12,12 +12,7 @@ import numpy as np
 
 from tf_lowbit.compat import is_keras3, keras, tf, tfmot
 from tf_lowbit.network import graph, layer_registry, passthrough
-from tf_lowbit.quantizers import (
-    ACTIVATION,
-    WEIGHT,
-    LowBitQuantizer,
-    ResidualQuantizer,
-)
+from tf_lowbit.quantizers import ACTIVATION, WEIGHT, LowBitQuantizer, ResidualQuantizer
 
 _Wrapper = tfmot.quantization.keras.QuantizeWrapper
 # Quantizer variables that only training reads.

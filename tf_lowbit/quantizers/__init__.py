@@ -11,17 +11,8 @@ from tf_lowbit.quantizers.base import (
     LowBitQuantizer,
     WeightQuantizer,
 )
-from tf_lowbit.quantizers.dorefa import (
-    DoReFaActivationQuantizer,
-    DoReFaWeightQuantizer,
-)
-from tf_lowbit.quantizers.lookup import (
-    deserialize,
-    find,
-    get,
-    names,
-    serialize,
-)
+from tf_lowbit.quantizers.dorefa import DoReFaActivationQuantizer, DoReFaWeightQuantizer
+from tf_lowbit.quantizers.lookup import deserialize, find, get, names, serialize
 from tf_lowbit.quantizers.lsq import LSQActivationQuantizer, LSQWeightQuantizer
 from tf_lowbit.quantizers.pact import PACTActivationQuantizer
 from tf_lowbit.quantizers.residual import ResidualQuantizer

@@ -5,10 +5,7 @@ from typing import Any
 from tf_lowbit.compat import keras
 from tf_lowbit.core import checks
 from tf_lowbit.quantizers.base import ACTIVATION, WEIGHT, LowBitQuantizer
-from tf_lowbit.quantizers.dorefa import (
-    DoReFaActivationQuantizer,
-    DoReFaWeightQuantizer,
-)
+from tf_lowbit.quantizers.dorefa import DoReFaActivationQuantizer, DoReFaWeightQuantizer
 from tf_lowbit.quantizers.lsq import LSQActivationQuantizer, LSQWeightQuantizer
 from tf_lowbit.quantizers.pact import PACTActivationQuantizer
 from tf_lowbit.quantizers.statsq import StatsQWeightQuantizer
@@ -39,9 +36,6 @@ def names(role: str) -> tuple[str, ...]:
     Args:
         role: "weight" or "activation".
 
-    Returns:
-        The names.
-
     Raises:
         ValueError: If the role is unknown.
     """
@@ -54,9 +48,6 @@ def find(name: str, role: str) -> type[LowBitQuantizer]:
     Args:
         name: Name such as "dorefa", "lsq", "pact" or "uniform".
         role: "weight" or "activation".
-
-    Returns:
-        The class.
 
     Raises:
         ValueError: If the role or the name is unknown. The message lists the names.
@@ -79,9 +70,6 @@ def get(
             returned as it is, or as a copy with `arguments` replaced.
         role: "weight" or "activation".
         **arguments: Arguments of the constructor.
-
-    Returns:
-        The quantizer.
 
     Raises:
         ValueError: If the name or role is unknown, or the identifier is for another

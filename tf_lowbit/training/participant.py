@@ -3,13 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from tf_lowbit.compat import (
-    LossesContainer,
-    MetricsContainer,
-    deep_graphs,
-    keras,
-    tf,
-)
+from tf_lowbit.compat import LossesContainer, MetricsContainer, deep_graphs, keras, tf
 from tf_lowbit.training.batch import Batch, replicas
 
 # Names in the logs.

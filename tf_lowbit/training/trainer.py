@@ -283,9 +283,6 @@ class LowBitTrainer(CheckedTraining, keras.Model):
 
         Args:
             data: `x`, `(x, y)` or `(x, y, sample_weight)`.
-
-        Returns:
-            The logs.
         """
         batch, networks = Batch(data), self._present
         has_teacher = len(networks) > len(self.students)
