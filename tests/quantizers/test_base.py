@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+import tf_lowbit as tfl
 from tests import oracle
 from tests.quantizers import cases
 from tests.quantizers.cases import (
@@ -463,3 +464,23 @@ def test_latent_weights_are_on_the_levels_of_their_codes(name):
         np.testing.assert_array_equal(codes[is_set], wanted[is_set])
         exact = quantizer.exact(after, variables) / quantizer.step(after, variables)
         np.testing.assert_allclose(exact.numpy()[is_set], wanted[is_set], atol=0.15)
+
+
+def test_a_subclass_saves_its_own_arguments_and_those_that_it_passes_on():
+    class Passing(tfl.quantizers.DoReFaWeightQuantizer):
+        def __init__(self, gain=1.0, **kwargs):
+            super().__init__(**kwargs)
+            self.gain = gain
+
+    class Naming(tfl.quantizers.PACTActivationQuantizer):
+        def __init__(self, bits=2, gain=1.0):
+            super().__init__(bits)
+            self.gain = gain
+
+    passing = Passing(gain=2.0, bits=3, max_gradient=True)
+    assert passing.get_config() == {
+        "gain": 2.0, "bits": 3, "max_gradient": True, "standardize": False
+    }  # fmt: skip
+    assert Naming(4, 3.0).get_config() == {"bits": 4, "gain": 3.0}
+    for quantizer in (passing, Naming(4, 3.0)):
+        assert type(quantizer).from_config(quantizer.get_config()) == quantizer

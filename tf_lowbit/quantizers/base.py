@@ -35,6 +35,18 @@ class KeptPositive(keras.constraints.Constraint):
         return tf.maximum(value, SMALLEST_RANGE)
 
 
+def _parameters(kind: type) -> list[str]:
+    """Names of a constructor's arguments; `**kwargs` are those of the next class."""
+    names: list[str] = []
+    for each in kind.__mro__:
+        if constructor := vars(each).get("__init__"):
+            own = inspect.signature(constructor).parameters
+            names += [name for name in own if name not in names]
+            if not any(p.kind == p.VAR_KEYWORD for p in own.values()):
+                break
+    return names
+
+
 class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
     """A TF-MOT `Quantizer` whose bit-width is a variable.
 
@@ -167,7 +179,7 @@ class LowBitQuantizer(tfmot.quantization.keras.quantizers.Quantizer, abc.ABC):
 
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, from the attributes of the same names."""
-        names = [n for n in inspect.signature(type(self)).parameters if n in vars(self)]
+        names = [name for name in _parameters(type(self)) if name in vars(self)]
         values = {name: getattr(self, name) for name in names}
         # As JSON has them.
         return {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
