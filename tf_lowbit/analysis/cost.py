@@ -125,6 +125,9 @@ def cost(model: keras.Model) -> Cost:
         model: Functional or sequential model, quantized or float; or a
             `LowBitTrainer` of one student.
 
+    Returns:
+        The cost.
+
     Raises:
         ValueError: If the model is subclassed or not built, or a trainer has several
             students.

@@ -109,6 +109,9 @@ def sensitivity(
         batches: Number of batches to use, at least 1.
         progress: Whether to show a progress bar.
 
+    Returns:
+        The scores.
+
     Raises:
         ValueError: If the model is not a quantized network with one output, the dataset
             is empty or has no class labels, or another argument is invalid; if outputs

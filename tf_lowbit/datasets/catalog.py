@@ -93,6 +93,9 @@ def load(
             of imagenet2012; `image_shape`, `classes`, `train_size`, `test_size` and
             `noise` of synthetic.
 
+    Returns:
+        The data set.
+
     Raises:
         ValueError: If the name is unknown, an argument is out of range, or the data are
             malformed.

@@ -54,6 +54,9 @@ def get(name: str, /, **kwargs: Any) -> keras.Model:
         name: One of `names()`, "preact_resnet<depth>" or "postact_resnet<depth>".
         **kwargs: Arguments of the function that builds the network.
 
+    Returns:
+        The model.
+
     Raises:
         ValueError: If the name is unknown, or an argument is refused.
         TypeError: If the function has no such argument.

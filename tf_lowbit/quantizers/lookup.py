@@ -36,6 +36,9 @@ def names(role: str) -> tuple[str, ...]:
     Args:
         role: "weight" or "activation".
 
+    Returns:
+        The names.
+
     Raises:
         ValueError: If the role is unknown.
     """
@@ -48,6 +51,9 @@ def find(name: str, role: str) -> type[LowBitQuantizer]:
     Args:
         name: Name such as "dorefa", "lsq", "pact" or "uniform".
         role: "weight" or "activation".
+
+    Returns:
+        The class.
 
     Raises:
         ValueError: If the role or the name is unknown. The message lists the names.
@@ -70,6 +76,9 @@ def get(
             returned as it is, or as a copy with `arguments` replaced.
         role: "weight" or "activation".
         **arguments: Arguments of the constructor.
+
+    Returns:
+        The quantizer.
 
     Raises:
         ValueError: If the name or role is unknown, or the identifier is for another

@@ -266,6 +266,10 @@ def split_epochs(total: int, parts: int) -> tuple[int, ...]:
     Args:
         total: Number of epochs.
         parts: Number of stages.
+
+    Returns:
+        Epochs of each stage.
+
     Raises:
         ValueError: If there are fewer epochs than stages.
     """
