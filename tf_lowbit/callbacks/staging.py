@@ -45,7 +45,8 @@ class StagedPrecision(keras.callbacks.Callback):
 
     If a stage changes the role of the teacher of a `LowBitTrainer`, the training step
     is traced again. The role depends on the epoch alone, so a resumed run continues in
-    its phase. After the training the role is again that of `JointDistillation`.
+    its phase. After the training the role is again that of `JointDistillation`. If an
+    exception ended the training, call `trainer.assign_teacher(None)` first.
 
     After each epoch the steps of residual quantizers are tied to the learned steps
     around them (`tie_residuals`), which change in training.

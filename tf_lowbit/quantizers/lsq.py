@@ -112,7 +112,7 @@ class LSQWeightQuantizer(_LearnedStep, WeightQuantizer):
         initialization: First step and gradient scale: "least_error" or "paper".
         gradient_factor: Factor on the step's gradient. With SGD it is the step's
             learning rate relative to that of the weights. Adam and similar optimizers
-            cancel it. 0 freezes the step.
+            cancel it. With 0, only weight decay moves the step.
         standardize: Standardizes weights first: `(w - mean) / std` (`prepared`).
 
     Raises:

@@ -46,7 +46,8 @@ class StochasticPrecision(Settings):
         unit: "layer", "block" or a list of patterns (`find_units`).
         seed: Seed of the draws, an int in [0, 2**63).
         steps: Steps of the whole training; None for the steps of `fit`, counted from
-            epoch 0.
+            epoch 0. If you call `fit` several times, give it `initial_epoch`, or
+            each call starts at `start` again.
         raw_weights: Whether weights in full precision lose the quantizer's scale and
             are the latent weights (an ablation: each draw changes their scale).
 
