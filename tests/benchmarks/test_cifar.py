@@ -15,6 +15,7 @@ from tf_lowbit.compat import keras, tf
 # What a run says to nobody must be heard by other tests.
 pytestmark = pytest.mark.usefixtures("_loud_again")
 TINY = cifar_plan.EXPERIMENTS["tiny"]
+TUNING_SEED = cifar_plan.TUNING_SEEDS[0]
 
 
 def result(run, accuracy):
@@ -195,9 +196,6 @@ def test_resnet20_is_pytorchs(tmp_path):
     np.testing.assert_allclose(model(images), outputs, rtol=1e-4, atol=1e-4)
 
 
-TUNING_SEED = cifar_plan.TUNING_SEEDS[0]
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Records of CIFAR-10, and a network of MLPerf's layer names."""
@@ -243,6 +241,7 @@ def perform(run, files, folder):
     ("method", "bits", "seed"),
     [
         ("float", None, 0),
+        ("plain", (2, 2), 0),
         (cifar_plan.RECIPE, (4, 4), 0),
     ],
 )

@@ -1,5 +1,6 @@
 """Renders rich tables as plain text and as HTML for notebooks."""
 
+import abc
 import io
 import textwrap
 
@@ -11,12 +12,12 @@ _WIDEST = 1_000_000
 _HTML = '<pre style="line-height: 1.25; overflow-x: auto">{code}</pre>'
 
 
-class Table:
+class Table(abc.ABC):
     """Base class of a result that prints as the table of its method `__rich__`."""
 
+    @abc.abstractmethod
     def __rich__(self) -> RenderableType:
         """The table for a rich console."""
-        raise NotImplementedError
 
     def __str__(self) -> str:
         """The table without colors, as wide as needed."""

@@ -185,7 +185,8 @@ def _cross_entropy(model, data, is_sigmoid) -> keras.losses.Loss:
     if isinstance(shape, list | dict) or shape[-1] == 1 or is_sigmoid:
         raise ValueError(
             "loss must be given, unless the network has one output with a logit for "
-            f"each of several classes. Received: loss=None, outputs of shape {shape}"
+            "each of several classes. It serves every output: for a loss of each, use "
+            f"quantize and LowBitTrainer. Received: loss=None, outputs of shape {shape}"
             f"{', behind a sigmoid' if is_sigmoid else ''}"
         )
     batch = next(iter(batches_of(data)), None)

@@ -33,7 +33,7 @@ def vector(values: Any, dtype: np.typing.DTypeLike) -> np.ndarray:
     return np.asarray([] if values is None else values, dtype)
 
 
-def code_of(model: Any, operator: Any) -> Any:
+def code_of(model: Any, operator: Any) -> tuple[Any, int]:
     """The entry of an operator in a schema object, and its number in the schema."""
     entry = model.operatorCodes[operator.opcodeIndex]
     return entry, max(entry.builtinCode, entry.deprecatedBuiltinCode)
