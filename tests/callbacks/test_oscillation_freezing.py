@@ -147,6 +147,29 @@ def test_a_resumed_run_goes_on_exactly(tmp_path):
 
 
 @pytest.mark.slow
+def test_weights_that_were_loaded_in_between_are_kept():
+    model = compiled(network())
+    start = model.get_weights()
+    fit(model, OscillationFreezing(**FREEZING))
+    assert any(own.frozen_share() > 0 for own in oscillation.tracked(model))
+    model.set_weights(start)
+    other = compiled(network())
+    for own in (model, other):
+        fit(compiled(own), OscillationFreezing(**FREEZING), epochs=1)
+    nets.assert_all_equal(state_of(model), state_of(other))
+
+
+@pytest.mark.slow
+def test_a_later_fit_keeps_what_is_frozen():
+    model = compiled(network())
+    fit(model, OscillationFreezing(**FREEZING))
+    before = [own.frozen.numpy() for own in oscillation.tracked(model)]
+    fit(model, OscillationFreezing(**FREEZING), epochs=1)
+    for old, own in zip(before, oscillation.tracked(model), strict=True):
+        assert own.frozen.numpy()[old].all()
+
+
+@pytest.mark.slow
 def test_a_stage_of_other_bits_sets_them_free():
     model = compiled(network())
     freezing = OscillationFreezing(**FREEZING)

@@ -542,6 +542,23 @@ def test_other_stages_bring_their_bits_and_a_fresh_optimizer():
 
 
 @pytest.mark.slow
+def test_after_a_stop_in_the_first_epoch_other_stages_bring_their_rate():
+    model, seen = quantized_net(), Recorder()
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, [tfl.Stage(1, 2, 2, learning_rate=0.1)], [Interrupt()])
+    fit(model, [tfl.Stage(1, 2, 2, learning_rate=0.02)], [seen])
+    assert seen.rates == pytest.approx([0.02])
+
+
+@pytest.mark.slow
+def test_a_first_stage_after_a_plain_fit_resets_the_optimizer():
+    model, seen = quantized_net(), Recorder()
+    model.fit(data(), steps_per_epoch=STEPS, verbose=0)
+    fit(model, [tfl.Stage(1, 2, 2)], [seen])
+    assert seen.iterations == [STEPS]
+
+
+@pytest.mark.slow
 def test_a_list_in_whose_earlier_stage_it_goes_on_resets_the_optimizer():
     model, seen = quantized_net(), Recorder()
     fit(model, [tfl.Stage(2, 8, 8), tfl.Stage(2, 2, 2)])

@@ -467,6 +467,21 @@ def regularized():
 
 
 @pytest.mark.slow
+def test_what_a_layers_own_relu_put_out_is_not_regularized_before_it():
+    penalty = keras.regularizers.L2(0.1)
+    image = keras.Input((6,))
+    x = layers.Dense(8, activation="relu", activity_regularizer=penalty, name="first")(
+        image
+    )
+    model = keras.Model(image, layers.Dense(3, name="head")(x))
+    rule = PrecisionRule(".*", 8, 8, edges=True)
+    with pytest.warns(QuantizationWarning, match="activity_regularizer of first is"):
+        low_bit = quantize(model, rule)
+    low_bit(nets.images(16, (6,)))
+    assert low_bit.losses == []
+
+
+@pytest.mark.slow
 def test_an_activity_regularizer_goes_on():
     model, _ = regularized()
     x = nets.images(16, (6,))

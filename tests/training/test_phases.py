@@ -120,6 +120,25 @@ def test_the_teacher_moves_only_while_both_study(eager):
         assert not np.array_equal(old, new)
 
 
+class Stop(keras.callbacks.Callback):
+    """Stops a training in its first epoch, as a user does."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_after_an_interrupted_phase_the_teacher_is_back():
+    model, moves = base.trainer(), Moves()
+    fit = functools.partial(model.fit, X, Y, batch_size=4, verbose=0)
+    staging = StagedPrecision(tfl.three_phase(2, (1, 2, 1)))
+    with pytest.raises(KeyboardInterrupt):
+        fit(epochs=4, callbacks=[staging, Stop()])
+    fit(epochs=1, callbacks=[moves])
+    assert "distillation_loss" in moves.logs[0]
+    assert True in moves.moved[0][1]
+
+
 def fresh(*networks, optimizer=base.Adam):
     """A trainer that runs as a graph, of new networks with known weights."""
     networks = networks or (base.fresh_student("learned"), base.net(3))

@@ -40,7 +40,8 @@ class OscillationFreezing(keras.callbacks.Callback):
     exactly. A checkpoint of a training without this callback has no such state, and
     cannot be resumed with it. A SavedModel holds it too, a `.keras` or `.h5` file does
     not. A later `fit` with this callback goes on with the frozen weights of the
-    earlier one; without it all weights move.
+    earlier one, unless weights were loaded or trained without it in between: then all
+    are free again.
 
     Args:
         threshold: Frequency above which a weight is frozen at the start, in (0, 1].

@@ -45,8 +45,8 @@ class StagedPrecision(keras.callbacks.Callback):
 
     If a stage changes the role of the teacher of a `LowBitTrainer`, the training step
     is traced again. The role depends on the epoch alone, so a resumed run continues in
-    its phase. After the training the role is again that of `JointDistillation`. If an
-    exception ended the training, call `trainer.assign_teacher(None)` first.
+    its phase. After `fit`, also after one that is interrupted, the role is again that
+    of `JointDistillation`.
 
     After each epoch the steps of residual quantizers are tied to the learned steps
     around them (`tie_residuals`), which change in training.
@@ -135,7 +135,7 @@ class StagedPrecision(keras.callbacks.Callback):
         self._best = _BestFiles(())
         self._epoch = 0
         self._is_first_epoch = True
-        self._has_warned_of_end = False
+        self._end_is_unchecked = False
 
     def before_fit(self, callbacks: Sequence[keras.callbacks.Callback]) -> None:
         """Warns of other callbacks that set the learning rate, if a stage sets it.
@@ -160,7 +160,9 @@ class StagedPrecision(keras.callbacks.Callback):
             )
 
     def after_fit(self) -> None:
-        """Checks the final bits again, which a later callback may have changed."""
+        """Resets the role, and checks bits that a later callback may have changed."""
+        if isinstance(self.model, LowBitTrainer):
+            self.model.assign_teacher(None)
         self._warn_of_end()
 
     def on_train_begin(self, logs: Logs = None) -> None:
@@ -178,7 +180,7 @@ class StagedPrecision(keras.callbacks.Callback):
         self._check_steps()
         self._check_teacher()
         self._is_first_epoch = True
-        self._has_warned_of_end = False
+        self._end_is_unchecked = False
         if not hasattr(self.model, "staging"):
             # In a tf.train.Checkpoint, so that checkpoints save it, but files of the
             # model keep their format.
@@ -199,7 +201,7 @@ class StagedPrecision(keras.callbacks.Callback):
         if isinstance(self.model, LowBitTrainer):
             self.model.assign_teacher(stage.teacher)
         # If more epochs are done than this one's number, it is a new training.
-        self._enter(index, is_new_training=done.numpy() > epoch)
+        self._enter(index, epoch == start, is_new_training=done.numpy() > epoch)
         if self._is_first_epoch:
             # Not earlier, because a checkpoint may have restored the ranges.
             warn_of_open_ranges(self.model)
@@ -231,12 +233,11 @@ class StagedPrecision(keras.callbacks.Callback):
 
     def on_train_end(self, logs: Logs = None) -> None:
         """Warns if the training ended before the last stage, or did not begin."""
-        if isinstance(self.model, LowBitTrainer):
-            self.model.assign_teacher(None)
         if self._is_first_epoch:
             self._warn_of_no_epoch()
             return
         self._best.note(self._stage())
+        self._end_is_unchecked = True
         self._warn_of_end()
         last = self.stages[-1]
         earlier = self._best.paths(lambda stage: self._bits.differ(stage, last))
@@ -247,23 +248,25 @@ class StagedPrecision(keras.callbacks.Callback):
                 f"alone. Received: {earlier}, last written in an earlier stage"
             )
 
-    def _enter(self, index: int, is_new_training: bool):
+    def _enter(self, index: int, is_start: bool, is_new_training: bool):
         """Sets bits, optimizer state and learning rate, unless they are set already."""
-        present = self.model.staging.stage
-        is_entered = present.numpy() != index or is_new_training
+        present = int(self.model.staging.stage.numpy())
+        is_entered = present != index or is_new_training
         if not is_entered and not self._is_first_epoch:
             return
         # Other bits in a stage of the same number mean another list of stages.
         has_other_bits = self._bits.assign(self.stages[index])
         is_new_training |= has_other_bits and not is_entered
-        # -1, no stage yet, counts as the first.
-        is_other = index != max(present.numpy(), 0)
-        if self.reset_optimizer and (is_other or is_new_training):
+        # The position is unknown, -1, before the first stage, and in a run that goes on
+        # from a file of the model.
+        is_other = index != present if present >= 0 else is_start
+        is_used = bool(innermost(self.model.optimizer).iterations.numpy())
+        if self.reset_optimizer and is_used and (is_other or is_new_training):
             reset_optimizer(self.model)
-        present.assign(index)
-        # A resumed run has its rate, unless the checkpoint lacked the optimizer.
-        is_unused = not innermost(self.model.optimizer).iterations.numpy()
-        if is_entered or is_new_training or is_unused:
+        self.model.staging.stage.assign(index)
+        # Within a stage, a resumed run has its rate, unless the checkpoint lacked the
+        # optimizer.
+        if is_entered or is_new_training or is_start or not is_used:
             self._set_learning_rate(0)
 
     def _stage(self) -> Stage:
@@ -331,12 +334,12 @@ class StagedPrecision(keras.callbacks.Callback):
             fresh_optimizer(self.model)  # An error should not come after a stage.
 
     def _warn_of_end(self):
-        """Warns once if the model is not at the last stage's bits."""
-        if self._has_warned_of_end or self._is_first_epoch:
+        """Warns once, after a whole training, of bits other than the last stage's."""
+        if not self._end_is_unchecked:
             return
         others = self._bits.at_other_bits(self.stages[-1])
         if others:
-            self._has_warned_of_end = True
+            self._end_is_unchecked = False
             _warn(
                 "The training must reach its last stage to have its bits: stop early, "
                 "or take the best epoch, within that stage alone. Received: "
@@ -347,7 +350,8 @@ class StagedPrecision(keras.callbacks.Callback):
     def _warn_of_no_epoch(self):
         """Warns if no epoch was left, but the training was not by these stages."""
         position = self.model.staging
-        stage, done = int(position.stage), int(position.epochs_done)
+        stage = int(position.stage.numpy())
+        done = int(position.epochs_done.numpy())
         end = len(self.stages) - 1, sum(stage.epochs for stage in self.stages)
         if self._bits.at_other_bits(self.stages[-1]) or (stage, done) != end:
             _warn(

@@ -47,6 +47,11 @@ class WeightOscillation:
         """Share of the weights that are frozen, in [0, 1]."""
         return _share(self.frozen)
 
+    def start_anew_if_moved(self) -> None:
+        """Forgets its state if the weights are no longer those of the last `look`."""
+        if tf.reduce_any(self.weights != self._state.held):
+            self._state.bits.assign(0)
+
     def look(self, threshold: tf.Tensor, momentum: float) -> None:
         """Updates the statistics after a step, and freezes weights that flip.
 
@@ -105,7 +110,8 @@ def track(network: keras.Model) -> list[WeightOscillation]:
     """Returns the state of a network's weights, and makes it if there is none.
 
     It is an attribute of the network, so that checkpoints save it. Quantizers of rules
-    with more than 4 bits have none.
+    with more than 4 bits have none. Where weights were loaded or trained since the last
+    `look`, the measurement starts anew and nothing is frozen.
 
     Args:
         network: A model from `quantize`.
@@ -115,7 +121,10 @@ def track(network: keras.Model) -> list[WeightOscillation]:
             # A Checkpoint, so that its variables are not weights of the model's files.
             tensors = [_first_state(tensor) for tensor in _tracked_tensors(network)]
             setattr(network, _ATTRIBUTE, tf.train.Checkpoint(tensors=tensors))
-    return tracked(network)
+    found = tracked(network)
+    for own in found:
+        own.start_anew_if_moved()
+    return found
 
 
 def tracked(network: keras.Model) -> list[WeightOscillation]:

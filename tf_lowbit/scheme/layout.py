@@ -145,6 +145,8 @@ def split_activations(model: keras.Model) -> keras.Model:
         copies[layer.name] = copy = graph.copy_layer(layer)
         if kind is not None:
             copy.activation = keras.activations.linear
+            # It is for the ReLU's output. ReLU layers cannot save one.
+            copy.activity_regularizer = None
             relus[layer.name] = keras.layers.ReLU(
                 max_value=6.0 if kind == "relu6" else None,
                 name=graph.free_name(f"{layer.name}_relu", taken),

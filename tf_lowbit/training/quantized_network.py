@@ -46,7 +46,7 @@ class CheckedTraining:
 
     Callbacks such as `StagedPrecision` can have methods `before_fit(callbacks)` and
     `after_fit()`. `fit` calls the first with the list of all callbacks, and the second
-    after the last `on_train_end`.
+    after the last `on_train_end`, or after the error that ended the training.
     """
 
     # Every `fit` calls these before the given callbacks.
@@ -178,10 +178,10 @@ def _watched(model, callbacks):
         if is_list:
             for callback in own:
                 callbacks.callbacks.remove(callback)
+        for callback in others:
+            if hasattr(callback, "after_fit"):
+                callback.after_fit()
     watch.warn_of_lag()
-    for callback in others:
-        if hasattr(callback, "after_fit"):
-            callback.after_fit()
 
 
 class _Watch(keras.callbacks.Callback):
