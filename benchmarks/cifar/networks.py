@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tf_lowbit import models
 from tf_lowbit.compat import keras, tf
 from tf_lowbit.datasets.dataset import Normalization
 
@@ -76,19 +77,25 @@ def resnet20(models_dir: Path) -> keras.Model:
     return model
 
 
+def resnet8_100(models_dir: Path) -> keras.Model:
+    """A pre-activation ResNet-8 of width 16 for CIFAR-100, with random weights."""
+    del models_dir
+    return models.preact_resnet(8, width=16, classes=100)
+
+
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A trained network.
+    """A float network.
 
     Attributes:
-        load: Function folder -> float network.
+        load: Function folder -> float network, of trained weights where there are any.
         edges: Pattern of the names of its first and last layer.
-        normalization: Of the images that it reads.
+        normalization: Of the images that it reads; None for the data set's own.
     """
 
     load: Callable[[Path], keras.Model]
     edges: str
-    normalization: Normalization
+    normalization: Normalization | None
 
 
 NETWORKS = {
@@ -103,4 +110,5 @@ NETWORKS = {
         "conv1|linear",
         Normalization(255.0, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     ),
+    "resnet8_100": Network(resnet8_100, "stem|head", None),
 }

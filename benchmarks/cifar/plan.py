@@ -6,9 +6,10 @@ from collections.abc import Collection
 from benchmarks.accuracy import rows, tuning
 
 FLOAT = "float"
-# Trained from random weights on the 45,000 images of the tuning. The tuning starts from
-# it: the given networks have seen the held-out images, too. A low rate forgets less of
-# them, so that they favor it.
+# Trained from random weights. The tuning starts from one that is trained on its 45,000
+# images: a given network has seen the held-out ones, too. A low rate forgets less of
+# them, so that they favor it. Where no network is given, one that is trained on all
+# images takes its place.
 START = "float from scratch"
 START_EPOCHS = 30
 START_RATE = 0.1
@@ -19,6 +20,10 @@ HELD_OUT = 0.1
 # Share of a training over which the learning rate rises from 0.
 WARMUP = 0.05
 BATCH_SIZE = 128
+# Rungs of the progressive methods.
+LADDER = (8, 4, 2)
+# Of a user who fine-tunes.
+LOW_RATE = 0.003
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,20 +33,35 @@ class Method:
     Attributes:
         quantizers: Of weights and activations; None for a float network.
         is_recipe: Whether `tfl.recipes.low_bit` sets all.
+        staging: One of `examples.experiment.METHODS`.
+        distill: One of `examples.experiment.DISTILLATIONS`.
+        learning_rate: None for the one that the tuning chooses.
     """
 
     quantizers: tuple[str, str] | None = ("dorefa", "dorefa")
     is_recipe: bool = False
+    staging: str = "plain"
+    distill: str = "none"
+    learning_rate: float | None = None
 
 
 LSQ = ("lsq", "lsq")
 RECIPE = "recipes.low_bit"
+STAGED = {name: Method(staging=name.lower()) for name in ("TS", "PQ", "TS+PQ")}
+_LOW = {
+    f"{name}, rate {LOW_RATE:g}": dataclasses.replace(method, learning_rate=LOW_RATE)
+    for name, method in {"plain": Method(), **STAGED}.items()
+}
 METHODS = {
     FLOAT: Method(quantizers=None),
     START: Method(quantizers=None),
     "plain": Method(),
     "LSQ": Method(LSQ),
     RECIPE: Method(LSQ, is_recipe=True),
+    **STAGED,
+    "SP": Method(staging="sp"),
+    "JKD": Method(distill="joint"),
+    **_LOW,
 }
 
 
@@ -57,7 +77,10 @@ class Experiment:
             activations), None for float; what matters most comes first.
         tuned_at: The pair of bits at which the rate of each low-bit method is tuned.
         seeds: Of each row.
-        target: Accuracy that a user asks for, in percent.
+        base: The method that others are compared with.
+        target: Accuracy that a user asks for, in percent, or None.
+        is_given: Whether the float network that all start from is given, not trained
+            here.
     """
 
     network: str
@@ -66,7 +89,9 @@ class Experiment:
     rows: tuple[tuple[str, tuple[int, int] | None], ...]
     tuned_at: tuple[int, int]
     seeds: int
-    target: float
+    base: str = "LSQ"
+    target: float | None = None
+    is_given: bool = True
 
 
 EXPERIMENTS = {
@@ -87,6 +112,7 @@ EXPERIMENTS = {
             ("plain", (4, 4)),
             (RECIPE, (1, 2)),
             (RECIPE, (8, 8)),
+            ("JKD", (2, 2)),
         ),
         tuned_at=(2, 2),
         seeds=3,
@@ -109,14 +135,46 @@ EXPERIMENTS = {
         dataset="cifar10",
         epochs=8,
         rows=(
-            ("LSQ", (2, 2)),
             (RECIPE, (2, 2)),
-            ("LSQ", (4, 4)),
             (RECIPE, (4, 4)),
+            ("LSQ", (2, 2)),
+            ("LSQ", (4, 4)),
         ),
         tuned_at=(2, 2),
         seeds=2,
         target=91.0,
+    ),
+    # The paper's claims, all at one length: two stages of 6 epochs, three of 4, or six
+    # of 2.
+    "claims": Experiment(
+        network="resnet8_100",
+        dataset="cifar100",
+        epochs=12,
+        rows=(
+            ("plain", (2, 2)),
+            ("TS+PQ", (2, 2)),
+            ("JKD", (2, 2)),
+            ("SP", (2, 2)),
+            ("PQ", (2, 2)),
+            ("TS", (2, 2)),
+            (FLOAT, None),
+            *((name, (2, 2)) for name in _LOW),
+        ),
+        tuned_at=(2, 2),
+        seeds=3,
+        base="plain",
+        is_given=False,
+    ),
+    # As the paper compares: plain training as long as one stage of TS+PQ.
+    "claims_stage": Experiment(
+        network="resnet8_100",
+        dataset="cifar100",
+        epochs=2,
+        rows=(("plain", (2, 2)),),
+        tuned_at=(2, 2),
+        seeds=3,
+        base="plain",
+        is_given=False,
     ),
 }
 
@@ -180,28 +238,36 @@ def next_runs(
     for method, bits in experiment.rows:
         if only and row_name(method, bits) not in only:
             continue
-        tuned_bits = None if method == FLOAT else experiment.tuned_at
-        scores = _scores(name, method, tuned_bits, results)
-        rates = tuning.next_rates(scores)
-        own = [
-            run
-            for rate in rates
-            for run in _tuning_runs(name, method, tuned_bits, rate)
-        ] or [
-            Run(name, method, bits, seed, experiment.epochs, tuning.best_rate(scores))
+        rate, own = METHODS[method].learning_rate, []
+        if rate is None:
+            tuned_bits = None if method == FLOAT else experiment.tuned_at
+            scores = _scores(name, method, tuned_bits, results)
+            own = [
+                run
+                for rate in tuning.next_rates(scores)
+                for run in _tuning_runs(name, method, tuned_bits, rate)
+            ]
+            rate = tuning.best_rate(scores) if scores else None
+        own = own or [
+            Run(name, method, bits, seed, experiment.epochs, rate)
             for seed in range(experiment.seeds)
         ]
-        start = start_run(name)
-        if rates and start.name not in results:
+        start = start_run(name, own[0].is_held_out)
+        needs_start = own[0].is_held_out or not experiment.is_given
+        if needs_start and start.name not in results:
             own = [start]
         runs |= {run.name: run for run in own if run.name not in results}
     return list(runs.values())
 
 
-def start_run(name: str) -> Run:
-    """The training of the network that an experiment's tuning starts from.
+def start_run(name: str, is_held_out: bool) -> Run:
+    """The training of a network that runs of an experiment start from.
 
     Experiments on the same network and data share it; it is named by the first one.
+
+    Args:
+        name: Of the experiment.
+        is_held_out: Whether the runs are of the tuning.
     """
     own = EXPERIMENTS[name]
     first = next(
@@ -209,7 +275,8 @@ def start_run(name: str) -> Run:
         for other, each in EXPERIMENTS.items()
         if (each.network, each.dataset) == (own.network, own.dataset)
     )
-    return Run(first, START, None, TUNING_SEEDS[0], START_EPOCHS, START_RATE)
+    seed = TUNING_SEEDS[0] if is_held_out else 0
+    return Run(first, START, None, seed, START_EPOCHS, START_RATE)
 
 
 def _tuning_runs(name, method, bits, rate):

@@ -28,8 +28,9 @@ def tables(path: Path) -> dict[str, str]:
     """
     results = store.read(path)
     made = {}
-    tested = [r["experiment"] for r in results.values() if r["measured_on"] == "test"]
-    for name in dict.fromkeys(tested):
+    for name in cifar_plan.EXPERIMENTS:
+        if not dict(_rows(name, results)):
+            continue
         made[f"cifar, {name}"] = accuracy_table(name, results)
         made[f"cifar, tuning of {name}"] = tuning_table(name, results)
     return made
@@ -42,32 +43,36 @@ def accuracy_table(name: str, results: dict[str, dict]) -> str:
         name: Of the experiment.
         results: Of the runs, by name.
     """
-    target = cifar_plan.EXPERIMENTS[name].target
+    plan = cifar_plan.EXPERIMENTS[name]
+    headers = [
+        "method", "seeds", "accuracy, %", "to float", f"to {plan.base}, by seed",
+        "weight bytes", "million BOPs", "rate",
+    ]  # fmt: skip
+    if plan.target is not None:
+        headers.append(f"{plan.target:g} % or more")
     lines, given = [], given_accuracy(name, results)
     if given is not None:
-        lines.append(["float, as given", *[NOTHING] * 8])
-        lines[0][2] = f"{given:.2f}"
+        start = "float, as given" if plan.is_given else "float, the start of all"
+        lines.append([start, NOTHING, f"{given:.2f}"])
+        lines[0] += [NOTHING] * (len(headers) - 3)
     found = dict(_rows(name, results))
     for (method, bits), runs in found.items():
         accuracies = _percent(runs)
-        base = found.get(("LSQ", bits)) if method != "LSQ" else None
-        lines.append(
-            [
-                cifar_plan.row_name(method, bits),
-                str(len(runs)),
-                _interval(*mean_interval(accuracies)),
-                NOTHING if given is None else f"{np.mean(accuracies) - given:+.2f}",
-                NOTHING if base is None else _to(runs, base),
-                f"{sum(a >= target for a in accuracies)} of {len(runs)}",
-                f"{runs[0]['weight_bytes']:,}",
-                f"{runs[0]['bops'] / 1e6:,.0f}",
-                f"{runs[0]['learning_rate']:g}",
-            ]
-        )
-    headers = [
-        "method", "seeds", "accuracy, %", "to float", "to LSQ, by seed",
-        f"{target:g} % or more", "weight bytes", "million BOPs", "rate",
-    ]  # fmt: skip
+        base = found.get((plan.base, bits)) if method != plan.base else None
+        line = [
+            cifar_plan.row_name(method, bits),
+            str(len(runs)),
+            _interval(*mean_interval(accuracies)),
+            NOTHING if given is None else f"{np.mean(accuracies) - given:+.2f}",
+            NOTHING if base is None else _to(runs, base),
+            f"{runs[0]['weight_bytes']:,}",
+            f"{runs[0]['bops'] / 1e6:,.0f}",
+            f"{runs[0]['learning_rate']:g}",
+        ]
+        if plan.target is not None:
+            reached = sum(a >= plan.target for a in accuracies)
+            line.append(f"{reached} of {len(runs)}")
+        lines.append(line)
     return table(headers, lines)
 
 
@@ -123,7 +128,11 @@ def given_accuracy(name: str, results: dict[str, dict]) -> float | None:
     """Test accuracy of the float network that all runs start from, in percent."""
     for r in results.values():
         is_own = r["experiment"] == name and r["measured_on"] == "test"
-        if is_own and r.get("float_accuracy") is not None:
+        if (
+            is_own
+            and r["method"] != cifar_plan.START
+            and r.get("float_accuracy") is not None
+        ):
             return 100 * r["float_accuracy"]
     return None
 

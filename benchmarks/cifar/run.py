@@ -43,7 +43,7 @@ def perform(
         data_dir: Of the data sets as TensorFlow Datasets prepares them.
         models_dir: Of the trained float networks.
         folder: Of the run's checkpoints. It is removed at the end.
-        results: File of all results. The weights that the tuning starts from are in
+        results: File of all results. Weights that were trained to start from are in
             the folder `starts` beside it.
     """
     experiment.quiet()
@@ -54,10 +54,11 @@ def perform(
     network = NETWORKS[plan.network]
     data = load_data(plan.dataset, network, run, data_dir, epoch, step)
     given = network.load(models_dir)
-    start = results.parent / "starts" / f"{plan.network}.npz"
+    name = plan.network + ("-held-out" if run.is_held_out else "")
+    start = results.parent / "starts" / f"{name}.npz"
     if run.method == cifar_plan.START:
         given = keras.models.clone_model(given)  # With random weights.
-    elif run.is_held_out:
+    elif run.is_held_out or not plan.is_given:
         with np.load(start) as file:
             given.set_weights(list(file.values()))
     measured = data.validation if run.is_held_out else data.test
@@ -119,7 +120,8 @@ def load_data(name, network, run, data_dir, epoch, step):
         start_epoch=epoch,
         start_step=step,
     )
-    source = dataclasses.replace(source, normalization=network.normalization)
+    if network.normalization is not None:
+        source = dataclasses.replace(source, normalization=network.normalization)
     return pipeline.build(source, options)
 
 
@@ -136,15 +138,9 @@ def prepared(model, edges, run, data):
             steps_per_epoch=data.steps_per_epoch,
         )
         return recipe.trainer, recipe.callbacks
-    bits = run.bits or (None, None)
-    stage = tfl.Stage(
-        run.epochs,
-        *bits,
-        learning_rate=rate,
-        decay="cosine",
-        warmup=cifar_plan.WARMUP,
-    )
+    warmup = cifar_plan.WARMUP
     if run.bits is None:
+        stage = tfl.Stage(run.epochs, learning_rate=rate, decay="cosine", warmup=warmup)
         experiment.compile_model(model, rate)
         return model, [experiment.float_learning_rate(stage, data)]
     quantized = tfl.quantize(
@@ -156,9 +152,24 @@ def prepared(model, edges, run, data):
         residual_bits=8,
     )
     tfl.calibrate(quantized, data.train)
-    trainer = tfl.LowBitTrainer(quantized)
-    experiment.compile_model(trainer, rate)
-    return trainer, [tfl.callbacks.StagedPrecision([stage])]
+    trainer = experiment.trainer_for(
+        quantized, model, method.staging, method.distill, seed=run.seed
+    )
+    steps = run.epochs * data.steps_per_epoch
+    teacher_optimizer = experiment.teacher_optimizer(
+        method.distill, rate, "cosine", steps, warmup=warmup
+    )
+    experiment.compile_model(trainer, rate, teacher_optimizer=teacher_optimizer)
+    stages = experiment.stages_for(
+        method.staging,
+        run.bits,
+        run.epochs,
+        rate,
+        "cosine",
+        cifar_plan.LADDER,
+        warmup=warmup,
+    )
+    return trainer, [tfl.callbacks.StagedPrecision(stages)]
 
 
 def costs(trained) -> dict:

@@ -56,11 +56,29 @@ def test_single_rows_can_be_asked_for():
     assert len(results) == 1 + 2 * (3 + TINY.seeds)  # Three rates.
     # The start comes first, and serves other experiments on the same network.
     start = next(iter(results))
-    assert start == cifar_plan.start_run("tiny").name
-    assert start == cifar_plan.start_run("tiny_long").name
-    assert start != cifar_plan.start_run("resnet20").name
+    assert start == cifar_plan.start_run("tiny", True).name
+    assert start == cifar_plan.start_run("tiny_long", True).name
+    assert start != cifar_plan.start_run("resnet20", True).name
     (first, *_) = cifar_plan.next_runs("tiny_long", {start: results[start]})
     assert first.method == "LSQ"
+
+
+def test_where_no_network_is_given_one_is_trained_first():
+    results = {}
+    only = ["plain W2A2", "plain, rate 0.003 W2A2"]
+    while runs := cifar_plan.next_runs("claims", results, only):
+        results[runs[0].name] = result(runs[0], 0.5)
+    starts = [cifar_plan.start_run("claims", held) for held in (True, False)]
+    assert [run.is_held_out for run in starts] == [True, False]
+    assert [run.name in results for run in starts] == [True, True]
+    order = list(results)
+    tested = [name for name in order if name.endswith("seed1")]
+    assert order.index(starts[1].name) < min(map(order.index, tested))
+    # A rate that is set is not tuned.
+    low = [r for r in results.values() if r["method"].endswith("0.003")]
+    assert [(r["seed"], r["learning_rate"]) for r in low] == [
+        (seed, cifar_plan.LOW_RATE) for seed in range(3)
+    ]
 
 
 def test_other_methods_stand_beside_lsq_seed_by_seed(tmp_path):
@@ -100,7 +118,7 @@ def test_the_table_has_each_row_and_its_distance_to_the_float_network(tmp_path):
     ]  # fmt: skip
     # Deviation 2.6458; 4.3027 is Student's t of two degrees of freedom.
     assert [cell.strip() for cell in row.split("|")[1:-1]] == [
-        "LSQ W2A2", "3", "84.00 ± 6.57", "-3.20", "—", "1 of 3", "25,452", "77", "0.03"
+        "LSQ W2A2", "3", "84.00 ± 6.57", "-3.20", "—", "25,452", "77", "0.03", "1 of 3"
     ]  # fmt: skip
     assert made["cifar, tuning of tiny"].splitlines()[-1].split() == [
         "|", "LSQ", "|", "float,", "as", "given", "|", "diverged", "|"
@@ -198,18 +216,22 @@ def test_resnet20_is_pytorchs(tmp_path):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Records of CIFAR-10, and a network of MLPerf's layer names."""
+    """Records of CIFAR-10 and CIFAR-100, and a network of MLPerf's layer names."""
     folder = tmp_path_factory.mktemp("cifar")
-    images = {
-        split: [
-            {**example, "id": f"{split}_{index:05d}"}
-            for index, example in enumerate(
-                tfds_files.images_with_labels(count, 10, (32, 32, 3), seed)
-            )
-        ]
-        for split, count, seed in (("train", 200, 0), ("test", 50, 1))
-    }
-    tfds_files.write("cifar10", folder / "data", images)
+    for name, classes, more in (
+        ("cifar10", 10, {}),
+        ("cifar100", 100, {"coarse_label": 0}),
+    ):
+        images = {
+            split: [
+                {**example, **more, "id": f"{split}_{index:05d}"}
+                for index, example in enumerate(
+                    tfds_files.images_with_labels(count, classes, (32, 32, 3), seed)
+                )
+            ]
+            for split, count, seed in (("train", 200, 0), ("test", 50, 1))
+        }
+        tfds_files.write(name, folder / "data", images)
     layers = keras.layers
     model = keras.Sequential(
         [
@@ -230,8 +252,9 @@ def files(tmp_path_factory):
     return folder
 
 
-def perform(run, files, folder):
+def perform(run, files, folder, **changes):
     """Trains in `folder`; what was written."""
+    run = dataclasses.replace(run, **changes)
     arguments = (str(files / "data"), files / "models", folder / "checkpoints")
     cifar_run.perform(run, *arguments, folder / "results.jsonl")
     return store.read(folder / "results.jsonl")[run.name]
@@ -271,10 +294,24 @@ def test_the_tuning_starts_from_weights_that_have_not_seen_its_images(files, tmp
     assert tuned["float_accuracy"] == pytest.approx(trained["accuracy"])
     # It does not begin with the given weights.
     given = networks.NETWORKS["mlperf_resnet8"].load(files / "models").get_weights()
-    with np.load(tmp_path / "starts" / "mlperf_resnet8.npz") as file:
+    with np.load(tmp_path / "starts" / "mlperf_resnet8-held-out.npz") as file:
         own = list(file.values())
     assert [w.shape for w in own] == [w.shape for w in given]
     assert np.abs(own[0] - given[0]).max() > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::tf_lowbit.QuantizationWarning")
+def test_stages_and_a_teacher_start_from_a_network_that_is_trained_here(
+    files, tmp_path
+):
+    start = perform(cifar_plan.start_run("claims", False), files, tmp_path, epochs=1)
+    assert start["measured_on"] == "test"
+    for method, epochs in (("TS", 2), ("JKD", 1)):
+        run = cifar_plan.Run("claims", method, (2, 2), 1, epochs, 0.01)
+        found = perform(run, files, tmp_path)
+        assert found["float_accuracy"] == pytest.approx(start["accuracy"])
+        assert 0 <= found["accuracy"] <= 1
 
 
 def test_images_are_normalized_as_the_network_reads_them(files, tmp_path):
