@@ -4,9 +4,13 @@
 
 Each finished run is a line of --results. The same command goes on where it stopped: a
 run that was interrupted goes on from its last epoch, in --work_dir.
+
+Networks of other libraries need the environment that `benchmarks.peers --setup` makes.
+Elsewhere they are left out.
 """
 
 import functools
+import importlib.util
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -47,6 +51,11 @@ def require(flag: str, names: Collection[str]) -> None:
         )
 
 
+def is_here(peer: str | None) -> bool:
+    """Whether the library of a method is installed."""
+    return peer is None or importlib.util.find_spec(peer) is not None
+
+
 def main(argv):
     """Trains what is missing."""
     if len(argv) > 1:
@@ -54,9 +63,15 @@ def main(argv):
     require("experiments", cifar_plan.EXPERIMENTS)
     chosen = [cifar_plan.EXPERIMENTS[name] for name in FLAGS.experiments]
     require("rows", {cifar_plan.row_name(*row) for each in chosen for row in each.rows})
+    rows = FLAGS.rows or [
+        cifar_plan.row_name(method, bits)
+        for each in chosen
+        for method, bits in each.rows
+        if is_here(cifar_plan.METHODS[method].peer)
+    ]
     results = Path(FLAGS.results).resolve()
     for name in FLAGS.experiments:
-        while left := cifar_plan.next_runs(name, store.read(results), FLAGS.rows):
+        while left := cifar_plan.next_runs(name, store.read(results), rows):
             print(f"{name}: {len(left)} runs, and perhaps more", flush=True)
             # What is left may change with each result.
             now = left[: FLAGS.workers]

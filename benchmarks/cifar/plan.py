@@ -33,6 +33,8 @@ class Method:
     Attributes:
         quantizers: Of weights and activations; None for a float network.
         is_recipe: Whether `tfl.recipes.low_bit` sets all.
+        peer: A key of `peers.plan.PEERS` for a network of another library, whose first
+            and last layer and sums stay float; None for ours.
         staging: One of `examples.experiment.METHODS`.
         distill: One of `examples.experiment.DISTILLATIONS`.
         learning_rate: None for the one that the tuning chooses.
@@ -40,6 +42,7 @@ class Method:
 
     quantizers: tuple[str, str] | None = ("dorefa", "dorefa")
     is_recipe: bool = False
+    peer: str | None = None
     staging: str = "plain"
     distill: str = "none"
     learning_rate: float | None = None
@@ -61,6 +64,8 @@ METHODS = {
     **STAGED,
     "SP": Method(staging="sp"),
     "JKD": Method(distill="joint"),
+    "QKeras": Method(peer="qkeras"),
+    "Larq DoReFa": Method(peer="larq"),
     **_LOW,
 }
 
@@ -113,6 +118,8 @@ EXPERIMENTS = {
             (RECIPE, (1, 2)),
             (RECIPE, (8, 8)),
             ("JKD", (2, 2)),
+            ("QKeras", (2, 2)),
+            ("Larq DoReFa", (2, 2)),
         ),
         tuned_at=(2, 2),
         seeds=3,

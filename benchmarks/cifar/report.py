@@ -59,6 +59,7 @@ def accuracy_table(name: str, results: dict[str, dict]) -> str:
     for (method, bits), runs in found.items():
         accuracies = _percent(runs)
         base = found.get((plan.base, bits)) if method != plan.base else None
+        is_peer = cifar_plan.METHODS[method].peer is not None
         line = [
             cifar_plan.row_name(method, bits),
             str(len(runs)),
@@ -66,7 +67,7 @@ def accuracy_table(name: str, results: dict[str, dict]) -> str:
             NOTHING if given is None else f"{np.mean(accuracies) - given:+.2f}",
             NOTHING if base is None else _to(runs, base),
             f"{runs[0]['weight_bytes']:,}",
-            f"{runs[0]['bops'] / 1e6:,.0f}",
+            NOTHING if is_peer else f"{runs[0]['bops'] / 1e6:,.0f}",
             f"{runs[0]['learning_rate']:g}",
         ]
         if plan.target is not None:
@@ -165,7 +166,7 @@ def plots(path: Path, step_costs: Path) -> dict[str, matplotlib.figure.Figure]:
         step_costs: JSON file of `benchmarks.cost.step_cost`.
     """
     results = store.read(path)
-    rows = [row for row in _rows("tiny", results) if row[0][1] is not None]
+    rows = [row for row in _rows("tiny", results) if _is_low_bit(row[0])]
     given = given_accuracy("tiny", results)
     if not rows:
         return {}
@@ -179,7 +180,7 @@ def plots(path: Path, step_costs: Path) -> dict[str, matplotlib.figure.Figure]:
         ((method, bits), runs)
         for name in ("tiny", "tiny_long")
         for (method, bits), runs in _rows(name, results)
-        if bits in (None, (2, 2))
+        if bits is None or (bits == (2, 2) and _is_low_bit((method, bits)))
     ]
     _plot(
         axes[2],
@@ -198,6 +199,12 @@ def plots(path: Path, step_costs: Path) -> dict[str, matplotlib.figure.Figure]:
     return {"tiny.svg": figure}
 
 
+def _is_low_bit(row) -> bool:
+    """Whether a row is one of our networks at few bits: files of peers are float."""
+    method, bits = row
+    return bits is not None and cifar_plan.METHODS[method].peer is None
+
+
 def _relative_steps(ratios: list[dict]) -> dict[str, float]:
     """CPU time of a step of each method at W2A2, relative to a float step."""
     found = {r["step"]: r["median"] for r in ratios if r["relative to"] == "float"}
@@ -205,6 +212,7 @@ def _relative_steps(ratios: list[dict]) -> dict[str, float]:
         FLOAT: 1.0,
         "plain": found["DoReFa W2A2"],
         "LSQ": found["LSQ W2A2"],
+        "JKD": found["joint distillation"],
         RECIPE: found["recipes.low_bit W2A2"],
     }
 

@@ -23,6 +23,7 @@ import tf_lowbit as tfl
 from benchmarks.cifar import plan as cifar_plan
 from benchmarks.cifar.networks import NETWORKS
 from benchmarks.common import store
+from benchmarks.peers import networks as peers_networks
 from examples import experiment
 from tf_lowbit.analysis import environment
 from tf_lowbit.compat import keras, tf
@@ -139,7 +140,9 @@ def prepared(model, edges, run, data):
         )
         return recipe.trainer, recipe.callbacks
     warmup = cifar_plan.WARMUP
-    if run.bits is None:
+    if method.peer is not None:
+        model = peers_networks.build(method.peer, model, run.bits)
+    if run.bits is None or method.peer is not None:
         stage = tfl.Stage(run.epochs, learning_rate=rate, decay="cosine", warmup=warmup)
         experiment.compile_model(model, rate)
         return model, [experiment.float_learning_rate(stage, data)]
@@ -173,7 +176,10 @@ def prepared(model, edges, run, data):
 
 
 def costs(trained) -> dict:
-    """Bytes of packed weights and bit operations of the network to be deployed."""
+    """Bytes of packed weights and bit operations of the network to be deployed.
+
+    Those of a peer's network count as float, which is what its file has.
+    """
     network = trained.student if isinstance(trained, tfl.LowBitTrainer) else trained
     cost = tfl.summary(network).cost
     return {"weight_bytes": cost.weight_bytes, "bops": cost.bops}

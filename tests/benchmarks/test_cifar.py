@@ -91,6 +91,9 @@ def test_other_methods_stand_beside_lsq_seed_by_seed(tmp_path):
             store.write(path, run.name, {**result(run, accuracy), **more})
     run = cifar_plan.Run("tiny", cifar_plan.RECIPE, (4, 4), 0, 8, 0.03)
     store.write(path, run.name, {**result(run, 0.9), **more})
+    # Bit operations of a peer's network are not known.
+    run = cifar_plan.Run("tiny", "QKeras", (2, 2), 0, 8, 0.03)
+    store.write(path, run.name, {**result(run, 0.7), **more, "bops": None})
     lines = cifar_report.tables(path)["cifar, tiny"].splitlines()[2:]
     cells = [[cell.strip() for cell in line.split("|")] for line in lines]
     # One point and two; 12.706 is Student's t of one degree of freedom.
@@ -98,6 +101,7 @@ def test_other_methods_stand_beside_lsq_seed_by_seed(tmp_path):
         "LSQ W2A2": "—",
         "recipes.low_bit W2A2": "+1.50 ± 6.35",
         "recipes.low_bit W4A4": "—",
+        "QKeras W2A2": "-10.00",
     }
 
 
@@ -134,6 +138,7 @@ def test_the_table_has_each_row_and_its_distance_to_the_float_network(tmp_path):
         "W2A2", "84.00 ± 6.57 (3)", "34,896", "77"
     ]  # fmt: skip
     ratios = {"DoReFa W2A2": 1.1, "LSQ W2A2": 1.25, "recipes.low_bit W2A2": 2.5}
+    ratios["joint distillation"] = 2.0
     steps = tmp_path / "steps.json"
     steps.write_text(
         json.dumps(
