@@ -40,6 +40,53 @@ def test_the_threshold_is_that_of_a_logit_or_a_probability(behind, limit):
     assert predictions.threshold(network(*behind)) == limit
 
 
+@pytest.mark.parametrize(
+    "behind",
+    [
+        layers.Activation("linear"),
+        layers.AveragePooling2D(2),
+        layers.Cropping2D(1),
+        layers.Dropout(0.5),
+        layers.Identity(),
+        layers.MaxPooling2D(2),
+        layers.Permute((2, 1, 3)),
+        layers.Resizing(8, 8),
+        layers.UpSampling2D(2),
+        layers.UpSampling2D(2, interpolation="bilinear"),
+        layers.ZeroPadding2D(1),
+        lambda x: layers.Average()([x, x[:, ::-1]]),
+        lambda x: layers.Concatenate(axis=1)([x, x]),
+        lambda x: tf.cast(x[:, 1:], tf.float32),
+        lambda x: tf.image.resize(x, (8, 8)),
+    ],
+)
+def test_what_moves_or_averages_probabilities_keeps_them(behind):
+    image = keras.Input((4, 4, 3))
+    for activation, limit in [
+        ("sigmoid", 0.5),
+        ("hard_sigmoid", 0.5),
+        (tf.sigmoid, 0.5),
+        (None, 0.0),
+        ("tanh", 0.0),
+    ]:
+        mask = layers.Conv2D(1, 1, activation=activation)(image)
+        assert predictions.threshold(keras.Model(image, behind(mask))) == limit
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        lambda x: layers.Rescaling(80.0)(x),  # A bounded number of a regression.
+        lambda x: tf.concat([x, x - 0.5], 1),
+        lambda x: x * 2.0,
+    ],
+)
+def test_other_numbers_made_of_a_sigmoid_are_no_probabilities(behind):
+    image = keras.Input((4, 4, 3))
+    mask = layers.Conv2D(1, 1, activation="sigmoid")(image)
+    assert predictions.threshold(keras.Model(image, behind(mask))) == 0.0
+
+
 def test_a_quantized_head_is_the_head():
     dense = layers.Dense(1, activation="sigmoid")
     model = network(layers.Dense(8, activation="relu"), dense)

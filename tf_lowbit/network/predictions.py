@@ -9,31 +9,36 @@ from typing import Any
 
 import numpy as np
 
-from tf_lowbit.compat import KerasTensor, keras
-from tf_lowbit.network import graph, inspection, passthrough
+from tf_lowbit.compat import KerasTensor, keras, tf
+from tf_lowbit.network import graph, inspection, keras3_activations, passthrough
 
 # Tolerance for the sum of an example's probabilities.
 _SLACK = 1e-3
+_SIGMOIDS = (
+    *(keras.activations.sigmoid, keras.activations.hard_sigmoid, tf.sigmoid),
+    keras3_activations.hard_sigmoid,
+)
 
 
 def threshold(network: keras.Model) -> float:
     """Returns the value above which the unit of a binary classifier means class 1.
 
-    0.5 if the functional network's first output ends in a sigmoid, else 0 (a logit).
+    0.5 if all values of the functional network's first output are those of a sigmoid,
+    moved, selected or averaged; else 0 (a logit).
     """
-    tensor = network.outputs[0]
-    while True:
-        node = graph.producer(tensor)
-        layer = inspection.wrapped_layer(node.layer)
-        activation = getattr(layer, "activation", None)
-        is_plain = activation is keras.activations.linear and not layer.weights
-        if not is_plain and not isinstance(
-            layer, keras.layers.Flatten | keras.layers.Reshape
-        ):
-            break
-        tensor = node.keras_inputs[0]
-    is_sigmoid = activation is keras.activations.sigmoid
-    return 0.5 if is_sigmoid or getattr(layer, "symbol", "") == "math.sigmoid" else 0.0
+    waiting = [network.outputs[0]]
+    while waiting:
+        node = graph.producer(waiting.pop())
+        if passthrough.kept(node) >= passthrough.Kept.RANGE:
+            waiting += passthrough.sources(node)
+        elif not _is_sigmoid(inspection.wrapped_layer(node.layer)):
+            return 0.0
+    return 0.5
+
+
+def _is_sigmoid(layer) -> bool:
+    function = getattr(layer, "activation", None)
+    return function in _SIGMOIDS or passthrough.operation(layer) == "sigmoid"
 
 
 def in_units(outputs: np.typing.ArrayLike) -> np.ndarray:
