@@ -30,7 +30,7 @@ def named(loss: Any) -> tuple[str | None, bool]:
         loss, settings = loss.func, loss.keywords
     elif isinstance(loss, keras.losses.Loss):
         loss, settings = getattr(loss, "fn", None), loss.get_config()
-    name = getattr(loss, "__name__", None)
+    name = getattr(loss, "__name__", "")
     is_of_keras = name in BINARY | CATEGORICAL | REGRESSION
     if not is_of_keras or loss is not getattr(keras.losses, name, None):
         return None, False
