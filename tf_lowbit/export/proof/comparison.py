@@ -101,7 +101,8 @@ def compare_on_data(
         raise ValueError("data must hold at least one batch. Received: none")
     report.comparisons = [row for row in rows if row.elements]
     is_tainted = _judge(report, _behind_float(nodes))
-    for part in (first, *further):
+    parts: list[FirstOutput | Numbers] = [first, *further]
+    for part in parts:
         part.judge(report, is_tainted)
     if agreements is not None:
         agreements.judge(report)
