@@ -240,13 +240,65 @@ def test_inputs_and_options_that_are_no_obstacle(model_layers):
     assert tfl.from_keras3(theirs).output_shape == theirs.output_shape
 
 
+WITHIN = {
+    "TimeDistributed": lambda: layers.TimeDistributed(
+        layers.Dense(4, activation="hard_sigmoid")
+    ),
+    "TimeDistributed, of a model": lambda: layers.TimeDistributed(
+        keras3.Sequential([layers.Input((4,)), layers.Dense(3), layers.LeakyReLU(0.1)])
+    ),
+    "Bidirectional": lambda: layers.Bidirectional(
+        layers.LSTM(4, return_sequences=True)
+    ),
+    "Bidirectional, two layers": lambda: layers.Bidirectional(
+        layers.LSTM(4),
+        backward_layer=layers.GRU(4, go_backwards=True),
+        merge_mode="sum",
+    ),
+    "RNN": lambda: layers.RNN(layers.GRUCell(4)),
+    "RNN, stacked": lambda: layers.RNN([layers.LSTMCell(4), layers.SimpleRNNCell(3)]),
+    "Dense": lambda: layers.Dense(4, activation=layers.LeakyReLU(0.1)),
+}
+
+
+@pytest.mark.quick(1)
+@pytest.mark.parametrize("name", WITHIN)
+def test_layers_within_a_layer_come_over(name):
+    model = keras3.Sequential([layers.Input((5, 4)), WITHIN[name](), layers.Flatten()])
+    converted = tfl.from_keras3(randomize(model))
+    assert_same(converted, model, nets.images(shape=(5, 4)))
+
+
+@pytest.mark.parametrize("name", ["my layer", "größe", "_first", "a:b"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda name: layers.Dense(2, name=name),
+        lambda name: layers.TimeDistributed(layers.Dense(2, name=name)),
+        lambda name: keras3.Sequential([layers.Dense(2)], name=name),
+    ],
+)
+def test_names_must_be_names_of_scopes(make, name):
+    model = keras3.Sequential([layers.Input((5, 4)), make(name)])
+    with pytest.raises(ValueError, match=rf"set `layer.name`.*Received: '{name}'$"):
+        tfl.from_keras3(model)
+
+
+def test_a_name_can_be_mended():
+    model = keras3.Sequential([layers.Input((4,)), layers.Dense(2, name="my layer")])
+    model.layers[0].name = "my_layer"
+    assert tfl.from_keras3(model).get_layer("my_layer").units == 2
+
+
 def test_layers_without_a_counterpart_are_refused_by_name():
     inputs = keras3.Input((5, 4))
     gated = layers.MultiHeadAttention(2, 4, use_gate=True, name="a")(inputs, inputs)
     for model, name in (
         (keras3.Model(inputs, gated), "a"),
         (
-            keras3.Sequential([inputs, layers.Bidirectional(layers.LSTM(4), name="b")]),
+            keras3.Sequential(
+                [inputs, layers.SpectralNormalization(layers.Dense(4), name="b")]
+            ),
             "b",
         ),
         (keras3.Sequential([inputs, layers.Lambda(lambda x: 2 * x, name="c")]), "c"),

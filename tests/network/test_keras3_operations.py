@@ -175,6 +175,7 @@ FORMS = {
     "Squeeze": [
         lambda x: ops.squeeze(x[:, :1], axis=1),
         lambda x: ops.squeeze(x[:, :1, :, :1], axis=(1, -1)),
+        lambda x: ops.squeeze(x[:, :1, :, :1]),
     ],
     "Stack": [
         lambda x: ops.stack([x, 2 * x], axis=1),

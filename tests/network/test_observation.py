@@ -3,8 +3,8 @@ import pytest
 
 import tf_lowbit as tfl
 from tf_lowbit import models
-from tf_lowbit.compat import tf
-from tf_lowbit.network.observation import batches_of
+from tf_lowbit.compat import keras, tf
+from tf_lowbit.network.observation import batches_of, without_draws
 
 IMAGES = np.zeros((4, 8, 8, 1), np.float32)
 LABELS = np.zeros(4, np.int64)
@@ -62,3 +62,24 @@ def test_what_is_no_list_of_batches_is_refused(data):
 def test_a_number_of_batches_is_an_integer_of_at_least_1(network, batches):
     with pytest.raises(ValueError, match=r"integer of at least 1. Received: batches="):
         tfl.calibrate(network[0], [IMAGES], batches=batches)
+
+
+@pytest.mark.parametrize(
+    "recurrent",
+    [
+        lambda x, state: keras.layers.LSTM(4, dropout=0.5)(x, initial_state=state),
+        lambda x, state: keras.layers.RNN(keras.layers.LSTMCell(4, dropout=0.5))(
+            x, initial_state=state
+        ),
+    ],
+    ids=["layer", "cell"],
+)
+def test_what_draws_reads_all_of_its_inputs(recurrent):
+    """States too, without which a layer would start at zero."""
+    series, state = keras.Input((5, 3)), [keras.Input((4,)), keras.Input((4,))]
+    model = keras.Model([series, *state], recurrent(series, state))
+    values = [np.full((2, *t.shape[1:]), 0.5, np.float32) for t in model.inputs]
+    wanted = model(values, training=False).numpy()
+    with without_draws(model):
+        found = model(values, training=True).numpy()
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)

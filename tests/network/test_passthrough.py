@@ -93,28 +93,31 @@ PLACE = {
     "reduce_mean": lambda: lambda x: tf.reduce_mean(x, [1, 2]),
     "stack": lambda: lambda x: tf.stack([x, x], 1),
 }
-SIGN = {
-    "Add": lambda: lambda x: layers.Add()([x, x]),
+RANGE = {
     "Average": lambda: lambda x: layers.Average()([x, x]),
     "CenterCrop": lambda: layers.CenterCrop(8, 8),
+    "Maximum": lambda: lambda x: layers.Maximum()([x, x]),
+    "Minimum": lambda: lambda x: layers.Minimum()([x, x]),
+    "RandomCrop": lambda: layers.RandomCrop(4, 4),
+    "Resizing": lambda: layers.Resizing(9, 9),
+    "Resizing, area": lambda: layers.Resizing(4, 4, interpolation="area"),
+    "UpSampling2D": lambda: layers.UpSampling2D(2, interpolation="bilinear"),
+    "cast": lambda: lambda x: tf.cast(x, tf.float16),
+    "resize": lambda: lambda x: tf.image.resize(x, (4, 9)),
+}
+SIGN = {
+    "Add": lambda: lambda x: layers.Add()([x, x]),
     "Dot": lambda: lambda x: layers.Dot(-1)([x, x]),
     "Dropout, drawn": lambda: lambda x: layers.Dropout(0.5)(x, training=True),
     "ELU": layers.ELU,
     "LeakyReLU": layers.LeakyReLU,
-    "Maximum": lambda: lambda x: layers.Maximum()([x, x]),
-    "Minimum": lambda: lambda x: layers.Minimum()([x, x]),
     "PReLU": lambda: layers.PReLU("random_normal"),
-    "RandomCrop": lambda: layers.RandomCrop(4, 4),
     "Rescaling": lambda: layers.Rescaling(1 / 255, offset=0.1),
-    "Resizing": lambda: layers.Resizing(9, 9),
-    "Resizing, area": lambda: layers.Resizing(4, 4, interpolation="area"),
     "UnitNormalization": layers.UnitNormalization,
-    "UpSampling2D": lambda: layers.UpSampling2D(2, interpolation="bilinear"),
     "swish": lambda: layers.Activation("swish"),
     "tanh": lambda: layers.Activation("tanh"),
     "add": lambda: lambda x: x + 1.0,
     "add_n": lambda: lambda x: tf.add_n([x, x]),
-    "cast": lambda: lambda x: tf.cast(x, tf.float16),
     "ceil": lambda: tf.math.ceil,
     "clip": lambda: lambda x: tf.clip_by_value(x, -1.0, 0.5),
     "cumsum": lambda: lambda x: tf.cumsum(x, 1),
@@ -133,7 +136,6 @@ SIGN = {
     "odd power": lambda: lambda x: x**3,
     "reduce_prod": lambda: lambda x: tf.reduce_prod(x, -1),
     "reduce_sum": lambda: lambda x: tf.reduce_sum(x, -1),
-    "resize": lambda: lambda x: tf.image.resize(x, (4, 9)),
     "round": lambda: tf.round,
     "selu": lambda: tf.nn.selu,
     "sign": lambda: tf.sign,
@@ -227,6 +229,15 @@ def test_what_joins_or_averages_stays_between_what_it_reads(name):
     assert read.min() <= found.min() <= found.max() <= read.max()
 
 
+@pytest.mark.parametrize("name", RANGE)
+def test_what_keeps_the_range_stays_between_what_it_reads(name):
+    image, result, node = called(RANGE[name])
+    assert passthrough.kept(node) is Kept.RANGE
+    assert not passthrough.is_transparent(node)
+    found, read = computed(image, result, images(-2.0)), images(-2.0)
+    assert read.min() - 1e-3 <= found.min() <= found.max() <= read.max() + 1e-3
+
+
 @pytest.mark.parametrize("name", SIGN)
 def test_what_keeps_the_sign_puts_out_nothing_negative(name):
     image, result, node = called(SIGN[name])
@@ -274,7 +285,7 @@ def test_a_variable_promises_no_sign():
 KINDS = {
     **{f"{name}, grid": make for name, make in GRID.items()},
     **{f"{name}, place": make for name, make in PLACE.items()},
-    **{f"{name}, sign": make for name, make in SIGN.items()},
+    **{f"{name}, sign": make for name, make in (SIGN | RANGE).items()},
 }
 
 
@@ -304,7 +315,7 @@ def test_behind_a_relu_no_level_is_lost(name):
     "behind",
     [
         *(GRID[k] for k in ("Identity", "getitem", "reshape", "reverse")),
-        *(SIGN[k] for k in ("Resizing", "resize", "tanh")),
+        *((SIGN | RANGE)[k] for k in ("Resizing", "resize", "tanh")),
     ],
 )
 def test_all_levels_are_used_in_the_network(behind):

@@ -40,6 +40,53 @@ def test_the_threshold_is_that_of_a_logit_or_a_probability(behind, limit):
     assert predictions.threshold(network(*behind)) == limit
 
 
+@pytest.mark.parametrize(
+    "behind",
+    [
+        layers.Activation("linear"),
+        layers.AveragePooling2D(2),
+        layers.Cropping2D(1),
+        layers.Dropout(0.5),
+        layers.Identity(),
+        layers.MaxPooling2D(2),
+        layers.Permute((2, 1, 3)),
+        layers.Resizing(8, 8),
+        layers.UpSampling2D(2),
+        layers.UpSampling2D(2, interpolation="bilinear"),
+        layers.ZeroPadding2D(1),
+        lambda x: layers.Average()([x, x[:, ::-1]]),
+        lambda x: layers.Concatenate(axis=1)([x, x]),
+        lambda x: tf.cast(x[:, 1:], tf.float32),
+        lambda x: tf.image.resize(x, (8, 8)),
+    ],
+)
+def test_what_moves_or_averages_probabilities_keeps_them(behind):
+    image = keras.Input((4, 4, 3))
+    for activation, limit in [
+        ("sigmoid", 0.5),
+        ("hard_sigmoid", 0.5),
+        (tf.sigmoid, 0.5),
+        (None, 0.0),
+        ("tanh", 0.0),
+    ]:
+        mask = layers.Conv2D(1, 1, activation=activation)(image)
+        assert predictions.threshold(keras.Model(image, behind(mask))) == limit
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        lambda x: layers.Rescaling(80.0)(x),  # A bounded number of a regression.
+        lambda x: tf.concat([x, x - 0.5], 1),
+        lambda x: x * 2.0,
+    ],
+)
+def test_other_numbers_made_of_a_sigmoid_are_no_probabilities(behind):
+    image = keras.Input((4, 4, 3))
+    mask = layers.Conv2D(1, 1, activation="sigmoid")(image)
+    assert predictions.threshold(keras.Model(image, behind(mask))) == 0.0
+
+
 def test_a_quantized_head_is_the_head():
     dense = layers.Dense(1, activation="sigmoid")
     model = network(layers.Dense(8, activation="relu"), dense)
@@ -56,7 +103,7 @@ def test_class_numbers_of_an_argmax_are_scores():
     scores = predictions.scores(end, np.array([2, 0]))
     assert scores.tolist() == [[0, 0, 1], [1, 0, 0]]
     assert predictions.classes(scores, 0.0).tolist() == [2, 0]
-    assert predictions.are_classes(chosen, scores)
+    assert predictions.are_classes(chosen)
     # Others are taken as they are, with an axis of units.
     assert predictions.scores(logits.outputs[0], np.array([2, 0])).shape == (2, 1)
 
@@ -144,25 +191,48 @@ def test_a_dict_must_have_the_name_of_an_output():
         predictions.labels({"b": [1, 0]}, outputs, ["a", "c"])
 
 
+MSE = "mse"
+SPARSE = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+BINARY = keras.losses.BinaryCrossentropy(from_logits=True)
+
+
 @pytest.mark.parametrize(
-    ("units", "activation", "given", "expected"),
+    ("units", "activation", "loss", "expected"),
     [
         (3, None, None, True),
-        (3, None, [[0.3, -0.2, 0.9]], False),
-        (3, None, [2], True),
+        (3, "softmax", None, True),
+        (3, "sigmoid", None, False),  # A label for each unit.
+        (4, None, None, False),  # An autoencoder of four numbers.
         (1, None, None, False),
         (1, "sigmoid", None, True),
-        (1, None, [1], True),
-        (1, None, [0.7], False),
-        (4, None, None, False),  # An autoencoder of four numbers.
+        # The loss knows it better.
+        (3, None, MSE, False),
+        (3, None, [MSE], False),
+        (3, None, {"end": keras.losses.Huber()}, False),
+        (3, None, keras.losses.mean_absolute_error, False),
+        (3, "sigmoid", "categorical_crossentropy", True),
+        (3, None, BINARY, False),
+        (4, None, SPARSE, True),
+        (1, None, BINARY, True),
+        (1, "sigmoid", MSE, False),
+        # This one says nothing.
+        (3, None, lambda y, p: keras.losses.mse(y, p), True),
     ],
 )
-def test_which_outputs_are_classes(units, activation, given, expected):
+def test_which_outputs_are_classes(units, activation, loss, expected):
     image = keras.Input((4,))
-    output = layers.Dense(units, activation=activation)(image)
-    outputs = np.zeros((1, units))
-    found = predictions.are_classes(keras.Model(image, output), outputs, given)
-    assert found == expected
+    output = layers.Dense(units, activation=activation, name="end")(image)
+    model = keras.Model(image, output)
+    if loss is not None:
+        model.compile(loss=loss)
+    assert predictions.are_classes(model) is expected
+
+
+@pytest.mark.parametrize("sizes", [(None, None, 3), (8, 8, 3)])
+def test_an_output_of_an_inputs_shape_is_no_map_of_classes(sizes):
+    image = keras.Input(sizes)
+    model = keras.Model(image, layers.Conv2D(3, 1)(image))
+    assert not predictions.are_classes(model)
 
 
 @pytest.mark.parametrize("given", [[0, 1, 2], [[0, 1], [1, 0]], 3])

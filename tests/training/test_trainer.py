@@ -1024,7 +1024,7 @@ def sharing():
 TEACHERS = {
     "other outputs": (lambda: net(3, outputs=5), r"\(None, 5\).*\(None, 4\)"),
     "other inputs": (lambda: net(3, inputs=6), r"\(None, 6\).*\(None, 5\)"),
-    "two outputs": (two_outputs, "logits.*Received"),
+    "two outputs": (two_outputs, "must have one output, of logits.*Received"),
     "softmax": (
         lambda: net(3, head="softmax"),
         "must output logits.*Received.*'head'",
@@ -1056,7 +1056,7 @@ STUDENTS = {
     # Their logs would have the names of the teacher's, and of the first one's parts.
     "called teacher": (lambda: two("teacher"), "Received.*teacher"),
     "called task": (lambda: two("task"), "Received.*task"),
-    "two outputs": (two_outputs, "logits.*Received"),
+    "two outputs": (two_outputs, "must have one output, of logits.*Received"),
     "softmax": (lambda: tfl.quantize(net(4, head="softmax")), "student.*logits"),
 }
 

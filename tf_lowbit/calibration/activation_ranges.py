@@ -1,6 +1,5 @@
 """Measures the ranges of activation quantizers on data."""
 
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,7 +10,7 @@ from tf_lowbit.calibration.data_scale import warn_of_other_scale
 from tf_lowbit.calibration.fixed_clips import fit_to_fixed_clips
 from tf_lowbit.calibration.residual_steps import step_as_made, tie
 from tf_lowbit.compat import keras, tf
-from tf_lowbit.core import checks, grid, progress, ratios
+from tf_lowbit.core import checks, grid, progress, ratios, user_warnings
 from tf_lowbit.network import inspection
 from tf_lowbit.network.observation import (
     batches_for,
@@ -137,12 +136,11 @@ def measure(
         tensor.quantizer.calibrate(samples[tensor.name], tensor.variables)
         _lower_to_ceiling(tensor)
     if unsigned:
-        warnings.warn(
+        user_warnings.warn(
             "A signed quantizer must see negative values to keep its levels for them: "
             "these saw none, and now round negative values to zero. If negative values "
             f"can occur, calibrate on data that hold them. Received: {unsigned}",
             QuantizationWarning,
-            stacklevel=4,
         )
     # Tied steps must not clip more than was measured.
     tie(model, lambda ratio: ratios.at_least_ratio(ratio * _SLACK))

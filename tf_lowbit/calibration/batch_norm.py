@@ -2,13 +2,13 @@
 
 import itertools
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from tf_lowbit.compat import keras, tf
+from tf_lowbit.core import user_warnings
 from tf_lowbit.network import graph, inspection, layer_registry
 from tf_lowbit.network.observation import (
     batches_of,
@@ -126,7 +126,7 @@ def warn_of_lag(model: keras.Model, dataset: Iterable[Any], batches: int = 8) ->
         return  # Not measurable: batches of one example, or a shared layer.
     late = {name: value for name, value in lags.items() if value > NOTABLE_LAG}
     if late:
-        warnings.warn(lag_message(late, "on the data"), QuantizationWarning, 3)
+        user_warnings.warn(lag_message(late, "on the data"), QuantizationWarning)
 
 
 def lag_message(late: dict[str, float], where: str) -> str:
@@ -290,12 +290,11 @@ def require_values(norms: Sequence[keras.layers.Layer], examples: int) -> None:
             f"Received: {name!r}, with one value in each batch"
         )
     if count < _FEW_VALUES:
-        warnings.warn(
+        user_warnings.warn(
             f"Batch normalization should see at least {_FEW_VALUES} values per channel "
             "to give accurate measurements behind it: take larger batches. "
             f"Received: {name!r}, with {count} values in each batch",
             QuantizationWarning,
-            stacklevel=2,
         )
 
 

@@ -1,12 +1,12 @@
 """Compares the scale of calibration data with that of the float training's."""
 
-import warnings
 from typing import Any
 
 import numpy as np
 
 from tf_lowbit.calibration.batch_norm import is_at_start, statistics_of
 from tf_lowbit.compat import deep_graphs, keras, tf
+from tf_lowbit.core import user_warnings
 from tf_lowbit.network import graph, inspection, layer_registry
 from tf_lowbit.scheme.layout import QuantizationWarning
 
@@ -51,13 +51,12 @@ def warn_of_other_scale(network: keras.Model, inputs: Any) -> None:
     shift = np.median(away / deviation)
     if 1 / _OTHER_SCALE < spread < _OTHER_SCALE and shift < _OTHER_SCALE:
         return
-    warnings.warn(
+    user_warnings.warn(
         "Data must have the scale of the float network's training data, such as 0 to "
         "1 or 0 to 255, or the ranges will not fit the training. Received: data of "
         f"which {layer.name!r} reads values with {spread:.2g} times the deviation of "
         f"its moving statistics, and a mean {shift:.2g} deviations away",
         QuantizationWarning,
-        stacklevel=4,
     )
 
 

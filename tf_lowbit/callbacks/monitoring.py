@@ -2,14 +2,13 @@
 
 import math
 import os
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from tf_lowbit.compat import Logs, keras, tf
-from tf_lowbit.core import checks
+from tf_lowbit.core import checks, user_warnings
 from tf_lowbit.core.grid import MAX_BITS
 from tf_lowbit.network.inspection import networks, quantized_tensors, require_quantized
 from tf_lowbit.network.observation import require_rereadable, validate_batches
@@ -107,8 +106,8 @@ class QuantizationMonitor(keras.callbacks.Callback):
                 if "must be finite" not in str(error):
                     raise
                 # Ending a diverging training is up to other callbacks.
-                warnings.warn(
-                    f"The tensors are not written in this epoch: {error}", stacklevel=3
+                user_warnings.warn(
+                    f"The tensors are not written in this epoch: {error}"
                 )
                 continue
             self._write_overview(front, network, measured)

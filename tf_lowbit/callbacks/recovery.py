@@ -5,14 +5,13 @@ import dataclasses
 import os
 import shutil
 import uuid
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from tf_lowbit.callbacks import checkpoint_files
 from tf_lowbit.callbacks.checkpoint_files import Position
 from tf_lowbit.compat import Logs, keras, tf
-from tf_lowbit.core import checks
+from tf_lowbit.core import checks, user_warnings
 from tf_lowbit.core.files import flush
 
 _NAME = "epoch-{:05d}-step-{:07d}"
@@ -195,9 +194,8 @@ class Recovery(keras.callbacks.Callback):
                 return position
             if position not in self._damaged:
                 self._damaged.add(position)
-                warnings.warn(
+                user_warnings.warn(
                     f"A damaged checkpoint is skipped: {self._path(position)}: {flaw}",
-                    stacklevel=3,
                 )
         return None
 
@@ -248,13 +246,12 @@ class Recovery(keras.callbacks.Callback):
     def _warn_of_non_finite(self, name: str):
         if not self._has_warned:
             self._has_warned = True
-            warnings.warn(
+            user_warnings.warn(
                 "Weights, statistics and optimizer state must be finite to be saved: "
                 "no checkpoint is made, and earlier ones stay. Look for NaN in the "
                 "data, and continue from the last checkpoint; for moving statistics "
                 "alone, tf_lowbit.recalibrate_batch_norm is enough. "
                 f"Received: NaN or infinity in {name}",
-                stacklevel=3,
             )
 
     def _delete_before(self, newest: Position):

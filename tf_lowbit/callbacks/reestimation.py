@@ -1,11 +1,11 @@
 """Re-estimation of batch normalization's moving statistics in training."""
 
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
 from tf_lowbit.calibration.batch_norm import recalibrate_batch_norm
 from tf_lowbit.compat import Logs, keras
+from tf_lowbit.core import user_warnings
 from tf_lowbit.network.observation import require_rereadable, validate_batches
 
 
@@ -66,8 +66,7 @@ class BatchNormReestimation(keras.callbacks.Callback):
             if "must be finite" not in str(error):
                 raise
             # Ending a diverging training is up to other callbacks.
-            warnings.warn(
+            user_warnings.warn(
                 f"Batch statistics are not measured in this epoch: {error}",
-                stacklevel=3,
             )
         self._is_measured = True

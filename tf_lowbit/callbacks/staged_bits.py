@@ -1,12 +1,12 @@
 """Sets the bits of a model's quantizers to those of a stage."""
 
 import itertools
-import warnings
 from collections.abc import Iterable
 
 from tf_lowbit.calibration import activation_ranges
 from tf_lowbit.calibration.residual_steps import tie_residuals
 from tf_lowbit.compat import keras
+from tf_lowbit.core import user_warnings
 from tf_lowbit.network import inspection
 from tf_lowbit.network.variables import unchanged_on_error
 from tf_lowbit.quantizers import ACTIVATION, WEIGHT
@@ -83,12 +83,11 @@ class StagedBits:
                     f"Received: {role} quantizers of {own} bits"
                 )
             if wanted is not None and own and own[0] < wanted <= own[-1]:
-                warnings.warn(
+                user_warnings.warn(
                     f"The last stage should ask for the fewest bits of any {role} "
                     "quantizer, or that one ends with more bits than its rule. "
                     f"Received: {wanted} bits, and quantizers of {own} bits",
                     QuantizationWarning,
-                    stacklevel=3,
                 )
 
     def _measure(self, tensors, batches):

@@ -1,6 +1,5 @@
 """Runs a list of stages inside one `model.fit`."""
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from tf_lowbit.callbacks.optimizer_state import (
 )
 from tf_lowbit.callbacks.staged_bits import StagedBits
 from tf_lowbit.compat import Logs, keras, tf
-from tf_lowbit.core import checks
+from tf_lowbit.core import checks, user_warnings
 from tf_lowbit.network.observation import require_rereadable
 from tf_lowbit.quantizers import ACTIVATION, WEIGHT
 from tf_lowbit.scheme.layout import QuantizationWarning
@@ -397,4 +396,4 @@ def _moves_rate(stage: Stage) -> bool:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, QuantizationWarning, stacklevel=3)
+    user_warnings.warn(message, QuantizationWarning)

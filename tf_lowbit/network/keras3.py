@@ -4,6 +4,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 import sys
 import types
 import zipfile
@@ -22,8 +23,12 @@ _RENAMED = {"LeakyReLU": {"negative_slope": "alpha"}}
 _ACTIVATIONS = {"hard_sigmoid": hard_sigmoid, "hard_silu": hard_silu}
 # Layers that `tf_keras` lacks.
 _OWN_LAYERS = {"RMSNormalization": RMSNormalization}
+# Attributes of other names than the arguments.
+_HELD_AS = {("Bidirectional", "layer"): "forward_layer"}
 # Their `from_config` needs shapes that `get_config` of Keras 3 lacks.
 _BY_ARGUMENTS = (keras.layers.MultiHeadAttention,)
+# Of TensorFlow's scopes.
+_NAME = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_.\\/>-]*")
 # Float32 sums may differ in their order.
 _TOLERANCE = 1e-4
 _MOST_EXPLAINED = 300
@@ -50,7 +55,8 @@ def from_keras3(model: Any) -> keras.Model:
     Raises:
         ValueError: If the model is not of Keras 3, is not built or is subclassed; if a
             layer or operation has no counterpart in `tf_keras` (the message names it
-            and the reason); or if the outputs differ.
+            and the reason), or a name that TensorFlow refuses; or if the outputs
+            differ.
     """
     if isinstance(model, str | os.PathLike) and is_keras3_file(model):
         model = load_file(model)
@@ -232,6 +238,7 @@ class _FromKeras3:
 
     def _called(self, node, args, kwargs):
         operation = node.operation
+        _require_name(operation.name)
         if isinstance(operation, sys.modules["keras"].layers.Layer):
             # Some layers of tf_keras do not take all arguments that may be None. And
             # Keras 3 records the default of `training`, which would be fixed here.
@@ -266,6 +273,16 @@ class _FromKeras3:
         return outputs
 
 
+def _require_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            "Names in a Keras 3 model must have only ASCII letters, digits and '_', "
+            "'.' or '-', and begin with a letter or a digit, because tf_keras makes "
+            "scopes of them: set `layer.name`, and quantize then. "
+            f"Received: {name!r}"
+        )
+
+
 def _graph_of(model):
     """Returns the object that holds a Keras 3 model's graph, or raises ValueError."""
     # A built Sequential holds a Functional model.
@@ -288,6 +305,8 @@ def _converted_layer(layer) -> keras.layers.Layer:
     config = layer.get_config()
     policy = layer.dtype_policy
     config["dtype"] = getattr(policy, "name", policy)
+    inner = _inner_layers(layer, config)
+    config |= inner
     for key, value in config.items():
         if key.endswith("activation") and isinstance(value, str):
             config[key] = _ACTIVATIONS.get(value, value)
@@ -306,10 +325,30 @@ def _converted_layer(layer) -> keras.layers.Layer:
         if value is not None and value != defaults.get(key, False):
             raise _no_counterpart(layer, f"tf_keras has no {key}={value!r}")
     try:
-        make = (lambda c: kind(**c)) if kind in _BY_ARGUMENTS else kind.from_config
+        by_arguments = inner or kind in _BY_ARGUMENTS
+        make = (lambda c: kind(**c)) if by_arguments else kind.from_config
         return make(_without_none(config))
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise _no_counterpart(layer, _short(error)) from error
+
+
+def _inner_layers(layer, config) -> dict:
+    """Converts the layers among a layer's arguments: of wrappers, or cells."""
+
+    def converted(inner):
+        _require_name(inner.name)
+        is_model = isinstance(inner, keras3.Model)
+        return _FromKeras3().of(inner) if is_model else _converted_layer(inner)
+
+    keras3 = sys.modules["keras"]
+    found = {}
+    for key in config:
+        own = getattr(layer, _HELD_AS.get((type(layer).__name__, key), key), None)
+        if isinstance(own, keras3.layers.Layer):
+            found[key] = converted(own)
+        elif isinstance(own, list) and isinstance((*own, None)[0], keras3.layers.Layer):
+            found[key] = list(map(converted, own))
+    return found
 
 
 def _without_none(config: dict) -> dict:
@@ -325,6 +364,8 @@ def _without_none(config: dict) -> dict:
 def _arguments(kind) -> set[str]:
     """Returns the arguments of a layer class and of its base classes."""
     names = {"name", "trainable", "dtype", "synchronized"}
+    if issubclass(kind, keras.layers.RNN):
+        names.add("zero_output_for_mask")  # One of its `**kwargs`.
     for base in kind.__mro__:
         if base is keras.layers.Layer:
             break

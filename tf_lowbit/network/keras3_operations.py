@@ -144,6 +144,13 @@ def _expand_dims(node, x):
     return x
 
 
+def _squeeze(node, x):
+    axes = _ints(node.operation.axis)
+    if axes is None:  # TensorFlow would remove the batch of one example.
+        axes = [axis for axis, size in enumerate(x.shape) if size == 1]
+    return tf.squeeze(x, axes)
+
+
 def _pad(node, x, constant_values=None):
     own = node.operation
     if own.mode not in ("constant", "reflect", "symmetric"):
@@ -290,7 +297,7 @@ _FUNCTIONS: dict[str, Callable] = {
     "Split": _split,
     "Sqrt": _same(tf.sqrt),
     "Square": _same(tf.square),
-    "Squeeze": lambda node, x: tf.squeeze(x, _ints(node.operation.axis)),
+    "Squeeze": _squeeze,
     "Stack": _joining(tf.stack),
     "Std": _reducing(tf.math.reduce_std),
     "StopGradient": _same(tf.stop_gradient),

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -279,7 +280,9 @@ def without_draws(model: keras.Model) -> Iterator[None]:
 
 
 def _at_rest(call, inputs, *args, **kwargs):
-    return call(inputs, training=False)
+    given = inspect.signature(call).bind(inputs, *args, **kwargs)
+    given.arguments["training"] = False
+    return call(*given.args, **given.kwargs)
 
 
 @contextlib.contextmanager

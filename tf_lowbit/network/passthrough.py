@@ -20,6 +20,7 @@ class Kept(enum.IntEnum):
     """The properties of the inputs that the output has too, at inference.
 
     - `SIGN`: no output is negative if no input is.
+    - `RANGE`: no output is outside of the range of the inputs and zero.
     - `PLACE`: outputs are weighted means of inputs, or several inputs are joined. A
       quantizer in front serves the readers of the output.
     - `GRID`: each output is one of the inputs, or zero. So it is on the grid of the
@@ -30,8 +31,9 @@ class Kept(enum.IntEnum):
 
     NOTHING = 0
     SIGN = 1
-    PLACE = 2
-    GRID = 3
+    RANGE = 2
+    PLACE = 3
+    GRID = 4
 
 
 def kept(node: Node) -> Kept:
@@ -159,7 +161,7 @@ def _interpolated(method) -> Kept:
     if method in ("nearest", 1):
         return Kept.GRID
     is_mean = method in ("bilinear", "area", "gaussian", "triangle", 0, 3)
-    return Kept.SIGN if is_mean else Kept.NOTHING
+    return Kept.RANGE if is_mean else Kept.NOTHING
 
 
 def _is_at_rest(node) -> bool:
@@ -187,7 +189,7 @@ def _of_cast(node) -> Kept:
     dtypes = [tf.as_dtype(t.dtype) for t in (*sources(node), node.outputs)]
     if dtypes[0] == dtypes[1]:
         return Kept.GRID
-    return Kept.SIGN if dtypes[1].is_floating else Kept.NOTHING
+    return Kept.RANGE if dtypes[1].is_floating else Kept.NOTHING
 
 
 # Random in training, identities at inference.
@@ -260,15 +262,19 @@ _LAYERS: dict[type, Kept | Callable] = {
     ),
     **dict.fromkeys(
         (
-            *(_layers.Add, _layers.Average, _layers.Maximum, _layers.Minimum),
-            *(_layers.Multiply, _layers.Dot, _layers.LeakyReLU, _layers.PReLU),
-            *(_layers.ELU, _layers.UnitNormalization),
+            *(_layers.Average, _layers.Maximum, _layers.Minimum),
+            # Both interpolate images that are smaller than the crop.
+            *(_layers.CenterCrop, _layers.RandomCrop),
+        ),
+        Kept.RANGE,
+    ),
+    **dict.fromkeys(
+        (
+            *(_layers.Add, _layers.Multiply, _layers.Dot, _layers.LeakyReLU),
+            *(_layers.PReLU, _layers.ELU, _layers.UnitNormalization),
         ),
         Kept.SIGN,
     ),
-    # Both interpolate images that are smaller than the crop.
-    _layers.CenterCrop: Kept.SIGN,
-    _layers.RandomCrop: Kept.SIGN,
     _layers.Activation: _of_activation,
     _layers.Rescaling: _if(
         lambda n: (

@@ -9,31 +9,43 @@ from typing import Any
 
 import numpy as np
 
-from tf_lowbit.compat import KerasTensor, keras
-from tf_lowbit.network import graph, inspection, passthrough
+from tf_lowbit.compat import KerasTensor, keras, tf
+from tf_lowbit.network import (
+    graph,
+    inspection,
+    keras3_activations,
+    losses,
+    output_names,
+    passthrough,
+)
 
 # Tolerance for the sum of an example's probabilities.
 _SLACK = 1e-3
+_SIGMOIDS = (
+    *(keras.activations.sigmoid, keras.activations.hard_sigmoid, tf.sigmoid),
+    keras3_activations.hard_sigmoid,
+)
 
 
 def threshold(network: keras.Model) -> float:
     """Returns the value above which the unit of a binary classifier means class 1.
 
-    0.5 if the functional network's first output ends in a sigmoid, else 0 (a logit).
+    0.5 if all values of the functional network's first output are those of a sigmoid,
+    moved, selected or averaged; else 0 (a logit).
     """
-    tensor = network.outputs[0]
-    while True:
-        node = graph.producer(tensor)
-        layer = inspection.wrapped_layer(node.layer)
-        activation = getattr(layer, "activation", None)
-        is_plain = activation is keras.activations.linear and not layer.weights
-        if not is_plain and not isinstance(
-            layer, keras.layers.Flatten | keras.layers.Reshape
-        ):
-            break
-        tensor = node.keras_inputs[0]
-    is_sigmoid = activation is keras.activations.sigmoid
-    return 0.5 if is_sigmoid or getattr(layer, "symbol", "") == "math.sigmoid" else 0.0
+    waiting = [network.outputs[0]]
+    while waiting:
+        node = graph.producer(waiting.pop())
+        if passthrough.kept(node) >= passthrough.Kept.RANGE:
+            waiting += passthrough.sources(node)
+        elif not _is_sigmoid(inspection.wrapped_layer(node.layer)):
+            return 0.0
+    return 0.5
+
+
+def _is_sigmoid(layer) -> bool:
+    function = getattr(layer, "activation", None)
+    return function in _SIGMOIDS or passthrough.operation(layer) == "sigmoid"
 
 
 def in_units(outputs: np.typing.ArrayLike) -> np.ndarray:
@@ -105,22 +117,26 @@ def of_first_output(given: Any, names: Sequence[str]) -> Any:
     return given
 
 
-def are_classes(network: keras.Model, outputs: np.ndarray, given: Any = None) -> bool:
-    """Guesses whether a network's first output holds class scores.
+def are_classes(network: keras.Model) -> bool:
+    """Guesses, without labels, whether a network's first output holds class scores.
 
-    The labels `given` for that output decide. Without labels, the answer is no if the
-    output has the shape of an input (an autoencoder), or is one unit without a sigmoid
-    (a regression).
+    An argmax does. Else the loss of `compile` tells it, if it is one of `losses`. Else
+    one unit must end in a sigmoid. Several units must not (each is a label of its own),
+    nor have the shape of an input (an autoencoder).
     """
-    outputs = in_units(outputs)
-    if given is not None:
-        return labels(given, outputs, [""]) is not None
-    if outputs.shape[-1] == 1:
-        return threshold(network) > 0.0
-    if _is_argmax(graph.producer(network.outputs[0])):
+    end = network.outputs[0]
+    if _is_argmax(graph.producer(end)):
         return True
-    shapes = [tuple(tensor.shape[1:]) for tensor in network.inputs]
-    return tuple(outputs.shape[1:]) not in shapes
+    shape = tuple(end.shape[1:])
+    is_unit = not shape or shape[-1] == 1
+    given = getattr(network, "loss", None)
+    loss, _ = losses.named(of_first_output(given, output_names.of_labels(network)))
+    if loss is not None:
+        return loss in losses.CATEGORICAL or (is_unit and loss in losses.BINARY)
+    is_sigmoid = threshold(network) > 0.0
+    if is_unit or is_sigmoid:
+        return is_unit and is_sigmoid
+    return shape not in [tuple(tensor.shape[1:]) for tensor in network.inputs]
 
 
 def labels(given: Any, outputs: np.ndarray, names: Sequence[str]) -> np.ndarray | None:

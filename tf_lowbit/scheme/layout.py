@@ -8,10 +8,10 @@ Add does (`residual_blocks`).
 """
 
 import dataclasses
-import warnings
 from typing import Any
 
 from tf_lowbit.compat import keras, tfmot
+from tf_lowbit.core import user_warnings
 from tf_lowbit.network import graph, layer_registry
 from tf_lowbit.scheme.configs import ActivationQuantizeConfig, WeightQuantizeConfig
 from tf_lowbit.scheme.placement import Plan, edge_layers, make_plan
@@ -35,7 +35,7 @@ def report_problems(problems: list[str], strict: bool) -> None:
             + "\n- ".join(problems)
         )
     for problem in problems:
-        warnings.warn(problem, QuantizationWarning, stacklevel=3)
+        user_warnings.warn(problem, QuantizationWarning)
 
 
 @dataclasses.dataclass(frozen=True)

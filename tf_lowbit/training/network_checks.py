@@ -1,9 +1,9 @@
 """Checks that networks can be trained together."""
 
-import warnings
 from collections.abc import Mapping
 
 from tf_lowbit.compat import keras
+from tf_lowbit.core import user_warnings
 from tf_lowbit.network import inspection
 from tf_lowbit.network.observation import RANDOM
 from tf_lowbit.training.participant import DISTILLATION, HINT, TASK
@@ -72,8 +72,13 @@ def _check_shapes(student, teacher):
             f"{teacher.input_shape}, student {student.input_shape}"
         )
     shapes = {"teacher": teacher.output_shape, "student": student.output_shape}
-    is_logits = all(isinstance(s, tuple) and len(s) == 2 for s in shapes.values())
-    if not is_logits or shapes["teacher"] != shapes["student"]:
+    if not all(isinstance(s, tuple) and len(s) == 2 for s in shapes.values()):
+        raise ValueError(
+            "With a teacher, networks must have one output, of logits [batch, classes]:"
+            " train without the teacher, or both networks up to that output. "
+            f"Received: outputs of shapes {shapes}"
+        )
+    if shapes["teacher"] != shapes["student"]:
         raise ValueError(
             "Teacher and student must output logits of the same shape, "
             f"[batch, classes]. Received: {shapes}"
@@ -89,9 +94,8 @@ def _warn_of_augmentation(networks):
         if isinstance(module, RANDOM) and not isinstance(module, _DROPS)
     }
     if drawing:
-        warnings.warn(
+        user_warnings.warn(
             "Teacher and students must see the same images, but augmentation layers "
             "draw for each network anew: augment the data instead. "
             f"Received: {sorted(drawing)}",
-            stacklevel=4,
         )

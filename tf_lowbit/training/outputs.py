@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tf_lowbit.compat import keras, logits_in_front, tf
-from tf_lowbit.network import graph
+from tf_lowbit.network import graph, losses
 
 SIGMOID, SOFTMAX = "Sigmoid", "Softmax"
 # Operators whose outputs are values of their inputs.
@@ -14,16 +14,6 @@ _KEEPING = {
     *("Cast", "CheckNumerics", "ConcatV2", "EnsureShape", "ExpandDims", "GatherV2"),
     *("Identity", "IdentityN", "Pack", "PreventGradient", "Reshape", "Slice", "Split"),
     *("SplitV", "Squeeze", "StopGradient", "StridedSlice", "Transpose", "Unpack"),
-}
-_BINARY = {"binary_crossentropy", "binary_focal_crossentropy"}
-_CATEGORICAL = {
-    "categorical_crossentropy",
-    "categorical_focal_crossentropy",
-    "sparse_categorical_crossentropy",
-}
-_REGRESSION = {
-    *("huber", "log_cosh", "mean_absolute_error", "mean_absolute_percentage_error"),
-    *("mean_squared_error", "mean_squared_logarithmic_error"),
 }
 # Probabilities are clipped to [1e-7, 1 - 1e-7] before a logarithm, as in Keras.
 _LEAST = 1e-7
@@ -184,42 +174,22 @@ def outputs_of(
         ValueError: If `from_logits` of the loss contradicts the outputs, or the outputs
             have no posteriors to compare.
     """
-    name, from_logits = _named(loss)
-    if name in _BINARY | _CATEGORICAL and from_logits == have_sigmoid:
+    name, from_logits = losses.named(loss)
+    if name in losses.BINARY | losses.CATEGORICAL and from_logits == have_sigmoid:
         remedy = f"give it from_logits={not from_logits}"
-        if name in _BINARY and not have_sigmoid:
+        if name in losses.BINARY and not have_sigmoid:
             remedy += ", or the networks a sigmoid at their end"
         raise ValueError(
             "With a teacher, from_logits of the loss must match the networks' outputs: "
             f"{remedy}. Received: {name} with from_logits={from_logits}, and networks "
             f"that end {'in' if have_sigmoid else 'without'} a sigmoid"
         )
-    is_meaningless = name in _REGRESSION or name in _CATEGORICAL
+    is_meaningless = name in losses.REGRESSION or name in losses.CATEGORICAL
     if units == 1 and not match_logits and is_meaningless:
         raise ValueError(
             "One output unit has posteriors only if it is a binary label: use a binary "
             'cross-entropy, or JointDistillation(target="logits") for a regression. '
             f"Received: the loss {name}"
         )
-    is_single = units == 1 and name not in _CATEGORICAL
-    return Outputs(have_sigmoid or name in _BINARY or is_single, have_sigmoid)
-
-
-def _named(loss) -> tuple[str | None, bool]:
-    """Returns name and `from_logits` of a Keras loss; (None, False) for any other."""
-    losses = tf.nest.flatten(loss)
-    if len(losses) != 1 or losses[0] is None:
-        return None, False
-    (loss,) = losses
-    if isinstance(loss, str):
-        loss = keras.losses.get(loss)
-    settings = {}
-    if isinstance(loss, functools.partial):
-        loss, settings = loss.func, loss.keywords
-    elif isinstance(loss, keras.losses.Loss):
-        loss, settings = getattr(loss, "fn", None), loss.get_config()
-    name = getattr(loss, "__name__", None)
-    is_of_keras = name in _BINARY | _CATEGORICAL | _REGRESSION
-    if not is_of_keras or loss is not getattr(keras.losses, name, None):
-        return None, False
-    return name, bool(settings.get("from_logits", False))
+    is_single = units == 1 and name not in losses.CATEGORICAL
+    return Outputs(have_sigmoid or name in losses.BINARY or is_single, have_sigmoid)

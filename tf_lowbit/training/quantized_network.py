@@ -3,11 +3,11 @@
 import contextlib
 import functools
 import inspect
-import warnings
 from typing import Any
 
 from tf_lowbit.calibration import batch_norm
 from tf_lowbit.compat import keras, tf
+from tf_lowbit.core import user_warnings
 from tf_lowbit.network import inspection, keras3
 from tf_lowbit.network.output_names import NamedOutputs
 from tf_lowbit.scheme.layout import QuantizationWarning
@@ -131,11 +131,10 @@ def warn_of_open_ranges(model: keras.Model) -> None:
     # Not a list, which Keras would track for checkpoints.
     model._ranges_told = frozenset(waiting)
     if is_new:
-        warnings.warn(
+        user_warnings.warn(
             "Call tf_lowbit.calibrate(model, data) before training: the range of "
             f"{len(waiting)} activation quantizers is still the default: {waiting}",
             QuantizationWarning,
-            stacklevel=3,
         )
 
 
@@ -245,7 +244,7 @@ class _Watch(keras.callbacks.Callback):
         if late:
             where = f"at the end of training, by their last {end - start} steps"
             message = batch_norm.lag_message(late, where)
-            warnings.warn(message, QuantizationWarning, stacklevel=4)
+            user_warnings.warn(message, QuantizationWarning)
 
     def _present(self):
         """Returns the number of steps of this `fit`, and each layer's statistics."""

@@ -17,7 +17,9 @@ from tests.export.networks import (
 )
 from tf_lowbit import export
 from tf_lowbit.compat import keras, tf
+from tf_lowbit.export.lowering import forms
 from tf_lowbit.export.tflite.runner import interpreter
+from tf_lowbit.network import graph
 
 W8A8 = [Rule(".*", 8, 8, "uniform", "uniform", edges=True)]
 # Share of an output's deviation that W8A8's roundings may take. Each fault that these
@@ -276,3 +278,9 @@ def test_a_dict_of_inputs_by_other_names_than_their_layers(tmp_path):
         assert report.ok, report.failures
     wanted, found = model(batch).numpy(), made.twin(batch).numpy()
     assert np.abs(found - wanted).max() <= BOUND * wanted.std()
+
+
+def test_the_remedy_for_another_relu_names_the_bounds_that_are_exported():
+    x = layers.ReLU(max_value=1.0, name="to_one")(keras.Input(IMAGE))
+    with pytest.raises(export.ExportError, match=r"use ReLU.*max_value=6.*to_one"):
+        forms.form(graph.producer(x))

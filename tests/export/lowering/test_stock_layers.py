@@ -48,6 +48,10 @@ OPERATIONS = {
     "slice": (lambda x: x[:, 1:-1, 2:], layers.Cropping2D),
     "ellipsis": (lambda x: x[:, -3:, ...], layers.Cropping2D),
     "squeeze": (lambda x: tf.squeeze(x[:, 2:3], 1), layers.Reshape),
+    "units": (
+        lambda x: tf.squeeze(layers.Dense(1)(layers.Flatten()(x)), -1),
+        layers.Reshape,
+    ),
     "expand": (lambda x: tf.expand_dims(x, -1), layers.Reshape),
     "mean": (lambda x: tf.reduce_mean(x, [1, 2]), layers.GlobalAveragePooling2D),
     "kept": (lambda x: tf.reduce_mean(x, (2, 1), True), layers.GlobalAveragePooling2D),

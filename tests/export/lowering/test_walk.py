@@ -390,6 +390,24 @@ def test_signed_one_bit_activations_are_refused_with_the_reason():
         export.snap(model)
 
 
+def test_a_note_on_8_bits_names_only_what_can_be_trained():
+    def body(x):
+        x = conv_bn_relu(x, 4, name="inner")
+        x = layers.Add(name="sum")([x, conv_bn_relu(x, 4, name="side")])
+        gate = layers.Conv2D(4, 1, activation="sigmoid", name="gate")(x)
+        return layers.Multiply()([x, gate])
+
+    rules = [Rule("inner", 4, None), Rule("side|gate|head", 4, 4)]
+    model = quantize(network(body), rules)
+    snapped = export.snap(model, [images()], options=Options(head="int8"))
+    found = {note.layer: note.text for note in snapped.notes}
+    start = "is rounded to 8 bits over its measured range"
+    assert found["gate"] == found["head"] == start
+    advice = ". To train with this, "
+    assert found["first_relu"].startswith(f"{start}{advice}give 'inner', which reads")
+    assert found["sum"] == f"{start}{advice}use quantize(residual_bits=8)"
+
+
 @pytest.mark.slow
 def test_weights_alone_are_read_by_layers_of_measured_8_bits():
     def body(x):

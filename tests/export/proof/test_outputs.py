@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from tf_lowbit.compat import keras
 from tf_lowbit.export.proof import outputs
 from tf_lowbit.export.proof.verification import Report
 
@@ -69,3 +70,51 @@ def test_a_tie_of_floats_is_no_other_prediction(file, twin, is_tie):
     report = Report("a file", "a runtime")
     classes.judge(report, is_tainted=False)
     assert (report.failures == []) is is_tie
+
+
+def judged(units, batches):
+    """The report on batches of labels, of which the network says that they are 0."""
+    network = keras.Sequential([keras.layers.Dense(units, input_shape=(2,))])
+    first = outputs.FirstOutput(network, "int8")
+    for labels in batches:
+        scores = np.zeros((len(labels), units))
+        first.add({"file": scores, "twin": scores, "trained": scores}, labels)
+    report = Report("a file", "a runtime")
+    first.judge(report, is_tainted=False)
+    return report
+
+
+CLASSES = np.array([[0.0], [1.0]])
+ONE_HOT = np.eye(2)
+
+
+@pytest.mark.parametrize(
+    ("units", "batches", "error"),
+    [
+        (1, [CLASSES, np.array([[0.0], [3.5]])], 1.125),
+        (1, [np.array([[0.0], [3.5]]), CLASSES], 1.125),
+        (2, [ONE_HOT, np.array([[1.0, 1.0], [0.0, 0.0]])], 0.5),
+        (2, [np.array([[1.0, 1.0], [0.0, 0.0]]), ONE_HOT], 0.5),
+    ],
+)
+def test_numbers_of_which_a_batch_looks_like_classes(units, batches, error):
+    report = judged(units, batches)
+    assert report.predictions is None
+    errors = report.values.to_labels["file"]
+    assert errors.count == units * 4
+    assert errors.mean == error
+
+
+@pytest.mark.parametrize(
+    ("units", "batches"),
+    [
+        (1, [CLASSES, CLASSES]),
+        (2, [ONE_HOT, ONE_HOT]),
+        (2, [np.array([0, 1]), np.array([1, 0])]),
+    ],
+)
+def test_all_labels_are_classes(units, batches):
+    report = judged(units, batches)
+    assert report.values is None
+    assert report.predictions.labels == 4
+    assert report.predictions.right["file"] == 2

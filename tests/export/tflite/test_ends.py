@@ -212,6 +212,23 @@ def test_inputs_that_are_no_pixels_are_refused(calibrated, data, tmp_path):
     assert not path.exists()
 
 
+@pytest.mark.quick(1)
+@pytest.mark.parametrize("target", ["portable", "tflm"])
+def test_a_sensors_numbers_are_normalized_outside_of_the_network(target, tmp_path):
+    x = inputs(UNIT) - 0.5
+    model = trained(FRONTS["by channel"][1], data=x)
+    with pytest.raises(
+        export.ExportError,
+        match=r"'int8' takes pixels here.*outside of the network.*in \[-0\.5, 0\.5\]",
+    ):
+        export.to_tflite(
+            model, tmp_path / "n", [x], target=target, input_type="int8", verbose=0
+        )
+    # Then they are codes, without a rounding that training did not have.
+    made, _, _ = written(trained(data=x), tmp_path, x, target=target, input_type="int8")
+    assert "image" not in {note.layer for note in made.notes}
+
+
 @pytest.mark.slow
 def test_pixels_are_known_by_data(tmp_path):
     with pytest.raises(ValueError, match=r"data must be given.*'image'"):

@@ -232,6 +232,22 @@ def test_without_litert_tensorflow_runs_the_file(file, tmp_path):
         np.testing.assert_allclose(result["head"], here["head"], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.quick(1)
+@pytest.mark.parametrize("kind", [str, Path])
+def test_files_are_given_by_path(kind, file, tmp_path):
+    path = kind(tmp_path / "net.tflite")
+    Path(path).write_bytes(file)
+    images = networks.images(1, SHAPE)
+    for intermediates in (False, True):
+        found = Runner(path, intermediates=intermediates)(images)
+        wanted = Runner(file, intermediates=intermediates)(images)
+        for name, values in wanted.items():
+            np.testing.assert_array_equal(found[name], values)
+    assert len(export.latencies({"a": path}, rounds=2, seconds=0.001)["a"]) == 2
+    with pytest.raises(FileNotFoundError, match=r"data must be the path.*none'$"):
+        Runner(kind(tmp_path / "none"))
+
+
 def test_the_runtime_says_which_it_is():
     litert = pytest.importorskip("ai_edge_litert")
     assert litert is not None

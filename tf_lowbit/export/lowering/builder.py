@@ -16,8 +16,8 @@ from tf_lowbit.compat import KerasTensor, Node, keras
 from tf_lowbit.core import grid as core_grid
 from tf_lowbit.export.integer import int8_grids, plain_layers, thresholds, twin
 from tf_lowbit.export.integer.int8_grids import Grid
+from tf_lowbit.export.lowering import elementwise, stock_layers
 from tf_lowbit.export.lowering import linear as linears
-from tf_lowbit.export.lowering import stock_layers
 from tf_lowbit.export.lowering.tensor_ranges import Ranges, key
 from tf_lowbit.export.options import Options
 from tf_lowbit.export.types import ExportError, Note
@@ -263,11 +263,29 @@ class Builder:
 
     def note_eight_bits(self, value: Value) -> None:
         """Notes that a tensor is rounded to 8 bits, unlike in training."""
-        self.note(
-            value.name,
-            "is rounded to 8 bits over its measured range. To train with this, use "
-            "quantize(residual_bits=8) for a sum, and else a rule for its reader",
-        )
+        advice = ""
+        node = graph.producer(value.tensor)
+        if layer_registry.relu_kind(node.layer):
+            node = graph.producer(node.keras_inputs[0])
+        if elementwise.join(node) is np.add:
+            advice = ". To train with this, use quantize(residual_bits=8)"
+        elif reader := self._weight_layer_behind(value.tensor):
+            advice = (
+                f". To train with this, give {reader!r}, which reads it, activation "
+                "bits by a rule"
+            )
+        self.note(value.name, f"is rounded to 8 bits over its measured range{advice}")
+
+    def _weight_layer_behind(self, tensor) -> str | None:
+        """The name of a layer whose rule would quantize a tensor, or None."""
+        waiting = [tensor]
+        while waiting:
+            for node in self.readers.get(id(waiting.pop()), []):
+                if layer_registry.kernels(inspection.wrapped_layer(node.layer)):
+                    return node.layer.name
+                if passthrough.is_transparent(node):
+                    waiting += graph.outputs_of(node)
+        return None
 
     def note(self, layer: str, text: str) -> None:
         """Adds a note on a layer, unless it is there already."""

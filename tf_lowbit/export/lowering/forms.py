@@ -120,7 +120,10 @@ def moves_codes(node: Node) -> bool:
 
 def _remedy(layer) -> str:
     if type(layer) is _layers.ReLU:
-        return "use ReLU or ReLU6 without slope and threshold, and continue training"
+        return (
+            "use ReLU() or ReLU(max_value=6), without slope and threshold, and "
+            "continue training"
+        )
     if getattr(layer, "symbol", None):
         return remedy(
             layer,

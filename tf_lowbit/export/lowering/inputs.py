@@ -11,6 +11,14 @@ from tf_lowbit.export.lowering.builder import Builder, Value, copy_of
 from tf_lowbit.export.types import ExportError
 from tf_lowbit.network import graph, passthrough
 
+_IF_NO_PIXELS = {
+    "int8": "normalize other data, such as a sensor's, outside of the network, and "
+    "train it without the layer that scales its input",
+    "uint8": "build the network with a Rescaling or Normalization layer in front, "
+    "which preprocesses the pixels, and train it; or use 'float32', or 'int8' for the "
+    "codes of an 8-bit first layer that reads the input itself",
+}
+
 
 def takes_pixels(builder: Builder, tensor: KerasTensor) -> bool:
     """Whether the file takes pixels for an input.
@@ -32,10 +40,8 @@ def take_pixels(builder: Builder, value: Value) -> None:
     if not is_pixels or _has_signed_reader(builder, value.tensor):
         raise ExportError(
             f"input_type={builder.options.input_type!r} takes pixels here, so the "
-            "network's input must lie in [0, 1] or [0, 255]: build the network "
-            "with a Rescaling or Normalization layer in front, which preprocesses "
-            "the pixels, and train it; or use 'float32', or 'int8' for the codes of "
-            "an 8-bit first layer that reads the input itself. "
+            "network's input must lie in [0, 1] or [0, 255]: "
+            f"{_IF_NO_PIXELS[builder.options.input_type]}. "
             f"Received: {value.name!r} in [{low:g}, {high:g}] on the data"
             + (", but negative values in calibration" if is_pixels else "")
         )

@@ -68,7 +68,7 @@ def _reshape(node):
     """Reshapes each example in C order."""
     shape, wanted = _shapes(node)
     sizes = (*shape[1:], *wanted[1:])
-    if shape[:1] != wanted[:1] or None in sizes or len(wanted) < 2:
+    if shape[:1] != wanted[:1] or None in sizes:
         return None
     is_same_size = math.prod(shape[1:]) == math.prod(wanted[1:])
     return _layers.Reshape(wanted[1:]) if is_same_size else None

@@ -9,7 +9,7 @@ from tf_lowbit.compat import keras, tf
 from tf_lowbit.export.integer import plain_layers, twin
 from tf_lowbit.export.lowering.walk import Snapped
 from tf_lowbit.export.proof.agreement import Agreements, computes_floats, grid_of
-from tf_lowbit.export.proof.outputs import Classes, Numbers
+from tf_lowbit.export.proof.outputs import FirstOutput, Numbers
 from tf_lowbit.export.proof.verification import Comparison, Report
 from tf_lowbit.export.tflite import writer
 from tf_lowbit.export.tflite.runner import Runner
@@ -60,15 +60,17 @@ def compare_on_data(
         )
         for node in nodes
     ]
-    result: Classes | Numbers | None = None
-    names = output_names.of_labels(model if trained is None else trained)
+    reference = model if trained is None else trained
+    names = output_names.of_labels(reference)
     head = snapped.options.head
+    first = FirstOutput(reference, head)
     further = [Numbers(name, head) for name in names[1:]]
-    for count, batch in enumerate(batches):
+    count = 0
+    for count, batch in enumerate(batches, start=1):
         values, labels = _split(batch, model)
         fed = [_fed(snapped, index, v) for index, v in enumerate(values)]
         argument = values if len(values) > 1 else values[0]
-        if tensor_batches is None or count < tensor_batches:
+        if tensor_batches is None or count <= tensor_batches:
             found = {d["name"]: x for d, x in zip(everything.inputs, fed, strict=True)}
             found |= everything(*fed)
             own = tf.nest.flatten(observer(argument, training=False))
@@ -92,21 +94,15 @@ def compare_on_data(
             }
             for end, *found in zip(model.outputs, *everyone.values(), strict=True)
         )
-        labels = classifying.of_first_output(labels, names)
-        if result is None:
-            reference = model if trained is None else trained
-            if classifying.are_classes(reference, scores["file"], labels):
-                result = Classes(classifying.threshold(reference))
-            else:
-                result = Numbers(head=head)
-        result.add(scores, labels)
+        first.add(scores, classifying.of_first_output(labels, names))
         for numbers, values in zip(further, others, strict=True):
             numbers.add(values, None)
-    if result is None:
+    if not count:
         raise ValueError("data must hold at least one batch. Received: none")
     report.comparisons = [row for row in rows if row.elements]
     is_tainted = _judge(report, _behind_float(nodes))
-    for part in (result, *further):
+    parts: list[FirstOutput | Numbers] = [first, *further]
+    for part in parts:
         part.judge(report, is_tainted)
     if agreements is not None:
         agreements.judge(report)

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from tf_lowbit.compat import keras
 from tf_lowbit.export.proof.verification import (
     SIGMAS,
     Errors,
@@ -20,6 +21,47 @@ _ROUNDINGS = 1e-4
 _CHANCE = 0.01
 
 
+class FirstOutput:
+    """Measures a network's first output: predicted classes, or errors of numbers.
+
+    It holds classes if all labels are some. Without labels, the network tells it.
+
+    Args:
+        network: The trained network, or the twin.
+        head: As in `Numbers`.
+    """
+
+    def __init__(self, network: keras.Model, head: str | None):
+        self._network = network
+        self._classes = Classes(classifying.threshold(network))
+        self._numbers = Numbers(head=head)
+        self._are_classes: bool | None = None
+
+    def add(self, scores: dict, labels: Any) -> None:
+        """Adds one batch.
+
+        Args:
+            scores: "file", "twin" and perhaps "trained" -> [batch, ..., classes].
+            labels: Labels of the batch as given, or None.
+        """
+        classes = None
+        if labels is not None:
+            classes = classifying.labels(labels, scores["file"], [""])
+            self._are_classes = self._are_classes is not False and classes is not None
+        self._classes.add(scores, classes)
+        # A class number says nothing about each of several units.
+        is_number = classes is not None and np.size(labels) != scores["file"].size
+        self._numbers.add(scores, None if is_number else labels)
+
+    def judge(self, report: Report, is_tainted: bool) -> None:
+        """Adds the counts or the errors, and the failures, as `Classes.judge`."""
+        are_classes = self._are_classes
+        if are_classes is None:
+            are_classes = classifying.are_classes(self._network)
+        chosen = self._classes if are_classes else self._numbers
+        chosen.judge(report, is_tainted)
+
+
 class Classes:
     """Counts predicted classes.
 
@@ -32,12 +74,12 @@ class Classes:
         self._found = Predictions()
         self._confusion: dict[str, np.ndarray] = {}
 
-    def add(self, scores: dict, labels: Any) -> None:
+    def add(self, scores: dict, labels: np.ndarray | None) -> None:
         """Adds one batch.
 
         Args:
             scores: "file", "twin" and perhaps "trained" -> [batch, ..., classes].
-            labels: Labels of the batch, or None.
+            labels: Labels of the batch from `predictions.labels`, or None.
         """
         found = self._found
         chosen = {n: classifying.classes(s, self._limit) for n, s in scores.items()}
@@ -50,12 +92,6 @@ class Classes:
             found.trained_agrees = (found.trained_agrees or 0) + agrees
         if labels is None:
             return
-        labels = classifying.labels(labels, scores["file"], [""])
-        if labels is None:
-            raise ValueError(
-                "Labels must be classes in every batch or in none. Received: labels "
-                "that are not classes, after a batch of classes"
-            )
         right = {name: classes == labels for name, classes in chosen.items()}
         found.labels += len(labels)
         for name, hits in right.items():
@@ -138,7 +174,7 @@ class Numbers:
         self._more = np.zeros(2)  # Additional error by example: sum, sum of squares.
 
     def add(self, scores: dict, labels: Any) -> None:
-        """Adds one batch, as `Classes.add`."""
+        """Adds one batch, as `FirstOutput.add`."""
         found, file = self._found, scores["file"].astype(np.float64)
         found.examples += len(file)
         reference = scores.get("trained", scores["twin"]).astype(np.float64)

@@ -88,9 +88,10 @@ def verify(
             which is needed if the twin was fine-tuned.
         data: Iterable of batches, `x` or `(x, y)`; `y` are integer labels or
             probabilities of classes, or the numbers of a regression. For several
-            outputs `y` is a tuple or dict, of which the first output's counts. One unit
-            is a binary classifier if labels are 0 and 1 or it ends in a sigmoid: class
-            1 is above 0, or above 0.5 behind a sigmoid. None skips (5) to (8).
+            outputs `y` is a tuple or dict, of which the first output's counts. Outputs
+            are class scores if all labels are classes; for one unit, 0 and 1. Without
+            labels an argmax, the compiled loss or the last activation decides. One unit
+            means class 1 above 0, or above 0.5 behind a sigmoid. None skips (5) to (8).
         trained: The trained model, only if `model` is an `Export` or a `Snapped`.
             Without it these skip (7) and (8).
         batches: Number of batches of `data` to use, 1 or more; None for all.

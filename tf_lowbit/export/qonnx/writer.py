@@ -78,7 +78,7 @@ def to_qonnx(
             codes equal the trained quantizer's for every float32 input.
         fold_batch_norm: Whether to write batch normalization as a Mul and an Add per
             channel, not as a BatchNormalization operator.
-        batch_size: Batch size of the file.
+        batch_size: Number of examples that the file takes in each run.
 
     Returns:
         The path.

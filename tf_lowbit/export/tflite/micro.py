@@ -9,6 +9,7 @@ import tempfile
 import numpy as np
 
 from tf_lowbit.core import checks
+from tf_lowbit.export import file_bytes
 from tf_lowbit.export.tflite import flatbuffer, packed_weights
 from tf_lowbit.export.tflite.runner import check_inputs
 
@@ -36,17 +37,20 @@ class MicroRunner:
     The interface is that of `Runner`.
 
     Args:
-        data: The file's bytes.
+        data: The file's path, or its bytes.
         intermediates: Return every computed tensor except decoded weights.
 
     Raises:
         ImportError: If the interpreter is missing.
-        ValueError: If `data` are not the bytes of a TFLite file.
+        ValueError: If `data` is not a TFLite file.
+        OSError: If the file cannot be read.
         RuntimeError: If the interpreter refuses the file.
     """
 
-    def __init__(self, data: bytes, intermediates: bool = False):
-        checks.instance("data", data, bytes, remedy="the file's content")
+    def __init__(
+        self, data: str | os.PathLike[str] | bytes, intermediates: bool = False
+    ):
+        data = file_bytes.content_of("data", data)
         checks.flag("intermediates", intermediates)
         require_installed()
         model = flatbuffer.unpack(data)

@@ -1,6 +1,7 @@
 """Runs TFLite files with LiteRT if it is installed, else with TensorFlow."""
 
 import importlib.metadata
+import os
 import platform
 import time
 import warnings
@@ -11,6 +12,7 @@ import numpy as np
 
 from tf_lowbit.compat import tf
 from tf_lowbit.core import checks
+from tf_lowbit.export import file_bytes
 from tf_lowbit.export.integer import kernels
 from tf_lowbit.export.tflite import flatbuffer
 
@@ -29,18 +31,23 @@ def runtime() -> str:
     return f"{name} on {platform.machine()}"
 
 
-def interpreter(data: bytes, kernel: str = kernels.XNNPACK, threads: int = 1) -> Any:
+def interpreter(
+    data: str | os.PathLike[str] | bytes,
+    kernel: str = kernels.XNNPACK,
+    threads: int = 1,
+) -> Any:
     """An interpreter of a file.
 
     Args:
-        data: The file's bytes.
+        data: The file's path, or its bytes.
         kernel: "xnnpack", or "builtin" for TFLite's own kernels.
         threads: Number of threads.
 
     Raises:
         ValueError: If the runtime refuses the file.
+        OSError: If the file cannot be read.
     """
-    checks.instance("data", data, bytes | bytearray, remedy="the file's content")
+    data = file_bytes.content_of("data", data)
     if data[4:8] != flatbuffer.IDENTIFIER:
         raise ValueError(
             f"data must be the content of a TFLite file. Received: {len(data)} bytes "
@@ -48,7 +55,7 @@ def interpreter(data: bytes, kernel: str = kernels.XNNPACK, threads: int = 1) ->
         )
     checks.choice("kernel", kernel, (kernels.XNNPACK, kernels.BUILTIN))
     checks.integer("threads", threads, at_least=1)
-    arguments = {"model_content": bytes(data), "num_threads": threads}
+    arguments = {"model_content": data, "num_threads": threads}
     if _litert is None:
         make, resolvers = tf.lite.Interpreter, tf.lite.experimental.OpResolverType
     else:
@@ -72,22 +79,26 @@ class Runner:
     """Runs a file on batches of any size.
 
     Args:
-        data: The file's bytes.
-        kernel: As in `interpreter`.
-        threads: As in `interpreter`.
+        data: The file's path, or its bytes.
+        kernel: "xnnpack", or "builtin" for TFLite's own kernels.
+        threads: Number of threads.
         intermediates: Also return every computed tensor. The same operators run, but
             all tensors become outputs, because a delegate shows no others.
+
+    Raises:
+        ValueError: If the runtime refuses the file.
+        OSError: If the file cannot be read.
     """
 
     def __init__(
         self,
-        data: bytes,
+        data: str | os.PathLike[str] | bytes,
         kernel: str = kernels.XNNPACK,
         threads: int = 1,
         intermediates: bool = False,
     ):
         if checks.flag("intermediates", intermediates):
-            data = with_all_outputs(data)
+            data = with_all_outputs(file_bytes.content_of("data", data))
         self._interpreter = interpreter(data, kernel, threads)
         self._shape: list[tuple[int, ...]] | None = None
         self.inputs = self._interpreter.get_input_details()
@@ -191,7 +202,7 @@ def _fits(x, detail) -> bool:
 
 
 def latencies(
-    files: dict[str, bytes],
+    files: Mapping[str, str | os.PathLike[str] | bytes],
     *,
     kernel: str = kernels.XNNPACK,
     batch: int = 1,
@@ -204,8 +215,8 @@ def latencies(
     by ratios within a round, not by seconds.
 
     Args:
-        files: Name -> bytes.
-        kernel: As in `interpreter`.
+        files: Name -> the file's path, or its bytes.
+        kernel: As in `Runner`.
         batch: Batch size.
         rounds: Number of turns of each file, after one for warming up.
         seconds: Approximate length of a turn.
@@ -215,6 +226,7 @@ def latencies(
 
     Raises:
         ValueError: If an argument is not as above, or the runtime refuses a file.
+        OSError: If a file cannot be read.
     """
     checks.instance("files", files, Mapping)
     if not files:
