@@ -16,8 +16,11 @@ FLOAT = "float"
 # Share of each stage over which the learning rate rises, of all that start from a float
 # network: at the full rate at once, a network just quantized may lose its way.
 WARMUP = 0.1
-# Equal total epochs, longer trainings, one thing changed; and what is before them.
-PURPOSES = ("float", "tuning", "equal", "per_stage", "ablation", "start", "mixed")
+# Equal total epochs, longer trainings, one thing changed, other rates at these lengths;
+# and what is before them.
+PURPOSES = (
+    *("float", "tuning", "equal", "per_stage", "ablation", "start", "mixed", "rates"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Method:
         phases: Whether the epochs are QKD's: the student alone, both, a frozen teacher.
         task_weight: Of the labels in the student's loss; None for the default.
         is_gentle: Whether ranges are calibrated first, and every stage warms up.
+        measures: Whether a stage of other bits measures ranges anew.
     """
 
     staging: str = "plain"
@@ -56,6 +60,7 @@ class Method:
     phases: bool = False
     task_weight: float | None = None
     is_gentle: bool = True
+    measures: bool = False
 
 
 METHODS = {
@@ -92,6 +97,12 @@ ABLATIONS = {
         "LSQ",
         Method("pq", quantizers=("lsq", "lsq"), lsq_start="least_error"),
     ),
+    "LSQ with PQ, measured anew": (
+        "LSQ",
+        Method("pq", quantizers=("lsq", "lsq"), measures=True),
+    ),
+    # PACT's clip has no decay in the runs of the method itself, which are older.
+    "PACT with decay": ("PACT", Method(quantizers=("dorefa", "pact"))),
     "LSQ with SP": ("LSQ", Method("sp", quantizers=("lsq", "lsq"))),
     # At LSQ's rate by an earlier rule, at which it was run; it is JKD's too.
     "LSQ with JKD": (
@@ -150,6 +161,11 @@ LONG = (FLOAT, "SP", "JKD", "LSQ", "LSQ with JKD")
 LONG_IN_FULL = (FLOAT, "SP", "JKD")
 # Plain training that takes about as much time as the longest with a teacher.
 AS_DEAR = 2 * max(STAGES.values())
+# Rates that plain training and JKD are tried at, at the longest lengths: the tuning's
+# are of a short training.
+RATES_AGAIN = (0.1, 0.3, 1.0)
+RATES_OF = ("plain", "JKD")
+RATE_LENGTHS = (max(STAGES.values()), AS_DEAR)
 # How many times as long the longer trainings are.
 LENGTHS = STAGES | dict.fromkeys(LONG, max(STAGES.values()))
 # What the larger network is trained with, and the wider ones.
@@ -228,7 +244,7 @@ class Run:
         bits = "" if self.bits is None else f"-w{self.bits[0]}a{self.bits[1]}"
         method = self.method.lower().replace(", ", "-").replace(" ", "-")
         name = f"{method}{bits}-{self.epochs}epochs"
-        if self.purpose == "tuning":
+        if self.purpose in ("tuning", "rates"):
             name += f"-rate{self.learning_rate:g}"
         return f"{self.network}/{self.purpose}/{name}-seed{self.seed}"
 
@@ -361,6 +377,15 @@ def phases(settings: Settings, seeds: int = 5, dear: int = 3) -> dict[str, list[
             )
         ]
         + rows("per_stage", small, ["plain"], two, dear, AS_DEAR * settings.epochs),
+        "rates": [
+            dataclasses.replace(run, learning_rate=rate)
+            for length in RATE_LENGTHS
+            for rate in RATES_AGAIN
+            for run in rows(
+                "rates", small, RATES_OF, two, seeds, length * settings.epochs
+            )
+        ]
+        + rows("per_stage", small, [FLOAT], None, seeds, AS_DEAR * settings.epochs),
         "W4A4": rows("equal", small, METHODS, (4, 4), seeds),
         "starts": [
             run

@@ -17,6 +17,7 @@ from benchmarks.accuracy.rows import (
     cost_ratio,
     label,
     paired,
+    read_alike,
     rows,
     settings_of,
     standard_error,
@@ -39,6 +40,7 @@ def tables(folder: Path) -> dict[str, str]:
         "bits, against plain": against_plain_table(found, settings),
         "ablations": ablations_table(found, settings),
         "per stage": per_stage_table(found, settings),
+        "rates": rates_table(folder, found, settings),
         "starts": starts_table(found, settings),
         "ResNet-20": large_table(found, settings),
         "widths": widths_table(found, settings),
@@ -244,6 +246,38 @@ def per_stage_table(found, settings) -> str:
     headers = ["method", "epochs", "seeds", "accuracy, %"]
     headers += [f"against plain, {settings.epochs} epochs", "against plain, as long"]
     return table([*headers, "CPU"], lines)
+
+
+def rates_table(folder: Path, found, settings) -> str:
+    """Plain training and JKD at several learning rates, beside float as long."""
+    by_rate: dict[tuple, list[dict]] = {}
+    for _, run in read_alike(folder):
+        if run["purpose"] == "rates":
+            key = (run["method"], run["epochs"], run["learning_rate"])
+            by_rate.setdefault(key, []).append(run)
+
+    def cell(*key):
+        runs = by_rate.get(key, [])
+        values = [run["accuracy"] for run in runs]
+        if None in values:
+            return f"diverged: {values.count(None)} of {len(values)}"
+        if len(values) < 2:
+            return NOTHING
+        percent = [100 * value for value in values]
+        shown = f"{np.mean(percent):.2f} ± {standard_error(percent):.2f}"
+        return f"{shown} ({len(values)})"
+
+    lines = []
+    for length in sweep.RATE_LENGTHS:
+        epochs = length * settings.epochs
+        full = found.get(("per_stage", SMALL, sweep.FLOAT, None, epochs))
+        for method in sweep.RATES_OF:
+            cells = [cell(method, epochs, rate) for rate in sweep.RATES_AGAIN]
+            if any(each != NOTHING for each in cells):
+                base = NOTHING if full is None else _accuracy(full)
+                lines.append([method, str(epochs), *cells, base])
+    rates = [f"{rate:g}" for rate in sweep.RATES_AGAIN]
+    return table(["method", "epochs", *rates, "float, as long"], lines)
 
 
 def starts_table(found, settings) -> str:

@@ -154,12 +154,14 @@ class Trained:
 def rows(folder: Path) -> dict[tuple, Row]:
     """All reported runs, by (purpose, network, method, bits, epochs).
 
+    Those at several rates are left out.
+
     Raises:
         ValueError: If runs of other settings are among them, or one diverged.
     """
     found: dict[tuple, list[dict]] = {}
     for name, run in read_alike(folder):
-        if run["measured_on"] != "test":
+        if run["measured_on"] != "test" or run["purpose"] == "rates":
             continue
         if run["accuracy"] is None:
             raise ValueError(

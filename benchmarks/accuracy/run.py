@@ -193,7 +193,8 @@ def prepared(model, run, settings, data):
             warmup=sweep.warmup_of(run),
         ),
     )
-    callbacks: list = [tfl.callbacks.StagedPrecision(stages)]
+    measured = data.train if method.measures else None
+    callbacks: list = [tfl.callbacks.StagedPrecision(stages, data=measured)]
     if method.freezing:
         callbacks.append(tfl.callbacks.OscillationFreezing())
     return trainer, stages, callbacks

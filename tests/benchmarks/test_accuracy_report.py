@@ -57,6 +57,20 @@ def test_times_of_different_processors_are_not_compared(made_up):
     assert legend(accuracy_plots.plots(made_up)) == ["plain", "SP", "4 epochs in total"]
 
 
+def test_rates_at_greater_length_stand_side_by_side(made_up):
+    assert "Not run" in accuracy_report.tables(made_up)["rates"]
+    for seed, accuracy in enumerate([0.89, 0.91]):
+        for rate, value in ((0.1, accuracy), (1.0, None)):
+            run = low_bit("plain", seed, purpose="rates", epochs=16)
+            put(made_up, dataclasses.replace(run, learning_rate=rate), value)
+    (row,) = accuracy_report.tables(made_up)["rates"].splitlines()[2:]
+    assert [cell.strip() for cell in row.split("|")[1:-1]] == [
+        "plain", "16", "90.00 ± 1.00 (2)", "—", "diverged: 2 of 2", "—"
+    ]  # fmt: skip
+    # They are no rows of the other tables.
+    assert not [key for key in accuracy_rows.rows(made_up) if key[0] == "rates"]
+
+
 def test_pairs_are_of_the_same_seed(made_up):
     put(made_up, low_bit("TS", 1), 0.83)
     put(made_up, low_bit("TS", 7), 0.10)
