@@ -245,16 +245,15 @@ def next_runs(
     for method, bits in experiment.rows:
         if only and row_name(method, bits) not in only:
             continue
-        rate, own = METHODS[method].learning_rate, []
-        if rate is None:
-            tuned_bits = None if method == FLOAT else experiment.tuned_at
+        rate, own = rate_of(name, method, results), []
+        if METHODS[method].learning_rate is None:
+            tuned_bits = _tuned_bits(name, method)
             scores = _scores(name, method, tuned_bits, results)
             own = [
                 run
                 for rate in tuning.next_rates(scores)
                 for run in _tuning_runs(name, method, tuned_bits, rate)
             ]
-            rate = tuning.best_rate(scores) if scores else None
         own = own or [
             Run(name, method, bits, seed, experiment.epochs, rate)
             for seed in range(experiment.seeds)
@@ -265,6 +264,19 @@ def next_runs(
             own = [start]
         runs |= {run.name: run for run in own if run.name not in results}
     return list(runs.values())
+
+
+def rate_of(name: str, method: str, results: dict[str, dict]) -> float | None:
+    """The learning rate of a method: the best of the tuning so far, if there is one.
+
+    Args:
+        name: Of the experiment.
+        method: A key of `METHODS`.
+        results: Of the runs that are done, by name.
+    """
+    fixed = METHODS[method].learning_rate
+    scores = _scores(name, method, _tuned_bits(name, method), results)
+    return tuning.best_rate(scores) if fixed is None and scores else fixed
 
 
 def start_run(name: str, is_held_out: bool) -> Run:
@@ -284,6 +296,10 @@ def start_run(name: str, is_held_out: bool) -> Run:
     )
     seed = TUNING_SEEDS[0] if is_held_out else 0
     return Run(first, START, None, seed, START_EPOCHS, START_RATE)
+
+
+def _tuned_bits(name, method):
+    return None if method == FLOAT else EXPERIMENTS[name].tuned_at
 
 
 def _tuning_runs(name, method, bits, rate):

@@ -56,7 +56,12 @@ def accuracy_table(name: str, results: dict[str, dict]) -> str:
         lines.append([start, NOTHING, f"{given:.2f}"])
         lines[0] += [NOTHING] * (len(headers) - 3)
     found = dict(_rows(name, results))
-    for (method, bits), runs in found.items():
+    rows = [
+        (row, runs)
+        for row, by_rate in _by_rate(name, results).items()
+        for runs in by_rate.values()
+    ]
+    for (method, bits), runs in rows:
         accuracies = _percent(runs)
         base = found.get((plan.base, bits)) if method != plan.base else None
         is_peer = cifar_plan.METHODS[method].peer is not None
@@ -249,7 +254,17 @@ def _percent(runs: Iterable[dict]) -> list[float]:
 
 
 def _rows(name, results):
-    """Yields (method, bits) and the runs on the test set that did not diverge."""
+    """Yields (method, bits) and the runs of `_by_rate` at the first rate."""
+    for row, by_rate in _by_rate(name, results).items():
+        yield row, next(iter(by_rate.values()))
+
+
+def _by_rate(name, results) -> dict[tuple, dict[float, list[dict]]]:
+    """The runs on the test set that did not diverge: (method, bits) -> rate -> runs.
+
+    The rate of the tuning comes first.
+    """
+    found = {}
     for method, bits in cifar_plan.EXPERIMENTS[name].rows:
         runs = [
             r
@@ -258,8 +273,15 @@ def _rows(name, results):
             if r["bits"] == (None if bits is None else list(bits))
             if r["measured_on"] == "test" and r["accuracy"] is not None
         ]
+        tuned = cifar_plan.rate_of(name, method, results)
+        rates = sorted(
+            {r["learning_rate"] for r in runs}, key=lambda x: (x != tuned, x)
+        )
         if runs:
-            yield (method, bits), runs
+            found[method, bits] = {
+                rate: [r for r in runs if r["learning_rate"] == rate] for rate in rates
+            }
+    return found
 
 
 def _held_out(name, results) -> list[dict]:

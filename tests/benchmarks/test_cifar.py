@@ -105,6 +105,27 @@ def test_other_methods_stand_beside_lsq_seed_by_seed(tmp_path):
     }
 
 
+def test_each_rate_has_a_row_and_the_tuned_one_is_compared(tmp_path):
+    path = tmp_path / "cifar.jsonl"
+    more = {"measured_on": "test", "weight_bytes": 1, "bops": 1}
+    for rate, tested, held_out in ((0.03, 0.80, 0.7), (0.1, 0.85, 0.8)):
+        for seed in (0, 1):
+            run = cifar_plan.Run("tiny", "LSQ", (2, 2), seed, 8, rate)
+            store.write(path, run.name, {**result(run, tested), **more})
+        tuned = cifar_plan.Run("tiny", "LSQ", (2, 2), TUNING_SEED, 8, rate)
+        found = {**result(tuned, held_out), **more, "measured_on": "held-out"}
+        store.write(path, tuned.name, found)
+    run = cifar_plan.Run("tiny", "plain", (2, 2), 0, 8, 0.01)
+    store.write(path, run.name, {**result(run, 0.83), **more})
+    lines = cifar_report.tables(path)["cifar, tiny"].splitlines()[2:]
+    cells = [[cell.strip() for cell in line.split("|")] for line in lines]
+    assert [(row[1], row[3], row[5], row[8]) for row in cells] == [
+        ("LSQ W2A2", "85.00 ± 0.00", "—", "0.1"),
+        ("LSQ W2A2", "80.00 ± 0.00", "—", "0.03"),
+        ("plain W2A2", "83.00", "-2.00", "0.01"),
+    ]
+
+
 def test_the_table_has_each_row_and_its_distance_to_the_float_network(tmp_path):
     path = tmp_path / "cifar.jsonl"
     costs = {"weight_bytes": 25452, "bops": 76587008}
