@@ -541,7 +541,7 @@ def test_maps_have_a_mean_iou():
     labels = np.array([[[0, 0], [1, 1]]])
     file = np.array([[[0, 1], [1, 1]]])
     found = {"file": scores(file), "twin": scores(file), "trained": scores(labels)}
-    predictions = judged(Classes(0.0), found, labels).predictions
+    predictions = judged(Classes(0.0), found, labels.ravel()).predictions
     assert predictions.right == {"file": 3, "twin": 3, "trained": 4}
     # Class 0: 1 of 2; class 1: 2 of 3.
     assert predictions.mean_iou["file"] == pytest.approx((1 / 2 + 2 / 3) / 2)
