@@ -436,6 +436,11 @@ def is_done(folder: Path, run: Run, settings: Settings) -> bool:
     Raises:
         ValueError: If it is of other settings: they must not be mixed.
     """
+    if run.purpose == "rates":
+        # The longer trainings have some of them, at the tuned rate.
+        same = dataclasses.replace(run, purpose="per_stage")
+        if is_done(folder, same, settings):
+            return True
     found = read(folder, run)
     if found is None or found["learning_rate"] != run.learning_rate:
         return False  # Of a tuning that has gone on since.

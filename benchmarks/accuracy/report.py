@@ -252,7 +252,7 @@ def rates_table(folder: Path, found, settings) -> str:
     """Plain training and JKD at several learning rates, beside float as long."""
     by_rate: dict[tuple, list[dict]] = {}
     for _, run in read_alike(folder):
-        if run["purpose"] == "rates":
+        if run["purpose"] in ("rates", "per_stage"):
             key = (run["method"], run["epochs"], run["learning_rate"])
             by_rate.setdefault(key, []).append(run)
 
@@ -273,7 +273,7 @@ def rates_table(folder: Path, found, settings) -> str:
         full = found.get(("per_stage", SMALL, sweep.FLOAT, None, epochs))
         for method in sweep.RATES_OF:
             cells = [cell(method, epochs, rate) for rate in sweep.RATES_AGAIN]
-            if any(each != NOTHING for each in cells):
+            if sum(each != NOTHING for each in cells) > 1:
                 base = NOTHING if full is None else _accuracy(full)
                 lines.append([method, str(epochs), *cells, base])
     rates = [f"{rate:g}" for rate in sweep.RATES_AGAIN]

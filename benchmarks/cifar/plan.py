@@ -245,16 +245,8 @@ def next_runs(
     for method, bits in experiment.rows:
         if only and row_name(method, bits) not in only:
             continue
-        rate, own = rate_of(name, method, results), []
-        if METHODS[method].learning_rate is None:
-            tuned_bits = _tuned_bits(name, method)
-            scores = _scores(name, method, tuned_bits, results)
-            own = [
-                run
-                for rate in tuning.next_rates(scores)
-                for run in _tuning_runs(name, method, tuned_bits, rate)
-            ]
-        own = own or [
+        rate = rate_of(name, method, results)
+        own = _tuning_left(name, method, results) or [
             Run(name, method, bits, seed, experiment.epochs, rate)
             for seed in range(experiment.seeds)
         ]
@@ -296,6 +288,16 @@ def start_run(name: str, is_held_out: bool) -> Run:
     )
     seed = TUNING_SEEDS[0] if is_held_out else 0
     return Run(first, START, None, seed, START_EPOCHS, START_RATE)
+
+
+def _tuning_left(name, method, results) -> list[Run]:
+    """The next runs of a method's tuning; none where the rate is known."""
+    if METHODS[method].learning_rate is not None:
+        return []
+    bits = _tuned_bits(name, method)
+    scores = _scores(name, method, bits, results)
+    rates = tuning.next_rates(scores)
+    return [run for rate in rates for run in _tuning_runs(name, method, bits, rate)]
 
 
 def _tuned_bits(name, method):

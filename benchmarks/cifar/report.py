@@ -262,7 +262,7 @@ def _rows(name, results):
 def _by_rate(name, results) -> dict[tuple, dict[float, list[dict]]]:
     """The runs on the test set that did not diverge: (method, bits) -> rate -> runs.
 
-    The rate of the tuning comes first.
+    The rate of the tuning comes first, once it has as many runs as others.
     """
     found = {}
     for method, bits in cifar_plan.EXPERIMENTS[name].rows:

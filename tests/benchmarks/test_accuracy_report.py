@@ -63,9 +63,15 @@ def test_rates_at_greater_length_stand_side_by_side(made_up):
         for rate, value in ((0.1, accuracy), (1.0, None)):
             run = low_bit("plain", seed, purpose="rates", epochs=16)
             put(made_up, dataclasses.replace(run, learning_rate=rate), value)
+        longer = low_bit("plain", seed, purpose="per_stage", epochs=16)
+        longer = dataclasses.replace(longer, learning_rate=0.3)
+        put(made_up, longer, 0.88)
+        # It is not trained again.
+        again = dataclasses.replace(longer, purpose="rates")
+        assert sweep.is_done(made_up, again, SETTINGS)
     (row,) = accuracy_report.tables(made_up)["rates"].splitlines()[2:]
     assert [cell.strip() for cell in row.split("|")[1:-1]] == [
-        "plain", "16", "90.00 ± 1.00 (2)", "—", "diverged: 2 of 2", "—"
+        "plain", "16", "90.00 ± 1.00 (2)", "88.00 ± 0.00 (2)", "diverged: 2 of 2", "—"
     ]  # fmt: skip
     # They are no rows of the other tables.
     assert not [key for key in accuracy_rows.rows(made_up) if key[0] == "rates"]

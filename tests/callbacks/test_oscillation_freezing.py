@@ -159,11 +159,24 @@ def test_weights_that_were_loaded_in_between_are_kept():
     nets.assert_all_equal(state_of(model), state_of(other))
 
 
+class Interrupt(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        if self.model.optimizer.iterations == 3 * STEPS:
+            raise KeyboardInterrupt
+
+
 @pytest.mark.slow
-def test_a_later_fit_keeps_what_is_frozen():
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_a_later_fit_keeps_what_is_frozen(is_whole):
     model = compiled(network())
-    fit(model, OscillationFreezing(**FREEZING))
+    if is_whole:
+        fit(model, OscillationFreezing(**FREEZING))
+    else:
+        # Between the step and the callback.
+        with pytest.raises(KeyboardInterrupt):
+            fit(model, Interrupt(), OscillationFreezing(**FREEZING))
     before = [own.frozen.numpy() for own in oscillation.tracked(model)]
+    assert np.concatenate([np.ravel(frozen) for frozen in before]).any()
     fit(model, OscillationFreezing(**FREEZING), epochs=1)
     for old, own in zip(before, oscillation.tracked(model), strict=True):
         assert own.frozen.numpy()[old].all()

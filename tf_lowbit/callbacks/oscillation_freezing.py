@@ -74,7 +74,9 @@ class OscillationFreezing(keras.callbacks.Callback):
         )
         self.momentum = checks.number("momentum", momentum, above=0, below=1)
         self.weights: list[WeightOscillation] = []
-        self._epoch = 0
+        self._epoch = self._batch = 0
+        # Whether the weights have moved since it looked.
+        self._is_behind = False
 
     def on_train_begin(self, logs: Logs = None) -> None:
         """Makes the state, where no earlier training has."""
@@ -92,12 +94,20 @@ class OscillationFreezing(keras.callbacks.Callback):
         """Notes the epoch."""
         self._epoch = epoch
 
+    def on_train_batch_begin(self, batch: int, logs: Logs = None) -> None:
+        """Notes that a step begins."""
+        self._is_behind = True
+        self._batch = batch
+
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         """Measures and freezes."""
-        steps = self.params.get("steps")
-        within = (batch + 1) / steps if steps else 0.0
-        progress = (self._epoch + within) / self.params["epochs"]
-        self._look(tf.constant(self.threshold_at(progress), tf.float32))
+        self._batch = batch
+        self._catch_up()
+
+    def after_fit(self) -> None:
+        """Measures the last step, if an interruption came between."""
+        if self._is_behind:
+            self._catch_up()
 
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         """Adds the shares to the logs."""
@@ -117,6 +127,13 @@ class OscillationFreezing(keras.callbacks.Callback):
         """
         fall = 0.5 * (1.0 - math.cos(math.pi * min(progress, 1.0)))
         return self.threshold + (self.final_threshold - self.threshold) * fall
+
+    def _catch_up(self):
+        steps = self.params.get("steps")
+        within = (self._batch + 1) / steps if steps else 0.0
+        progress = (self._epoch + within) / self.params["epochs"]
+        self._look(tf.constant(self.threshold_at(progress), tf.float32))
+        self._is_behind = False
 
     def _look_at_all(self, threshold):
         for weight in self.weights:

@@ -163,6 +163,7 @@ class StagedPrecision(keras.callbacks.Callback):
         if isinstance(self.model, LowBitTrainer):
             self.model.assign_teacher(None)
         self._warn_of_end()
+        self._end_is_unchecked = False
 
     def on_train_begin(self, logs: Logs = None) -> None:
         """Checks that the stages fit the model and the training."""
@@ -329,7 +330,8 @@ class StagedPrecision(keras.callbacks.Callback):
                 "A stage's learning_rate needs an optimizer whose learning rate is a "
                 "number. Received: an optimizer with a LearningRateSchedule"
             )
-        if self.reset_optimizer and len(self.stages) > 1:
+        is_used = bool(innermost(optimizer).iterations.numpy())
+        if self.reset_optimizer and (is_used or len(self.stages) > 1):
             fresh_optimizer(self.model)  # An error should not come after a stage.
 
     def _warn_of_end(self):

@@ -28,7 +28,7 @@ _HELD_AS = {("Bidirectional", "layer"): "forward_layer"}
 # Their `from_config` needs shapes that `get_config` of Keras 3 lacks.
 _BY_ARGUMENTS = (keras.layers.MultiHeadAttention,)
 # Of TensorFlow's scopes.
-_NAME = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_.\\/>-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 # Float32 sums may differ in their order.
 _TOLERANCE = 1e-4
 _MOST_EXPLAINED = 300
@@ -213,11 +213,13 @@ class _FromKeras3:
         self._layers: dict[int, keras.layers.Layer] = {}
 
     def of(self, model) -> keras.Model:
+        _require_name(model.name)
         graph = _graph_of(model)
         made: dict[int, object] = {}
 
         def new_input(tensor):
             layer = tensor._keras_history.operation
+            _require_name(layer.name)
             made[id(tensor)] = keras.Input(
                 batch_shape=tensor.shape, dtype=tensor.dtype, name=layer.name
             )
@@ -238,7 +240,6 @@ class _FromKeras3:
 
     def _called(self, node, args, kwargs):
         operation = node.operation
-        _require_name(operation.name)
         if isinstance(operation, sys.modules["keras"].layers.Layer):
             # Some layers of tf_keras do not take all arguments that may be None. And
             # Keras 3 records the default of `training`, which would be fixed here.
@@ -260,17 +261,28 @@ class _FromKeras3:
             raise _no_operation(node, _short(error)) from error
 
     def _called_layer(self, layer, args, kwargs):
-        if id(layer) in self._layers:
-            return self._layers[id(layer)](*args, **kwargs)
-        is_model = isinstance(layer, sys.modules["keras"].Model)
-        converted = self.of(layer) if is_model else _converted_layer(layer)
-        if is_model and not layer.trainable:
-            converted.trainable = False
-        self._layers[id(layer)] = converted
-        outputs = converted(*args, **kwargs)
-        if not is_model:
-            _copy_weights(layer, converted)
+        is_new = id(layer) not in self._layers
+        outputs = self._converted(layer)(*args, **kwargs)
+        if is_new:
+            _copy_weights(layer, self._layers[id(layer)])
         return outputs
+
+    def _converted(self, layer):
+        """Returns the counterpart of a layer or model, which is made once."""
+        if id(layer) not in self._layers:
+            _require_name(layer.name)
+            if isinstance(layer, sys.modules["keras"].Model):
+                converted = self.of(layer)
+                if not layer.trainable:
+                    converted.trainable = False
+            else:
+                inner = {
+                    key: _map(self._converted, part)
+                    for key, part in _inner_layers(layer).items()
+                }
+                converted = _converted_layer(layer, inner)
+            self._layers[id(layer)] = converted
+        return self._layers[id(layer)]
 
 
 def _require_name(name: str) -> None:
@@ -296,7 +308,7 @@ def _graph_of(model):
     return graph
 
 
-def _converted_layer(layer) -> keras.layers.Layer:
+def _converted_layer(layer, inner: dict) -> keras.layers.Layer:
     name = type(layer).__name__
     kind = _OWN_LAYERS.get(name) or getattr(keras.layers, name, None)
     is_own = type(layer) is not getattr(sys.modules["keras"].layers, name, None)
@@ -305,7 +317,6 @@ def _converted_layer(layer) -> keras.layers.Layer:
     config = layer.get_config()
     policy = layer.dtype_policy
     config["dtype"] = getattr(policy, "name", policy)
-    inner = _inner_layers(layer, config)
     config |= inner
     for key, value in config.items():
         if key.endswith("activation") and isinstance(value, str):
@@ -332,23 +343,22 @@ def _converted_layer(layer) -> keras.layers.Layer:
         raise _no_counterpart(layer, _short(error)) from error
 
 
-def _inner_layers(layer, config) -> dict:
-    """Converts the layers among a layer's arguments: of wrappers, or cells."""
-
-    def converted(inner):
-        _require_name(inner.name)
-        is_model = isinstance(inner, keras3.Model)
-        return _FromKeras3().of(inner) if is_model else _converted_layer(inner)
-
-    keras3 = sys.modules["keras"]
+def _inner_layers(layer) -> dict:
+    """Returns the layers among a layer's arguments: those of wrappers, and cells."""
+    kind = sys.modules["keras"].layers.Layer
     found = {}
-    for key in config:
-        own = getattr(layer, _HELD_AS.get((type(layer).__name__, key), key), None)
-        if isinstance(own, keras3.layers.Layer):
-            found[key] = converted(own)
-        elif isinstance(own, list) and isinstance((*own, None)[0], keras3.layers.Layer):
-            found[key] = list(map(converted, own))
+    for key in layer.get_config():
+        part = getattr(layer, _held_as(layer, key), None)
+        if isinstance(part, kind) or (
+            isinstance(part, list) and part and isinstance(part[0], kind)
+        ):
+            found[key] = part
     return found
+
+
+def _held_as(layer, key) -> str:
+    """Returns the name of the attribute that holds an argument."""
+    return _HELD_AS.get((type(layer).__name__, key), key)
 
 
 def _without_none(config: dict) -> dict:
@@ -392,12 +402,31 @@ def _no_operation(node, reason: str) -> ValueError:
 
 
 def _copy_weights(source, target) -> None:
-    values = source.get_weights()
-    shapes = [value.shape for value in values]
-    own = [tuple(weight.shape) for weight in target.weights]
-    if own != shapes:
-        raise _no_counterpart(source, f"its weights are {shapes}, in tf_keras {own}")
-    target.set_weights(values)
+    """Copies the weights of inner layers one by one, then those of the layer's own.
+
+    Keras 3 and tf_keras list the weights of a wrapped layer in different orders.
+    """
+    keras3 = sys.modules["keras"]
+    if isinstance(source, keras3.Model):
+        return  # Its layers have them.
+    pairs: list[tuple] = []
+    for key, part in _inner_layers(source).items():
+        other = getattr(target, _held_as(source, key))
+        pairs += zip(tf.nest.flatten(part), tf.nest.flatten(other), strict=True)
+    for theirs, ours in pairs:
+        _copy_weights(theirs, ours)
+    inner = {id(weight) for pair in pairs for each in pair for weight in each.weights}
+    values, own = (
+        [weight for weight in layer.weights if id(weight) not in inner]
+        for layer in (source, target)
+    )
+    shapes = [[tuple(weight.shape) for weight in each] for each in (values, own)]
+    if shapes[0] != shapes[1]:
+        raise _no_counterpart(
+            source, f"its weights are {shapes[0]}, in tf_keras {shapes[1]}"
+        )
+    for value, weight in zip(values, own, strict=True):
+        weight.assign(keras3.ops.convert_to_numpy(value))
 
 
 def _map(function, structure):

@@ -50,8 +50,8 @@ class FirstOutput:
             self._are_classes = self._are_classes is not False and classes is not None
         self._classes.add(scores, classes)
         # A class number says nothing about each of several units.
-        is_number = classes is not None and np.size(labels) != scores["file"].size
-        self._numbers.add(scores, None if is_number else labels)
+        is_class = classes is not None and np.size(labels) != scores["file"].size
+        self._numbers.add(scores, None if is_class else labels)
 
     def judge(self, report: Report, is_tainted: bool) -> None:
         """Adds the counts or the errors, and the failures, as `Classes.judge`."""
@@ -171,7 +171,8 @@ class Numbers:
         self._found = Values()
         # By unit: count, sum and sum of squares of the reference; sum of the errors.
         self._sums = np.zeros((4, 1))
-        self._more = np.zeros(2)  # Additional error by example: sum, sum of squares.
+        # Additional error by labelled example: count, sum, sum of squares.
+        self._more = np.zeros(3)
 
     def add(self, scores: dict, labels: Any) -> None:
         """Adds one batch, as `FirstOutput.add`."""
@@ -203,7 +204,7 @@ class Numbers:
             each[name] = difference.reshape(len(file), -1).mean(axis=1)
         if "trained" in each:
             more = each["file"] - each["trained"]
-            self._more += more.sum(), (more**2).sum()
+            self._more += more.size, more.sum(), (more**2).sum()
 
     def judge(self, report: Report, is_tainted: bool) -> None:
         """Adds the errors, the failures and a note to the report."""
@@ -221,8 +222,9 @@ class Numbers:
         self._judge_units(report, where)
         least = _ROUNDINGS * math.sqrt(squares / count)
         if found.to_labels:
-            mean, square = self._more / found.examples
-            noise = math.sqrt(max(square - mean**2, 0.0) / found.examples)
+            examples, *sums = self._more
+            mean, square = (total / examples for total in sums)
+            noise = math.sqrt(max(square - mean**2, 0.0) / examples)
             found.more, found.certain_more = mean, mean - SIGMAS * noise
             allowed = report.tolerance * found.spread + least
             if not found.certain_more <= allowed:
