@@ -274,13 +274,12 @@ def _by_rate(name, results) -> dict[tuple, dict[float, list[dict]]]:
             if r["measured_on"] == "test" and r["accuracy"] is not None
         ]
         tuned = cifar_plan.rate_of(name, method, results)
-        rates = sorted(
-            {r["learning_rate"] for r in runs}, key=lambda x: (x != tuned, x)
-        )
+        by_rate: dict[float, list[dict]] = {}
+        for r in runs:
+            by_rate.setdefault(r["learning_rate"], []).append(r)
+        order = sorted(by_rate, key=lambda x: (-len(by_rate[x]), x != tuned))
         if runs:
-            found[method, bits] = {
-                rate: [r for r in runs if r["learning_rate"] == rate] for rate in rates
-            }
+            found[method, bits] = {rate: by_rate[rate] for rate in order}
     return found
 
 
