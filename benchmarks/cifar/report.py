@@ -64,7 +64,6 @@ def accuracy_table(name: str, results: dict[str, dict]) -> str:
     for (method, bits), runs in rows:
         accuracies = _percent(runs)
         base = found.get((plan.base, bits)) if method != plan.base else None
-        is_peer = cifar_plan.METHODS[method].peer is not None
         line = [
             cifar_plan.row_name(method, bits),
             str(len(runs)),
@@ -72,7 +71,7 @@ def accuracy_table(name: str, results: dict[str, dict]) -> str:
             NOTHING if given is None else f"{np.mean(accuracies) - given:+.2f}",
             NOTHING if base is None else _to(runs, base),
             f"{runs[0]['weight_bytes']:,}",
-            NOTHING if is_peer else f"{runs[0]['bops'] / 1e6:,.0f}",
+            f"{runs[0]['bops'] / 1e6:,.0f}",
             f"{runs[0]['learning_rate']:g}",
         ]
         if plan.target is not None:

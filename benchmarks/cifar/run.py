@@ -92,7 +92,8 @@ def perform(
         "recalibrated_accuracy": recalibrated,
         "diverged": diverged,
         "cpu_seconds_per_epoch": clock.median(),
-        **costs(trained),
+        # The file of a peer's network computes in floats.
+        **costs(trained if cifar_plan.METHODS[run.method].peer is None else given),
         **environment(),
     }
     if run.method == cifar_plan.START:
@@ -176,10 +177,7 @@ def prepared(model, edges, run, data):
 
 
 def costs(trained) -> dict:
-    """Bytes of packed weights and bit operations of the network to be deployed.
-
-    Those of a peer's network count as float, which is what its file has.
-    """
+    """Bytes of packed weights and bit operations of the network to be deployed."""
     network = trained.student if isinstance(trained, tfl.LowBitTrainer) else trained
     cost = tfl.summary(network).cost
     return {"weight_bytes": cost.weight_bytes, "bops": cost.bops}

@@ -91,9 +91,8 @@ def test_other_methods_stand_beside_lsq_seed_by_seed(tmp_path):
             store.write(path, run.name, {**result(run, accuracy), **more})
     run = cifar_plan.Run("tiny", cifar_plan.RECIPE, (4, 4), 0, 8, 0.03)
     store.write(path, run.name, {**result(run, 0.9), **more})
-    # Bit operations of a peer's network are not known.
     run = cifar_plan.Run("tiny", "QKeras", (2, 2), 0, 8, 0.03)
-    store.write(path, run.name, {**result(run, 0.7), **more, "bops": None})
+    store.write(path, run.name, {**result(run, 0.7), **more})
     lines = cifar_report.tables(path)["cifar, tiny"].splitlines()[2:]
     cells = [[cell.strip() for cell in line.split("|")] for line in lines]
     # One point and two; 12.706 is Student's t of one degree of freedom.
@@ -332,7 +331,16 @@ def test_the_tuning_starts_from_weights_that_have_not_seen_its_images(files, tmp
     assert np.abs(own[0] - given[0]).max() > 0.01
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("method", ["QKeras", "Larq DoReFa"])
+def test_networks_of_peers_train_where_they_are_installed(files, tmp_path, method):
+    pytest.importorskip(cifar_plan.METHODS[method].peer)
+    found = perform(cifar_plan.Run("tiny", method, (2, 2), 0, 1, 0.01), files, tmp_path)
+    assert 0 <= found["accuracy"] <= 1
+    # Kernels, biases and batch normalization, in float.
+    parts = 4 * 3 * 9 + 4 * 4 * 9 + 10 * 144, 4 + 4 + 10, 2 * 4 * 4
+    assert found["weight_bytes"] == 4 * sum(parts)
+
+
 @pytest.mark.filterwarnings("ignore::tf_lowbit.QuantizationWarning")
 def test_stages_and_a_teacher_start_from_a_network_that_is_trained_here(
     files, tmp_path
