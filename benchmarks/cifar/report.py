@@ -1,5 +1,6 @@
 """Table and plot of the CIFAR experiments, drawn from their results alone."""
 
+import collections
 import itertools
 import json
 import math
@@ -261,24 +262,28 @@ def _rows(name, results):
 def _by_rate(name, results) -> dict[tuple, dict[float, list[dict]]]:
     """The runs on the test set that did not diverge: (method, bits) -> rate -> runs.
 
-    The rate of the tuning comes first, once it has as many runs as others.
+    For all bits of a method the same rate comes first: that of the tuning, once it has
+    as many runs as others.
     """
-    found = {}
+    tested = [
+        r
+        for r in results.values()
+        if (r["experiment"], r["measured_on"]) == (name, "test")
+        if r["accuracy"] is not None
+    ]
+    found: dict[tuple, dict[float, list[dict]]] = {}
     for method, bits in cifar_plan.EXPERIMENTS[name].rows:
-        runs = [
-            r
-            for r in results.values()
-            if (r["experiment"], r["method"]) == (name, method)
-            if r["bits"] == (None if bits is None else list(bits))
-            if r["measured_on"] == "test" and r["accuracy"] is not None
-        ]
+        own = [r for r in tested if r["method"] == method]
+        counts = collections.Counter(r["learning_rate"] for r in own)
         tuned = cifar_plan.rate_of(name, method, results)
-        by_rate: dict[float, list[dict]] = {}
-        for r in runs:
-            by_rate.setdefault(r["learning_rate"], []).append(r)
-        order = sorted(by_rate, key=lambda x: (-len(by_rate[x]), x != tuned))
-        if runs:
-            found[method, bits] = {rate: by_rate[rate] for rate in order}
+        for rate in sorted(counts, key=lambda x: (-counts[x], x != tuned)):
+            runs = [
+                r
+                for r in own
+                if r["learning_rate"] == rate and r["bits"] == (bits and list(bits))
+            ]
+            if runs:
+                found.setdefault((method, bits), {})[rate] = runs
     return found
 
 

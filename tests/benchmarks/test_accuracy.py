@@ -53,6 +53,8 @@ def test_the_tuning_goes_on_until_the_best_rate_stands_between_others(tmp_path):
             "SP from 0.8": 0.3,
             "LSQ, least error": 0.003,
             "LSQ with PQ, least error": 0.003,
+            "LSQ with PQ, measured anew": 0.003,
+            "PACT with decay": 0.1,
             "LSQ with SP": 0.003,
             "LSQ with JKD": 0.3,
             "LSQ with JKD, rate 0.1": 0.1,

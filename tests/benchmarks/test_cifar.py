@@ -116,19 +116,24 @@ def test_each_rate_has_a_row_and_the_tuned_one_is_compared(tmp_path):
         store.write(path, tuned.name, found)
     run = cifar_plan.Run("tiny", "plain", (2, 2), 0, 8, 0.01)
     store.write(path, run.name, {**result(run, 0.83), **more})
-    for seed, rate in ((0, 0.03), (1, 0.03), (0, 0.1)):
-        run = cifar_plan.Run("tiny", "LSQ", (4, 4), seed, 8, rate)
+    for seed, rate in ((0, 0.01), (0, 0.3), (1, 0.3)):
+        run = cifar_plan.Run("tiny", "plain", (4, 4), seed, 8, rate)
         store.write(path, run.name, {**result(run, 0.9 - rate), **more})
     lines = cifar_report.tables(path)["cifar, tiny"].splitlines()[2:]
     cells = [[cell.strip() for cell in line.split("|")] for line in lines]
     assert [(row[1], row[3], row[5], row[8]) for row in cells] == [
         ("LSQ W2A2", "85.00 ± 0.00", "—", "0.1"),
         ("LSQ W2A2", "80.00 ± 0.00", "—", "0.03"),
-        # Until the tuned rate has as many runs, it comes behind.
-        ("LSQ W4A4", "87.00 ± 0.00", "—", "0.03"),
-        ("LSQ W4A4", "80.00", "—", "0.1"),
         ("plain W2A2", "83.00", "-2.00", "0.01"),
+        ("plain W4A4", "89.00", "—", "0.01"),
+        ("plain W4A4", "60.00 ± 0.00", "—", "0.3"),
     ]
+    # A rate with more runs stands first at all bits.
+    for seed in (2, 3, 4):
+        run = cifar_plan.Run("tiny", "LSQ", (4, 4), seed, 8, 0.03)
+        store.write(path, run.name, {**result(run, 0.9), **more})
+    first = cifar_report.tables(path)["cifar, tiny"].splitlines()[2]
+    assert [cell.strip() for cell in first.split("|")][3] == "80.00 ± 0.00"
 
 
 def test_the_table_has_each_row_and_its_distance_to_the_float_network(tmp_path):
