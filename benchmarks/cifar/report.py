@@ -54,8 +54,8 @@ def accuracy_table(name: str, results: dict[str, dict]) -> str:
     lines, given = [], given_accuracy(name, results)
     if given is not None:
         start = "float, as given" if plan.is_given else "float, the start of all"
-        lines.append([start, NOTHING, f"{given:.2f}"])
-        lines[0] += [NOTHING] * (len(headers) - 3)
+        rest = [NOTHING] * (len(headers) - 3)
+        lines.append([start, NOTHING, f"{given:.2f}", *rest])
     found = dict(_rows(name, results))
     rows = [
         (row, runs)

@@ -217,7 +217,7 @@ def test_what_cannot_be_converted_is_named(name):
 
 def test_a_difference_would_be_seen(monkeypatch):
     """The check of the outputs, with an activation whose two versions differ."""
-    from tf_lowbit.network import keras3 as own
+    from tf_lowbit.network import keras3_counterparts as own
 
     monkeypatch.delitem(own._ACTIVATIONS, "hard_sigmoid")
     model = on_an_input(layers.Dense(3, activation="hard_sigmoid"))

@@ -204,6 +204,13 @@ def test_statistics_that_lag_are_told(is_trainer, steps):
 
 
 @pytest.mark.slow
+def test_the_warning_of_lag_names_the_line_of_fit():
+    with pytest.warns(tfl.QuantizationWarning) as found:
+        fit(late(ready(momentum=0.99)), steps=30, epochs=2)
+    assert {warning.filename for warning in found} == {__file__}
+
+
+@pytest.mark.slow
 def test_statistics_that_lag_are_told_on_two_replicas(mirrored):
     with mirrored(2).scope():
         model = late(ready(momentum=0.99))

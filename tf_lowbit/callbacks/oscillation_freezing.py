@@ -80,6 +80,7 @@ class OscillationFreezing(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Logs = None) -> None:
         """Makes the state, where no earlier training has."""
+        self._is_behind = False
         require_quantized(self.model)
         self.weights = [w for n in networks(self.model) for w in oscillation.track(n)]
         if not self.weights:

@@ -14,24 +14,13 @@ import h5py
 import numpy as np
 
 from tf_lowbit.compat import deep_graphs, is_keras3, keras, tf
+from tf_lowbit.network import keras3_counterparts as counterparts
 from tf_lowbit.network import keras3_operations
-from tf_lowbit.network.keras3_activations import hard_sigmoid, hard_silu
-from tf_lowbit.network.keras3_layers import RMSNormalization
 
-# Renamed arguments: class -> {name in Keras 3: name in tf_keras}.
-_RENAMED = {"LeakyReLU": {"negative_slope": "alpha"}}
-_ACTIVATIONS = {"hard_sigmoid": hard_sigmoid, "hard_silu": hard_silu}
-# Layers that `tf_keras` lacks.
-_OWN_LAYERS = {"RMSNormalization": RMSNormalization}
-# Attributes of other names than the arguments.
-_HELD_AS = {("Bidirectional", "layer"): "forward_layer"}
-# Their `from_config` needs shapes that `get_config` of Keras 3 lacks.
-_BY_ARGUMENTS = (keras.layers.MultiHeadAttention,)
 # Of TensorFlow's scopes.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 # Float32 sums may differ in their order.
 _TOLERANCE = 1e-4
-_MOST_EXPLAINED = 300
 # Tried in turn until the network accepts one.
 _SIZES_OF_OPEN_DIMENSIONS = (32, 64, 128, 256)
 
@@ -102,7 +91,7 @@ def load_file(path: str | os.PathLike[str], safe_mode: bool = True) -> Any:
         raise ValueError(
             "path must be a whole file of a Keras 3 model, made of Keras's own layers; "
             "register layers of your own with Keras 3 and load the model there. "
-            f"Received: {os.fspath(path)!r} ({_short(error)})"
+            f"Received: {os.fspath(path)!r} ({counterparts.short(error)})"
         ) from error
 
 
@@ -181,7 +170,7 @@ def _made_anew(value, family: str):
     try:
         return kind(**config)
     except (TypeError, ValueError) as error:
-        raise refusal(_short(error)) from error
+        raise refusal(counterparts.short(error)) from error
 
 
 def _public(module, family: str, name: str):
@@ -200,10 +189,6 @@ def require_callbacks(callbacks: Any) -> None:
                 f"callbacks must be of tf_keras: make it of tf_keras.callbacks.{own}. "
                 f"Received: {name} of Keras 3"
             )
-
-
-def _short(error) -> str:
-    return " ".join(str(error).split())[:_MOST_EXPLAINED]
 
 
 class _FromKeras3:
@@ -258,13 +243,13 @@ class _FromKeras3:
                 function = keras3_operations.function(node)
             return function(*args, **kwargs)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise _no_operation(node, _short(error)) from error
+            raise _no_operation(node, counterparts.short(error)) from error
 
     def _called_layer(self, layer, args, kwargs):
         is_new = id(layer) not in self._layers
         outputs = self._converted(layer)(*args, **kwargs)
         if is_new:
-            _copy_weights(layer, self._layers[id(layer)])
+            counterparts.copy_weights(layer, self._layers[id(layer)])
         return outputs
 
     def _converted(self, layer):
@@ -278,9 +263,9 @@ class _FromKeras3:
             else:
                 inner = {
                     key: _map(self._converted, part)
-                    for key, part in _inner_layers(layer).items()
+                    for key, part in counterparts.inner_layers(layer).items()
                 }
-                converted = _converted_layer(layer, inner)
+                converted = counterparts.counterpart(layer, inner)
             self._layers[id(layer)] = converted
         return self._layers[id(layer)]
 
@@ -308,89 +293,6 @@ def _graph_of(model):
     return graph
 
 
-def _converted_layer(layer, inner: dict) -> keras.layers.Layer:
-    name = type(layer).__name__
-    kind = _OWN_LAYERS.get(name) or getattr(keras.layers, name, None)
-    is_own = type(layer) is not getattr(sys.modules["keras"].layers, name, None)
-    if kind is None or is_own:
-        raise _no_counterpart(layer, "tf_keras has no such layer")
-    config = layer.get_config()
-    policy = layer.dtype_policy
-    config["dtype"] = getattr(policy, "name", policy)
-    config |= inner
-    for key, value in config.items():
-        if key.endswith("activation") and isinstance(value, str):
-            config[key] = _ACTIVATIONS.get(value, value)
-    for theirs, ours in _RENAMED.get(name, {}).items():
-        config[ours] = config.pop(theirs)
-    known = _arguments(kind)
-    defaults = {
-        parameter.name: parameter.default
-        for parameter in inspect.signature(type(layer).__init__).parameters.values()
-    }
-    for key in [key for key in config if key not in known]:
-        value = config.pop(key)
-        if (key, value) == ("data_format", "channels_last"):
-            continue  # Such layers of tf_keras know no other.
-        # An option that the signature does not show is off if it is False.
-        if value is not None and value != defaults.get(key, False):
-            raise _no_counterpart(layer, f"tf_keras has no {key}={value!r}")
-    try:
-        by_arguments = inner or kind in _BY_ARGUMENTS
-        make = (lambda c: kind(**c)) if by_arguments else kind.from_config
-        return make(_without_none(config))
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise _no_counterpart(layer, _short(error)) from error
-
-
-def _inner_layers(layer) -> dict:
-    """Returns the layers among a layer's arguments: those of wrappers, and cells."""
-    kind = sys.modules["keras"].layers.Layer
-    found = {}
-    for key in layer.get_config():
-        part = getattr(layer, _held_as(layer, key), None)
-        if isinstance(part, kind) or (
-            isinstance(part, list) and part and isinstance(part[0], kind)
-        ):
-            found[key] = part
-    return found
-
-
-def _held_as(layer, key) -> str:
-    """Returns the name of the attribute that holds an argument."""
-    return _HELD_AS.get((type(layer).__name__, key), key)
-
-
-def _without_none(config: dict) -> dict:
-    """Drops the None arguments of initializers and other nested configurations."""
-    return {
-        name: {**value, "config": {k: v for k, v in inner.items() if v is not None}}
-        if isinstance(value, dict) and isinstance(inner := value.get("config"), dict)
-        else value
-        for name, value in config.items()
-    }
-
-
-def _arguments(kind) -> set[str]:
-    """Returns the arguments of a layer class and of its base classes."""
-    names = {"name", "trainable", "dtype", "synchronized"}
-    if issubclass(kind, keras.layers.RNN):
-        names.add("zero_output_for_mask")  # One of its `**kwargs`.
-    for base in kind.__mro__:
-        if base is keras.layers.Layer:
-            break
-        names |= set(inspect.signature(base.__init__).parameters)
-    return names - {"self", "kwargs", "args"}
-
-
-def _no_counterpart(layer, reason: str) -> ValueError:
-    return ValueError(
-        "A Keras 3 layer must have a counterpart in tf_keras: replace it by layers "
-        "that tf_keras has. Received: layer "
-        f"{layer.name!r}, {type(layer).__name__}: {reason}"
-    )
-
-
 def _no_operation(node, reason: str) -> ValueError:
     read = [tensor._keras_history.operation.name for tensor in node.input_tensors]
     return ValueError(
@@ -399,34 +301,6 @@ def _no_operation(node, reason: str) -> ValueError:
         f"{node.operation.name!r}, {type(node.operation).__name__}, which reads the "
         f"output of {', '.join(map(repr, read))}: {reason}"
     )
-
-
-def _copy_weights(source, target) -> None:
-    """Copies the weights of inner layers one by one, then those of the layer's own.
-
-    Keras 3 and tf_keras list the weights of a wrapped layer in different orders.
-    """
-    keras3 = sys.modules["keras"]
-    if isinstance(source, keras3.Model):
-        return  # Its layers have them.
-    pairs: list[tuple] = []
-    for key, part in _inner_layers(source).items():
-        other = getattr(target, _held_as(source, key))
-        pairs += zip(tf.nest.flatten(part), tf.nest.flatten(other), strict=True)
-    for theirs, ours in pairs:
-        _copy_weights(theirs, ours)
-    inner = {id(weight) for pair in pairs for each in pair for weight in each.weights}
-    values, own = (
-        [weight for weight in layer.weights if id(weight) not in inner]
-        for layer in (source, target)
-    )
-    shapes = [[tuple(weight.shape) for weight in each] for each in (values, own)]
-    if shapes[0] != shapes[1]:
-        raise _no_counterpart(
-            source, f"its weights are {shapes[0]}, in tf_keras {shapes[1]}"
-        )
-    for value, weight in zip(values, own, strict=True):
-        weight.assign(keras3.ops.convert_to_numpy(value))
 
 
 def _map(function, structure):
